@@ -1,0 +1,96 @@
+"""The errors of shoal, one tree.
+
+Callers' mistakes are `ValueError` or `TypeError`; our own bugs are `assert`. What remains is a `ShoalError`::
+
+    ShoalError
+      TransportError
+        DeadlineExceeded        nobody answered in time: try again
+        NetworkError            the link broke: try again
+        ProtocolError           the peer is wrong: do not try again
+      DataError                 data that cannot be had, or is not what it says
+      DeviceError               a device failed (device_id, round, stage)
+      PlanError                 a plan that is unsigned, altered, too large, or not for this runtime
+      ProgramError              a program of a plan failed, whatever it raised
+      RoundError
+        InvalidTransition       an event that the machine's state does not allow
+        QuorumNotReached        too few devices reported
+      UpdateRefused             an update that may not be counted (reason)
+      StoreError                the run store cannot do it (newer schema, full disk, missing blob)
+      MissingExtra              an optional library is needed
+"""
+
+
+class ShoalError(Exception):
+    """Base of all errors that shoal raises for what happens outside the caller's code."""
+
+
+class TransportError(ShoalError):
+    """A message could not be exchanged with a peer."""
+
+
+class DeadlineExceeded(TransportError):
+    """The peer did not answer in time; trying again is right."""
+
+
+class NetworkError(TransportError):
+    """The connection broke or could not be made; trying again is right."""
+
+
+class ProtocolError(TransportError):
+    """The peer sent something that it must not; trying again is wrong."""
+
+
+class DataError(ShoalError):
+    """Data cannot be had, or is not what its description says."""
+
+
+class DeviceError(ShoalError):
+    """A device failed in a stage of a round."""
+
+    def __init__(self, message: str, *, device_id: str = "", round: int = -1, stage: str = "") -> None:
+        super().__init__(message)
+        self.device_id, self.round, self.stage = device_id, round, stage
+
+
+class PlanError(ShoalError):
+    """A plan is refused: signature, hash, size, operations or runtime are not right."""
+
+
+class ProgramError(ShoalError):
+    """A program of a plan failed; `program` names it."""
+
+    def __init__(self, message: str, *, program: str = "") -> None:
+        super().__init__(message)
+        self.program = program
+
+
+class RoundError(ShoalError):
+    """A round cannot go on."""
+
+
+class InvalidTransition(RoundError):
+    """A machine was given an event that its state does not allow; the message carries its story."""
+
+
+class QuorumNotReached(RoundError):
+    """Fewer devices reported than the task's minimum."""
+
+
+class UpdateRefused(ShoalError):
+    """An update may not be counted; `reason` is a short word that the device is told."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class StoreError(ShoalError):
+    """The run store cannot do what was asked."""
+
+
+class MissingExtra(ShoalError):
+    """An optional library is missing."""
+
+    def __init__(self, library: str, *, extra: str, why: str) -> None:
+        super().__init__(f"{why} needs {library}, which is not installed. Install it with: pip install 'shoal[{extra}]'.")
+        self.library, self.extra = library, extra
