@@ -1,0 +1,127 @@
+"""Fixed point: sums of numbers that are exact, so that they are equal in any order, on any machine.
+
+A contribution is ``round(weight * value * 2**-exponent)`` as an integer of `bits` bits; weight (and a discount for
+age, a power of two's multiple or not) is already inside. Integers add exactly; the sum is read back by
+``sum * 2**exponent``. What cannot be held is refused when a round is configured, never wrapped::
+
+    log2(bound) + log2(max_weight) + log2(max_members) + fraction bits  <=  bits - 1
+
+Guarantees:
+    * Order: the sum of any contributions is the same bits in every order and grouping.
+    * Range: no sum of at most `max_members` contributions within the bounds overflows.
+    * Error: the weighted mean differs from the exact one by at most ``2**(exponent-1) * members / total weight``.
+
+The arithmetic is float64 with round-half-even (IEEE 754), which NumPy and XLA do alike.
+"""
+
+from dataclasses import dataclass
+from math import ceil, frexp, isfinite, log2
+from typing import Any, Self
+
+import numpy as np
+
+from shoal import validate
+from shoal.errors import UpdateRefused
+
+CHUNK = 1 << 18  # elements: the float64 temporaries of one chunk stay in a core's cache
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FixedPoint:
+    """How one summed tensor is written as integers during one round."""
+
+    bits: int
+    """Width of the integers: 64 in clear mode, at most 32 in secure mode."""
+    exponent: int
+    """The unit is 2**exponent."""
+    bound: float
+    """Largest absolute value of one element, before the weight."""
+    max_weight: int
+    """Largest weight of one member."""
+    max_members: int
+    """Most contributions in one sum."""
+
+    def __post_init__(self) -> None:
+        validate.one_of((8, 16, 32, 64), bits=self.bits)
+        validate.positive(bound=self.bound, max_weight=self.max_weight, max_members=self.max_members)
+        if not isfinite(self.bound):
+            raise ValueError(f"Expected a finite bound, got bound={self.bound!r}.")
+        needed = self.whole_bits - self.exponent
+        if needed > self.bits - 1:
+            raise ValueError(
+                f"Expected bound {self.bound:g} x weight {self.max_weight} x members {self.max_members} with unit "
+                f"2^{self.exponent} to fit {self.bits - 1} bits, it needs {needed}. Raise the exponent, or lower one of them."
+            )
+
+    @property
+    def whole_bits(self) -> int:
+        """Bits above the binary point that the largest sum needs."""
+        return _whole_bits(self.bound, self.max_weight, self.max_members)
+
+    @property
+    def unit(self) -> float:
+        return 2.0**self.exponent
+
+    @classmethod
+    def finest(cls, *, bits: int, bound: float, max_weight: int, max_members: int) -> Self:
+        """The smallest unit that holds the largest sum."""
+        validate.positive(bound=bound, max_weight=max_weight, max_members=max_members)
+        whole = _whole_bits(bound, max_weight, max_members)
+        return cls(
+            bits=bits, exponent=whole - (bits - 1), bound=bound, max_weight=max_weight, max_members=max_members
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "bits": self.bits, "exponent": self.exponent, "bound": self.bound, "max_weight": self.max_weight,
+            "max_members": self.max_members,
+        }  # fmt: skip
+
+
+def _whole_bits(bound: float, max_weight: int, max_members: int) -> int:
+    # frexp is strict (bound < 2**e), so the largest sum is below 2**(bits-1) and not equal to it.
+    return frexp(bound)[1] + ceil(log2(max_weight)) + ceil(log2(max_members))
+
+
+def refuse_bad_values(values: np.ndarray, fixed: FixedPoint, *, name: str) -> None:
+    """Raises UpdateRefused if an element is not finite or is above the bound."""
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK].astype(np.float64, copy=False)
+        largest = float(np.max(np.abs(part), initial=0.0))
+        if not isfinite(largest):
+            raise UpdateRefused(f"{name} holds NaN or infinity.", reason="not finite")
+        if largest > fixed.bound:
+            raise UpdateRefused(
+                f"Expected |{name}| <= {fixed.bound:g}, got {largest:g}. The bound is a setting of the task.",
+                reason="out of bounds",
+            )
+
+
+def refuse_bad_weight(weight: int, fixed: FixedPoint) -> None:
+    """Raises UpdateRefused unless 1 <= weight <= max_weight."""
+    if not 1 <= weight <= fixed.max_weight:
+        raise UpdateRefused(f"Expected 1 <= weight <= {fixed.max_weight}, got {weight}.", reason="bad weight")
+
+
+def add(total: np.ndarray, values: np.ndarray, fixed: FixedPoint, *, weight: float) -> None:
+    """Adds one checked contribution to `total` in place.
+
+    Args:
+        total: int64, any shape, C order; the running sum.
+        values: the same number of elements, any float or integer type.
+        weight: examples times discount; 1 for an unweighted sum.
+    """
+    flat_total, flat = total.reshape(-1), values.reshape(-1)
+    scale = weight * 2.0**-fixed.exponent
+    buffer = np.empty(min(CHUNK, max(flat.size, 1)), np.float64)
+    for start in range(0, flat.size, CHUNK):
+        part = flat[start : start + CHUNK]
+        scaled = np.multiply(part, scale, out=buffer[: part.size], dtype=np.float64, casting="unsafe")
+        np.rint(scaled, out=scaled)
+        flat_total[start : start + CHUNK] += scaled.astype(np.int64)
+
+
+def read(total: np.ndarray, fixed: FixedPoint, *, divisor: float = 1.0) -> np.ndarray:
+    """The float64 value of a sum, divided by `divisor` (the total weight, for a mean)."""
+    return total.astype(np.float64) * fixed.unit / divisor

@@ -1,0 +1,204 @@
+"""How a task is run, as plain data: the round policy, the server rule, what a task is about.
+
+These are the parts of a `Task` that travel in a plan's server half, so that a Coordinator can start again without
+the task's source. No JAX here. What they *do* is written in `fleet/round.py` and `aggregate/`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import ceil
+from typing import Any, Final, Literal, Self
+
+from shoal import validate
+
+MINIMUM_GROUP: Final = 8
+"""Updates that must be added together before anybody sees the sum, unless a task asks for less."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Late:
+    """What happens to an update whose round has closed."""
+
+    kind: Literal["discard", "discount", "patch"] = "discard"
+    """`discard`: refused; `discount`: counted in a later round at `factor` per version of age; `patch`: as if in time."""
+    factor: float = 1.0
+    """Discount per version of age, in (0, 1]."""
+    max_staleness: int = 0
+    """Most versions of age that are still taken."""
+
+    def __post_init__(self) -> None:
+        validate.one_of(("discard", "discount", "patch"), kind=self.kind)
+        validate.between(0.0, 1.0, factor=self.factor)
+        validate.not_negative(max_staleness=self.max_staleness)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selection:
+    """Which of the devices that checked in are taken."""
+
+    kind: Literal["uniform", "exact"] = "uniform"
+    """`uniform`: drawn at random among those waiting; `exact`: just the devices of `ids`, each once in every round."""
+    ids: tuple[str, ...] = ()
+    """Device ids, for `exact`."""
+
+    def __post_init__(self) -> None:
+        validate.one_of(("uniform", "exact"), kind=self.kind)
+        if (self.kind == "exact") != bool(self.ids) or len(set(self.ids)) != len(self.ids):
+            raise ValueError(f"Expected distinct ids if and only if kind is exact, got kind={self.kind!r} ids={self.ids[:5]}.")
+
+    @classmethod
+    def exact(cls, ids: tuple[str, ...] | list[str]) -> Self:
+        """Takes just these devices in every round: for tests and for cross-silo runs."""
+        return cls(kind="exact", ids=tuple(ids))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundPolicy:
+    """Selection, configuration, reporting (Bonawitz et al. 2019, section 2.2) as settings of one machine."""
+
+    goal: int = 20
+    """Updates that close a round."""
+    over_selection: float = 1.3
+    """Devices selected for each update wanted; the surplus covers those that drop out."""
+    minimum_fraction: float = 0.8
+    """Least share of the goal with which a round may still commit when its window ends."""
+    minimum_group: int = MINIMUM_GROUP
+    """Fewest updates in a sum that anybody sees."""
+    selection_window_s: float = 120.0
+    """Longest wait for enough devices before a round starts with fewer (if they can reach the minimum)."""
+    reporting_window_s: float = 300.0
+    """Longest wait for updates after the last device was selected."""
+    selection: Selection = field(default_factory=Selection)
+    """Which devices are taken."""
+    late: Late = field(default_factory=Late)
+    """What happens to updates whose round has closed."""
+    buffer: int = 0
+    """Updates per commit in asynchronous mode; 0 is synchronous."""
+    concurrency: int = 1
+    """Rounds in flight at once."""
+    token_life_s: float = 86_400.0
+    """How long an assignment may be reported on."""
+
+    def __post_init__(self) -> None:
+        validate.positive(goal=self.goal, selection_window_s=self.selection_window_s, minimum_group=self.minimum_group)
+        validate.positive(reporting_window_s=self.reporting_window_s, token_life_s=self.token_life_s)
+        validate.between(1.0, 10.0, over_selection=self.over_selection)
+        validate.between(0.0, 1.0, minimum_fraction=self.minimum_fraction)
+        if self.goal < self.minimum_group:
+            raise ValueError(
+                f"Expected goal >= minimum_group, got goal={self.goal} minimum_group={self.minimum_group}. A group below the "
+                f"minimum is never opened; ask for a smaller one with minimum_group={self.goal} if the members agree to it."
+            )
+        if self.selection.kind == "exact" and len(self.selection.ids) != self.goal:
+            raise ValueError(f"Expected goal={len(self.selection.ids)}, the number of exact ids, got goal={self.goal}.")
+
+    @property
+    def num_selected(self) -> int:
+        """Devices taken at the start of a round."""
+        return self.goal if self.selection.kind == "exact" else ceil(self.goal * self.over_selection - 1e-9)
+
+    @property
+    def minimum(self) -> int:
+        """Fewest updates with which a round commits."""
+        if self.selection.kind == "exact":
+            return self.goal
+        return max(self.minimum_group, ceil(self.goal * self.minimum_fraction - 1e-9))
+
+    def to_json(self) -> dict[str, Any]:
+        flat = {f.name: getattr(self, f.name) for f in fields(self)}
+        return flat | {
+            "selection": {"kind": self.selection.kind, "ids": list(self.selection.ids)},
+            "late": {"kind": self.late.kind, "factor": self.late.factor, "max_staleness": self.late.max_staleness},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ValueError, KeyError or TypeError for anything that `to_json` would not have written."""
+        chosen = data["selection"]
+        selection = Selection(kind=chosen["kind"], ids=tuple(chosen["ids"]))
+        return cls(**{**data, "selection": selection, "late": Late(**data["late"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServerRule:
+    """What the server does with the mean update (Reddi et al. 2021, "Adaptive federated optimization", algorithm 2).
+
+    Made by `shoal.server.sgd` and its siblings; the arithmetic is in `aggregate/server_rule.py`. Kind `program` is an
+    optax transformation that travels as one of the plan's programs.
+    """
+
+    kind: Literal["sgd", "adagrad", "adam", "yogi", "program"] = "sgd"
+    """The rule."""
+    learning_rate: float = 1.0
+    """Step along the mean update."""
+    momentum: float = 0.0
+    """For sgd: heavy-ball momentum."""
+    b1: float = 0.9
+    """For adagrad, adam and yogi: decay of the first moment."""
+    b2: float = 0.99
+    """For adam and yogi: decay of the second moment."""
+    eps: float = 1e-3
+    """For adagrad, adam and yogi: the degree of adaptivity (tau in the paper)."""
+
+    def __post_init__(self) -> None:
+        validate.one_of(("sgd", "adagrad", "adam", "yogi", "program"), kind=self.kind)
+        validate.positive(learning_rate=self.learning_rate, eps=self.eps)
+        for name, value in (("momentum", self.momentum), ("b1", self.b1), ("b2", self.b2)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"Expected 0 <= {name} < 1, got {name}={value!r}.")
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Privacy:
+    """What a task promises its members. The first version knows the bounds; mechanisms come with `privacy/`."""
+
+    delta_bound: float = 256.0
+    """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
+    clip_norm: float | None = None
+    """Largest norm of an update; None: not clipped."""
+    noise_multiplier: float = 0.0
+    """Noise over clip norm; 0: none."""
+
+    def __post_init__(self) -> None:
+        validate.positive(delta_bound=self.delta_bound)
+        validate.not_negative(noise_multiplier=self.noise_multiplier)
+        if self.clip_norm is not None or self.noise_multiplier:
+            raise ValueError(
+                f"Expected clip_norm=None and noise_multiplier=0, got {self.clip_norm!r} and {self.noise_multiplier!r}: "
+                "this version has no differential privacy yet, and does not pretend to."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**data)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class About:
+    """What people are told of a task, on its card."""
+
+    purpose: str = ""
+    """What the model is for."""
+    data: str = ""
+    """Where the examples come from and who they are about."""
+    licence: str = ""
+    """Under what terms data and model may be used."""
+    limits: str = ""
+    """Where it should not be used."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**data)
