@@ -14,6 +14,7 @@ Guarantees:
 The arithmetic is float64 with round-half-even (IEEE 754), which NumPy and XLA do alike.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, frexp, isfinite, log2
 from typing import Any, Self
@@ -22,6 +23,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.errors import UpdateRefused
+from shoal.tensors import TensorSpec
 
 CHUNK = 1 << 18  # elements: the float64 temporaries of one chunk stay in a core's cache
 
@@ -76,6 +78,30 @@ class FixedPoint:
             "bits": self.bits, "exponent": self.exponent, "bound": self.bound, "max_weight": self.max_weight,
             "max_members": self.max_members,
         }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SumSpec:
+    """One tensor that members report and the server only ever sees summed."""
+
+    tensor: TensorSpec
+    """Name, shape and element type, for example `delta/params/dense/kernel` float32."""
+    bound: float
+    """Largest absolute value of one element."""
+    weighted: bool
+    """Whether a member's contribution is multiplied by its weight."""
+
+    def fixed(self, *, bits: int, max_weight: int, max_members: int) -> FixedPoint:
+        """The finest fixed point for a round of at most `max_members`."""
+        weight = max_weight if self.weighted else 1
+        return FixedPoint.finest(bits=bits, bound=self.bound, max_weight=weight, max_members=max_members)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"tensor": self.tensor.to_json(), "bound": self.bound, "weighted": self.weighted}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "tensor": TensorSpec.from_json(data["tensor"])})
 
 
 def _whole_bits(bound: float, max_weight: int, max_members: int) -> int:

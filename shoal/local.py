@@ -1,0 +1,314 @@
+"""Local training as three pure programs over named tensors: begin, block, finish.
+
+``begin`` turns what was broadcast (and what the device kept) into a carry; ``block`` takes a few unrolled steps of
+fixed shape; ``finish`` turns the carry into a report. No pytree crosses a boundary: everything is a flat mapping of
+names, in sorted order, so that a program can be exported, signed, and run where there is no Python object of ours.
+
+Data flow of the default rule, local SGD (McMahan et al. 2017, algorithm 1, ClientUpdate; any optax transformation)::
+
+    broadcast {params/…, state/…} ─begin─> carry {params/…, state/…, opt/…, metric/…, step, weight}
+    batches (k, B, …), mask (k, B), key (2,) ─block─> carry, as often as the examples last
+    carry, broadcast ─finish─> delta/… = reached - received, weight, metric sums, device state
+
+Guarantees:
+    * A wholly masked step changes nothing: not a parameter, a counter or a statistic.
+    * Masked examples count for nothing: not in the loss, the gradient, the metrics or the weight.
+    * Step t draws its randomness from (key, t) alone, so the same examples give the same result in blocks of any length.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from shoal.fixed import SumSpec
+from shoal.task import Loss, Sum, Task, Tree, Variables, check_metrics
+from shoal.tensors import TensorSpec, specs_of
+
+Named = dict[str, Any]
+"""Name -> array or tracer, sorted by name."""
+
+DEFAULT_LOSS_BOUND: Final = (-1000.0, 1000.0)
+
+
+class Report(NamedTuple):
+    """What a member reports of one round."""
+
+    sums: dict[str, Named]
+    """Kind (FedAvg: `delta`) -> named tensors that will be summed over members."""
+    weight: Any
+    """int32 scalar: how many times the weighted sums count."""
+    metrics: Named
+    """`loss/numerator`, `loss/denominator`, …: float32 scalars."""
+    device_state: Named
+    """What the device keeps for the next round."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRule:
+    """Three pure functions and what goes in and out of them."""
+
+    begin: Callable[[Named, Named], Named]
+    """(broadcast, device state) -> carry."""
+    block: Callable[[Named, Named, Any, Any], Named]
+    """(carry, batches {field: (k, B, …)}, mask (k, B) bool, key (2,) uint32) -> carry."""
+    finish: Callable[[Named, Named], Report]
+    """(carry, broadcast) -> report."""
+    broadcast: tuple[TensorSpec, ...]
+    """What the server sends."""
+    device_state: tuple[TensorSpec, ...]
+    """What the device keeps; a device without it passes zeros."""
+    sums: tuple[SumSpec, ...]
+    """What is reported for summing, by flat name (`delta/params/…`, `metric/loss/numerator`)."""
+
+
+def seed_key(key: Any) -> jax.Array:
+    """A typed key from the two words that travel."""
+    return jax.random.wrap_key_data(key, impl="threefry2x32")
+
+
+def name_of(path: Any) -> str:
+    """`params/dense/kernel` for a path of `jax.tree_util`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named(tree: Tree, prefix: str) -> Named:
+    """A pytree as named leaves, sorted by name."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return dict(sorted((f"{prefix}/{name_of(path)}" if path else prefix, leaf) for path, leaf in leaves))
+
+
+class Shape:
+    """How a pytree is taken apart into names and put together again."""
+
+    def __init__(self, tree: Tree, prefix: str) -> None:
+        paths, self._treedef = jax.tree_util.tree_flatten_with_path(tree)
+        self.names = [f"{prefix}/{name_of(path)}" if path else prefix for path, _ in paths]
+
+    def tree(self, values: Mapping[str, Any]) -> Tree:
+        """The pytree whose leaves are found by name; a name that is missing becomes None."""
+        return jax.tree_util.tree_unflatten(self._treedef, [values.get(name) for name in self.names])
+
+
+def model_shape(task: Task) -> Variables:
+    """Shapes of the task's variables, without computing them."""
+    return jax.eval_shape(task.variables, jax.random.key(0))
+
+
+def model_specs(task: Task) -> tuple[TensorSpec, ...]:
+    """What the server broadcasts, sorted by name. Tables are of kind `rows`.
+
+    Raises:
+        ValueError: a table or a leaf rule names no tensor, or a learned leaf is not of a floating type.
+    """
+    like = model_shape(task)
+    flat = dict(sorted((named(like.params, "params") | named(like.state, "state")).items()))
+    tables = {tensor: table for table, tensor in task.tables.items()}
+    if missing := sorted(set(tables) - set(flat)):
+        raise ValueError(f"Expected tables of task {task.name!r} to name tensors among {sorted(flat)}, got {missing}.")
+    for name, leaf in flat.items():
+        if task.leaf_rule(name) == "mean" and not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Expected {name} to be of a floating type to be averaged, got {leaf.dtype}. "
+                f"Keep it on the device or fixed: leaves={{{name!r}: 'private'}} or 'frozen'."
+            )
+    return tuple(
+        TensorSpec(
+            name=name, shape=tuple(leaf.shape), dtype=str(leaf.dtype), kind="rows" if name in tables else "dense",
+            table=tables.get(name, ""), first_use=rank, last_ready=len(flat) - 1 - rank,
+        )
+        for rank, (name, leaf) in enumerate(flat.items())
+    )  # fmt: skip
+
+
+def local_rule(task: Task) -> LocalRule:
+    """The task's local rule: its own, or local SGD."""
+    return task.rule(task) if task.rule is not None else sgd_rule(task)
+
+
+def sgd_rule(task: Task) -> LocalRule:
+    """Local training by the task's optax transformation."""
+    like, specs = model_shape(task), model_specs(task)
+    params_shape, state_shape = Shape(like.params, "params"), Shape(like.state, "state")
+    learned = [name for name in params_shape.names if task.leaf_rule(name) != "frozen"]
+    private = [spec for spec in specs if task.leaf_rule(spec.name) == "private"]
+    averaged = [spec for spec in specs if task.leaf_rule(spec.name) == "mean"]
+    metric_bounds = _metric_bounds(task, like)
+
+    def learned_tree(values: Named) -> Tree:
+        # Frozen leaves become None, which optax passes over: no gradient, no optimizer state.
+        return params_shape.tree({name: values[name] for name in learned})
+
+    opt_like = jax.eval_shape(task.local.optimizer.init, learned_tree({s.name: _struct(s) for s in specs}))
+    opt_shape = Shape(opt_like, "opt")
+
+    def begin(broadcast: Named, device_state: Named) -> Named:
+        values = dict(broadcast)
+        for spec in private:
+            kept = device_state[f"private/{spec.name}"]
+            values[spec.name] = jnp.where(device_state["rounds"] > 0, kept, values[spec.name])
+        opt = named(task.local.optimizer.init(learned_tree(values)), "opt")
+        zeros = {f"metric/{name}/{part}": jnp.zeros((), jnp.float32) for name in metric_bounds for part in _PARTS}
+        counters = {"step": jnp.zeros((), jnp.int32), "weight": jnp.zeros((), jnp.int32)}
+        if private:
+            counters["rounds"] = device_state["rounds"]
+        return _sorted(values | opt | zeros | counters)
+
+    def block(carry: Named, batches: Named, mask: Any, key: Any) -> Named:
+        for k in range(mask.shape[0]):
+            batch = {name: values[k] for name, values in batches.items()} | {"mask": mask[k]}
+            carry = step(carry, batch, seed_key(key))
+        return carry
+
+    def step(carry: Named, batch: Named, key: jax.Array) -> Named:
+        mask = batch["mask"]
+        count = jnp.sum(mask, dtype=jnp.int32)
+        step_key = jax.random.fold_in(key, carry["step"])
+
+        def objective(chosen: Tree) -> tuple[Any, Loss]:
+            values = carry | {n: v for n, v in zip(learned, _leaves(chosen), strict=True)}
+            params = params_shape.tree(values)
+            result = task.losses(params, state_shape.tree(carry), batch, step_key)
+            total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
+            mean = total / jnp.maximum(count, 1).astype(total.dtype)
+            if task.penalty is not None:
+                mean = mean + task.penalty(params)
+            return mean, result
+
+        chosen = learned_tree(carry)
+        gradient, result = jax.grad(objective, has_aux=True)(chosen)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
+            updates, opt = task.local.optimizer.update(gradient, opt_shape.tree(carry), chosen)
+            reached = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), chosen, updates)
+        after = dict(zip(learned, _leaves(reached), strict=True)) | named(opt, "opt") | named(result.state, "state")
+        after |= {"step": carry["step"] + 1, "weight": carry["weight"] + count}
+        for name, metric in _with_loss(result, metric_bounds).items():
+            for part, value in zip(_PARTS, _masked_sums(metric, mask), strict=True):
+                after[f"metric/{name}/{part}"] = carry[f"metric/{name}/{part}"] + value
+        live = count > 0
+        kept = {name: jnp.where(live, value, carry[name]) for name, value in after.items()}
+        return _sorted(carry | kept)
+
+    def finish(carry: Named, broadcast: Named) -> Report:
+        delta = {s.name: carry[s.name].astype(jnp.float32) - broadcast[s.name].astype(jnp.float32) for s in averaged}
+        metrics = {f"{name}/{part}": carry[f"metric/{name}/{part}"] for name in metric_bounds for part in _PARTS}
+        weight = carry["weight"] if task.local.weighting == "examples" else jnp.minimum(carry["weight"], 1)
+        kept = {f"private/{spec.name}": carry[spec.name] for spec in private}
+        if private:
+            kept["rounds"] = carry["rounds"] + 1
+        return Report({"delta": delta}, weight, _sorted(metrics), _sorted(kept))
+
+    return LocalRule(
+        begin=begin,
+        block=block,
+        finish=finish,
+        broadcast=specs,
+        device_state=_device_state_specs(private),
+        sums=(*_delta_sums(task, averaged), *metric_sums(metric_bounds, task.local.max_weight)),
+    )
+
+
+_PARTS: Final = ("denominator", "numerator")
+
+
+def _sorted(values: Named) -> Named:
+    return dict(sorted(values.items()))
+
+
+def _leaves(tree: Tree) -> list[Any]:
+    return jax.tree.leaves(tree)
+
+
+def _struct(spec: TensorSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, spec.numpy_dtype)
+
+
+def _device_state_specs(private: list[TensorSpec]) -> tuple[TensorSpec, ...]:
+    if not private:
+        return ()
+    kept = {f"private/{spec.name}": _struct(spec) for spec in private} | {"rounds": jax.ShapeDtypeStruct((), jnp.int32)}
+    return specs_of(_sorted(kept))
+
+
+def _metric_bounds(task: Task, like: Variables) -> dict[str, tuple[float, float]]:
+    # Shapes alone are traced: a wrong loss is refused here, before anything is compiled.
+    batch = task.batch_spec(task.local.batch_size)
+    result = jax.eval_shape(task.losses, like.params, like.state, batch, jax.random.key(0))
+    before, after = named(like.state, "state"), named(result.state, "state")
+    if {n: (x.shape, x.dtype) for n, x in before.items()} != {n: (x.shape, x.dtype) for n, x in after.items()}:
+        raise ValueError(
+            f"Expected the loss of task {task.name!r} to return state like it was given, {sorted(before)}, got {sorted(after)}."
+        )
+    bounds = {name: metric.bound for name, metric in result.metrics.items()}
+    return dict(sorted(({"loss": DEFAULT_LOSS_BOUND} | bounds).items()))
+
+
+def _with_loss(result: Loss, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Sum]:
+    ones = jnp.ones_like(result.per_example)
+    return {"loss": Sum(result.per_example, ones, bounds["loss"])} | result.metrics
+
+
+def _masked_sums(metric: Sum, mask: Any) -> tuple[Any, Any]:
+    low, high = metric.bound
+    numerator = jnp.clip(metric.numerator.astype(jnp.float32), low, high)
+    denominator = jnp.clip(metric.denominator.astype(jnp.float32), 0.0, 1.0)
+    zero = jnp.zeros((), jnp.float32)
+    return jnp.sum(jnp.where(mask, denominator, zero)), jnp.sum(jnp.where(mask, numerator, zero))
+
+
+def _delta_sums(task: Task, averaged: list[TensorSpec]) -> tuple[SumSpec, ...]:
+    return tuple(
+        SumSpec(
+            tensor=TensorSpec(
+                name=f"delta/{spec.name}", shape=spec.shape, dtype="float32", kind=spec.kind, table=spec.table,
+                first_use=spec.first_use, last_ready=spec.last_ready,
+            ),
+            bound=task.privacy.delta_bound,
+            weighted=True,
+        )
+        for spec in averaged
+    )  # fmt: skip
+
+
+def metric_sums(bounds: Mapping[str, tuple[float, float]], max_weight: int) -> tuple[SumSpec, ...]:
+    """What is summed of metrics with these bounds over at most `max_weight` examples each."""
+    return tuple(
+        SumSpec(
+            tensor=TensorSpec(name=f"metric/{name}/{part}", shape=(), dtype="float32"),
+            bound=(max(abs(low), abs(high)) if part == "numerator" else 1.0) * max_weight,
+            weighted=False,
+        )
+        for name, (low, high) in sorted(bounds.items())
+        for part in _PARTS
+    )
+
+
+def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:
+    """(broadcast, batch {field: (B, …)}, mask (B,)) -> metric sums `loss/numerator`, …; None without `evaluate`."""
+    if task.evaluate is None:
+        return None
+    evaluate, like = task.evaluate, model_shape(task)
+    params_shape, state_shape = Shape(like.params, "params"), Shape(like.state, "state")
+
+    def run(broadcast: Named, batch: Named, mask: Any) -> Named:
+        made = evaluate(params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
+        check_metrics(made, mask.shape[0], what=f"evaluate of task {task.name!r}")
+        sums = {name: dict(zip(_PARTS, _masked_sums(metric, mask), strict=True)) for name, metric in made.items()}
+        return _sorted({f"{name}/{part}": value for name, parts in sums.items() for part, value in parts.items()})
+
+    return run
+
+
+def predictor(task: Task) -> Callable[[Named, Named, Any], Any] | None:
+    """(broadcast, batch {field: (B, …)}, mask (B,)) -> {"prediction": (B, …)}; None without `predict`."""
+    if task.predict is None:
+        return None
+    predict, like = task.predict, model_shape(task)
+    params_shape, state_shape = Shape(like.params, "params"), Shape(like.state, "state")
+
+    def run(broadcast: Named, batch: Named, mask: Any) -> Named:
+        return {"prediction": predict(params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})}
+
+    return run

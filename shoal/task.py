@@ -1,0 +1,216 @@
+"""The Task: what is learned, written once, trained anywhere.
+
+A `Task` is pure functions and plain settings. Nothing here trains: `local.py` makes the local rule of it, `plan/`
+makes it portable, `simulate/` and `fleet/` run it.
+
+The functions::
+
+    init(key) -> Variables(params, state)
+    loss(params, state, batch, key) -> Loss(per_example (B,), state, metrics)
+    evaluate(params, state, batch) -> metrics
+    predict(params, state, batch) -> array (B, ...)        # optional, for `shoal predict`
+    penalty(params) -> scalar                              # optional, added to the mean loss
+
+`batch` is a mapping of the task's fields with a leading dimension B, plus ``batch["mask"]`` (B,), True for real
+examples: whoever mixes examples (batch norm) must heed it; the frame masks padding out of losses and metrics.
+"""
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from shoal import validate
+from shoal.policy import About, Privacy, RoundPolicy, ServerRule
+
+if TYPE_CHECKING:
+    from shoal.local import LocalRule
+
+Batch = Mapping[str, Any]
+"""Field -> array (B, ...); also `mask` (B,)."""
+
+Tree = Any
+"""A pytree of arrays."""
+
+LeafRule = Literal["mean", "private", "frozen"]
+
+
+class Variables(NamedTuple):
+    """What a model consists of: parameters that are learned and state that is carried (batch statistics)."""
+
+    params: Tree
+    state: Tree
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["numerator", "denominator"], meta_fields=["bound"])
+@dataclass(frozen=True)
+class Sum:
+    """A metric that can be added exactly: the metric is sum(numerator) / sum(denominator)."""
+
+    numerator: Any
+    """(B,), each within `bound`; clipped to it."""
+    denominator: Any
+    """(B,), each within [0, 1]; clipped to it."""
+    bound: tuple[float, float]
+    """Smallest and largest numerator of one example."""
+
+    def __post_init__(self) -> None:
+        low, high = self.bound
+        if not low < high:
+            raise ValueError(f"Expected bound=(lo, hi) with lo < hi, got bound={self.bound!r}.")
+
+
+class Loss(NamedTuple):
+    """What a loss function returns."""
+
+    per_example: Any
+    """(B,), one loss per example; the frame takes the mean over real ones."""
+    state: Tree
+    """The model's state after this batch."""
+    metrics: dict[str, Sum]
+    """Metrics of this batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Local:
+    """Local training on one device."""
+
+    optimizer: optax.GradientTransformation = field(default_factory=lambda: optax.sgd(0.1))
+    """Any optax transformation; its state lives for one round."""
+    batch_size: int = 32
+    """Examples per step."""
+    epochs: int = 1
+    """Passes over the device's examples in one round."""
+    steps_per_block: int = 4
+    """Steps that one call of the compiled program takes."""
+    max_weight: int = 1 << 16
+    """Most examples (times epochs) that one update may count for."""
+    weighting: Literal["examples", "uniform"] = "examples"
+    """An update counts as many times as it saw examples, or once."""
+    drop_remainder: bool = False
+    """Leave out the partial last batch of an epoch."""
+
+    def __post_init__(self) -> None:
+        validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
+        validate.positive(max_weight=self.max_weight)
+        validate.one_of(("examples", "uniform"), weighting=self.weighting)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is learned and how. See the module's text for the functions' signatures."""
+
+    name: str
+    """Name of the task; letters, digits, dot, dash, underscore."""
+    init: Callable[[jax.Array], Any]
+    """Key -> Variables; a bare pytree is taken as params without state."""
+    loss: Callable[..., Any]
+    """(params, state, batch, key) -> Loss; returning just the per-example losses is enough for a stateless model."""
+    batch: Mapping[str, tuple[tuple[int, ...], str]]
+    """Field -> (shape of one example, dtype)."""
+    evaluate: Callable[..., dict[str, Sum]] | None = None
+    """(params, state, batch) -> metrics."""
+    predict: Callable[..., Any] | None = None
+    """(params, state, batch) -> predictions (B, ...)."""
+    penalty: Callable[[Tree], Any] | None = None
+    """params -> scalar, added to the mean loss."""
+    local: Local = field(default_factory=Local)
+    """Local training."""
+    server: ServerRule | optax.GradientTransformation = field(default_factory=ServerRule)
+    """What the server does with the mean update."""
+    rounds: RoundPolicy = field(default_factory=RoundPolicy)
+    """How rounds are run on a fleet and in simulation."""
+    privacy: Privacy = field(default_factory=Privacy)
+    """What the members are promised."""
+    leaves: Mapping[str, LeafRule] = field(default_factory=dict)
+    """Glob over tensor names (`params/head/*`) -> rule; the first that matches counts, else `mean`."""
+    tables: Mapping[str, str] = field(default_factory=dict)
+    """Name of an embedding table -> name of its tensor."""
+    keys: Callable[[Batch], Mapping[str, Any]] | None = None
+    """batch -> table -> ids (B, ...): the rows that a batch needs."""
+    about: About = field(default_factory=About)
+    """What people are told of it."""
+    heeds_mask: bool = True
+    """False: the model mixes examples without looking at the mask, so a partial batch is refused."""
+    rule: "Callable[[Task], LocalRule] | None" = None
+    """Makes another local rule than `local.sgd_rule` of this task."""
+
+    def __post_init__(self) -> None:
+        if not self.name or set(self.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+            raise ValueError(f"Expected a task name of letters, digits, '.', '-', '_', got name={self.name!r}.")
+        if not self.batch or "mask" in self.batch:
+            raise ValueError(f"Expected batch to name the fields of an example ('mask' is ours), got {sorted(self.batch)}.")
+        validate.one_of(("mean", "private", "frozen"), **dict(zip(_slots(self.leaves), self.leaves.values(), strict=True)))
+
+    def leaf_rule(self, name: str) -> LeafRule:
+        """The rule of the tensor of that name."""
+        for pattern, rule in self.leaves.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return rule
+        return "mean"
+
+    def variables(self, key: jax.Array) -> Variables:
+        """`init`, with a bare pytree wrapped."""
+        made = self.init(key)
+        return made if isinstance(made, Variables) else Variables(made, {})
+
+    def batch_spec(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of a batch of `size` examples with its mask."""
+        spec = {name: jax.ShapeDtypeStruct((size, *shape), jnp.dtype(dtype)) for name, (shape, dtype) in self.batch.items()}
+        return spec | {"mask": jax.ShapeDtypeStruct((size,), jnp.bool_)}
+
+    def losses(self, params: Tree, state: Tree, batch: Batch, key: jax.Array) -> Loss:
+        """`loss`, with its simple forms wrapped and its result checked.
+
+        Raises:
+            ValueError: the per-example losses do not have shape (B,).
+        """
+        made = self.loss(params, state, batch, key)
+        result = made if isinstance(made, Loss) else Loss(made, state, {})
+        size = batch["mask"].shape[0]
+        shape = jnp.shape(result.per_example)
+        if shape != (size,):
+            what = "a scalar" if shape == () else f"shape {shape}"
+            raise ValueError(
+                f"Expected the loss of task {self.name!r} to return one loss per example, shape ({size},), got {what}. "
+                "Do not take the mean: shoal masks padding and takes it."
+            )
+        check_metrics(result.metrics, size, what=f"loss of task {self.name!r}")
+        return result
+
+    def replace(self, **changes: Any) -> "Task":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    @classmethod
+    def from_flax(cls, module: Any, *, loss: str | Callable[..., Any], batch: Mapping[str, Any], **settings: Any) -> Self:
+        """A task from a Flax module in one line; see `shoal.task_flax.from_flax`."""
+        from shoal.task_flax import from_flax
+
+        return from_flax(cls, module, loss=loss, batch=batch, **settings)
+
+
+def _slots(leaves: Mapping[str, LeafRule]) -> list[str]:
+    return [f"leaves[{pattern!r}]" for pattern in leaves]
+
+
+def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:
+    """Raises ValueError unless every metric is a `Sum` of vectors of `size`."""
+    for name, metric in metrics.items():
+        if not isinstance(metric, Sum):
+            raise ValueError(f"Expected metric {name!r} of the {what} to be a shoal.Sum, got {type(metric).__name__}.")
+        for part in ("numerator", "denominator"):
+            if (shape := jnp.shape(getattr(metric, part))) != (size,):
+                raise ValueError(f"Expected {part} of metric {name!r} of the {what} to have shape ({size},), got {shape}.")
+
+
+def takes_argument(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function can be called with an argument of that name."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
