@@ -1,0 +1,253 @@
+"""The run store's contract: what is kept of a run, and what one transaction holds.
+
+A `Store` keeps runs (a task trained once: a *line* of commits), their rounds, groups, tokens, commits, metrics, use of
+time and bytes, and the ledger. Tensors and plans are blobs, written first and named by their hash; the row that names
+them is the commit. `record/sqlite.py` is the store on disk, `record/memory.py` the one for tests and simulation of
+crashes. Nothing here is about one device: tokens are kept as nonces, metrics are of the server, a cohort or a class.
+
+Invariants (tests cite them by number):
+    (1) A line's versions are 0, 1, 2, … without a gap; version 0 is the initial model.
+    (2) A nonce is counted at most once, in the transaction of the commit (or group) that holds its contribution.
+    (3) What a call has returned for is durable: it is read back after the process is killed at any later point.
+    (4) A blob named by a row exists and has that hash.
+    (5) Every call is one transaction: it happens whole or not at all.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from shoal.tensors import Index, TensorSpec
+
+RunKind = Literal["simulate", "host", "train"]
+RunStatus = Literal["running", "finished", "failed", "stopped"]
+Scope = Literal["server", "cohort", "class"]
+RoundState = Literal["open", "committed", "abandoned"]
+TokenState = Literal["pending", "counted", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunRow:
+    """One run: a task trained once."""
+
+    id: str
+    """Short, unique in the store, sortable by time of creation."""
+    name: str
+    """The task's name."""
+    kind: RunKind
+    """Which place it runs in."""
+    plan_hash: str
+    """Hash of the plan's manifest; the plan is a blob of that name (or empty, while there is none)."""
+    config: Mapping[str, Any]
+    """Settings of the run, as JSON."""
+    provenance: Mapping[str, Any]
+    """Versions, cores, platform, commit of the source."""
+    status: RunStatus
+    created_s: float
+    """Seconds since the epoch."""
+    finished_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundRow:
+    """One pass of selection, configuration, reporting, commit."""
+
+    number: int
+    """From 1, in order of opening; an abandoned round keeps its number."""
+    base_version: int
+    """The version that its devices started from."""
+    state: RoundState
+    opened_s: float
+    closed_s: float | None = None
+    selected: int = 0
+    counted: int = 0
+    released: int = 0
+    """Selected devices that did not count: dropped, refused or late."""
+    reason: str = ""
+    """Why it closed: goal | window | abandoned: …"""
+    configuration: Mapping[str, Any] = field(default_factory=dict)
+    """The round configuration: fixed points, seed, windows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupRow:
+    """Updates added together before anybody saw them."""
+
+    round: int
+    base_version: int
+    members: int
+    weight: int
+    sums_root: str = ""
+    """Root of the index of the sums, where they are kept as blobs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CommitRow:
+    """One version of a line."""
+
+    version: int
+    model: Index
+    """The model's tensors; each hash is a blob."""
+    server_state: Index
+    """The server rule's tensors."""
+    round: int
+    """The round that made it; 0 for the initial model."""
+    members: int
+    weight: int
+    created_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetricRow:
+    """One value of one metric."""
+
+    version: int
+    """The version it was measured on."""
+    name: str
+    value: float
+    scope: Scope
+    time_s: float
+    """Seconds since the run was created."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class UsageRow:
+    """What one phase of a round cost, over all its members."""
+
+    round: int
+    phase: str
+    """select | configure | compute | compile | wait | push | pull | aggregate | commit | evaluate | …"""
+    seconds: float = 0.0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    joules: float | None = None
+    count: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenRow:
+    """What became of an assignment, by nonce; kept until it expires."""
+
+    nonce: bytes
+    state: TokenState
+    version: int | None
+    """The commit that counted it."""
+    reason: str
+    """Why it was refused."""
+    expires_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EventRow:
+    """One line of the journal."""
+
+    time_s: float
+    kind: str
+    data: Mapping[str, Any]
+
+
+class BlobWriter(Protocol):
+    """Writes one blob in pieces; it exists only once `finish` has returned."""
+
+    def write(self, data: bytes | memoryview) -> None: ...
+    def finish(self) -> str:
+        """Makes it durable and returns its hash."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+@runtime_checkable
+class Blobs(Protocol):
+    """Bytes by hash."""
+
+    def put(self, data: bytes) -> str:
+        """Makes the bytes durable and returns their hash; a blob that exists is not written again."""
+        ...
+
+    def writer(self) -> BlobWriter: ...
+    def get(self, hash: str) -> bytes:
+        """The bytes, checked against the hash. Raises StoreError where missing or damaged."""
+        ...
+
+    def view(self, hash: str, spec: TensorSpec) -> np.ndarray:
+        """The tensor, memory-mapped where the store is on disk (no anonymous memory), read-only; not hashed again."""
+        ...
+
+    def read(self, hash: str, offset: int, size: int) -> bytes:
+        """A piece of a blob; shorter at its end."""
+        ...
+
+    def size(self, hash: str) -> int: ...
+    def has(self, hash: str) -> bool: ...
+
+
+@runtime_checkable
+class Store(Protocol):
+    """The run store. Calls block on the disk: shells call them from a thread."""
+
+    @property
+    def blobs(self) -> Blobs: ...
+
+    def create_run(self, run: RunRow) -> None: ...
+    def run(self, run_id: str) -> RunRow: ...
+    def runs(self) -> Sequence[RunRow]: ...
+    def set_status(self, run_id: str, status: RunStatus, *, time_s: float | None) -> None: ...
+    def set_plan(self, run_id: str, plan_hash: str) -> None: ...
+
+    def open_round(self, run_id: str, row: RoundRow) -> None: ...
+    def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
+        """Ends a round without a commit. A round still open when a run is taken up again is closed as abandoned."""
+        ...
+
+    def rounds(self, run_id: str) -> Sequence[RoundRow]: ...
+
+    def commit(
+        self,
+        run_id: str,
+        commit: CommitRow,
+        *,
+        round: RoundRow | None,
+        groups: Sequence[GroupRow] = (),
+        counted: Sequence[tuple[bytes, float]] = (),
+        metrics: Sequence[MetricRow] = (),
+        usage: Sequence[UsageRow] = (),
+    ) -> None:
+        """Writes one version and all that it means, in one transaction.
+
+        Args:
+            counted: (nonce, expiry in epoch seconds) of every contribution in it.
+
+        Raises:
+            StoreError: the version does not follow the last one, a nonce was counted before, a blob is missing, or
+                the disk is full (then nothing was written).
+        """
+        ...
+
+    def last_commit(self, run_id: str) -> CommitRow | None: ...
+    def get_commit(self, run_id: str, version: int) -> CommitRow: ...
+    def commits(self, run_id: str) -> Iterator[CommitRow]: ...
+
+    def token(self, run_id: str, nonce: bytes) -> TokenRow | None: ...
+    def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None: ...
+    def forget_tokens(self, run_id: str, *, before_s: float) -> int:
+        """Drops tokens that have expired; returns how many."""
+        ...
+
+    def log(self, run_id: str, metrics: Sequence[MetricRow]) -> None: ...
+    def metrics(self, run_id: str, name: str | None = None) -> Sequence[MetricRow]: ...
+    def add_usage(self, run_id: str, usage: Sequence[UsageRow]) -> None: ...
+    def usage(self, run_id: str) -> Sequence[UsageRow]: ...
+    def journal(self, run_id: str, events: Sequence[EventRow]) -> None: ...
+    def events(self, run_id: str) -> Sequence[EventRow]: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class OpensStore(Protocol):
+    """How a store is opened: a folder that holds `record.sqlite` and `blobs/`."""
+
+    def __call__(self, folder: Path) -> Store: ...
