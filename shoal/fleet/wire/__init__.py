@@ -1,0 +1,1 @@
+"""Generated from fleet.proto by scripts/protos."""

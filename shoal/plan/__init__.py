@@ -1,0 +1,1 @@
+"""A Task made portable: manifest, programs, signature; and what runs it."""
