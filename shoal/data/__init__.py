@@ -1,0 +1,30 @@
+"""What devices hold: examples, populations, splits, blocks, files, real data sets by name. No JAX here."""
+
+from shoal.data.batch import Block, Blocks, num_blocks, num_steps
+from shoal.data.cache import cache_folder
+from shoal.data.disk import open_population, write_population
+from shoal.data.load import Dataset, load, load_first
+from shoal.data.split import Split, by_user, dirichlet, holdout, iid, shards
+from shoal.data.store import Examples, Population, Spec
+
+__all__ = [
+    "Block",
+    "Blocks",
+    "Dataset",
+    "Examples",
+    "Population",
+    "Spec",
+    "Split",
+    "by_user",
+    "cache_folder",
+    "dirichlet",
+    "holdout",
+    "iid",
+    "load",
+    "load_first",
+    "num_blocks",
+    "num_steps",
+    "open_population",
+    "shards",
+    "write_population",
+]
