@@ -92,5 +92,7 @@ class MissingExtra(ShoalError):
     """An optional library is missing."""
 
     def __init__(self, library: str, *, extra: str, why: str) -> None:
-        super().__init__(f"{why} needs {library}, which is not installed. Install it with: pip install 'shoal[{extra}]'.")
+        super().__init__(
+            f"{why} needs {library}, which is not installed. Install it with: pip install 'shoal[{extra}]'."
+        )
         self.library, self.extra = library, extra

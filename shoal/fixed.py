@@ -70,7 +70,11 @@ class FixedPoint:
         validate.positive(bound=bound, max_weight=max_weight, max_members=max_members)
         whole = _whole_bits(bound, max_weight, max_members)
         return cls(
-            bits=bits, exponent=whole - (bits - 1), bound=bound, max_weight=max_weight, max_members=max_members
+            bits=bits,
+            exponent=whole - (bits - 1),
+            bound=bound,
+            max_weight=max_weight,
+            max_members=max_members,
         )
 
     def to_json(self) -> dict[str, Any]:

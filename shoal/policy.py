@@ -44,7 +44,9 @@ class Selection:
     def __post_init__(self) -> None:
         validate.one_of(("uniform", "exact"), kind=self.kind)
         if (self.kind == "exact") != bool(self.ids) or len(set(self.ids)) != len(self.ids):
-            raise ValueError(f"Expected distinct ids if and only if kind is exact, got kind={self.kind!r} ids={self.ids[:5]}.")
+            raise ValueError(
+                f"Expected distinct ids if and only if kind is exact, got kind={self.kind!r} ids={self.ids[:5]}."
+            )
 
     @classmethod
     def exact(cls, ids: tuple[str, ...] | list[str]) -> Self:
@@ -80,7 +82,9 @@ class RoundPolicy:
     """How long an assignment may be reported on."""
 
     def __post_init__(self) -> None:
-        validate.positive(goal=self.goal, selection_window_s=self.selection_window_s, minimum_group=self.minimum_group)
+        validate.positive(
+            goal=self.goal, selection_window_s=self.selection_window_s, minimum_group=self.minimum_group
+        )
         validate.positive(reporting_window_s=self.reporting_window_s, token_life_s=self.token_life_s)
         validate.between(1.0, 10.0, over_selection=self.over_selection)
         validate.between(0.0, 1.0, minimum_fraction=self.minimum_fraction)
@@ -90,7 +94,9 @@ class RoundPolicy:
                 f"minimum is never opened; ask for a smaller one with minimum_group={self.goal} if the members agree to it."
             )
         if self.selection.kind == "exact" and len(self.selection.ids) != self.goal:
-            raise ValueError(f"Expected goal={len(self.selection.ids)}, the number of exact ids, got goal={self.goal}.")
+            raise ValueError(
+                f"Expected goal={len(self.selection.ids)}, the number of exact ids, got goal={self.goal}."
+            )
 
     @property
     def num_selected(self) -> int:
@@ -108,7 +114,11 @@ class RoundPolicy:
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
         return flat | {
             "selection": {"kind": self.selection.kind, "ids": list(self.selection.ids)},
-            "late": {"kind": self.late.kind, "factor": self.late.factor, "max_staleness": self.late.max_staleness},
+            "late": {
+                "kind": self.late.kind,
+                "factor": self.late.factor,
+                "max_staleness": self.late.max_staleness,
+            },
         }
 
     @classmethod

@@ -97,7 +97,9 @@ class Local:
     """Leave out the partial last batch of an epoch."""
 
     def __post_init__(self) -> None:
-        validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
+        validate.positive(
+            batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block
+        )
         validate.positive(max_weight=self.max_weight)
         validate.one_of(("examples", "uniform"), weighting=self.weighting)
 
@@ -142,11 +144,19 @@ class Task:
     """Makes another local rule than `local.sgd_rule` of this task."""
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
-            raise ValueError(f"Expected a task name of letters, digits, '.', '-', '_', got name={self.name!r}.")
+        if not self.name or set(self.name) - set(
+            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
+        ):
+            raise ValueError(
+                f"Expected a task name of letters, digits, '.', '-', '_', got name={self.name!r}."
+            )
         if not self.batch or "mask" in self.batch:
-            raise ValueError(f"Expected batch to name the fields of an example ('mask' is ours), got {sorted(self.batch)}.")
-        validate.one_of(("mean", "private", "frozen"), **dict(zip(_slots(self.leaves), self.leaves.values(), strict=True)))
+            raise ValueError(
+                f"Expected batch to name the fields of an example ('mask' is ours), got {sorted(self.batch)}."
+            )
+        validate.one_of(
+            ("mean", "private", "frozen"), **dict(zip(_slots(self.leaves), self.leaves.values(), strict=True))
+        )
 
     def leaf_rule(self, name: str) -> LeafRule:
         """The rule of the tensor of that name."""
@@ -162,7 +172,10 @@ class Task:
 
     def batch_spec(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of `size` examples with its mask."""
-        spec = {name: jax.ShapeDtypeStruct((size, *shape), jnp.dtype(dtype)) for name, (shape, dtype) in self.batch.items()}
+        spec = {
+            name: jax.ShapeDtypeStruct((size, *shape), jnp.dtype(dtype))
+            for name, (shape, dtype) in self.batch.items()
+        }
         return spec | {"mask": jax.ShapeDtypeStruct((size,), jnp.bool_)}
 
     def losses(self, params: Tree, state: Tree, batch: Batch, key: jax.Array) -> Loss:
@@ -189,7 +202,9 @@ class Task:
         return replace(self, **changes)
 
     @classmethod
-    def from_flax(cls, module: Any, *, loss: str | Callable[..., Any], batch: Mapping[str, Any], **settings: Any) -> Self:
+    def from_flax(
+        cls, module: Any, *, loss: str | Callable[..., Any], batch: Mapping[str, Any], **settings: Any
+    ) -> Self:
         """A task from a Flax module in one line; see `shoal.task_flax.from_flax`."""
         from shoal.task_flax import from_flax
 
@@ -204,10 +219,14 @@ def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:
     """Raises ValueError unless every metric is a `Sum` of vectors of `size`."""
     for name, metric in metrics.items():
         if not isinstance(metric, Sum):
-            raise ValueError(f"Expected metric {name!r} of the {what} to be a shoal.Sum, got {type(metric).__name__}.")
+            raise ValueError(
+                f"Expected metric {name!r} of the {what} to be a shoal.Sum, got {type(metric).__name__}."
+            )
         for part in ("numerator", "denominator"):
             if (shape := jnp.shape(getattr(metric, part))) != (size,):
-                raise ValueError(f"Expected {part} of metric {name!r} of the {what} to have shape ({size},), got {shape}.")
+                raise ValueError(
+                    f"Expected {part} of metric {name!r} of the {what} to have shape ({size},), got {shape}."
+                )
 
 
 def takes_argument(function: Callable[..., Any], name: str) -> bool:

@@ -90,7 +90,13 @@ def from_flax(
     def predict(params: Any, state: Any, batch: Batch) -> Any:
         return apply(params, state, batch, None)[0]
 
-    functions = {"init": init, "loss": loss_of, "evaluate": evaluate, "predict": predict, "heeds_mask": heeds_mask}
+    functions = {
+        "init": init,
+        "loss": loss_of,
+        "evaluate": evaluate,
+        "predict": predict,
+        "heeds_mask": heeds_mask,
+    }
     return make(batch=batch, **{**functions, **settings})
 
 
@@ -129,7 +135,11 @@ def _linen(module: Any, read: Callable[[Batch], Any], batch: Any) -> tuple[Calla
 
     def init(key: jax.Array) -> Variables:
         example = _example(batch)
-        made = dict(module.init({"params": key, "dropout": key}, read(example), **_call_arguments(call, example, False)))
+        made = dict(
+            module.init(
+                {"params": key, "dropout": key}, read(example), **_call_arguments(call, example, False)
+            )
+        )
         return Variables(made.pop("params", {}), made)
 
     def apply(params: Any, state: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Any]:
@@ -144,7 +154,9 @@ def _linen(module: Any, read: Callable[[Batch], Any], batch: Any) -> tuple[Calla
     return init, apply, takes_argument(call, "mask") or not keeps_statistics
 
 
-def _nnx(module: Callable[..., Any], read: Callable[[Batch], Any], batch: Any) -> tuple[Callable[..., Any], Apply, bool]:
+def _nnx(
+    module: Callable[..., Any], read: Callable[[Batch], Any], batch: Any
+) -> tuple[Callable[..., Any], Apply, bool]:
     from flax import nnx
 
     def build(key: jax.Array) -> Any:
@@ -166,7 +178,9 @@ def _nnx(module: Callable[..., Any], read: Callable[[Batch], Any], batch: Any) -
         nnx.replace_by_pure_dict(params_like, params)
         nnx.replace_by_pure_dict(state_like, state)
         # The random streams are made anew from the step's key, so they are no part of the model's state.
-        nnx.replace_by_pure_dict(streams, _streams(nnx.to_pure_dict(streams), jax.random.key(0) if key is None else key))
+        nnx.replace_by_pure_dict(
+            streams, _streams(nnx.to_pure_dict(streams), jax.random.key(0) if key is None else key)
+        )
         model = nnx.merge(graph, params_like, streams, state_like)
         model.train() if key is not None else model.eval()
         outputs = model(read(batch), **_call_arguments(type(model).__call__, batch, key is not None))
@@ -180,7 +194,9 @@ def _nnx(module: Callable[..., Any], read: Callable[[Batch], Any], batch: Any) -
 def _streams(like: Any, key: jax.Array) -> Any:
     leaves, tree = jax.tree.flatten(like)
     made = [
-        jax.random.fold_in(key, number) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else jnp.zeros(leaf.shape, leaf.dtype)
+        jax.random.fold_in(key, number)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else jnp.zeros(leaf.shape, leaf.dtype)
         for number, leaf in enumerate(leaves)
     ]
     return jax.tree.unflatten(tree, made)

@@ -62,15 +62,25 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name.encode()) > MAX_NAME_BYTES:
-            raise ValueError(f"Expected a tensor name of 1 to {MAX_NAME_BYTES} bytes, got {self.name[:80]!r}.")
+            raise ValueError(
+                f"Expected a tensor name of 1 to {MAX_NAME_BYTES} bytes, got {self.name[:80]!r}."
+            )
         if self.dtype not in DTYPES:
-            raise ValueError(f"Expected dtype of {self.name} to be one of {' | '.join(DTYPES)}, got {self.dtype!r}.")
+            raise ValueError(
+                f"Expected dtype of {self.name} to be one of {' | '.join(DTYPES)}, got {self.dtype!r}."
+            )
         if len(self.shape) > MAX_RANK or any(size < 0 for size in self.shape):
-            raise ValueError(f"Expected at most {MAX_RANK} sizes >= 0 for {self.name}, got shape {self.shape}.")
+            raise ValueError(
+                f"Expected at most {MAX_RANK} sizes >= 0 for {self.name}, got shape {self.shape}."
+            )
         if (self.kind == "rows") != bool(self.table):
-            raise ValueError(f"Expected {self.name} to name a table if and only if its kind is rows, got {self.table!r}.")
+            raise ValueError(
+                f"Expected {self.name} to name a table if and only if its kind is rows, got {self.table!r}."
+            )
         if self.size_bytes > MAX_BYTES:
-            raise ValueError(f"Expected {self.name} to have at most {MAX_BYTES} bytes, got {self.size_bytes}.")
+            raise ValueError(
+                f"Expected {self.name} to have at most {MAX_BYTES} bytes, got {self.size_bytes}."
+            )
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -98,7 +108,9 @@ class TensorSpec:
     @classmethod
     def of(cls, name: str, array: Any) -> Self:
         """The spec of an array, or of anything with `shape` and `dtype`."""
-        return cls(name=name, shape=tuple(int(size) for size in array.shape), dtype=np.dtype(array.dtype).name)
+        return cls(
+            name=name, shape=tuple(int(size) for size in array.shape), dtype=np.dtype(array.dtype).name
+        )
 
 
 def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
@@ -117,7 +129,9 @@ def check(tensors: Mapping[str, np.ndarray], specs: Iterable[TensorSpec], *, wha
     if list(tensors) != list(expected):
         missing = [name for name in expected if name not in tensors]
         extra = [name for name in tensors if name not in expected]
-        raise ValueError(f"Expected {what} to have {len(expected)} tensors in order; missing {missing[:5]}, extra {extra[:5]}.")
+        raise ValueError(
+            f"Expected {what} to have {len(expected)} tensors in order; missing {missing[:5]}, extra {extra[:5]}."
+        )
     for name, spec in expected.items():
         got = tensors[name]
         if got.shape != spec.shape or got.dtype != spec.numpy_dtype:
@@ -137,7 +151,9 @@ def to_bytes(array: np.ndarray) -> bytes:
 def from_bytes(data: bytes | bytearray | memoryview, spec: TensorSpec) -> np.ndarray:
     """The array that `to_bytes` wrote; read-only. Raises ProtocolError if the length is wrong."""
     if len(data) != spec.size_bytes:
-        raise ProtocolError(f"Expected {spec.size_bytes} bytes for {spec.name} {spec.dtype}{list(spec.shape)}, got {len(data)}.")
+        raise ProtocolError(
+            f"Expected {spec.size_bytes} bytes for {spec.name} {spec.dtype}{list(spec.shape)}, got {len(data)}."
+        )
     return np.frombuffer(bytes(data), dtype=spec.numpy_dtype).reshape(spec.shape)
 
 
@@ -178,7 +194,10 @@ class Index:
     def data(self) -> bytes:
         """The index as bytes."""
         return canonical_json(
-            {"shoal": "index/1", "tensors": [{**entry.spec.to_json(), "hash": entry.hash} for entry in self.entries]}
+            {
+                "shoal": "index/1",
+                "tensors": [{**entry.spec.to_json(), "hash": entry.hash} for entry in self.entries],
+            }
         )
 
     @cached_property
@@ -205,7 +224,9 @@ class Index:
             if value["shoal"] != "index/1":
                 raise ValueError(f"format is {value['shoal']!r}, this version reads index/1")
             rows = [dict(row) for row in value["tensors"]]
-            index = cls(tuple(Entry(hash=_hex(row.pop("hash")), spec=TensorSpec.from_json(row)) for row in rows))
+            index = cls(
+                tuple(Entry(hash=_hex(row.pop("hash")), spec=TensorSpec.from_json(row)) for row in rows)
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"Expected an index of tensors, got {data[:40]!r}…: {error}.") from error
         if index.data != data or len({spec.name for spec in index.specs}) != len(index.entries):
@@ -223,7 +244,9 @@ def pack(tensors: Mapping[str, np.ndarray], header: Mapping[str, Any] | None = N
     """One frame: 8 bytes length of the head, the head as JSON (specs and `header`), then each tensor's bytes."""
     specs = specs_of(tensors)
     head = canonical_json({"tensors": [spec.to_json() for spec in specs], "header": dict(header or {})})
-    return b"".join([len(head).to_bytes(8, "little"), head, *(to_bytes(tensors[spec.name]) for spec in specs)])
+    return b"".join(
+        [len(head).to_bytes(8, "little"), head, *(to_bytes(tensors[spec.name]) for spec in specs)]
+    )
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[Tensors, dict[str, Any]]:

@@ -53,12 +53,18 @@ class Plan:
                 f"this device trusts {trusted_key.hex()[:16]}…. Nothing of it was run."
             )
         try:
-            Ed25519PublicKey.from_public_bytes(self.public_key).verify(self.signature, _CONTEXT + self.manifest.data)
+            Ed25519PublicKey.from_public_bytes(self.public_key).verify(
+                self.signature, _CONTEXT + self.manifest.data
+            )
         except (InvalidSignature, ValueError) as error:
-            raise PlanError(f"The signature of the plan of task {self.manifest.task!r} is wrong. Nothing of it was run.") from error
+            raise PlanError(
+                f"The signature of the plan of task {self.manifest.task!r} is wrong. Nothing of it was run."
+            ) from error
         for hash, data in self.programs.items():
             if sha256(data) != hash:
-                raise PlanError(f"A program of task {self.manifest.task!r} has not the hash that was signed. Nothing of it was run.")
+                raise PlanError(
+                    f"A program of task {self.manifest.task!r} has not the hash that was signed. Nothing of it was run."
+                )
 
     def program(self, chosen: Program) -> bytes:
         """The bytes of a program, compared with its hash."""
@@ -71,7 +77,12 @@ class Plan:
 
     def to_bytes(self) -> bytes:
         """The plan as one file."""
-        header = {"format": FORMAT, "manifest": self.hash, "public_key": self.public_key.hex(), "signature": self.signature.hex()}
+        header = {
+            "format": FORMAT,
+            "manifest": self.hash,
+            "public_key": self.public_key.hex(),
+            "signature": self.signature.hex(),
+        }
         blobs = {"manifest": self.manifest.data, **dict(sorted(self.programs.items()))}
         return pack({name: np.frombuffer(data, np.uint8) for name, data in blobs.items()}, header)
 

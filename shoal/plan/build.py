@@ -1,0 +1,202 @@
+"""Makes a plan of a task: traces its functions, exports them, writes the manifest. Needs JAX and the task's source."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from shoal.local import LocalRule, Named, Report, Shape, evaluator, local_rule, model_shape, named, predictor
+from shoal.plan.manifest import Manifest, Program, ServerHalf, Training
+from shoal.plan.plan import Plan
+from shoal.plan.stablehlo import export_program, struct
+from shoal.policy import ServerRule
+from shoal.task import Task
+from shoal.tensors import Tensors, TensorSpec
+
+EVALUATE_BATCH_SIZE: Final = 200
+
+
+@dataclass(frozen=True)
+class Built:
+    """A plan and the model it starts from."""
+
+    plan: Plan
+    model: Tensors
+    """Version 0, in the manifest's order."""
+
+
+def build(task: Task, *, seed: int = 0) -> Built:
+    """Makes the (unsigned) plan of a task and its initial model.
+
+    Args:
+        task: the task.
+        seed: of the initial model.
+
+    Raises:
+        ValueError: a function of the task does not keep its contract; the text says which and how.
+    """
+    rule = local_rule(task)
+    made = [*_training_programs(task, rule), *_model_programs(task, rule)]
+    server = task.server if isinstance(task.server, ServerRule) else ServerRule(kind="program")
+    if not isinstance(task.server, ServerRule):
+        made += _server_programs(task.server, rule)
+    batch = tuple(
+        TensorSpec(name=n, shape=tuple(shape), dtype=dtype)
+        for n, (shape, dtype) in sorted(task.batch.items())
+    )
+    manifest = Manifest(
+        task=task.name,
+        programs=tuple(program for program, _ in made),
+        broadcast=rule.broadcast,
+        device_state=rule.device_state,
+        sums=rule.sums,
+        batch=batch,
+        training=_training(task),
+        server=ServerHalf(rounds=task.rounds, rule=server, privacy=task.privacy, about=task.about),
+    )
+    return Built(
+        Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed)
+    )
+
+
+def initial_model(task: Task, rule: LocalRule, *, seed: int) -> Tensors:
+    """Version 0 of the task's line, in the manifest's order."""
+    variables = task.variables(jax.random.key(seed))
+    flat = named(variables.params, "params") | named(variables.state, "state")
+    return {spec.name: np.asarray(flat[spec.name]) for spec in rule.broadcast}
+
+
+def _training(task: Task) -> Training:
+    return Training(
+        batch_size=task.local.batch_size,
+        steps_per_block=task.local.steps_per_block,
+        epochs=task.local.epochs,
+        max_weight=task.local.max_weight,
+        whole_batches=not task.heeds_mask,
+        drop_remainder=task.local.drop_remainder,
+        evaluate_batch_size=EVALUATE_BATCH_SIZE,
+    )
+
+
+def _training_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
+    k, size = task.local.steps_per_block, task.local.batch_size
+    broadcast = {f"broadcast/{spec.name}": struct(spec) for spec in rule.broadcast}
+    kept = {f"device_state/{spec.name}": struct(spec) for spec in rule.device_state}
+    fields = {
+        f"batch/{n}": jax.ShapeDtypeStruct((k, size, *shape), jnp.dtype(dtype))
+        for n, (shape, dtype) in sorted(task.batch.items())
+    }
+    feed = {
+        **fields,
+        "mask": jax.ShapeDtypeStruct((k, size), jnp.bool_),
+        "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
+    }
+    carry_like = jax.eval_shape(rule.begin, _strip(broadcast), _strip(kept))
+    carry = _prefix(carry_like, "carry")
+
+    def begin(given: Named, state: Named) -> Named:
+        return rule.begin(_strip(given), _strip(state))
+
+    def block(carry: Named, given: Named) -> Named:
+        batches = _strip({name: value for name, value in given.items() if name.startswith("batch/")})
+        return rule.block(_strip(carry), batches, given["mask"], given["key"])
+
+    def finish(carry: Named, given: Named) -> Report:
+        return rule.finish(_strip(carry), _strip(given))
+
+    def as_carry(values: Named) -> Named:
+        return _prefix(values, "carry")
+
+    def as_report(report: Report) -> Named:
+        deltas = {
+            f"sum/{kind}/{name}": value
+            for kind, tensors in report.sums.items()
+            for name, value in tensors.items()
+        }
+        metrics = _prefix(report.metrics, "sum/metric")
+        return {**deltas, **metrics, "weight": report.weight, **_prefix(report.device_state, "device_state")}
+
+    return [
+        export_program("begin", begin, broadcast, kept, outputs=as_carry),
+        export_program("block", block, carry, feed, outputs=as_carry),
+        export_program("finish", finish, carry, broadcast, outputs=as_report),
+    ]
+
+
+def _model_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
+    broadcast = {f"broadcast/{spec.name}": struct(spec) for spec in rule.broadcast}
+    size = EVALUATE_BATCH_SIZE
+    feed = {
+        f"batch/{n}": jax.ShapeDtypeStruct((size, *shape), jnp.dtype(d))
+        for n, (shape, d) in sorted(task.batch.items())
+    }
+    feed["mask"] = jax.ShapeDtypeStruct((size,), jnp.bool_)
+    made = []
+    for name, function, prefix in (
+        ("evaluate", evaluator(task), "metric"),
+        ("predict", predictor(task), "output"),
+    ):
+        if function is not None:
+            made.append(_model_program(name, function, prefix, broadcast, feed))
+    return made
+
+
+def _model_program(
+    name: str, function: Any, prefix: str, broadcast: Named, feed: Named
+) -> tuple[Program, bytes]:
+    def run(given: Named, batch: Named) -> Named:
+        fields = _strip({key: value for key, value in batch.items() if key != "mask"})
+        result: Named = function(_strip(given), fields, batch["mask"])
+        return result
+
+    return export_program(name, run, broadcast, feed, outputs=lambda values: _prefix(values, prefix))
+
+
+def _server_programs(optimizer: optax.GradientTransformation, rule: LocalRule) -> list[tuple[Program, bytes]]:
+    """An optax transformation as the server rule: the mean update is taken as the negative gradient."""
+    averaged = {
+        spec.tensor.name.removeprefix("delta/") for spec in rule.sums if spec.tensor.name.startswith("delta/")
+    }
+    learned = [spec for spec in rule.broadcast if spec.name in averaged and spec.name.startswith("params/")]
+    model = {f"model/{spec.name}": struct(spec) for spec in learned}
+    mean = {f"mean/{spec.name}": jax.ShapeDtypeStruct(spec.shape, jnp.float32) for spec in learned}
+    state_like = jax.eval_shape(optimizer.init, _strip(model))
+    shape = Shape(state_like, "server_state")
+
+    def begin(given: Named) -> Any:
+        return optimizer.init(_strip(given))
+
+    def step(given: Named, mean: Named, state: Named) -> tuple[Named, Any]:
+        params = _strip(given)
+        gradient = {name: -value.astype(params[name].dtype) for name, value in _strip(mean).items()}
+        with jax.numpy_dtype_promotion("standard"):
+            updates, after = optimizer.update(gradient, shape.tree(state), params)
+            reached = {name: (params[name] + updates[name]).astype(params[name].dtype) for name in params}
+        return reached, after
+
+    def as_state(tree: Any) -> Named:
+        return named(tree, "server_state")
+
+    return [
+        export_program("server_begin", begin, model, outputs=as_state),
+        export_program(
+            "server_step", step, model, mean, as_state(state_like),
+            outputs=lambda result: {**_prefix(result[0], "model"), **as_state(result[1])},
+        ),
+    ]  # fmt: skip
+
+
+def _prefix(values: Named, prefix: str) -> Named:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _strip(values: Named) -> Named:
+    return {name.split("/", 1)[1]: value for name, value in values.items()}
+
+
+def model_shapes(task: Task) -> Any:
+    """Shapes of the task's variables; `shoal check` prints them."""
+    return model_shape(task)

@@ -1,0 +1,167 @@
+"""Runs a plan's StableHLO programs with the JAX at hand, in this process.
+
+The simulator uses it as it is; a device runs it in a child process (`child.py`). Only here and in `stablehlo.py` does a
+plan meet JAX. Inputs are checked against the manifest before they reach a program.
+"""
+
+import time
+from collections import OrderedDict
+from typing import Any, Final
+
+import jax
+import numpy as np
+
+from shoal.errors import PlanError, ProgramError
+from shoal.plan.manifest import Program, Runtime
+from shoal.plan.plan import Plan
+from shoal.plan.runner import Update
+from shoal.plan.stablehlo import load_program, struct, this_runtime
+from shoal.tensors import Tensors, check
+
+MODELS_HELD: Final = 2
+
+
+class JaxRunner:
+    """A `Runner` on JAX. One training at a time; not thread-safe."""
+
+    def __init__(self, plan: Plan) -> None:
+        """Picks the variants that this JAX can run. Raises PlanError where one is missing."""
+        self.manifest = plan.manifest
+        self._chosen = plan.manifest.pick(this_runtime())
+        self._bytes = {
+            name: plan.program(program)
+            for name, program in self._chosen.items()
+            if program.hash in plan.programs
+        }
+        self._compiled: dict[str, Any] = {}
+        self._models: OrderedDict[str, list[jax.Array]] = OrderedDict()
+        self._training: tuple[str, list[jax.Array]] | None = None
+        self._seconds: dict[str, float] = {}
+        self._steps = self._live = 0
+
+    @property
+    def runtime(self) -> Runtime:
+        return this_runtime()
+
+    def compile(self) -> float:
+        """Compiles the three training programs; the others are compiled when first called."""
+        start = time.perf_counter()
+        for name in ("begin", "block", "finish"):
+            self._program(name)
+        return time.perf_counter() - start
+
+    def set_model(self, root: str, tensors: Tensors) -> None:
+        check(tensors, self.manifest.broadcast, what="the model")
+        self._models[root] = [jax.device_put(tensors[spec.name]) for spec in self.manifest.broadcast]
+        while len(self._models) > MODELS_HELD:
+            self._models.popitem(last=False)
+
+    def has_model(self, root: str) -> bool:
+        return root in self._models
+
+    def begin(self, root: str, device_state: Tensors) -> None:
+        check(device_state, self.manifest.device_state, what="the device state")
+        start = time.perf_counter()
+        carry = self._run("begin", [*self._model(root), *device_state.values()])
+        self._training = (root, carry)
+        self._steps = self._live = 0
+        self._seconds = {"compute": time.perf_counter() - start}
+
+    def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
+        if self._training is None:
+            raise ProgramError("block was called before begin.", program="block")
+        start = time.perf_counter()
+        root, carry = self._training
+        feed = [*(batches[spec.name] for spec in self.manifest.batch), mask, key]
+        self._check_feed(feed)
+        self._training = (root, self._run("block", [*carry, *feed]))
+        self._steps += mask.size
+        self._live += int(mask.sum())
+        self._seconds["compute"] += time.perf_counter() - start
+
+    def finish(self) -> Update:
+        if self._training is None:
+            raise ProgramError("finish was called before begin.", program="finish")
+        start = time.perf_counter()
+        (root, carry), self._training = self._training, None
+        outputs = self._named("finish", self._run("finish", [*carry, *self._model(root)]))
+        # Reading the results waits for the blocks, which run behind the calls.
+        sums = {spec.name: np.asarray(outputs[f"sum/{spec.name}"]) for spec in self.manifest.update}
+        kept = {
+            spec.name: np.asarray(outputs[f"device_state/{spec.name}"]) for spec in self.manifest.device_state
+        }
+        weight = int(outputs["weight"])
+        self._seconds["compute"] += time.perf_counter() - start
+        padding = 1.0 - self._live / self._steps if self._steps else 0.0
+        return Update(sums, weight, kept, dict(self._seconds), padding)
+
+    def evaluate(self, root: str, batch: Tensors, mask: np.ndarray) -> Tensors:
+        outputs = self._over_batch("evaluate", root, batch, mask)
+        return {name.removeprefix("metric/"): np.asarray(value) for name, value in outputs.items()}
+
+    def predict(self, root: str, batch: Tensors, mask: np.ndarray) -> np.ndarray:
+        return np.asarray(self._over_batch("predict", root, batch, mask)["output/prediction"])
+
+    def call(self, program: str, inputs: Tensors) -> Tensors:
+        check(inputs, self._chosen_program(program).inputs, what=f"inputs of {program}")
+        outputs = self._named(program, self._run(program, list(inputs.values())))
+        return {name: np.asarray(value) for name, value in outputs.items()}
+
+    def close(self) -> None:
+        self._compiled.clear()
+        self._models.clear()
+        self._training = None
+
+    def _over_batch(self, name: str, root: str, batch: Tensors, mask: np.ndarray) -> dict[str, jax.Array]:
+        feed = [*(batch[spec.name] for spec in self.manifest.batch), mask]
+        return self._named(name, self._run(name, [*self._model(root), *feed]))
+
+    def _model(self, root: str) -> list[jax.Array]:
+        try:
+            return self._models[root]
+        except KeyError:
+            raise ProgramError(
+                f"Model {root[:12]}… is not held; hand it over with set_model.", program="begin"
+            ) from None
+
+    def _chosen_program(self, name: str) -> Program:
+        if name not in self._chosen:
+            raise PlanError(
+                f"Task {self.manifest.task!r} has no program {name!r}; it has {' | '.join(self._chosen)}."
+            )
+        return self._chosen[name]
+
+    def _program(self, name: str) -> Any:
+        if name not in self._compiled:
+            program = self._chosen_program(name)
+            # The carry is given away to each block: training needs one copy of it, not two.
+            given_away = tuple(i for i, spec in enumerate(program.inputs) if spec.name.startswith("carry/"))
+            function = load_program(program, self._bytes[name])
+            jitted = jax.jit(function, donate_argnums=given_away if name == "block" else ())
+            self._compiled[name] = jitted.lower(*(struct(spec) for spec in program.inputs)).compile()
+        return self._compiled[name]
+
+    def _run(self, name: str, inputs: list[Any]) -> list[jax.Array]:
+        try:
+            return list(self._program(name)(*inputs))
+        except (PlanError, ProgramError):
+            raise
+        except (
+            Exception
+        ) as error:  # a program of a stranger may fail in any way; all of them are this one error
+            text = str(error).strip().splitlines() or [type(error).__name__]
+            raise ProgramError(f"Program {name!r} failed: {text[0][:300]}", program=name) from error
+
+    def _named(self, name: str, outputs: list[jax.Array]) -> dict[str, jax.Array]:
+        return {
+            spec.name: value for spec, value in zip(self._chosen_program(name).outputs, outputs, strict=True)
+        }
+
+    def _check_feed(self, feed: list[np.ndarray]) -> None:
+        specs = self._chosen["block"].inputs[-len(feed) :]
+        for spec, value in zip(specs, feed, strict=True):
+            if value.shape != spec.shape or value.dtype != spec.numpy_dtype:
+                raise ProgramError(
+                    f"Expected {spec.name} to be {spec.dtype}{list(spec.shape)}, got {value.dtype}{list(value.shape)}.",
+                    program="block",
+                )
