@@ -66,7 +66,8 @@ class LocalRule:
 
 def seed_key(key: Any) -> jax.Array:
     """A typed key from the two words that travel."""
-    return jax.random.wrap_key_data(key, impl="threefry2x32")
+    made: jax.Array = jax.random.wrap_key_data(key, impl="threefry2x32")
+    return made
 
 
 def name_of(path: Any) -> str:
@@ -94,7 +95,8 @@ class Shape:
 
 def model_shape(task: Task) -> Variables:
     """Shapes of the task's variables, without computing them."""
-    return jax.eval_shape(task.variables, jax.random.key(0))
+    like: Variables = jax.eval_shape(task.variables, jax.random.key(0))
+    return like
 
 
 def model_specs(task: Task) -> tuple[TensorSpec, ...]:
@@ -107,9 +109,7 @@ def model_specs(task: Task) -> tuple[TensorSpec, ...]:
     flat = dict(sorted((named(like.params, "params") | named(like.state, "state")).items()))
     tables = {tensor: table for table, tensor in task.tables.items()}
     if missing := sorted(set(tables) - set(flat)):
-        raise ValueError(
-            f"Expected tables of task {task.name!r} to name tensors among {sorted(flat)}, got {missing}."
-        )
+        raise ValueError(f"Expected tables of task {task.name!r} to name tensors among {sorted(flat)}, got {missing}.")
     for name, leaf in flat.items():
         if task.leaf_rule(name) == "mean" and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
@@ -152,9 +152,7 @@ def sgd_rule(task: Task) -> LocalRule:
             kept = device_state[f"private/{spec.name}"]
             values[spec.name] = jnp.where(device_state["rounds"] > 0, kept, values[spec.name])
         opt = named(task.local.optimizer.init(learned_tree(values)), "opt")
-        zeros = {
-            f"metric/{name}/{part}": jnp.zeros((), jnp.float32) for name in metric_bounds for part in _PARTS
-        }
+        zeros = {f"metric/{name}/{part}": jnp.zeros((), jnp.float32) for name in metric_bounds for part in _PARTS}
         counters = {"step": jnp.zeros((), jnp.int32), "weight": jnp.zeros((), jnp.int32)}
         if private:
             counters["rounds"] = device_state["rounds"]
@@ -186,11 +184,7 @@ def sgd_rule(task: Task) -> LocalRule:
         with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
             updates, opt = task.local.optimizer.update(gradient, opt_shape.tree(carry), chosen)
             reached = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), chosen, updates)
-        after = (
-            dict(zip(learned, _leaves(reached), strict=True))
-            | named(opt, "opt")
-            | named(result.state, "state")
-        )
+        after = dict(zip(learned, _leaves(reached), strict=True)) | named(opt, "opt") | named(result.state, "state")
         after |= {"step": carry["step"] + 1, "weight": carry["weight"] + count}
         for name, metric in _with_loss(result, metric_bounds).items():
             for part, value in zip(_PARTS, _masked_sums(metric, mask), strict=True):
@@ -200,13 +194,8 @@ def sgd_rule(task: Task) -> LocalRule:
         return _sorted(carry | kept)
 
     def finish(carry: Named, broadcast: Named) -> Report:
-        delta = {
-            s.name: carry[s.name].astype(jnp.float32) - broadcast[s.name].astype(jnp.float32)
-            for s in averaged
-        }
-        metrics = {
-            f"{name}/{part}": carry[f"metric/{name}/{part}"] for name in metric_bounds for part in _PARTS
-        }
+        delta = {s.name: carry[s.name].astype(jnp.float32) - broadcast[s.name].astype(jnp.float32) for s in averaged}
+        metrics = {f"{name}/{part}": carry[f"metric/{name}/{part}"] for name in metric_bounds for part in _PARTS}
         weight = carry["weight"] if task.local.weighting == "examples" else jnp.minimum(carry["weight"], 1)
         kept = {f"private/{spec.name}": carry[spec.name] for spec in private}
         if private:
@@ -241,9 +230,7 @@ def _struct(spec: TensorSpec) -> jax.ShapeDtypeStruct:
 def _device_state_specs(private: list[TensorSpec]) -> tuple[TensorSpec, ...]:
     if not private:
         return ()
-    kept = {f"private/{spec.name}": _struct(spec) for spec in private} | {
-        "rounds": jax.ShapeDtypeStruct((), jnp.int32)
-    }
+    kept = {f"private/{spec.name}": _struct(spec) for spec in private} | {"rounds": jax.ShapeDtypeStruct((), jnp.int32)}
     return specs_of(_sorted(kept))
 
 
@@ -252,9 +239,7 @@ def _metric_bounds(task: Task, like: Variables) -> dict[str, tuple[float, float]
     batch = task.batch_spec(task.local.batch_size)
     result = jax.eval_shape(task.losses, like.params, like.state, batch, jax.random.key(0))
     before, after = named(like.state, "state"), named(result.state, "state")
-    if {n: (x.shape, x.dtype) for n, x in before.items()} != {
-        n: (x.shape, x.dtype) for n, x in after.items()
-    }:
+    if {n: (x.shape, x.dtype) for n, x in before.items()} != {n: (x.shape, x.dtype) for n, x in after.items()}:
         raise ValueError(
             f"Expected the loss of task {task.name!r} to return state like it was given, {sorted(before)}, got {sorted(after)}."
         )
@@ -312,12 +297,8 @@ def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:
     def run(broadcast: Named, batch: Named, mask: Any) -> Named:
         made = evaluate(params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
         check_metrics(made, mask.shape[0], what=f"evaluate of task {task.name!r}")
-        sums = {
-            name: dict(zip(_PARTS, _masked_sums(metric, mask), strict=True)) for name, metric in made.items()
-        }
-        return _sorted(
-            {f"{name}/{part}": value for name, parts in sums.items() for part, value in parts.items()}
-        )
+        sums = {name: dict(zip(_PARTS, _masked_sums(metric, mask), strict=True)) for name, metric in made.items()}
+        return _sorted({f"{name}/{part}": value for name, parts in sums.items() for part, value in parts.items()})
 
     return run
 
@@ -331,9 +312,7 @@ def predictor(task: Task) -> Callable[[Named, Named, Any], Any] | None:
 
     def run(broadcast: Named, batch: Named, mask: Any) -> Named:
         return {
-            "prediction": predict(
-                params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask}
-            )
+            "prediction": predict(params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
         }
 
     return run

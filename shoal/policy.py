@@ -82,9 +82,7 @@ class RoundPolicy:
     """How long an assignment may be reported on."""
 
     def __post_init__(self) -> None:
-        validate.positive(
-            goal=self.goal, selection_window_s=self.selection_window_s, minimum_group=self.minimum_group
-        )
+        validate.positive(goal=self.goal, selection_window_s=self.selection_window_s, minimum_group=self.minimum_group)
         validate.positive(reporting_window_s=self.reporting_window_s, token_life_s=self.token_life_s)
         validate.between(1.0, 10.0, over_selection=self.over_selection)
         validate.between(0.0, 1.0, minimum_fraction=self.minimum_fraction)
@@ -94,9 +92,7 @@ class RoundPolicy:
                 f"minimum is never opened; ask for a smaller one with minimum_group={self.goal} if the members agree to it."
             )
         if self.selection.kind == "exact" and len(self.selection.ids) != self.goal:
-            raise ValueError(
-                f"Expected goal={len(self.selection.ids)}, the number of exact ids, got goal={self.goal}."
-            )
+            raise ValueError(f"Expected goal={len(self.selection.ids)}, the number of exact ids, got goal={self.goal}.")
 
     @property
     def num_selected(self) -> int:

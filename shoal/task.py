@@ -97,9 +97,7 @@ class Local:
     """Leave out the partial last batch of an epoch."""
 
     def __post_init__(self) -> None:
-        validate.positive(
-            batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block
-        )
+        validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
         validate.positive(max_weight=self.max_weight)
         validate.one_of(("examples", "uniform"), weighting=self.weighting)
 
@@ -144,12 +142,8 @@ class Task:
     """Makes another local rule than `local.sgd_rule` of this task."""
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) - set(
-            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"
-        ):
-            raise ValueError(
-                f"Expected a task name of letters, digits, '.', '-', '_', got name={self.name!r}."
-            )
+        if not self.name or set(self.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
+            raise ValueError(f"Expected a task name of letters, digits, '.', '-', '_', got name={self.name!r}.")
         if not self.batch or "mask" in self.batch:
             raise ValueError(
                 f"Expected batch to name the fields of an example ('mask' is ours), got {sorted(self.batch)}."
@@ -173,8 +167,7 @@ class Task:
     def batch_spec(self, size: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of a batch of `size` examples with its mask."""
         spec = {
-            name: jax.ShapeDtypeStruct((size, *shape), jnp.dtype(dtype))
-            for name, (shape, dtype) in self.batch.items()
+            name: jax.ShapeDtypeStruct((size, *shape), jnp.dtype(dtype)) for name, (shape, dtype) in self.batch.items()
         }
         return spec | {"mask": jax.ShapeDtypeStruct((size,), jnp.bool_)}
 
@@ -208,7 +201,8 @@ class Task:
         """A task from a Flax module in one line; see `shoal.task_flax.from_flax`."""
         from shoal.task_flax import from_flax
 
-        return from_flax(cls, module, loss=loss, batch=batch, **settings)
+        made: Self = from_flax(cls, module, loss=loss, batch=batch, **settings)
+        return made
 
 
 def _slots(leaves: Mapping[str, LeafRule]) -> list[str]:
@@ -219,9 +213,7 @@ def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:
     """Raises ValueError unless every metric is a `Sum` of vectors of `size`."""
     for name, metric in metrics.items():
         if not isinstance(metric, Sum):
-            raise ValueError(
-                f"Expected metric {name!r} of the {what} to be a shoal.Sum, got {type(metric).__name__}."
-            )
+            raise ValueError(f"Expected metric {name!r} of the {what} to be a shoal.Sum, got {type(metric).__name__}.")
         for part in ("numerator", "denominator"):
             if (shape := jnp.shape(getattr(metric, part))) != (size,):
                 raise ValueError(

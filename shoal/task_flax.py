@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shoal.task import Batch, Loss, Sum, Task, Variables, takes_argument
+from shoal.task import Batch, Loss, Sum, Variables, takes_argument
 
 Apply = Callable[[Any, Any, Batch, jax.Array | None], tuple[Any, Any]]
 """(params, state, batch, key or None) -> (outputs, new state); a key means training."""
@@ -136,9 +136,7 @@ def _linen(module: Any, read: Callable[[Batch], Any], batch: Any) -> tuple[Calla
     def init(key: jax.Array) -> Variables:
         example = _example(batch)
         made = dict(
-            module.init(
-                {"params": key, "dropout": key}, read(example), **_call_arguments(call, example, False)
-            )
+            module.init({"params": key, "dropout": key}, read(example), **_call_arguments(call, example, False))
         )
         return Variables(made.pop("params", {}), made)
 
@@ -167,14 +165,19 @@ def _nnx(
         raise ValueError(
             f"Expected a Linen module or a function of nnx.Rngs that returns an NNX module, got {type(abstract).__name__}."
         )
-    graph, *_ = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
+
+    def parts(model: Any) -> tuple[Any, Any, Any, Any]:
+        """Graph, parameters, random streams, everything else."""
+        graph, *states = nnx.split(model, *(nnx.Param, nnx.RngState, ...))
+        return graph, *states
+
 
     def init(key: jax.Array) -> Variables:
-        _, params, _, state = nnx.split(build(key), nnx.Param, nnx.RngState, ...)
+        _, params, _, state = parts(build(key))
         return Variables(nnx.to_pure_dict(params), nnx.to_pure_dict(state))
 
     def apply(params: Any, state: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Any]:
-        _, params_like, streams, state_like = nnx.split(abstract, nnx.Param, nnx.RngState, ...)
+        graph, params_like, streams, state_like = parts(abstract)
         nnx.replace_by_pure_dict(params_like, params)
         nnx.replace_by_pure_dict(state_like, state)
         # The random streams are made anew from the step's key, so they are no part of the model's state.
@@ -184,7 +187,7 @@ def _nnx(
         model = nnx.merge(graph, params_like, streams, state_like)
         model.train() if key is not None else model.eval()
         outputs = model(read(batch), **_call_arguments(type(model).__call__, batch, key is not None))
-        _, _, _, after = nnx.split(model, nnx.Param, nnx.RngState, ...)
+        *_, after = parts(model)
         return outputs, nnx.to_pure_dict(after) if key is not None else state
 
     keeps_statistics = bool(jax.tree.leaves(nnx.to_pure_dict(nnx.split(abstract, nnx.BatchStat, ...)[1])))

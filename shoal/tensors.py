@@ -62,25 +62,17 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         if not self.name or len(self.name.encode()) > MAX_NAME_BYTES:
-            raise ValueError(
-                f"Expected a tensor name of 1 to {MAX_NAME_BYTES} bytes, got {self.name[:80]!r}."
-            )
+            raise ValueError(f"Expected a tensor name of 1 to {MAX_NAME_BYTES} bytes, got {self.name[:80]!r}.")
         if self.dtype not in DTYPES:
-            raise ValueError(
-                f"Expected dtype of {self.name} to be one of {' | '.join(DTYPES)}, got {self.dtype!r}."
-            )
+            raise ValueError(f"Expected dtype of {self.name} to be one of {' | '.join(DTYPES)}, got {self.dtype!r}.")
         if len(self.shape) > MAX_RANK or any(size < 0 for size in self.shape):
-            raise ValueError(
-                f"Expected at most {MAX_RANK} sizes >= 0 for {self.name}, got shape {self.shape}."
-            )
+            raise ValueError(f"Expected at most {MAX_RANK} sizes >= 0 for {self.name}, got shape {self.shape}.")
         if (self.kind == "rows") != bool(self.table):
             raise ValueError(
                 f"Expected {self.name} to name a table if and only if its kind is rows, got {self.table!r}."
             )
         if self.size_bytes > MAX_BYTES:
-            raise ValueError(
-                f"Expected {self.name} to have at most {MAX_BYTES} bytes, got {self.size_bytes}."
-            )
+            raise ValueError(f"Expected {self.name} to have at most {MAX_BYTES} bytes, got {self.size_bytes}.")
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -108,9 +100,7 @@ class TensorSpec:
     @classmethod
     def of(cls, name: str, array: Any) -> Self:
         """The spec of an array, or of anything with `shape` and `dtype`."""
-        return cls(
-            name=name, shape=tuple(int(size) for size in array.shape), dtype=np.dtype(array.dtype).name
-        )
+        return cls(name=name, shape=tuple(int(size) for size in array.shape), dtype=np.dtype(array.dtype).name)
 
 
 def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
@@ -224,9 +214,7 @@ class Index:
             if value["shoal"] != "index/1":
                 raise ValueError(f"format is {value['shoal']!r}, this version reads index/1")
             rows = [dict(row) for row in value["tensors"]]
-            index = cls(
-                tuple(Entry(hash=_hex(row.pop("hash")), spec=TensorSpec.from_json(row)) for row in rows)
-            )
+            index = cls(tuple(Entry(hash=_hex(row.pop("hash")), spec=TensorSpec.from_json(row)) for row in rows))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ProtocolError(f"Expected an index of tensors, got {data[:40]!r}…: {error}.") from error
         if index.data != data or len({spec.name for spec in index.specs}) != len(index.entries):
@@ -244,9 +232,7 @@ def pack(tensors: Mapping[str, np.ndarray], header: Mapping[str, Any] | None = N
     """One frame: 8 bytes length of the head, the head as JSON (specs and `header`), then each tensor's bytes."""
     specs = specs_of(tensors)
     head = canonical_json({"tensors": [spec.to_json() for spec in specs], "header": dict(header or {})})
-    return b"".join(
-        [len(head).to_bytes(8, "little"), head, *(to_bytes(tensors[spec.name]) for spec in specs)]
-    )
+    return b"".join([len(head).to_bytes(8, "little"), head, *(to_bytes(tensors[spec.name]) for spec in specs)])
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[Tensors, dict[str, Any]]:

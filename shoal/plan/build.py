@@ -44,8 +44,7 @@ def build(task: Task, *, seed: int = 0) -> Built:
     if not isinstance(task.server, ServerRule):
         made += _server_programs(task.server, rule)
     batch = tuple(
-        TensorSpec(name=n, shape=tuple(shape), dtype=dtype)
-        for n, (shape, dtype) in sorted(task.batch.items())
+        TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in sorted(task.batch.items())
     )
     manifest = Manifest(
         task=task.name,
@@ -57,9 +56,7 @@ def build(task: Task, *, seed: int = 0) -> Built:
         training=_training(task),
         server=ServerHalf(rounds=task.rounds, rule=server, privacy=task.privacy, about=task.about),
     )
-    return Built(
-        Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed)
-    )
+    return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
 
 
 def initial_model(task: Task, rule: LocalRule, *, seed: int) -> Tensors:
@@ -112,9 +109,7 @@ def _training_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes
 
     def as_report(report: Report) -> Named:
         deltas = {
-            f"sum/{kind}/{name}": value
-            for kind, tensors in report.sums.items()
-            for name, value in tensors.items()
+            f"sum/{kind}/{name}": value for kind, tensors in report.sums.items() for name, value in tensors.items()
         }
         metrics = _prefix(report.metrics, "sum/metric")
         return {**deltas, **metrics, "weight": report.weight, **_prefix(report.device_state, "device_state")}
@@ -130,8 +125,7 @@ def _model_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
     broadcast = {f"broadcast/{spec.name}": struct(spec) for spec in rule.broadcast}
     size = EVALUATE_BATCH_SIZE
     feed = {
-        f"batch/{n}": jax.ShapeDtypeStruct((size, *shape), jnp.dtype(d))
-        for n, (shape, d) in sorted(task.batch.items())
+        f"batch/{n}": jax.ShapeDtypeStruct((size, *shape), jnp.dtype(d)) for n, (shape, d) in sorted(task.batch.items())
     }
     feed["mask"] = jax.ShapeDtypeStruct((size,), jnp.bool_)
     made = []
@@ -144,9 +138,7 @@ def _model_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
     return made
 
 
-def _model_program(
-    name: str, function: Any, prefix: str, broadcast: Named, feed: Named
-) -> tuple[Program, bytes]:
+def _model_program(name: str, function: Any, prefix: str, broadcast: Named, feed: Named) -> tuple[Program, bytes]:
     def run(given: Named, batch: Named) -> Named:
         fields = _strip({key: value for key, value in batch.items() if key != "mask"})
         result: Named = function(_strip(given), fields, batch["mask"])
@@ -157,9 +149,7 @@ def _model_program(
 
 def _server_programs(optimizer: optax.GradientTransformation, rule: LocalRule) -> list[tuple[Program, bytes]]:
     """An optax transformation as the server rule: the mean update is taken as the negative gradient."""
-    averaged = {
-        spec.tensor.name.removeprefix("delta/") for spec in rule.sums if spec.tensor.name.startswith("delta/")
-    }
+    averaged = {spec.tensor.name.removeprefix("delta/") for spec in rule.sums if spec.tensor.name.startswith("delta/")}
     learned = [spec for spec in rule.broadcast if spec.name in averaged and spec.name.startswith("params/")]
     model = {f"model/{spec.name}": struct(spec) for spec in learned}
     mean = {f"mean/{spec.name}": jax.ShapeDtypeStruct(spec.shape, jnp.float32) for spec in learned}

@@ -29,9 +29,7 @@ class JaxRunner:
         self.manifest = plan.manifest
         self._chosen = plan.manifest.pick(this_runtime())
         self._bytes = {
-            name: plan.program(program)
-            for name, program in self._chosen.items()
-            if program.hash in plan.programs
+            name: plan.program(program) for name, program in self._chosen.items() if program.hash in plan.programs
         }
         self._compiled: dict[str, Any] = {}
         self._models: OrderedDict[str, list[jax.Array]] = OrderedDict()
@@ -87,9 +85,7 @@ class JaxRunner:
         outputs = self._named("finish", self._run("finish", [*carry, *self._model(root)]))
         # Reading the results waits for the blocks, which run behind the calls.
         sums = {spec.name: np.asarray(outputs[f"sum/{spec.name}"]) for spec in self.manifest.update}
-        kept = {
-            spec.name: np.asarray(outputs[f"device_state/{spec.name}"]) for spec in self.manifest.device_state
-        }
+        kept = {spec.name: np.asarray(outputs[f"device_state/{spec.name}"]) for spec in self.manifest.device_state}
         weight = int(outputs["weight"])
         self._seconds["compute"] += time.perf_counter() - start
         padding = 1.0 - self._live / self._steps if self._steps else 0.0
@@ -126,9 +122,7 @@ class JaxRunner:
 
     def _chosen_program(self, name: str) -> Program:
         if name not in self._chosen:
-            raise PlanError(
-                f"Task {self.manifest.task!r} has no program {name!r}; it has {' | '.join(self._chosen)}."
-            )
+            raise PlanError(f"Task {self.manifest.task!r} has no program {name!r}; it has {' | '.join(self._chosen)}.")
         return self._chosen[name]
 
     def _program(self, name: str) -> Any:
@@ -146,16 +140,12 @@ class JaxRunner:
             return list(self._program(name)(*inputs))
         except (PlanError, ProgramError):
             raise
-        except (
-            Exception
-        ) as error:  # a program of a stranger may fail in any way; all of them are this one error
+        except Exception as error:  # a program of a stranger may fail in any way; all of them are this one error
             text = str(error).strip().splitlines() or [type(error).__name__]
             raise ProgramError(f"Program {name!r} failed: {text[0][:300]}", program=name) from error
 
     def _named(self, name: str, outputs: list[jax.Array]) -> dict[str, jax.Array]:
-        return {
-            spec.name: value for spec, value in zip(self._chosen_program(name).outputs, outputs, strict=True)
-        }
+        return {spec.name: value for spec, value in zip(self._chosen_program(name).outputs, outputs, strict=True)}
 
     def _check_feed(self, feed: list[np.ndarray]) -> None:
         specs = self._chosen["block"].inputs[-len(feed) :]

@@ -253,9 +253,7 @@ class Manifest:
             fitting = [program for program in self.variants(name) if runtime.runs(program.needs)]
             if not fitting:
                 needed = " or ".join(str(program.needs) for program in self.variants(name))
-                raise PlanError(
-                    f"Program {name!r} of task {self.task!r} needs {needed}; this runtime is {runtime}."
-                )
+                raise PlanError(f"Program {name!r} of task {self.task!r} needs {needed}; this runtime is {runtime}.")
             chosen[name] = max(fitting, key=lambda program: program.needs.version)
         return chosen
 

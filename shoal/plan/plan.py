@@ -53,9 +53,7 @@ class Plan:
                 f"this device trusts {trusted_key.hex()[:16]}…. Nothing of it was run."
             )
         try:
-            Ed25519PublicKey.from_public_bytes(self.public_key).verify(
-                self.signature, _CONTEXT + self.manifest.data
-            )
+            Ed25519PublicKey.from_public_bytes(self.public_key).verify(self.signature, _CONTEXT + self.manifest.data)
         except (InvalidSignature, ValueError) as error:
             raise PlanError(
                 f"The signature of the plan of task {self.manifest.task!r} is wrong. Nothing of it was run."

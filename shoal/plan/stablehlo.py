@@ -50,17 +50,13 @@ def export_program(
         result = _apply(function, arguments, values)
         return tuple(value for _, value in sorted(outputs(result).items()))
 
-    named_outputs = jax.eval_shape(
-        lambda *values: outputs(_apply(function, arguments, values)), *flat.values()
-    )
+    named_outputs = jax.eval_shape(lambda *values: outputs(_apply(function, arguments, values)), *flat.values())
     with jax.numpy_rank_promotion("allow"):
         exported = _with_convention(
             lambda: export.export(jax.jit(run, keep_unused=True), platforms=PLATFORMS)(*flat.values())
         )
     version, data = _oldest_artifact(exported)
-    needs = Runtime(
-        kind="stablehlo", version=version, calling_convention=CALLING_CONVENTION, platforms=PLATFORMS
-    )
+    needs = Runtime(kind="stablehlo", version=version, calling_convention=CALLING_CONVENTION, platforms=PLATFORMS)
     program = Program(
         name=name,
         needs=needs,
@@ -119,15 +115,13 @@ def module_text(data: bytes) -> str:
         raise PlanError(f"A program is no StableHLO artifact: {str(error).splitlines()[0][:200]}.") from error
 
 
-def _apply(
-    function: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], values: Sequence[Any]
-) -> Any:
+def _apply(function: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
     given = iter(values)
     return function(*({key: next(given) for key in argument} for argument in arguments))
 
 
 def _with_convention(make: Callable[[], Any]) -> Any:
-    before = jax.config.jax_export_calling_convention_version
+    before = getattr(jax.config, "jax_export_calling_convention_version")  # noqa: B009 (not in the stubs)
     jax.config.update("jax_export_calling_convention_version", CALLING_CONVENTION)
     try:
         return make()
@@ -138,7 +132,7 @@ def _with_convention(make: Callable[[], Any]) -> Any:
 def _oldest_artifact(exported: Any) -> tuple[tuple[int, int, int], bytes]:
     # jaxlib's own serializer is used because jax.export writes for a version four weeks old, not for the oldest.
     from jax._src.interpreters import mlir
-    from jax._src.lib import _jax
+    from jaxlib import _jax
     from jaxlib.mlir.dialects import stablehlo
 
     major, minor, patch = (int(part) for part in stablehlo.get_current_version().split("."))
@@ -146,12 +140,8 @@ def _oldest_artifact(exported: Any) -> tuple[tuple[int, int, int], bytes]:
     for version in (*OLDEST_VERSIONS, (major, minor, patch)):
         try:
             with mlir.make_ir_context():
-                return version, bytes(
-                    _jax.mlir.serialize_portable_artifact(text, ".".join(map(str, version)), False)
-                )
-        except (
-            Exception
-        ) as error:  # a version that lacks an operation: XlaRuntimeError or ValueError, by release
+                return version, bytes(_jax.mlir.serialize_portable_artifact(text, ".".join(map(str, version)), False))
+        except Exception as error:  # a version that lacks an operation: XlaRuntimeError or ValueError, by release
             last = error
     raise PlanError(f"The program cannot be written as StableHLO: {last}") from last
 
