@@ -7,7 +7,7 @@ crashes. Nothing here is about one device: tokens are kept as nonces, metrics ar
 
 Invariants (tests cite them by number):
     (1) A line's versions are 0, 1, 2, … without a gap; version 0 is the initial model.
-    (2) A nonce is counted at most once, in the transaction of the commit (or group) that holds its contribution.
+    (2) A nonce settles once. It is counted in the transaction of the commit (or group) that holds its contribution.
     (3) What a call has returned for is durable: it is read back after the process is killed at any later point.
     (4) A blob named by a row exists and has that hash.
     (5) Every call is one transaction: it happens whole or not at all.
@@ -82,6 +82,10 @@ class GroupRow:
     weight: int
     sums_root: str = ""
     """Root of the index of the sums, where they are kept as blobs."""
+    number: int = 0
+    """From 1 within the run, given by the store; 0 before the store has it."""
+    version: int | None = None
+    """The commit that holds it; None while it waits for one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +115,8 @@ class MetricRow:
     scope: Scope
     time_s: float
     """Seconds since the run was created."""
+    device_class: str = ""
+    """Which class of device, where the scope is class; else empty."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,7 +140,7 @@ class TokenRow:
     nonce: bytes
     state: TokenState
     version: int | None
-    """The commit that counted it."""
+    """The commit that counted it; None while its group waits for one."""
     reason: str
     """Why it was refused."""
     expires_s: float
@@ -149,23 +155,30 @@ class EventRow:
     data: Mapping[str, Any]
 
 
+@runtime_checkable
 class BlobWriter(Protocol):
     """Writes one blob in pieces; it exists only once `finish` has returned."""
 
-    def write(self, data: bytes | memoryview) -> None: ...
+    def write(self, data: bytes | bytearray | memoryview) -> None: ...
     def finish(self) -> str:
         """Makes it durable and returns its hash."""
         ...
 
-    def discard(self) -> None: ...
+    def discard(self) -> None:
+        """Forgets what was written; does nothing after `finish`."""
+        ...
 
 
 @runtime_checkable
 class Blobs(Protocol):
-    """Bytes by hash."""
+    """Bytes by hash. A hash that is not 64 hexadecimal digits is a ValueError; a blob that is missing, a StoreError."""
 
     def put(self, data: bytes) -> str:
         """Makes the bytes durable and returns their hash; a blob that exists is not written again."""
+        ...
+
+    def put_all(self, pieces: Sequence[bytes]) -> Sequence[str]:
+        """Makes several blobs durable and returns their hashes; cheaper than one by one."""
         ...
 
     def writer(self) -> BlobWriter: ...
@@ -200,10 +213,21 @@ class Store(Protocol):
 
     def open_round(self, run_id: str, row: RoundRow) -> None: ...
     def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
-        """Ends a round without a commit. A round still open when a run is taken up again is closed as abandoned."""
+        """Ends an open round without a commit. One still open when a run is taken up again: see `resume.take_up`."""
         ...
 
     def rounds(self, run_id: str) -> Sequence[RoundRow]: ...
+
+    def add_group(self, run_id: str, group: GroupRow, *, counted: Sequence[tuple[bytes, float]]) -> int:
+        """Keeps a closed group (`number` 0) that no commit holds yet, with its nonces; returns the number it was given.
+
+        From here on its devices may be told *counted*; a round that fails keeps it for a later commit.
+        """
+        ...
+
+    def groups(self, run_id: str, *, waiting: bool = False) -> Sequence[GroupRow]:
+        """All groups by number, or only those that wait for a commit."""
+        ...
 
     def commit(
         self,
@@ -219,20 +243,35 @@ class Store(Protocol):
         """Writes one version and all that it means, in one transaction.
 
         Args:
-            counted: (nonce, expiry in epoch seconds) of every contribution in it.
+            run_id: The run.
+            commit: The version; its tensors are blobs already.
+            round: The round that it ends, opened before or not; None leaves rounds as they are.
+            groups: What it adds up. A group with a number is one that waits; one without is new, and its nonces are in
+                `counted`.
+            counted: (nonce, expiry in epoch seconds) of every contribution in it that no waiting group has brought.
+            metrics: Values known at the commit.
+            usage: What the round cost.
 
         Raises:
-            StoreError: the version does not follow the last one, a nonce was counted before, a blob is missing, or
-                the disk is full (then nothing was written).
+            StoreError: the version does not follow the last one, a nonce was settled before, a round or group is closed
+                already, a blob is missing, or the disk is full. Nothing was written then.
         """
         ...
 
+    def last_version(self, run_id: str) -> int | None: ...
     def last_commit(self, run_id: str) -> CommitRow | None: ...
     def get_commit(self, run_id: str, version: int) -> CommitRow: ...
     def commits(self, run_id: str) -> Iterator[CommitRow]: ...
 
     def token(self, run_id: str, nonce: bytes) -> TokenRow | None: ...
-    def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None: ...
+    def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None:
+        """Keeps that an update was refused, and why. A nonce settles once: the first reason stays.
+
+        Raises:
+            StoreError: the nonce was counted.
+        """
+        ...
+
     def forget_tokens(self, run_id: str, *, before_s: float) -> int:
         """Drops tokens that have expired; returns how many."""
         ...
