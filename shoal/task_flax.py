@@ -168,8 +168,10 @@ def _nnx(
 
     def parts(model: Any) -> tuple[Any, Any, Any, Any]:
         """Graph, parameters, random streams, everything else."""
-        graph, *states = nnx.split(model, *(nnx.Param, nnx.RngState, ...))
-        return graph, *states
+        filters: tuple[Any, ...] = (nnx.Param, nnx.RngState, ...)
+        made: Any = nnx.split(model, *filters)
+        graph, params, streams, state = made
+        return graph, params, streams, state
 
 
     def init(key: jax.Array) -> Variables:

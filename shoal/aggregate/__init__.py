@@ -1,0 +1,1 @@
+"""What becomes of updates: exact sums, the mean, the server's step."""

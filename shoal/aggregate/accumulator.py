@@ -1,0 +1,68 @@
+"""The running sum of a group: integers, so that it has the same bits in whatever order updates come.
+
+Holds 8 bytes per summed element and nothing per member; a single update cannot be read from it once two are in.
+
+Guarantees:
+    * Order: the totals depend on which updates were added, not on when.
+    * Refusal: an update that is not finite or is out of bounds changes nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from shoal.errors import UpdateRefused
+from shoal.fixed import FixedPoint, SumSpec, add, read, refuse_bad_values, refuse_bad_weight
+from shoal.tensors import check
+
+
+class Accumulator:
+    """Integer totals of the updates of one group. Not thread-safe."""
+
+    def __init__(self, sums: Sequence[SumSpec], *, bits: int, max_weight: int, max_members: int) -> None:
+        """Raises ValueError where a sum of that many members would not fit."""
+        self.specs = tuple(sums)
+        self.fixed: dict[str, FixedPoint] = {
+            spec.tensor.name: spec.fixed(bits=bits, max_weight=max_weight, max_members=max_members) for spec in sums
+        }
+        self.totals = {spec.tensor.name: np.zeros(spec.tensor.shape, np.int64) for spec in sums}
+        self.weight_bound = FixedPoint.finest(bits=64, bound=1.0, max_weight=max_weight, max_members=max_members)
+        self.weight = self.members = 0
+
+    def add(self, update: Mapping[str, np.ndarray], *, weight: int) -> None:
+        """Checks an update whole, then adds it.
+
+        Raises:
+            UpdateRefused: it is not finite, out of bounds, of a wrong shape, or has a wrong weight; nothing was added.
+        """
+        try:
+            check(update, (spec.tensor for spec in self.specs), what="the update")
+        except ValueError as error:
+            raise UpdateRefused(str(error), reason="wrong tensors") from error
+        refuse_bad_weight(weight, self.weight_bound)
+        for name, values in update.items():
+            refuse_bad_values(values, self.fixed[name], name=name)
+        self.add_checked(update.items(), weight=weight)
+
+    def add_checked(self, tensors: Iterable[tuple[str, np.ndarray]], *, weight: int) -> None:
+        """Adds an update, tensor by tensor, whose values were checked while they came in."""
+        if self.members >= self.weight_bound.max_members:
+            raise UpdateRefused(f"The group has its {self.members} members.", reason="group is full")
+        for spec, (name, values) in zip(self.specs, tensors, strict=True):
+            assert name == spec.tensor.name, "tensors come in the manifest's order"
+            add(self.totals[name], values, self.fixed[name], weight=weight if spec.weighted else 1)
+        self.weight += weight
+        self.members += 1
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics over all members: sum(numerator) / sum(denominator) for those whose denominator is not zero."""
+        values = {name.removeprefix("metric/"): self._scalar(name) for name in self.totals if name.startswith("metric/")}
+        names = {name.rsplit("/", 1)[0] for name in values}
+        return {
+            name: values[f"{name}/numerator"] / values[f"{name}/denominator"]
+            for name in sorted(names)
+            if values[f"{name}/denominator"]
+        }
+
+    def _scalar(self, name: str) -> float:
+        return float(read(self.totals[name], self.fixed[name]))
