@@ -51,7 +51,8 @@ class WeightedMean:
         if self._rule.kind == "program":
             return self._commit_program(sums, model, server_state, blobs)
         kept = {entry.spec.name: entry for entry in server_state}
-        entries, slot_entries = [], []
+        entries: list[Entry] = []
+        slot_entries: list[Entry] = []
         for entry in model:
             name = f"delta/{entry.spec.name}"
             if name not in sums.totals:

@@ -55,11 +55,9 @@ def step(rule: ServerRule, value: np.ndarray, mean: np.ndarray, kept: Mapping[st
 
 
 def _second_moment(rule: ServerRule, v: np.ndarray, square: np.ndarray) -> np.ndarray:
-    match rule.kind:
-        case "adagrad":
-            return v + square
-        case "adam":
-            return rule.b2 * v + (1.0 - rule.b2) * square
-        case "yogi":
-            return v - (1.0 - rule.b2) * square * np.sign(v - square)
-    raise AssertionError(rule.kind)
+    if rule.kind == "adagrad":
+        return v + square
+    if rule.kind == "adam":
+        return np.asarray(rule.b2 * v + (1.0 - rule.b2) * square)
+    assert rule.kind == "yogi", rule.kind
+    return np.asarray(v - (1.0 - rule.b2) * square * np.sign(v - square))
