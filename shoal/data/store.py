@@ -241,9 +241,7 @@ def _as_examples(user: str, given: Examples | Mapping[str, np.ndarray]) -> Examp
 def _as_indices(indices: np.ndarray | Sequence[int]) -> np.ndarray:
     where = np.asarray(indices)
     if where.dtype.kind not in "iu" and where.size:
-        raise ValueError(
-            f"Expected integer indices, got {where.dtype}. For a mask, pass np.flatnonzero(mask)."
-        )
+        raise ValueError(f"Expected integer indices, got {where.dtype}. For a mask, pass np.flatnonzero(mask).")
     return where.astype(np.intp, copy=False)
 
 
@@ -254,9 +252,7 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 def _check_range(split: Mapping[str, np.ndarray], length: int) -> None:
     """One pass over all indices at once; the culprit is looked for only on failure."""
-    everything = (
-        np.concatenate([_as_indices(indices) for indices in split.values()]) if split else np.zeros(0)
-    )
+    everything = np.concatenate([_as_indices(indices) for indices in split.values()]) if split else np.zeros(0)
     if not everything.size or (everything.min() >= 0 and everything.max() < length):
         return
     for user, indices in split.items():

@@ -36,22 +36,16 @@ def read(
     names, arrays = parts[0][1].keys(), {}
     for file, (_, columns) in zip(files, parts, strict=True):
         if columns.keys() != names:
-            raise DataError(
-                f"{file} has the columns {', '.join(columns)}, but {files[0]} has {', '.join(names)}."
-            )
+            raise DataError(f"{file} has the columns {', '.join(columns)}, but {files[0]} has {', '.join(names)}.")
     for name in names:
         try:
             arrays[name] = np.concatenate([columns[name] for _, columns in parts])
         except ValueError as error:
-            raise DataError(
-                f"Column {name!r} has different shapes in the files beside {files[0]}."
-            ) from error
+            raise DataError(f"Column {name!r} has different shapes in the files beside {files[0]}.") from error
     return users, arrays
 
 
-def _read_file(
-    file: Path, user: str, fields: Mapping[str, str] | None
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def _read_file(file: Path, user: str, fields: Mapping[str, str] | None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     table = _load(file, user)
     wanted = fields or {name: name for name in table.column_names if name != user}
     for column in (user, *wanted.values()):
@@ -80,9 +74,7 @@ def _load(file: Path, user: str) -> Any:
         return pa.csv.read_csv(file, convert_options=options)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise DataError(
-            f"Cannot read {file}: {reason}. Expected a {file.suffix} table with a header."
-        ) from error
+        raise DataError(f"Cannot read {file}: {reason}. Expected a {file.suffix} table with a header.") from error
 
 
 def _users(column: Any, file: Path, user: str) -> np.ndarray:
@@ -118,15 +110,11 @@ def _lists(column: Any, what: str) -> np.ndarray:
 
     lengths = pc.unique(pc.list_value_length(column)).to_pylist()
     if len(lengths) > 1:
-        raise DataError(
-            f"{what} has lists of {min(lengths)} to {max(lengths)}; expected one length. Pad them."
-        )
+        raise DataError(f"{what} has lists of {min(lengths)} to {max(lengths)}; expected one length. Pad them.")
     inner = _numbers(pc.list_flatten(column), what)
     return inner.reshape(len(column), lengths[0] if lengths else 0, *inner.shape[1:])
 
 
 def _refuse_missing(column: Any, what: str) -> None:
     if column.null_count:
-        raise DataError(
-            f"{what} lacks {column.null_count} of {len(column)} values. Fill them or drop the rows."
-        )
+        raise DataError(f"{what} lacks {column.null_count} of {len(column)} values. Fill them or drop the rows.")
