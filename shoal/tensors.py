@@ -9,7 +9,7 @@ Cost: hashing reads each byte once (SHA-256, 1-2 GB/s with hardware support).
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -39,6 +39,8 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 MAX_NAME_BYTES: Final = 512
 MAX_RANK: Final = 16
 MAX_BYTES: Final = 1 << 44
+MAX_HEAD_BYTES: Final = 64 << 20
+"""Of a frame that is read from a stream."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,10 +134,7 @@ def check(tensors: Mapping[str, np.ndarray], specs: Iterable[TensorSpec], *, wha
 
 def to_bytes(array: np.ndarray) -> bytes:
     """The bytes of an array: little-endian, C order."""
-    contiguous = np.ascontiguousarray(array)
-    if contiguous.dtype.byteorder == ">":
-        contiguous = contiguous.astype(contiguous.dtype.newbyteorder("<"))
-    return contiguous.tobytes()
+    return bytes(_byte_view(array))
 
 
 def from_bytes(data: bytes | bytearray | memoryview, spec: TensorSpec) -> np.ndarray:
@@ -230,21 +229,26 @@ def _hex(value: object) -> str:
 
 def pack(tensors: Mapping[str, np.ndarray], header: Mapping[str, Any] | None = None) -> bytes:
     """One frame: 8 bytes length of the head, the head as JSON (specs and `header`), then each tensor's bytes."""
+    return b"".join(frame_parts(tensors, header))
+
+
+def frame_parts(
+    tensors: Mapping[str, np.ndarray], header: Mapping[str, Any] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of `pack`, piece by piece: no copy is made of an array that lies in C order."""
     specs = specs_of(tensors)
     head = canonical_json({"tensors": [spec.to_json() for spec in specs], "header": dict(header or {})})
-    return b"".join([len(head).to_bytes(8, "little"), head, *(to_bytes(tensors[spec.name]) for spec in specs)])
+    yield len(head).to_bytes(8, "little")
+    yield head
+    for spec in specs:
+        yield _byte_view(tensors[spec.name])
 
 
 def unpack(data: bytes | bytearray | memoryview) -> tuple[Tensors, dict[str, Any]]:
     """Reads a frame of `pack`. Raises ProtocolError unless it is whole and of the right length."""
     view = memoryview(data)
-    try:
-        start = 8 + int.from_bytes(view[:8], "little")
-        head = json.loads(bytes(view[8:start]))
-        specs = [TensorSpec.from_json(spec) for spec in head["tensors"]]
-        header = dict(head["header"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ProtocolError(f"Expected a frame of tensors, got {bytes(view[:40])!r}…: {error}.") from error
+    start = 8 + int.from_bytes(view[:8], "little")
+    specs, header = _parse_head(bytes(view[8:start]))
     if start + total_bytes(specs) != len(view):
         raise ProtocolError(f"Expected a frame of {start + total_bytes(specs)} bytes, got {len(view)}.")
     tensors: Tensors = {}
@@ -252,3 +256,47 @@ def unpack(data: bytes | bytearray | memoryview) -> tuple[Tensors, dict[str, Any
         tensors[spec.name] = from_bytes(view[start : start + spec.size_bytes], spec)
         start += spec.size_bytes
     return tensors, header
+
+
+def read_frame(fill: Callable[[memoryview], None], *, most_bytes: int) -> tuple[Tensors, dict[str, Any]]:
+    """Reads one frame of `pack` from a stream into new arrays: one copy of each in memory, none of the frame.
+
+    Args:
+        fill: fills the whole buffer that it is given with the stream's next bytes, or raises.
+        most_bytes: of all the tensors together.
+
+    Raises:
+        ProtocolError: what comes is no frame, or a larger one. Nothing of that size was allocated.
+    """
+    size = bytearray(8)
+    fill(memoryview(size))
+    if (length := int.from_bytes(size, "little")) > MAX_HEAD_BYTES:
+        raise ProtocolError(f"Expected the head of a frame to have at most {MAX_HEAD_BYTES} bytes, got {length}.")
+    head = bytearray(length)
+    fill(memoryview(head))
+    specs, header = _parse_head(bytes(head))
+    if total_bytes(specs) > most_bytes:
+        raise ProtocolError(f"Expected a frame of at most {most_bytes} bytes, got {total_bytes(specs)}.")
+    tensors: Tensors = {}
+    for spec in specs:
+        tensors[spec.name] = np.empty(spec.shape, spec.numpy_dtype)
+        fill(_byte_view(tensors[spec.name]))
+    return tensors, header
+
+
+def _parse_head(data: bytes) -> tuple[list[TensorSpec], dict[str, Any]]:
+    try:
+        head = json.loads(data)
+        specs, header = [TensorSpec.from_json(spec) for spec in head["tensors"]], dict(head["header"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ProtocolError(f"Expected a frame of tensors, got {data[:40]!r}…: {error}.") from error
+    if len({spec.name for spec in specs}) != len(specs):
+        raise ProtocolError("Expected a frame with each name once.")
+    return specs, header
+
+
+def _byte_view(array: np.ndarray) -> memoryview:
+    contiguous = np.ascontiguousarray(array)
+    if contiguous.dtype.byteorder == ">":
+        contiguous = contiguous.astype(contiguous.dtype.newbyteorder("<"))
+    return contiguous.reshape(-1).view(np.uint8).data
