@@ -106,11 +106,12 @@ def this_runtime() -> Runtime:
 def module_text(data: bytes) -> str:
     """The program in readable form, for checks. Raises PlanError if it is none."""
     from jax._src.interpreters import mlir
+    from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import stablehlo
 
     try:
         with mlir.make_ir_context():
-            return str(stablehlo.deserialize_portable_artifact_str(data).decode(errors="replace"))
+            return str(ir.Module.parse(stablehlo.deserialize_portable_artifact_str(data)))
     except Exception as error:  # MLIR raises several types, none of them documented
         raise PlanError(f"A program is no StableHLO artifact: {str(error).splitlines()[0][:200]}.") from error
 
@@ -136,7 +137,7 @@ def _oldest_artifact(exported: Any) -> tuple[tuple[int, int, int], bytes]:
     from jaxlib.mlir.dialects import stablehlo
 
     major, minor, patch = (int(part) for part in stablehlo.get_current_version().split("."))
-    text = exported.mlir_module()
+    text = _without_locations(exported.mlir_module())
     for version in (*OLDEST_VERSIONS, (major, minor, patch)):
         try:
             with mlir.make_ir_context():
@@ -144,6 +145,17 @@ def _oldest_artifact(exported: Any) -> tuple[tuple[int, int, int], bytes]:
         except Exception as error:  # a version that lacks an operation: XlaRuntimeError or ValueError, by release
             last = error
     raise PlanError(f"The program cannot be written as StableHLO: {last}") from last
+
+
+def _without_locations(text: str) -> str:
+    # Source paths and line numbers would make the plan's hash depend on where the source lies, and tell it.
+    from jax._src.interpreters import mlir
+    from jaxlib.mlir import ir, passmanager
+
+    with mlir.make_ir_context():
+        module = ir.Module.parse(text)
+        passmanager.PassManager.parse("builtin.module(strip-debuginfo)").run(module.operation)
+        return str(mlir.module_to_string(module))
 
 
 def struct(spec: TensorSpec) -> jax.ShapeDtypeStruct:
