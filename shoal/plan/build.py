@@ -1,6 +1,8 @@
 """Makes a plan of a task: traces its functions, exports them, writes the manifest. Needs JAX and the task's source."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import jax
@@ -10,6 +12,7 @@ import optax
 
 from shoal.local import LocalRule, Named, Report, Shape, evaluator, local_rule, model_shape, named, predictor
 from shoal.plan.manifest import Manifest, Program, ServerHalf, Training
+from shoal.plan.operations import refuse_callbacks
 from shoal.plan.plan import Plan
 from shoal.plan.stablehlo import export_program, struct
 from shoal.policy import ServerRule
@@ -39,6 +42,7 @@ def build(task: Task, *, seed: int = 0) -> Built:
         ValueError: a function of the task does not keep its contract; the text says which and how.
     """
     rule = local_rule(task)
+    refuse_callbacks(_traces(task), task=task.name)
     made = [*_training_programs(task, rule), *_model_programs(task, rule)]
     server = task.server if isinstance(task.server, ServerRule) else ServerRule(kind="program")
     if not isinstance(task.server, ServerRule):
@@ -57,6 +61,23 @@ def build(task: Task, *, seed: int = 0) -> Built:
         server=ServerHalf(rounds=task.rounds, rule=server, privacy=task.privacy, about=task.about),
     )
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
+
+
+def _traces(task: Task) -> dict[str, Callable[[], Any]]:
+    """What `refuse_callbacks` looks at: the task's functions as they stand, before a gradient is taken of them."""
+    like, key = model_shape(task), jax.random.key(0)
+    train, score = task.batch_spec(task.local.batch_size), task.batch_spec(EVALUATE_BATCH_SIZE)
+    functions: dict[str, tuple[Callable[..., Any] | None, tuple[Any, ...]]] = {
+        "loss": (task.losses, (like.params, like.state, train, key)),
+        "evaluate": (task.evaluate, (like.params, like.state, score)),
+        "predict": (task.predict, (like.params, like.state, score)),
+        "penalty": (task.penalty, (like.params,)),
+    }
+    return {
+        name: partial(jax.make_jaxpr(function), *arguments)
+        for name, (function, arguments) in functions.items()
+        if function is not None
+    }
 
 
 def initial_model(task: Task, rule: LocalRule, *, seed: int) -> Tensors:
