@@ -27,6 +27,7 @@ class Accumulator:
         }
         self.totals = {spec.tensor.name: np.zeros(spec.tensor.shape, np.int64) for spec in sums}
         self.weight_bound = FixedPoint.finest(bits=64, bound=1.0, max_weight=max_weight, max_members=max_members)
+        self._weighted = {spec.tensor.name: spec.weighted for spec in sums}
         self.weight = self.members = 0
 
     def add(self, update: Mapping[str, np.ndarray], *, weight: int) -> None:
@@ -42,15 +43,19 @@ class Accumulator:
         refuse_bad_weight(weight, self.weight_bound)
         for name, values in update.items():
             refuse_bad_values(values, self.fixed[name], name=name)
-        self.add_checked(update.items(), weight=weight)
+        self.add_checked(((name, 0, values.reshape(-1)) for name, values in update.items()), weight=weight)
 
-    def add_checked(self, tensors: Iterable[tuple[str, np.ndarray]], *, weight: int) -> None:
-        """Adds an update, tensor by tensor, whose values were checked while they came in."""
-        if self.members >= self.weight_bound.max_members:
-            raise UpdateRefused(f"The group has its {self.members} members.", reason="group is full")
-        for spec, (name, values) in zip(self.specs, tensors, strict=True):
-            assert name == spec.tensor.name, "tensors come in the manifest's order"
-            add(self.totals[name], values, self.fixed[name], weight=weight if spec.weighted else 1)
+    def add_checked(self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int) -> None:
+        """Adds an update whose values were checked while they came in.
+
+        Args:
+            pieces: (tensor, first element, values (n,)); every element once.
+            weight: of the update.
+        """
+        assert self.members < self.weight_bound.max_members, "the round closes before its group is full"
+        for name, start, values in pieces:
+            total = self.totals[name].reshape(-1)[start : start + values.size]
+            add(total, values, self.fixed[name], weight=weight if self._weighted[name] else 1)
         self.weight += weight
         self.members += 1
 

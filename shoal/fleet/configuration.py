@@ -57,7 +57,7 @@ def configure(manifest: Manifest, *, run_seed: bytes, round: int, base_version: 
         round=round,
         base_version=base_version,
         seed=round_seed(run_seed, base_version),
-        max_members=policy.num_selected,
+        max_members=policy.goal + 1,  # one addition may be under way when the goal is met
         reporting_window_s=policy.reporting_window_s,
     )
 

@@ -6,7 +6,8 @@ update is worth is the group's affair, of which it sees only *joined, counted, r
 Invariants (tests cite them by number):
     (1) Versions follow one another: after `Committed(v)` the next round starts from v.
     (2) A nonce is counted at most once per version.
-    (3) A round closes for commit with at least `policy.minimum` and at most `policy.goal` counted.
+    (3) A round closes for commit with at least `policy.minimum` counted, and holds at most `policy.goal` + 1: one
+        addition may be under way when the goal is met.
     (4) With `Selection.exact` only the named devices are assigned, and every one of them counts in every version.
     (5) What was counted before a round was abandoned counts in the next one: the group goes on.
     (6) Every device that waits is either assigned, or told that the run is over.

@@ -165,20 +165,18 @@ class Finished(_message.Message):
     def __init__(self, why: _Optional[str] = ...) -> None: ...
 
 class Report(_message.Message):
-    __slots__ = ("token", "index", "root", "weight", "inline", "costs")
+    __slots__ = ("token", "root", "weight", "slices", "costs")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
-    INDEX_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FIELD_NUMBER: _ClassVar[int]
-    INLINE_FIELD_NUMBER: _ClassVar[int]
+    SLICES_FIELD_NUMBER: _ClassVar[int]
     COSTS_FIELD_NUMBER: _ClassVar[int]
     token: Token
-    index: bytes
     root: str
     weight: int
-    inline: _containers.RepeatedCompositeFieldContainer[Blob]
+    slices: _containers.RepeatedCompositeFieldContainer[PushSlice]
     costs: Costs
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., index: _Optional[bytes] = ..., root: _Optional[str] = ..., weight: _Optional[int] = ..., inline: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ...) -> None: ...
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., root: _Optional[str] = ..., weight: _Optional[int] = ..., slices: _Optional[_Iterable[_Union[PushSlice, _Mapping]]] = ..., costs: _Optional[_Union[Costs, _Mapping]] = ...) -> None: ...
 
 class Costs(_message.Message):
     __slots__ = ("compute_s", "compile_s", "data_s", "wait_s", "wire_s", "padding", "joules", "steps", "examples")

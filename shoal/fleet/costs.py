@@ -1,0 +1,40 @@
+"""What a round cost its members, summed over them: time by phase, bytes, padding. Never kept for one device."""
+
+from math import isfinite
+
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.record.store import UsageRow
+
+PHASES = ("compute", "compile", "data", "wait", "wire")
+MOST_SECONDS = 1e6  # a device may say anything; what is beyond reason is not added
+
+
+class Costs:
+    """Running totals over the members of one group."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+        self.padding = self.joules = 0.0
+        self.down_bytes = self.up_bytes = self.members = 0
+
+    def add(self, costs: pb.Costs, *, down: int, up: int) -> None:
+        """Adds one member's."""
+        for phase in PHASES:
+            self.seconds[phase] += _sane(getattr(costs, f"{phase}_s"))
+        self.padding += _sane(costs.padding) * _sane(costs.compute_s)
+        self.joules += _sane(costs.joules)
+        self.down_bytes += down
+        self.up_bytes += up
+        self.members += 1
+
+    def rows(self, round: int) -> list[UsageRow]:
+        """As the record keeps them. `padding` is the part of compute that went into padding."""
+        rows = [UsageRow(round=round, phase=p, seconds=s, count=self.members) for p, s in self.seconds.items()]
+        rows.append(UsageRow(round=round, phase="padding", seconds=self.padding, count=self.members))
+        rows.append(UsageRow(round=round, phase="pull", bytes_down=self.down_bytes, count=self.members))
+        rows.append(UsageRow(round=round, phase="push", bytes_up=self.up_bytes, count=self.members))
+        return rows
+
+
+def _sane(value: float) -> float:
+    return value if isfinite(value) and 0.0 <= value <= MOST_SECONDS else 0.0

@@ -1,0 +1,169 @@
+"""Where an update waits until it is whole and checked: in memory while small, else in an unlinked, encrypted file.
+
+Slices come in order for each tensor. As they come they are hashed and their values are looked at, so that a large
+update is read only once more: to be added. The spool file has no name, and its key (AES-256-CTR) lives only in this
+process: nothing of a single update can be read from a disk after it.
+
+Guarantees:
+    * Memory: an update above `Limits.memory_bytes` holds only buffers of one slice; all of them together at most
+      `Limits.updates`.
+    * An update is `complete` only if every tensor has its length, its hash, and finite values within the bounds, and
+      the root over the hashes is the one reported.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from shoal.errors import ProtocolError, UpdateRefused
+from shoal.fixed import CHUNK, FixedPoint, refuse_bad_values
+from shoal.tensors import Entry, Index, TensorSpec, total_bytes
+
+_BLOCK = 16  # AES-CTR can start at any multiple of its block
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What staged updates may take."""
+
+    memory_bytes: int = 1 << 20
+    """Largest update that is held in memory; a larger one is spooled."""
+    updates: int = 10_000
+    """Most updates held at once."""
+
+
+@dataclass(slots=True)
+class _Part:
+    spec: TensorSpec
+    start: int
+    """Where the tensor begins in the update."""
+    received: int = 0
+    hasher: "hashlib._Hash | None" = None
+    carry: bytes = b""
+    """Bytes of an element that a slice broke off."""
+
+
+class StagedUpdate:
+    """One update on its way in. Not thread-safe; the Edge holds a lock for each."""
+
+    def __init__(self, specs: tuple[TensorSpec, ...], fixed: Mapping[str, FixedPoint], limits: Limits) -> None:
+        self._parts: dict[str, _Part] = {}
+        start = 0
+        for spec in specs:
+            self._parts[spec.name] = _Part(spec, start, hasher=hashlib.sha256())
+            start += -(-spec.size_bytes // _BLOCK) * _BLOCK
+        self._fixed = fixed
+        self._store = _Memory(start) if total_bytes(specs) <= limits.memory_bytes else _Spool(start)
+        self._refusal: UpdateRefused | None = None
+
+    @property
+    def received(self) -> dict[str, int]:
+        """Bytes of each tensor that are here: where a broken push goes on."""
+        return {name: part.received for name, part in self._parts.items()}
+
+    @property
+    def missing(self) -> list[str]:
+        """Tensors that are not whole."""
+        return [name for name, part in self._parts.items() if part.received < part.spec.size_bytes]
+
+    def write(self, name: str, offset: int, data: bytes) -> None:
+        """Takes one slice.
+
+        Raises:
+            ProtocolError: an unknown tensor, a slice out of order, or more bytes than the tensor has.
+        """
+        part = self._parts.get(name)
+        if part is None:
+            raise ProtocolError(f"Expected a tensor of the update, got {name[:80]!r}.")
+        if offset != part.received:
+            raise ProtocolError(f"Expected {name} to go on at byte {part.received}, got a slice at {offset}.")
+        if offset + len(data) > part.spec.size_bytes:
+            raise ProtocolError(f"Expected {part.spec.size_bytes} bytes of {name}, got a slice up to {offset + len(data)}.")
+        assert part.hasher is not None
+        part.hasher.update(data)
+        self._store.write(part.start + offset, data)
+        part.received += len(data)
+        self._look_at(part, data)
+
+    def _look_at(self, part: _Part, data: bytes) -> None:
+        if self._refusal is not None:
+            return
+        whole = part.carry + data if part.carry else data
+        size = part.spec.numpy_dtype.itemsize
+        end = len(whole) // size * size
+        part.carry = whole[end:]
+        try:
+            values = np.frombuffer(whole, part.spec.numpy_dtype, count=end // size)
+            refuse_bad_values(values, self._fixed[part.spec.name], name=part.spec.name)
+        except UpdateRefused as refusal:
+            self._refusal = refusal
+
+    def check(self, root: str) -> None:
+        """Raises UpdateRefused unless the update is whole, within bounds, and has that root."""
+        if self.missing:
+            raise UpdateRefused(f"Not whole: {', '.join(self.missing[:3])}.", reason="incomplete")
+        entries = [Entry(p.spec, p.hasher.hexdigest()) for p in self._parts.values() if p.hasher is not None]
+        if (actual := Index(tuple(entries)).root) != root:
+            raise UpdateRefused(f"Expected root {root[:12]}…, the tensors have {actual[:12]}….", reason="wrong hash")
+        if self._refusal is not None:
+            raise self._refusal
+
+    def pieces(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """(tensor, first element, values (n,)) in pieces of `fixed.CHUNK` elements."""
+        for name, part in self._parts.items():
+            size = part.spec.numpy_dtype.itemsize
+            for first in range(0, part.spec.size_bytes // size, CHUNK):
+                num_bytes = min(CHUNK * size, part.spec.size_bytes - first * size)
+                data = self._store.read(part.start + first * size, num_bytes)
+                yield name, first, np.frombuffer(data, part.spec.numpy_dtype)
+
+    def close(self) -> None:
+        """Forgets the update."""
+        self._store.close()
+
+
+class _Memory:
+    def __init__(self, size: int) -> None:
+        self._data = bytearray(size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._data[offset : offset + len(data)] = data
+
+    def read(self, offset: int, size: int) -> bytes:
+        return bytes(memoryview(self._data)[offset : offset + size])
+
+    def close(self) -> None:
+        self._data = bytearray()
+
+
+class _Spool:
+    """An unlinked file under a key that only this object has."""
+
+    def __init__(self, size: int) -> None:
+        self._key = os.urandom(32)
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="shoal-")
+        os.truncate(self._file.fileno(), size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self._file.seek(offset)
+        self._file.write(self._crypt(offset, data))
+
+    def read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        return self._crypt(offset, self._file.read(size))
+
+    def _crypt(self, offset: int, data: bytes) -> bytes:
+        # CTR mode is its own inverse. Every byte of the file is written once, so no piece of the key stream is used twice.
+        skip = offset % _BLOCK
+        cipher = Cipher(algorithms.AES(self._key), modes.CTR((offset // _BLOCK).to_bytes(16, "big"))).encryptor()
+        return cipher.update(b"\0" * skip + data)[skip:]
+
+    def close(self) -> None:
+        self._file.close()
+        self._key = b""
