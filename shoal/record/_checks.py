@@ -6,15 +6,17 @@ Also the texts of the StoreErrors that every store raises, so that a test or a r
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from shoal import validate
 from shoal.errors import StoreError
-from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, UsageRow
+from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, TokenRow, UsageRow
 
 Counted = Sequence[tuple[bytes, float]]
 
-MAX_NONCE_BYTES = 64
+MAX_NONCE_BYTES: Final = 64
+LARGEST: Final = 2**63 - 1
+"""What a whole number in a column can be."""
 
 
 def to_json(value: Mapping[str, Any], *, what: str) -> str:
@@ -45,14 +47,25 @@ def check_counted(counted: Counted) -> None:
 def check_group(group: GroupRow) -> None:
     if group.version is not None:
         raise ValueError(f"Expected a group with version=None (the commit gives it), got version={group.version}.")
-    validate.not_negative(number=group.number, members=group.members, weight=group.weight)
+    validate.between(0, LARGEST, number=group.number, members=group.members, weight=group.weight)
+
+
+def check_new_group(group: GroupRow) -> None:
+    check_group(group)
+    if group.number:
+        raise ValueError(f"Expected a new group with number=0 (the store gives it), got number={group.number}.")
 
 
 def check_commit(commit: CommitRow, round: RoundRow | None, groups: Sequence[GroupRow], counted: Counted) -> None:
-    validate.not_negative(version=commit.version, round=commit.round, members=commit.members, weight=commit.weight)
+    validate.between(
+        0, LARGEST, version=commit.version, round=commit.round, members=commit.members, weight=commit.weight
+    )
     for group in groups:
         check_group(group)
     check_counted(counted)
+    bases = [group.base_version for group in groups] + ([] if round is None else [round.base_version])
+    if not all(0 <= base < commit.version for base in bases):
+        raise ValueError(f"Expected base versions before commit {commit.version}, got {sorted(set(bases))}.")
     if round is not None and (round.number != commit.round or round.state != "committed"):
         raise ValueError(
             f"Expected the round of commit {commit.version} to be number {commit.round} in state committed, got number "
@@ -84,7 +97,9 @@ def check_closed(row: RoundRow) -> None:
 def check_metrics(metrics: Sequence[MetricRow]) -> None:
     for row in metrics:
         if not row.name or row.version < 0:
-            raise ValueError(f"Expected a metric with a name and a version >= 0, got {row.name!r}, version {row.version}.")
+            raise ValueError(
+                f"Expected a metric with a name and a version >= 0, got {row.name!r}, version {row.version}."
+            )
         if (row.scope == "class") != bool(row.device_class):
             raise ValueError(
                 f"Expected metric {row.name} to name a device_class if and only if its scope is class, got scope "
@@ -95,11 +110,20 @@ def check_metrics(metrics: Sequence[MetricRow]) -> None:
 def check_usage(usage: Sequence[UsageRow]) -> None:
     for row in usage:
         if not all(math.isfinite(value) for value in (row.seconds, row.joules or 0.0)):
-            raise ValueError(f"Expected finite seconds and joules for phase {row.phase}, got {row.seconds}, {row.joules}.")
+            raise ValueError(
+                f"Expected finite seconds and joules for phase {row.phase}, got {row.seconds}, {row.joules}."
+            )
 
 
 def settled(nonce: bytes, how: str) -> StoreError:
     return StoreError(f"Nonce {nonce.hex()} {how}. A contribution counts once; leave it out and commit again.")
+
+
+def settled_before(token: TokenRow) -> StoreError:
+    if token.state == "refused":
+        return settled(token.nonce, f"was refused before ({token.reason})")
+    where = "a group that waits" if token.version is None else f"version {token.version}"
+    return settled(token.nonce, f"was counted before, in {where}")
 
 
 def no_run(run_id: str, known: Sequence[str]) -> StoreError:

@@ -113,7 +113,9 @@ class FolderBlobs:
             except FileNotFoundError:
                 raise missing(hash, self._folder) from None
         if sha256(data) != hash:
-            raise StoreError(f"Blob {path} is damaged: its {len(data)} bytes have another hash. Restore it from a copy.")
+            raise StoreError(
+                f"Blob {path} is damaged: its {len(data)} bytes have another hash. Restore it from a copy."
+            )
         return data
 
     def view(self, hash: str, spec: TensorSpec) -> np.ndarray:
@@ -173,9 +175,10 @@ class FolderBlobs:
                     _write_all(file.fileno(), data)
                     os.fsync(file.fileno())
             _adopt(self._folder, incoming)
-        finally:
+        except BaseException:
             for path in incoming.values():
                 path.unlink(missing_ok=True)
+            raise
 
     def _is_whole(self, hash: str, size: int) -> bool:
         try:

@@ -1,6 +1,7 @@
 """The record's tables, in SQLAlchemy Core: what `SqliteStore` writes now and another database may hold later.
 
-Portable SQL: JSON is text, times are double precision, blobs are named by hash and kept elsewhere. This is the newest
+Portable SQL: JSON is text, times are double precision, tensors and plans are blobs, named by hash
+and kept elsewhere. This is the newest
 form of the schema; older files are brought to it by `migrations.py`. Nothing in any table is about one device.
 
 What the database itself holds to, whatever a program does (numbers are those of `store.py`):
@@ -64,20 +65,30 @@ RUNS: Final = Table(
     Column("finished_s", Double),
 )
 
+# An index is JSON, small, and new with every version: in the transaction it costs nothing, as a blob two fsyncs.
+INDEXES: Final = Table(
+    "indexes",
+    METADATA,
+    Column("root", Text, primary_key=True),
+    Column("data", Text, nullable=False),
+)
+
 COMMITS: Final = Table(
     "commits",
     METADATA,
     _run_id(key=True),
     Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("follows", BigInteger),  # version - 1; null for version 0, where the foreign key does not apply
-    Column("model_root", Text, nullable=False),
-    Column("server_state_root", Text, nullable=False),
+    Column("model_root", Text, ForeignKey("indexes.root"), nullable=False),
+    Column("server_state_root", Text, ForeignKey("indexes.root"), nullable=False),
     Column("round", BigInteger, nullable=False),
     Column("members", BigInteger, nullable=False),
     Column("weight", BigInteger, nullable=False),
     Column("created_s", Double, nullable=False),
     ForeignKeyConstraint(["run_id", "follows"], ["commits.run_id", "commits.version"]),
-    CheckConstraint("(version = 0 AND follows IS NULL) OR (version > 0 AND follows IS NOT NULL AND follows = version - 1)"),
+    CheckConstraint(
+        "(version = 0 AND follows IS NULL) OR (version > 0 AND follows IS NOT NULL AND follows = version - 1)"
+    ),
 )
 
 ROUNDS: Final = Table(

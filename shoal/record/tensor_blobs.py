@@ -12,7 +12,7 @@ from shoal.tensors import Entry, Index, Tensors, TensorSpec, specs_of, to_bytes
 
 
 def put_tensors(blobs: Blobs, tensors: Mapping[str, np.ndarray], specs: Iterable[TensorSpec] | None = None) -> Index:
-    """Writes tensors, durably, and returns their index (which a commit or `blobs.put(index.data)` makes a blob itself).
+    """Writes tensors, durably, and returns their index; the index itself goes into the commit.
 
     Args:
         blobs: Where to.

@@ -1,0 +1,136 @@
+"""Rows of the store's contract to and from columns. Numbers are made plain: a NumPy scalar never reaches the database."""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Row
+
+from shoal.record._checks import Counted, to_json
+from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, RunRow, TokenRow, UsageRow
+from shoal.tensors import Index
+
+Values = dict[str, Any]
+AnyRow = Row[*tuple[Any, ...]]
+
+
+def run_values(row: RunRow) -> Values:
+    return {
+        "id": row.id, "name": row.name, "kind": row.kind, "plan_hash": row.plan_hash, "status": row.status,
+        "config": to_json(row.config, what="config"), "provenance": to_json(row.provenance, what="provenance"),
+        "created_s": float(row.created_s), "finished_s": _maybe(float, row.finished_s),
+    }  # fmt: skip
+
+
+def run_row(row: AnyRow) -> RunRow:
+    values = row._asdict()
+    return RunRow(**{**values, "config": json.loads(values["config"]), "provenance": json.loads(values["provenance"])})
+
+
+def round_values(run_id: str, row: RoundRow) -> Values:
+    return {
+        "run_id": run_id, "number": int(row.number), "base_version": int(row.base_version), "state": row.state,
+        "opened_s": float(row.opened_s), "closed_s": _maybe(float, row.closed_s), "selected": int(row.selected),
+        "counted": int(row.counted), "released": int(row.released), "reason": row.reason,
+        "configuration": to_json(row.configuration, what="the round's configuration"),
+    }  # fmt: skip
+
+
+def round_row(row: AnyRow) -> RoundRow:
+    values = _without_run(row)
+    return RoundRow(**{**values, "configuration": json.loads(values["configuration"])})
+
+
+def group_values(run_id: str, row: GroupRow, *, number: int, version: int | None) -> Values:
+    return {
+        "run_id": run_id, "number": number, "round": int(row.round), "base_version": int(row.base_version),
+        "members": int(row.members), "weight": int(row.weight), "sums_root": row.sums_root, "version": version,
+    }  # fmt: skip
+
+
+def group_row(row: AnyRow) -> GroupRow:
+    return GroupRow(**_without_run(row))
+
+
+def commit_values(run_id: str, row: CommitRow) -> Values:
+    return {
+        "run_id": run_id, "version": int(row.version), "follows": int(row.version) - 1 if row.version else None,
+        "model_root": row.model.root, "server_state_root": row.server_state.root, "round": int(row.round),
+        "members": int(row.members), "weight": int(row.weight), "created_s": float(row.created_s),
+    }  # fmt: skip
+
+
+def commit_row(row: AnyRow, read_index: Callable[[str], Index]) -> CommitRow:
+    values = _without_run(row)
+    del values["follows"]
+    model, server_state = read_index(values.pop("model_root")), read_index(values.pop("server_state_root"))
+    return CommitRow(**values, model=model, server_state=server_state)
+
+
+def counted_values(run_id: str, counted: Counted, *, version: int | None, group: int | None) -> list[Values]:
+    return [
+        {"run_id": run_id, "nonce": nonce, "state": "counted", "version": version, "group_number": group, "reason": "",
+         "expires_s": float(expires_s)}
+        for nonce, expires_s in counted
+    ]  # fmt: skip
+
+
+def token_row(row: AnyRow) -> TokenRow:
+    return TokenRow(**row._asdict())
+
+
+def metric_values(run_id: str, metrics: Sequence[MetricRow]) -> list[Values]:
+    return [
+        {"run_id": run_id, "version": int(row.version), "name": row.name, "scope": row.scope, "time_s": float(row.time_s),
+         "value": None if math.isnan(row.value) else float(row.value), "device_class": row.device_class}
+        for row in metrics
+    ]  # fmt: skip
+
+
+def metric_row(row: AnyRow) -> MetricRow:
+    version, name, value, scope, time_s, device_class = row
+    return MetricRow(
+        version=version, name=name, value=math.nan if value is None else value, scope=scope, time_s=time_s,
+        device_class=device_class,
+    )  # fmt: skip
+
+
+def usage_values(run_id: str, usage: Sequence[UsageRow]) -> list[Values]:
+    return [
+        {"run_id": run_id, "round": int(row.round), "phase": row.phase, "seconds": float(row.seconds),
+         "bytes_down": int(row.bytes_down), "bytes_up": int(row.bytes_up), "joules": _maybe(float, row.joules),
+         "count": int(row.count)}
+        for row in usage
+    ]  # fmt: skip
+
+
+def usage_row(row: AnyRow) -> UsageRow:
+    return UsageRow(**row._asdict())
+
+
+def event_values(run_id: str, events: Sequence[EventRow]) -> list[Values]:
+    return [
+        {"run_id": run_id, "time_s": float(row.time_s), "kind": row.kind, "data": to_json(row.data, what="an event's data")}
+        for row in events
+    ]  # fmt: skip
+
+
+def event_row(row: AnyRow) -> EventRow:
+    time_s, kind, data = row
+    return EventRow(time_s=time_s, kind=kind, data=json.loads(data))
+
+
+def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping as it comes back from JSON: what a store that keeps no text must give too."""
+    return dict(json.loads(to_json(value, what="settings")))
+
+
+def _without_run(row: AnyRow) -> Values:
+    values: Values = row._asdict()
+    del values["run_id"]
+    return values
+
+
+def _maybe(convert: Callable[[Any], float], value: Any) -> float | None:
+    return None if value is None else convert(value)

@@ -1,0 +1,53 @@
+"""The store's SQL, built once: SQLAlchemy then compiles each statement once, too. Parameters: `run`, `at`, `…_is`."""
+
+from typing import Final
+
+from sqlalchemy import BindParameter, bindparam, func, select, update
+
+from shoal.record._prepared import Prepared, adding
+from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUNDS, RUNS, TOKENS, USAGE
+
+_RUN: Final[BindParameter[str]] = bindparam("run")
+_NUMBER: Final[BindParameter[int]] = bindparam("at")
+_NONCE: Final[BindParameter[bytes]] = bindparam("nonce_is")
+ADD: Final = {
+    table: adding(table) for table in (RUNS, INDEXES, COMMITS, ROUNDS, GROUPS, TOKENS, METRICS, USAGE, EVENTS)
+}
+FIND_RUN: Final = Prepared(select(RUNS.c.id).where(RUNS.c.id == _RUN))
+LAST_VERSION: Final = Prepared(select(func.max(COMMITS.c.version)).where(COMMITS.c.run_id == _RUN))
+LAST_GROUP: Final = Prepared(select(func.max(GROUPS.c.number)).where(GROUPS.c.run_id == _RUN))
+FIND_INDEX: Final = Prepared(select(INDEXES.c.data).where(INDEXES.c.root == bindparam("root_is")))
+ONE_COMMIT: Final = select(COMMITS).where(COMMITS.c.run_id == _RUN, COMMITS.c.version == _NUMBER)
+ALL_COMMITS: Final = select(COMMITS).where(COMMITS.c.run_id == _RUN).order_by(COMMITS.c.version)
+ALL_ROUNDS: Final = select(ROUNDS).where(ROUNDS.c.run_id == _RUN).order_by(ROUNDS.c.number)
+ROUND_STATE: Final = Prepared(select(ROUNDS.c.state).where(ROUNDS.c.run_id == _RUN, ROUNDS.c.number == _NUMBER))
+CLOSE_ROUND: Final = Prepared(
+    update(ROUNDS).where(ROUNDS.c.run_id == _RUN, ROUNDS.c.number == _NUMBER, ROUNDS.c.state == "open"),
+    [column.name for column in ROUNDS.columns if not column.primary_key],
+)
+ALL_GROUPS: Final = select(GROUPS).where(GROUPS.c.run_id == _RUN).order_by(GROUPS.c.number)
+TAKE_GROUP: Final = Prepared(
+    update(GROUPS).where(GROUPS.c.run_id == _RUN, GROUPS.c.number == _NUMBER, GROUPS.c.version.is_(None)), ["version"]
+)
+GROUP_VERSION: Final = Prepared(select(GROUPS.c.version).where(GROUPS.c.run_id == _RUN, GROUPS.c.number == _NUMBER))
+ONE_TOKEN: Final = (
+    select(
+        TOKENS.c.nonce, TOKENS.c.state, func.coalesce(TOKENS.c.version, GROUPS.c.version).label("version"),
+        TOKENS.c.reason, TOKENS.c.expires_s,
+    )
+    .outerjoin(GROUPS, (GROUPS.c.run_id == TOKENS.c.run_id) & (GROUPS.c.number == TOKENS.c.group_number))
+    .where(TOKENS.c.run_id == _RUN, TOKENS.c.nonce == _NONCE)
+)  # fmt: skip
+ALL_METRICS: Final = (
+    select(*(METRICS.c[name] for name in ("version", "name", "value", "scope", "time_s", "device_class")))
+    .where(METRICS.c.run_id == _RUN)
+    .order_by(METRICS.c.id)
+)
+ALL_USAGE: Final = (
+    select(*(USAGE.c[name] for name in ("round", "phase", "seconds", "bytes_down", "bytes_up", "joules", "count")))
+    .where(USAGE.c.run_id == _RUN)
+    .order_by(USAGE.c.id)
+)
+ALL_EVENTS: Final = (
+    select(EVENTS.c.time_s, EVENTS.c.kind, EVENTS.c.data).where(EVENTS.c.run_id == _RUN).order_by(EVENTS.c.id)
+)
