@@ -13,7 +13,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -30,7 +30,9 @@ from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, 
 
 log = logging.getLogger("shoal.coordinator")
 
-RETRY_COMMIT_S: Final = (0.5, 30.0)
+RETRY_S: Final = (0.5, 30.0)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Coordinator:
         assert self._head is not None and self._head.version == base_version
         self._opened_s = self._clock.wall_s()
         self._configuration = configure(self._manifest, run_seed=self._run_seed, round=round, base_version=base_version)
-        await asyncio.to_thread(self._store.open_round, self._run, self._round_row(round))
+        await self._durably(lambda: self._store.open_round(self._run, self._round_row(round)))
         self._edge.open_group(self._configuration, self._head.model)
         return r.Opened()
 
@@ -189,22 +191,26 @@ class Coordinator:
 
     async def _commit(self, round: int, reason: str) -> r.Event:
         group = await self._edge.close_group()
-        delay_s, longest_s = RETRY_COMMIT_S
-        while True:
-            try:
-                commit = await asyncio.to_thread(self._write_commit, group, round, reason)
-                break
-            except StoreError as error:
-                log.error("commit of round %d failed, trying again in %.1f s: %s", round, delay_s, error)
-                await self._clock.sleep_until(self._clock.now_s() + delay_s)
-                delay_s = min(2 * delay_s, longest_s)
-            except ShoalError as error:
-                self._edge.failed(str(error))
-                return r.Failed(str(error))
+        try:
+            commit = await self._durably(lambda: self._write_commit(group, round, reason))
+        except ShoalError as error:
+            self._edge.failed(str(error))
+            return r.Failed(str(error))
         self._head = commit.row
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
         return r.Committed(commit.row.version)
+
+    async def _durably(self, write: Callable[[], T]) -> T:
+        """Writes to the record, again and again while it cannot be written: nothing that was counted is given up."""
+        delay_s, longest_s = RETRY_S
+        while True:
+            try:
+                return await asyncio.to_thread(write)
+            except StoreError as error:
+                log.error("the record cannot be written, trying again in %.1f s: %s", delay_s, error)
+                await self._clock.sleep_until(self._clock.now_s() + delay_s)
+                delay_s = min(2 * delay_s, longest_s)
 
     def _write_commit(self, group: GroupResult, round: int, reason: str) -> Commit:
         head = self._head

@@ -97,11 +97,11 @@ class _Session:
 
 @dataclass
 class _Held:
-    """A token of the open group: who holds it and what has come in."""
+    """A token of the open group: on which session its device is, and what has come in."""
 
-    device: str
     expires_s: float
     token: pb.Token
+    session: _Session | None = None
     update: StagedUpdate | None = None
     root: str = ""
     weight: int = 0
@@ -170,7 +170,7 @@ class Edge:
         session = self._sessions.get(device)
         if session is None or self._configuration is None:
             return False
-        self._hold(assignment, token, device)
+        self._hold(assignment, token, session)
         session.send(
             pb.FromEdge(
                 assigned=pb.Assigned(
@@ -271,7 +271,8 @@ class Edge:
         if not 0 < len(device.encode()) <= MAX_DEVICE_ID_BYTES:
             raise ProtocolError(f"Expected a device id of 1 to {MAX_DEVICE_ID_BYTES} bytes.")
         if check_in.tasks and self._manifest.task not in check_in.tasks:
-            raise ProtocolError(f"Unknown task {list(check_in.tasks)[:3]}; this host serves {self._manifest.task!r}.")
+            needs = f"a device that serves task {self._manifest.task!r}; this one serves {list(check_in.tasks)[:3]}"
+            return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=needs)))
         if self._finished:
             return session.send(pb.FromEdge(finished=pb.Finished(why=self._finished)))
         try:
@@ -309,13 +310,12 @@ class Edge:
         nonce = assignment.nonce
         if nonce in self._held and self._group.state(nonce) is not None:
             held = self._held[nonce]
-            if session is not None and session.device:
-                held.device = session.device
+            held.session = session or held.session
             return held, assignment
         row = await self._coordinator_row(nonce)
         current = self._configuration
         if row is None and current is not None and assignment.base_version == current.base_version:
-            self._hold(assignment, token, session.device if session is not None else "")
+            self._hold(assignment, token, session)
             if self._group.state(nonce) is not None:
                 return self._held[nonce], assignment
         if session is not None:
@@ -444,7 +444,7 @@ class Edge:
             held.update = None
         self._refused += tell.outcome == "refused"
         self._released += tell.outcome == "released"
-        session = self._sessions.get(held.device) if held is not None else None
+        session = held.session if held is not None else None
         if held is None or session is None:
             return  # the token outlives the session: the device will ask
         match tell.outcome:
@@ -456,10 +456,9 @@ class Edge:
             case "released":
                 session.send(pb.FromEdge(released=pb.Released(why=tell.reason, token=held.token)))
 
-    def _hold(self, assignment: pb.Assignment, token: pb.Token, device: str) -> None:
-        if assignment.nonce not in self._held:
-            self._held[assignment.nonce] = _Held(device, assignment.expires_s, token)
-        self._held[assignment.nonce].device = device or self._held[assignment.nonce].device
+    def _hold(self, assignment: pb.Assignment, token: pb.Token, session: _Session | None) -> None:
+        held = self._held.setdefault(assignment.nonce, _Held(assignment.expires_s, token))
+        held.session = session or held.session
         self._do(self._group.step(g.Joined(assignment.nonce), self._clock.now_s()))
 
     def _update(self, held: _Held) -> StagedUpdate:

@@ -147,7 +147,7 @@ class _Spool:
 
     def __init__(self, size: int) -> None:
         self._key = os.urandom(32)
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="shoal-")
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="shoal-")  # noqa: SIM115 (closed by close)
         os.truncate(self._file.fileno(), size)
 
     def write(self, offset: int, data: bytes) -> None:

@@ -1,0 +1,364 @@
+"""A device: checks in, trains when it is asked to, reports, and keeps its update until that is counted.
+
+One asyncio actor for each device; the work that a process's devices share is in `device_host.py`. A broken stream loses
+nothing: the token and the update are kept, and after reconnecting the device first asks what became of them.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from shoal.data.store import Examples
+from shoal.errors import (
+    DataError,
+    DeviceError,
+    MissingExtra,
+    NetworkError,
+    PlanError,
+    ProgramError,
+    ProtocolError,
+)
+from shoal.fleet.device_host import DeviceHost, Prepared
+from shoal.fleet.link import Link, Stream
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.manifest import Runtime
+from shoal.plan.runner import Update
+from shoal.plan.train import train
+from shoal.tensors import Index, to_bytes
+
+log = logging.getLogger("shoal.device")
+
+SLICE_BYTES: Final = 256 << 10
+MAX_INLINE_BYTES: Final = 24 << 10
+BACK_OFF_S: Final = (0.1, 20.0)
+REFUSED_DELAY_S: Final = 0.5
+PUSH_TRIES: Final = 6
+
+
+@dataclass
+class _Work:
+    """An assignment, and its update once there is one."""
+
+    assigned: pb.Assigned
+    run: str
+    stopped: bool = False
+    update: Update | None = None
+    report: pb.Report | None = None
+
+
+@dataclass
+class Progress:
+    """What a device has done; for the command line."""
+
+    stage: str = "connecting"
+    counted: int = 0
+    refused: int = 0
+    released: int = 0
+    failures: int = 0
+    last_error: str = ""
+    up_bytes: int = 0
+
+
+class Device:
+    """See the module's text."""
+
+    def __init__(
+        self,
+        device_id: str,
+        examples: Callable[[], Examples],
+        *,
+        link: Link,
+        host: DeviceHost,
+        rng: np.random.Generator,
+        on_progress: Callable[["Device"], None] = lambda device: None,
+    ) -> None:
+        """
+        Args:
+            device_id: its name for this population.
+            examples: opens its data; called for each round.
+            link: to the Edge.
+            host: what the process shares.
+            rng: for the jitter of its delays.
+        """
+        self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
+        self._on_progress = on_progress
+        self._work: _Work | None = None
+        self._producing: asyncio.Task[None] | None = None
+        self.progress = Progress()
+
+    async def run(self) -> None:
+        """Serves until the host says that the run is over.
+
+        Raises:
+            PlanError: the device's runtime cannot run the task, or its plan is refused.
+            DataError: the device's examples do not fit the task.
+        """
+        try:
+            await self._run()
+        finally:
+            await self._drop_work()
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            connected_s = self._host.clock.now_s()
+            try:
+                async with self._link.session() as stream:
+                    if await self._serve(stream):
+                        self._say("finished")
+                        return
+            except (NetworkError, ProtocolError) as error:
+                failures = 0 if self._host.clock.now_s() - connected_s > 10.0 else failures + 1
+                self.progress.last_error = str(error)
+                self.progress.failures += 1
+                if isinstance(error, ProtocolError):
+                    log.warning("%s: %s", self.device_id, error)
+                    await self._drop_work()
+                self._say("reconnecting")
+                first, longest = BACK_OFF_S
+                await self._pause(min(longest, first * 2**failures))
+
+    async def _serve(self, stream: Stream) -> bool:
+        """One stream; True when the run is over. Work goes on over streams that break."""
+        await self._resume(stream)
+        hearing: asyncio.Task[pb.FromEdge] | None = None
+        try:
+            while True:
+                hearing = hearing or asyncio.create_task(stream.receive())
+                waited = [hearing] if self._producing is None else [hearing, self._producing]
+                done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if self._producing in done:
+                    await self._produced(stream)
+                if hearing in done:
+                    message, hearing = hearing.result(), None
+                    if await self._hear(message, stream):
+                        return True
+        finally:
+            if hearing is not None:
+                hearing.cancel()
+                await asyncio.gather(hearing, return_exceptions=True)
+
+    async def _hear(self, message: pb.FromEdge, stream: Stream) -> bool:
+        work = self._work
+        match message.WhichOneof("kind"):
+            case "assigned":
+                if work is not None and work.assigned.token != message.assigned.token:
+                    await self._drop_work()
+                if self._work is None:
+                    run = pb.Assignment.FromString(message.assigned.token.signed).run
+                    self._work = _Work(message.assigned, run)
+                    self._producing = asyncio.create_task(self._produce(self._work))
+            case "counted":
+                self._settle()
+                await self._check_in(stream)
+            case "refused":
+                await self._refused(message.refused.reason, message.refused.detail)
+                await self._check_in(stream)
+            case "released":
+                self.progress.released += 1
+                await self._drop_work()
+                await self._check_in(stream)
+            case "incomplete" if work is not None and work.report is not None:
+                await self._push(work)
+                await stream.send(pb.FromDevice(report=work.report))
+            case "later":
+                low, high = message.later.delay_min_s, message.later.delay_max_s
+                self._say("told to come later")
+                await self._pause(float(self._rng.uniform(low, max(low, high))))
+                await self._check_in(stream)
+            case "incompatible":
+                raise PlanError(message.incompatible.needs)
+            case "finished":
+                return True
+            case kind:
+                log.debug("%s: ignored %s", self.device_id, kind)
+        return False
+
+    async def _refused(self, reason: str, detail: str) -> None:
+        self.progress.refused += 1
+        self.progress.last_error = f"{reason}: {detail}"
+        log.info("%s: refused: %s", self.device_id, self.progress.last_error)
+        await self._drop_work()
+        if reason == "protocol":
+            raise ProtocolError(detail)
+        await self._pause(REFUSED_DELAY_S)
+
+    async def _resume(self, stream: Stream) -> None:
+        """On a new stream: first what became of the update in hand, if there is one."""
+        work = self._work
+        if work is None:
+            return await self._check_in(stream)
+        if self._producing is not None:
+            return  # it will be reported on this stream
+        status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
+        match status.state:
+            case pb.StatusReply.COUNTED:
+                self._settle()
+            case pb.StatusReply.REFUSED | pb.StatusReply.EXPIRED:
+                self.progress.refused += 1
+                self.progress.last_error = status.reason
+                self._work = None
+            case _:
+                await self._push(work)
+                return await stream.send(pb.FromDevice(report=work.report))
+        await self._check_in(stream)
+
+    async def _check_in(self, stream: Stream) -> None:
+        self._say("waiting")
+        check_in = pb.CheckIn(
+            population="default",
+            device_id=self.device_id,
+            runtime=_runtime_info(self._host.runtime),
+            software="shoal",
+            codecs=["float32"],
+            memory_bytes=self._host.limits.memory_bytes,
+        )
+        await stream.send(pb.FromDevice(check_in=check_in))
+
+    async def _drop_work(self) -> None:
+        """Stops what is under way; the server needs it no more."""
+        work, producing = self._work, self._producing
+        self._work = self._producing = None
+        if work is not None:
+            work.stopped = True
+        if producing is not None:
+            await asyncio.gather(producing, return_exceptions=True)
+
+    async def _produced(self, stream: Stream) -> None:
+        """The work is done, or has failed: the Edge is told."""
+        work, producing = self._work, self._producing
+        assert work is not None and producing is not None
+        self._producing = None
+        try:
+            producing.result()
+        except (ProgramError, DeviceError, DataError, PlanError, MissingExtra) as error:
+            self._work = None
+            return await self._give_up(work, error, stream)
+        except (NetworkError, ProtocolError):
+            self._work = None
+            raise
+        await stream.send(pb.FromDevice(report=work.report))
+        self._say("reported")
+
+    async def _produce(self, work: _Work) -> None:
+        """One assignment, from the plan to an update that is ready to be reported."""
+        work.update, costs = await self._train(work)
+        self._say("reporting")
+        begun = time.perf_counter()
+        work.report = self._report_of(work.update, work.assigned.token)
+        await self._push(work)
+        costs.wire_s += time.perf_counter() - begun
+        work.report.costs.CopyFrom(costs)
+
+    async def _train(self, work: _Work) -> tuple[Update, pb.Costs]:
+        host, assigned = self._host, work.assigned
+        begun = time.perf_counter()
+        self._say("fetching")
+        prepared = await host.prepare(assigned, self._link)
+        await host.ensure_model(assigned, prepared, self._link)
+        fetched = time.perf_counter()
+        self._say("queued")
+        async with host.training:
+            started = time.perf_counter()
+            self._say("training")
+            compile_s = await asyncio.to_thread(prepared.runner.compile)
+            update = await asyncio.to_thread(self._train_now, work, prepared)
+        costs = pb.Costs(
+            compute_s=update.seconds.get("compute", 0.0),
+            compile_s=compile_s,
+            data_s=update.seconds.get("data", 0.0),
+            wait_s=started - fetched,
+            wire_s=fetched - begun,
+            padding=update.padding,
+            examples=update.weight,
+        )
+        return update, costs
+
+    def _train_now(self, work: _Work, prepared: Prepared) -> Update:
+        if not prepared.runner.has_model(work.assigned.model):
+            raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
+        return train(
+            prepared.runner,
+            prepared.manifest,
+            work.assigned.model,
+            self._examples(),
+            self._host.state(work.run, self.device_id, prepared.manifest),
+            seed=work.assigned.configuration.seed,
+            member=self.device_id,
+            should_stop=lambda: work.stopped,
+        )
+
+    def _report_of(self, update: Update, token: pb.Token) -> pb.Report:
+        report = pb.Report(token=token, root=Index.of(update.sums).root, weight=update.weight)
+        if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) <= MAX_INLINE_BYTES:
+            for name, value in update.sums.items():
+                report.slices.append(pb.PushSlice(tensor=name, data=to_bytes(value)))
+        return report
+
+    async def _push(self, work: _Work) -> None:
+        """Sends what the Edge does not have yet of the update; goes on where a broken push ended."""
+        assert work.report is not None
+        tries = 0
+        while not work.report.slices and not work.stopped:
+            try:
+                status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
+                await self._link.push(self._slices(work, dict(status.received)))
+                return
+            except NetworkError:
+                tries += 1
+                if tries > PUSH_TRIES:
+                    raise
+                await self._pause(BACK_OFF_S[0] * 2**tries)
+
+    async def _slices(self, work: _Work, received: dict[str, int]) -> AsyncIterator[pb.PushSlice]:
+        assert work.update is not None
+        token: pb.Token | None = work.assigned.token
+        for name, value in work.update.sums.items():
+            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            for offset in range(received.get(name, 0), data.size, SLICE_BYTES):
+                if work.stopped:
+                    return
+                piece = data[offset : offset + SLICE_BYTES].tobytes()
+                yield pb.PushSlice(token=token, tensor=name, offset=offset, data=piece)
+                self.progress.up_bytes += len(piece)
+                token = None
+
+    def _settle(self) -> None:
+        """The update was counted: now what it leaves on the device is kept."""
+        if self._work is not None and self._work.update is not None:
+            self._host.keep_state(self._work.run, self.device_id, self._work.update.device_state)
+        self._work = None
+        self.progress.counted += 1
+
+    async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
+        self.progress.failures += 1
+        self.progress.last_error = str(error)
+        gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
+        await stream.send(pb.FromDevice(gave_up=gave_up))
+        if isinstance(error, DataError | PlanError | MissingExtra):
+            raise error
+        log.warning("%s: %s", self.device_id, error)
+        await self._pause(REFUSED_DELAY_S)
+        await self._check_in(stream)
+
+    async def _pause(self, seconds: float) -> None:
+        jittered = seconds * float(self._rng.uniform(0.5, 1.5))
+        await self._host.clock.sleep_until(self._host.clock.now_s() + jittered)
+
+    def _say(self, stage: str) -> None:
+        self.progress.stage = stage
+        self._on_progress(self)
+
+
+def _runtime_info(runtime: Runtime) -> pb.RuntimeInfo:
+    return pb.RuntimeInfo(
+        kind=runtime.kind,
+        version=runtime.version,
+        calling_convention=runtime.calling_convention,
+        platforms=runtime.platforms,
+    )

@@ -1,0 +1,196 @@
+"""What the devices of one process share: plans and their runners, models, what they keep between rounds.
+
+A plan is verified and checked once and its programs compiled once, however many devices the process plays; a model is
+fetched once for each version. Trainings run one after another: a process is one worker.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from shoal.clock import Clock, SystemClock
+from shoal.errors import NetworkError, PlanError, ProtocolError
+from shoal.fleet.link import Link
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.check import check_plan
+from shoal.plan.manifest import Manifest, Program, Runtime
+from shoal.plan.plan import Plan
+from shoal.plan.runner import Limits, Runner
+from shoal.tensors import Index, Tensors, from_bytes, pack, sha256, unpack
+
+log = logging.getLogger("shoal.device")
+
+MakeRunner = Callable[[Plan], Runner]
+V = TypeVar("V")
+
+PULL_CREDIT: Final = 64 << 20
+MAX_INDEX_BYTES: Final = 64 << 20
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan that passed every check, and what runs it."""
+
+    plan: Plan
+    runner: Runner
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.plan.manifest
+
+
+@dataclass
+class DeviceHost:
+    """See the module's text. All methods belong to one event loop."""
+
+    make_runner: MakeRunner
+    runtime: Runtime
+    limits: Limits = field(default_factory=Limits)
+    trusted_key: bytes | None = None
+    """Ed25519 key whose plans are run; None: that of the first plan seen (trust on first use)."""
+    state_folder: Path | None = None
+    """Where device state is kept over restarts; None: in memory."""
+    clock: Clock = field(default_factory=SystemClock)
+    training: asyncio.Lock = field(default_factory=asyncio.Lock)
+    down_bytes: int = 0
+    _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
+    _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
+    _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+
+    async def prepare(self, assigned: pb.Assigned, link: Link) -> Prepared:
+        """The plan of an assignment, verified, checked, ready to run.
+
+        Raises:
+            PlanError: it is not signed by the trusted key, altered, too large, or not for this runtime.
+        """
+        if assigned.plan not in self._plans:
+            self._plans[assigned.plan] = asyncio.ensure_future(self._prepare(assigned, link))
+        return await self._shared(self._plans, assigned.plan)
+
+    async def _prepare(self, assigned: pb.Assigned, link: Link) -> Prepared:
+        data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
+        manifest = Manifest.parse(data)
+        unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
+        unproven.verify(self._trust(assigned.plan_public_key))
+        check_plan(manifest, self.limits)
+        chosen = manifest.pick(self.runtime)
+        programs = {p.hash: await self._program(assigned, p, link) for p in chosen.values()}
+        plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
+        plan.verify(plan.public_key)
+        runner = await asyncio.to_thread(self.make_runner, plan)
+        return Prepared(plan, runner)
+
+    async def _program(self, assigned: pb.Assigned, program: Program, link: Link) -> bytes:
+        if program.size_bytes > self.limits.program_bytes:
+            raise PlanError(f"Program {program.name!r} has {program.size_bytes} bytes, allowed are {self.limits.program_bytes}.")
+        return await self.fetch(assigned, program.hash, link, most=program.size_bytes)
+
+    def _trust(self, key: bytes) -> bytes:
+        if self.trusted_key is None:
+            self.trusted_key = key
+            log.info("trusting plans signed by %s from now on (first seen)", key.hex())
+        return self.trusted_key
+
+    async def ensure_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link) -> None:
+        """Makes the runner hold the assignment's model; devices that need the same one wait for one transfer."""
+        root = assigned.model
+        if prepared.runner.has_model(root):
+            return
+        if root not in self._models or self._models[root].done():
+            self._models[root] = asyncio.ensure_future(self._load_model(assigned, prepared, link))
+        await self._shared(self._models, root)
+
+    async def _load_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link) -> None:
+        index = Index.parse(await self.fetch(assigned, assigned.model, link, most=MAX_INDEX_BYTES))
+        if index.specs != prepared.manifest.broadcast:
+            raise ProtocolError("The model's tensors are not those that the plan names.")
+        tensors: Tensors = {}
+        for entry in index:
+            data = await self.fetch(assigned, entry.hash, link, most=entry.spec.size_bytes)
+            tensors[entry.spec.name] = from_bytes(data, entry.spec)
+        async with self.training:
+            await asyncio.to_thread(prepared.runner.set_model, assigned.model, tensors)
+
+    async def _shared(self, futures: "dict[str, asyncio.Future[V]]", key: str) -> V:
+        future = futures[key]
+        try:
+            return await asyncio.shield(future)
+        except BaseException:
+            # A failure is not kept: whoever comes next tries anew. A caller that is cancelled leaves the work going.
+            if future.done() and futures.get(key) is future:
+                del futures[key]
+            raise
+
+    async def fetch(self, assigned: pb.Assigned, hash: str, link: Link, *, most: int) -> bytes:
+        """One blob, inline or pulled; a broken pull goes on where it broke.
+
+        Raises:
+            ProtocolError: it is larger than `most`, or has not its hash.
+        """
+        for blob in assigned.inline:
+            if blob.hash == hash:
+                return _checked(blob.data, hash)
+        data = bytearray()
+        total, tries = -1, 0
+        while total < 0 or len(data) < total:
+            request = pb.PullRequest(token=assigned.token, hash=hash, offset=len(data), credit=PULL_CREDIT)
+            before = len(data)
+            try:
+                async for piece in link.pull(request):
+                    total = piece.total
+                    if piece.offset != len(data) or len(data) + len(piece.data) > total or total > most:
+                        raise ProtocolError(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
+                    data += piece.data
+            except NetworkError:
+                tries = tries + 1 if len(data) == before else 0
+                if tries > 5:
+                    raise
+                await self.clock.sleep_until(self.clock.now_s() + 0.2 * 2**tries)
+            else:
+                if len(data) == before and len(data) != total:
+                    raise ProtocolError(f"Expected more of {hash[:12]}… after byte {before}, got nothing.")
+        self.down_bytes += len(data)
+        return _checked(bytes(data), hash)
+
+    def state(self, run: str, device: str, manifest: Manifest) -> Tensors | None:
+        """What a device kept from its last counted round of a run; None if it has nothing that fits."""
+        key = (run, device)
+        if key not in self._states and self.state_folder is not None and (path := self._state_path(key)).exists():
+            self._states[key] = unpack(path.read_bytes())[0]
+        kept = self._states.get(key)
+        if kept is None or [(n, v.shape, v.dtype) for n, v in kept.items()] != [
+            (s.name, s.shape, s.numpy_dtype) for s in manifest.device_state
+        ]:
+            return None
+        return kept
+
+    def keep_state(self, run: str, device: str, tensors: Tensors) -> None:
+        """Keeps what a counted round left on the device."""
+        if not tensors:
+            return
+        self._states[run, device] = tensors
+        if self.state_folder is not None:
+            path = self._state_path((run, device))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".partial")
+            partial.write_bytes(pack(tensors))
+            partial.replace(path)
+
+    def _state_path(self, key: tuple[str, str]) -> Path:
+        assert self.state_folder is not None
+        return self.state_folder / f"{sha256(chr(0).join(key).encode())[:32]}.state"
+
+    def close(self) -> None:
+        """Ends every runner."""
+        for future in self._plans.values():
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().runner.close()
+
+
+def _checked(data: bytes, hash: str) -> bytes:
+    if sha256(data) != hash:
+        raise ProtocolError(f"Expected bytes with hash {hash[:12]}…, got {sha256(data)[:12]}….")
+    return data

@@ -1,0 +1,107 @@
+"""A device's way to an Edge over gRPC. Many devices of a process share one connection."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+
+import grpc
+
+from shoal.errors import NetworkError, ProtocolError
+from shoal.fleet.grpc_server import OPTIONS
+from shoal.fleet.link import Stream
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.fleet.wire import fleet_pb2_grpc as rpc
+
+CALL_TIMEOUT_S: Final = 60.0
+_FINAL: Final = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED}
+
+
+class GrpcLink:
+    """One connection to an Edge."""
+
+    def __init__(self, address: str, *, ca: bytes | None = None, server_name: str | None = None) -> None:
+        """
+        Args:
+            address: host:port.
+            ca: PEM of the authority that signed the server's certificate; None: no TLS.
+            server_name: the name in the certificate, where it is not the host's.
+        """
+        name = [("grpc.ssl_target_name_override", server_name)] if server_name else []
+        options = [
+            *OPTIONS,
+            *name,
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.min_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 5_000),
+            ("grpc.use_local_subchannel_pool", 1),
+        ]
+        if ca is None:
+            self._channel = grpc.aio.insecure_channel(address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca), options=options)
+        self._stub: Any = rpc.FleetStub(self._channel)  # type: ignore[no-untyped-call]
+
+    @asynccontextmanager
+    async def session(self) -> AsyncGenerator[Stream, None]:
+        call = self._stub.Session()
+        try:
+            yield _GrpcStream(call)
+        finally:
+            call.cancel()
+
+    async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
+        try:
+            async for piece in self._stub.Pull(request):
+                yield piece
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+
+    async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply:
+        try:
+            reply: pb.PushReply = await self._stub.Push(slices)
+            return reply
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+
+    async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
+        try:
+            reply: pb.StatusReply = await self._stub.Status(request, timeout=CALL_TIMEOUT_S)
+            return reply
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+class _GrpcStream:
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def send(self, message: pb.FromDevice) -> None:
+        try:
+            await self._call.write(message)
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+        except grpc.aio.UsageError as error:  # the call has ended under the writer
+            raise NetworkError("The stream has ended.") from error
+
+    async def receive(self) -> pb.FromEdge:
+        try:
+            message = await self._call.read()
+        except grpc.RpcError as error:
+            raise _translated(error) from error
+        except grpc.aio.UsageError as error:
+            raise NetworkError("The stream has ended.") from error
+        if message is grpc.aio.EOF:
+            raise NetworkError("The Edge ended the session.")
+        assert isinstance(message, pb.FromEdge)
+        return message
+
+
+def _translated(error: grpc.RpcError) -> NetworkError | ProtocolError:
+    code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+    details = (error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)) or ""
+    if code in _FINAL:
+        return ProtocolError(details)
+    return NetworkError(f"{code.name.lower().replace('_', ' ') if code is not None else 'broken'}: {details[:300]}")

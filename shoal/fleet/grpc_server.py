@@ -1,0 +1,111 @@
+"""An Edge behind gRPC: bytes in, messages out. What is decided is decided in `edge.py`."""
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import grpc
+
+from shoal.errors import NetworkError, ProtocolError, StoreError
+from shoal.fleet.edge import Edge
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.fleet.wire import fleet_pb2_grpc as rpc
+
+log = logging.getLogger("shoal.edge")
+
+MAX_MESSAGE_BYTES: Final = 2 << 20
+OPTIONS: Final = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 50_000),  # below the minute after which middle boxes forget a connection
+    ("grpc.keepalive_timeout_ms", 20_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass(frozen=True)
+class Tls:
+    """PEM files of a server: its key and its certificate chain."""
+
+    key: bytes
+    chain: bytes
+
+
+class GrpcServer:
+    """Serves an Edge on one address."""
+
+    def __init__(self, edge: Edge, *, address: str, tls: Tls | None = None) -> None:
+        self._edge, self._address, self._tls = edge, address, tls
+        self._server = grpc.aio.server(options=OPTIONS)
+        rpc.add_FleetServicer_to_server(_Servicer(edge), self._server)  # type: ignore[no-untyped-call]
+        self.port = 0
+
+    async def start(self) -> None:
+        """Raises NetworkError where the port is taken or cannot be used."""
+        try:
+            if self._tls is None:
+                self.port = self._server.add_insecure_port(self._address)
+            else:
+                credentials = grpc.ssl_server_credentials([(self._tls.key, self._tls.chain)])
+                self.port = self._server.add_secure_port(self._address, credentials)
+        except RuntimeError as error:
+            raise NetworkError(
+                f"Cannot listen on {self._address}: the port is in use or not allowed. "
+                "Choose another with --port, or --port 0 for any free one."
+            ) from error
+        await self._server.start()
+
+    async def close(self, *, grace_s: float = 1.0) -> None:
+        """Ends all sessions."""
+        await self._edge.close()
+        await self._server.stop(grace_s)
+
+
+class _Servicer(rpc.FleetServicer):
+    def __init__(self, edge: Edge) -> None:
+        self._edge = edge
+
+    async def Session(self, requests: AsyncIterator[pb.FromDevice], context: Any) -> AsyncIterator[pb.FromEdge]:
+        async for message in self._edge.session(_quiet(requests)):
+            yield message
+
+    async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.Slice]:
+        try:
+            async for piece in self._edge.pull(request):
+                yield piece
+        except (ProtocolError, StoreError) as error:
+            await _abort(context, error)
+
+    async def Push(self, requests: AsyncIterator[pb.PushSlice], context: Any) -> pb.PushReply:
+        try:
+            return await self._edge.push(requests)
+        except (ProtocolError, StoreError) as error:
+            await _abort(context, error)
+            raise
+
+    async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
+        try:
+            return await self._edge.status(request)
+        except (ProtocolError, StoreError) as error:
+            await _abort(context, error)
+            raise
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    code = grpc.StatusCode.INVALID_ARGUMENT if isinstance(error, ProtocolError) else grpc.StatusCode.UNAVAILABLE
+    await context.abort(code, str(error)[:1000])
+
+
+async def _quiet(requests: AsyncIterator[pb.FromDevice]) -> AsyncIterator[pb.FromDevice]:
+    # A device that vanishes, or that sends what cannot be parsed, ends its own stream and nothing else.
+    try:
+        async for request in requests:
+            yield request
+    except grpc.RpcError as error:
+        log.debug("a session broke: %s", error)
+    except grpc.aio.UsageError as error:
+        log.debug("a session ended: %s", error)
