@@ -1,0 +1,251 @@
+"""The child process: runs the programs of plans for the process that started it, under limits.
+
+`python -m shoal.plan.child_main SETTINGS`, started by `child_process.py` and by nobody else. It speaks over what were its
+standard input and output (`channel.py`), one request and one answer at a time; what a program prints goes to standard
+error. It imports as little as a plan needs, so that an older JAX can stand behind it.
+
+Order: take the pipes, bind the life to the parent's, set the limits that need no measure, start JAX, measure what
+it takes by itself, set the limit of memory, say hello, serve.
+
+Guarantees:
+    * It ends when its parent ends, however that happens: end of file on the pipe everywhere, a signal on Linux.
+    * No program is loaded whose hash or operations were not checked in this very process.
+    * Whatever a program raises is an answer, not the end.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, final
+
+import numpy as np
+
+from shoal.errors import PlanError, ProgramError
+from shoal.plan.channel import Channel
+from shoal.tensors import Tensors
+
+if TYPE_CHECKING:
+    from shoal.plan.jax_runner import JaxRunner
+
+COMPILER_BYTES: Final = 256 << 20
+"""Memory that compiling may take beyond what the runtime takes when idle; no part of a plan's allowance."""
+REQUEST_BYTES: Final = 1 << 30
+"""Beyond the memory limit: most of one request."""
+
+Answer = tuple[dict[str, Any], Tensors]
+"""Header and tensors."""
+
+
+def main(arguments: list[str]) -> None:
+    """Serves until the pipe ends."""
+    settings = json.loads(arguments[1])
+    channel = Channel.of_standard_streams()
+    _die_with_parent()
+    _limit_process(settings)
+    requests: queue.Queue[tuple[Tensors, dict[str, Any]]] = queue.Queue(maxsize=1)
+    most_bytes = settings["memory_bytes"] + REQUEST_BYTES
+    # A thread of its own reads, so that the end of the parent is seen in the middle of a long program too.
+    threading.Thread(target=_read, args=(channel, requests, most_bytes), daemon=True).start()
+    session = Session(settings)
+    channel.send(session.hello())
+    while True:
+        tensors, header = requests.get()
+        answer, results = session.answer(header, tensors)
+        channel.send(answer, results)
+
+
+@final
+class Session:
+    """What a child holds: its settings, the cache, the runner of the plan that was loaded last."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        from shoal.plan import compile_cache
+
+        self._settings = settings
+        self._folder = Path(settings["cache"])
+        self._caches = compile_cache.switch_on(self._folder)
+        self._seen: set[str] = set()
+        self._plan_hash = ""
+        self._runner: JaxRunner | None = None
+        self._calls: dict[str, Callable[[dict[str, Any], Tensors], Answer]] = {
+            "load": self._load, "compile": self._compile, "set_model": self._set_model, "has_model": self._has_model,
+            "begin": self._begin, "block": self._block, "finish": self._finish, "evaluate": self._evaluate,
+            "predict": self._predict, "call": self._call,
+        }  # fmt: skip
+
+    def hello(self) -> dict[str, Any]:
+        """Starts JAX and says what it is; from then on memory is limited."""
+        import jax
+        import jax.numpy as jnp
+
+        from shoal.plan.stablehlo import this_runtime
+
+        # One small program makes the runtime start its threads and load its compiler, so that they are measured.
+        jax.jit(jnp.add)(np.float32(1), np.float32(1)).block_until_ready()
+        limited = _limit_memory(self._settings["memory_bytes"] + COMPILER_BYTES)
+        runtime = this_runtime().to_json()
+        return {"runtime": runtime, "memory_limited": limited, "jax": jax.__version__, "pid": os.getpid()}
+
+    def answer(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        """Serves one request; every failure becomes an answer."""
+        try:
+            return self._calls[header["call"]](header, tensors)
+        except PlanError as error:
+            return {"error": "plan", "message": str(error)}, {}
+        except ProgramError as error:
+            return {"error": "program", "message": str(error), "program": error.program}, {}
+        except Exception as error:  # a program of a stranger may fail in any way
+            lines = str(error).strip().splitlines() or [""]
+            message = f"{header.get('call')} failed: {type(error).__name__}: {lines[0][:300]}"
+            return {"error": "program", "message": message, "program": str(header.get("program", ""))}, {}
+
+    @property
+    def _held(self) -> "JaxRunner":
+        if self._runner is None:
+            raise ProgramError("No plan was loaded.")
+        return self._runner
+
+    def _load(self, _: dict[str, Any], tensors: Tensors) -> Answer:
+        from shoal.plan.jax_runner import JaxRunner
+        from shoal.plan.operations import check_operations
+        from shoal.plan.plan import Plan
+        from shoal.plan.stablehlo import this_runtime
+
+        self._runner, self._seen = None, set()
+        plan = Plan.parse(tensors["plan"].tobytes())
+        for program in plan.manifest.pick(this_runtime()).values():
+            if program.hash in plan.programs:
+                check_operations(program, plan.program(program))
+        self._runner, self._plan_hash = JaxRunner(plan), plan.hash
+        return {}, {}
+
+    def _compile(self, _: dict[str, Any], __: Tensors) -> Answer:
+        with self._first("train"):
+            return {"seconds": self._held.compile()}, {}
+
+    def _set_model(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        self._held.set_model(header["root"], tensors)
+        return {}, {}
+
+    def _has_model(self, header: dict[str, Any], _: Tensors) -> Answer:
+        return {"has": self._held.has_model(header["root"])}, {}
+
+    def _begin(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        if "train" not in self._seen:
+            self._compile({}, {})
+        self._held.begin(header["root"], tensors)
+        return {}, {}
+
+    def _block(self, _: dict[str, Any], tensors: Tensors) -> Answer:
+        mask, key, batches = _feed(tensors)
+        self._held.block(batches, mask, key)
+        return {}, {}
+
+    def _finish(self, _: dict[str, Any], __: Tensors) -> Answer:
+        update = self._held.finish()
+        sums = {f"sum/{name}": value for name, value in update.sums.items()}
+        kept = {f"device_state/{name}": value for name, value in update.device_state.items()}
+        header = {"weight": update.weight, "seconds": dict(update.seconds), "padding": update.padding}
+        return header, sums | kept
+
+    def _evaluate(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        mask, _, batch = _feed(tensors)
+        with self._first("evaluate"):
+            return {}, self._held.evaluate(header["root"], batch, mask)
+
+    def _predict(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        mask, _, batch = _feed(tensors)
+        with self._first("predict"):
+            return {}, {"prediction": self._held.predict(header["root"], batch, mask)}
+
+    def _call(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        name = header["program"]
+        if not self._held.manifest.variants(name):
+            raise PlanError(f"The plan has no program {name[:80]!r}.")
+        with self._first(name):
+            return {}, self._held.call(name, tensors)
+
+    def _first(self, what: str) -> AbstractContextManager[None]:
+        """Around what compiles when it is first called."""
+        import jax
+
+        from shoal.plan.compile_cache import compiled_once
+
+        if not self._caches or what in self._seen:
+            return nullcontext()
+        self._seen.add(what)
+        key = f"{self._plan_hash}-{what}-jax{jax.__version__}-{jax.default_backend()}"
+        return compiled_once(self._folder, key, wait_s=self._settings["lock_wait_s"])
+
+
+def _feed(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, Tensors]:
+    fields = {name.removeprefix("batch/"): value for name, value in tensors.items() if name.startswith("batch/")}
+    return tensors["mask"], tensors.get("key", np.zeros(2, np.uint32)), fields
+
+
+def _read(channel: Channel, requests: "queue.Queue[tuple[Tensors, dict[str, Any]]]", most_bytes: int) -> None:
+    try:
+        while True:
+            requests.put(channel.receive(most_bytes=most_bytes))
+    except EOFError:  # the parent closed the pipe or is gone: nobody wants an answer any more
+        os._exit(0)
+    except BaseException as error:
+        print(f"The request could not be read: {error!r}", file=sys.stderr, flush=True)
+        os._exit(3)
+
+
+def _die_with_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us in its own way
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
+
+
+def _limit_process(settings: Mapping[str, Any]) -> None:
+    """The limits that need no measure: file size, core files, priority."""
+    if sys.platform != "win32":
+        import resource
+
+        _set_limit(resource.RLIMIT_CORE, 0)
+        _set_limit(resource.RLIMIT_FSIZE, settings["disk_bytes"])
+        os.nice(settings["nice"])
+
+
+def _limit_memory(more_bytes: int) -> bool:
+    """Limits the private memory to what is taken now and so much more; False where the system cannot."""
+    limited = False
+    if sys.platform == "linux":  # macOS accepts the call and does nothing
+        import resource
+
+        # Not RLIMIT_AS: the runtime reserves address space that it never uses. RLIMIT_DATA counts what may be written.
+        status = Path("/proc/self/status").read_text().splitlines()
+        taken = next(line for line in status if line.startswith("VmData:"))
+        limited = _set_limit(resource.RLIMIT_DATA, (int(taken.split()[1]) << 10) + more_bytes)
+    return limited
+
+
+def _set_limit(which: int, value: int) -> bool:
+    """Sets a limit, or leaves a lower one that was set before."""
+    if sys.platform != "win32":
+        import resource
+
+        _, hard = resource.getrlimit(which)
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        try:
+            resource.setrlimit(which, (allowed, allowed))
+            return True
+        except (OSError, ValueError):  # a sandbox forbids it: the parent watches instead
+            pass
+    return False
+
+
+if __name__ == "__main__":
+    main(sys.argv)

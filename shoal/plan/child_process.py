@@ -1,0 +1,225 @@
+"""A child process and the thread that keeps it: starts it, watches the clock and its memory, ends it.
+
+One thread a child does both the starting and the watching, for a reason: on Linux a child is bound to the *thread* that
+started it (PR_SET_PDEATHSIG), and a caller's thread may end long before the child should. The watching uses no
+signal and no `select`, so that it is the same on every platform: at the deadline the child is killed, and the caller,
+who waits for its answer, sees the end of the pipe.
+
+Who ends a child: `stop`, the deadline of a request, too much memory (where the system has no limit of its own), itself,
+or the system. `ChildEnded` says which, with the last line that it wrote to standard error.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from io import FileIO
+from typing import Any, Final, cast, final
+
+import numpy as np
+import psutil
+
+from shoal.errors import ProtocolError
+from shoal.plan.channel import Channel
+from shoal.plan.check import readable
+from shoal.tensors import Tensors
+
+WATCH_S: Final = 0.1
+"""How often memory is looked at where the system has no limit."""
+LAST_WORDS_BYTES: Final = 4096
+
+_KEPT: Final = frozenset(
+    (
+        *("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TEMP", "TMP", "XDG_CACHE_HOME", "TF_CPP_MIN_LOG_LEVEL"),
+        *("LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LIBTPU_INIT_ARGS", "NUMBER_OF_PROCESSORS"),
+        *("SYSTEMROOT", "SYSTEMDRIVE", "WINDIR", "LOCALAPPDATA", "USERPROFILE", "PROGRAMDATA"),
+    )
+)
+_KEPT_PREFIXES: Final = ("JAX_", "XLA_", "CUDA_", "NVIDIA_", "ROCM_", "HIP_", "HSA_", "TPU_", "SHOAL_")
+_SECRET: Final = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+
+
+class ChildEnded(Exception):
+    """The child is gone; the text says why, as the second half of a sentence."""
+
+
+@final
+class Child:
+    """A running child process. One request at a time; `stop` from any thread."""
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Starts it. Raises ChildEnded if that is not possible."""
+        self._command, self._environment = list(command), dict(environment)
+        self._changed = threading.Condition()
+        self._deadline = self._allowed_s = 0.0
+        self._memory_bytes = 0  # 0: not watched
+        self._why = ""
+        self._is_over = False
+        self._failures: list[OSError] = []
+        self._last_words = ""
+        self._process: subprocess.Popen[bytes]  # both are set by the keeper, before `started`
+        self._channel: Channel
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
+        started = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, args=(started,), daemon=True, name="shoal-child")
+        self._keeper.start()
+        started.wait()
+        for failure in self._failures:
+            self._errors.close()
+            raise ChildEnded(f"could not be started: {failure}") from failure
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def is_alive(self) -> bool:
+        return not self._is_over and self._process.poll() is None
+
+    def watch_memory(self, more_bytes: int) -> None:
+        """From now on the child may take so much more than it takes now; it is ended if it takes more."""
+        try:
+            taken = psutil.Process(self.pid).memory_info().rss
+        except psutil.Error:  # it is gone already: the next request says so
+            return
+        with self._changed:
+            self._memory_bytes = taken + more_bytes
+            self._changed.notify_all()
+
+    def request(
+        self, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, timeout_s: float, most_bytes: int
+    ) -> tuple[dict[str, Any], Tensors]:
+        """Sends one request and waits for its answer.
+
+        Raises:
+            ChildEnded: there will be no answer; the child is over.
+        """
+        return self._within(timeout_s, lambda: self._channel.send(header, tensors), most_bytes)
+
+    def hello(self, *, timeout_s: float) -> dict[str, Any]:
+        """The child's first message. Raises ChildEnded."""
+        return self._within(timeout_s, lambda: None, 0)[0]
+
+    def stop(self) -> None:
+        """Ends the child, now. May be called at any time, any number of times."""
+        self._end("was stopped")
+        if threading.current_thread() is not self._keeper:
+            self._keeper.join()
+
+    def _within(self, timeout_s: float, send: Any, most_bytes: int) -> tuple[dict[str, Any], Tensors]:
+        self._set_deadline(timeout_s)
+        try:
+            send()
+            tensors, header = self._channel.receive(most_bytes=most_bytes)
+        except ProtocolError as error:
+            self._end(f"did not speak as it should: {error}")
+            raise ChildEnded(self._story()) from error
+        except (OSError, EOFError, ValueError) as error:  # ValueError: the pipe was closed by `stop`
+            raise ChildEnded(self._story()) from error
+        finally:
+            self._set_deadline(0.0)
+        return header, tensors
+
+    def _set_deadline(self, timeout_s: float) -> None:
+        with self._changed:
+            self._allowed_s = timeout_s
+            self._deadline = time.monotonic() + timeout_s if timeout_s else 0.0
+            self._changed.notify_all()
+
+    def _end(self, why: str) -> None:
+        with self._changed:
+            self._why = self._why or why
+            self._is_over = True
+            self._changed.notify_all()
+
+    def _story(self) -> str:
+        """Why the child is over; waits until it is."""
+        if not self._is_over:
+            try:  # the pipe has ended, so the process is about to
+                self._process.wait(timeout=2.0)
+            except subprocess.TimeoutExpired:
+                pass
+        self._end("")
+        self._keeper.join()
+        story = self._why or _exit_text(self._process.returncode)
+        return f"{story} ({self._last_words})" if self._last_words else story
+
+    def _keep(self, started: threading.Event) -> None:
+        try:
+            self._process = self._start()
+        except OSError as error:
+            self._failures.append(error)
+            return
+        finally:
+            started.set()
+        with self._changed:
+            while not self._is_over:
+                self._changed.wait(self._pause_s())
+                self._look()
+        self._process.kill()
+        self._process.wait()
+        self._last_words = _last_line(self._errors)
+        self._errors.close()
+        self._channel.close()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        flags = 0
+        if sys.platform == "win32":
+            flags = subprocess.BELOW_NORMAL_PRIORITY_CLASS | subprocess.CREATE_NO_WINDOW
+        process = subprocess.Popen(
+            self._command, env=self._environment, cwd=tempfile.gettempdir(), bufsize=0, creationflags=flags,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+        )  # fmt: skip
+        self._channel = Channel(cast(FileIO, process.stdout), cast(FileIO, process.stdin))
+        return process
+
+    def _pause_s(self) -> float | None:
+        if not self._deadline:  # no request: nothing runs in the child
+            return None
+        left_s = max(0.0, self._deadline - time.monotonic())
+        return min(left_s, WATCH_S) if self._memory_bytes else left_s
+
+    def _look(self) -> None:
+        if self._deadline and time.monotonic() >= self._deadline:
+            self._end(f"took longer than {self._allowed_s:g} s, the limit of this device")
+        elif self._memory_bytes and self._deadline:
+            try:
+                taken = psutil.Process(self.pid).memory_info().rss
+            except psutil.Error:
+                return
+            if taken > self._memory_bytes:
+                self._end(f"took {readable(taken)} of memory, this device allows {readable(self._memory_bytes)}")
+
+
+def environment_for(*, python_path: str, threads: int | None) -> dict[str, str]:
+    """What a child sees of the environment: what JAX and the system need, and no secrets."""
+    kept = {name: value for name, value in os.environ.items() if _is_kept(name.upper())}
+    kept |= {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if threads is not None:
+        kept |= {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
+    return kept
+
+
+def _is_kept(name: str) -> bool:
+    if any(word in name for word in _SECRET):
+        return False
+    return name in _KEPT or name.startswith(_KEPT_PREFIXES)
+
+
+def _exit_text(code: int) -> str:
+    if code == -9:
+        return "was killed by the system, most likely for want of memory"
+    if code < 0:
+        return f"was ended by {signal.Signals(-code).name}"
+    return f"ended with code {code}"
+
+
+def _last_line(errors: Any) -> str:
+    errors.seek(0, os.SEEK_END)
+    errors.seek(max(0, errors.tell() - LAST_WORDS_BYTES))
+    lines = errors.read().decode(errors="replace").splitlines()
+    printable = ["".join(c for c in line if c.isprintable()).strip() for line in lines]
+    return next((line[:300] for line in reversed(printable) if line), "")
