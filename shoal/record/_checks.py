@@ -60,12 +60,6 @@ def check_commit(commit: CommitRow, round: RoundRow | None, groups: Sequence[Gro
     validate.between(
         0, LARGEST, version=commit.version, round=commit.round, members=commit.members, weight=commit.weight
     )
-    for group in groups:
-        check_group(group)
-    check_counted(counted)
-    bases = [group.base_version for group in groups] + ([] if round is None else [round.base_version])
-    if not all(0 <= base < commit.version for base in bases):
-        raise ValueError(f"Expected base versions before commit {commit.version}, got {sorted(set(bases))}.")
     if round is not None and (round.number != commit.round or round.state != "committed"):
         raise ValueError(
             f"Expected the round of commit {commit.version} to be number {commit.round} in state committed, got number "
@@ -73,6 +67,12 @@ def check_commit(commit: CommitRow, round: RoundRow | None, groups: Sequence[Gro
         )
     if round is not None:
         check_round(round)
+    for group in groups:
+        check_group(group)
+    check_counted(counted)
+    bases = [group.base_version for group in groups] + ([] if round is None else [round.base_version])
+    if not all(0 <= base < commit.version for base in bases):
+        raise ValueError(f"Expected base versions before commit {commit.version}, got {sorted(set(bases))}.")
 
 
 def check_round(row: RoundRow) -> None:
@@ -124,6 +124,10 @@ def settled_before(token: TokenRow) -> StoreError:
         return settled(token.nonce, f"was refused before ({token.reason})")
     where = "a group that waits" if token.version is None else f"version {token.version}"
     return settled(token.nonce, f"was counted before, in {where}")
+
+
+def run_exists(run_id: str) -> StoreError:
+    return StoreError(f"Expected a new run, but {run_id} exists. Take another id, or go on with that run.")
 
 
 def no_run(run_id: str, known: Sequence[str]) -> StoreError:

@@ -7,8 +7,9 @@ a commit that is more than the disk takes. The SQL is still Core's; only its exe
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from sqlalchemy import Connection, Delete, Insert, Select, Table, Update, insert
+from sqlalchemy import ClauseElement, Connection, Table, insert
 from sqlalchemy.dialects import sqlite
+from sqlalchemy.sql.compiler import SQLCompiler
 
 _DIALECT = sqlite.dialect(paramstyle="named")
 
@@ -17,11 +18,10 @@ _DIALECT = sqlite.dialect(paramstyle="named")
 class Prepared:
     """A statement for SQLite's driver. Values go in by name: a column's, or a `bindparam`'s."""
 
-    def __init__(
-        self, statement: Select[*tuple[Any, ...]] | Insert | Update | Delete, columns: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, statement: ClauseElement, columns: Sequence[str] = ()) -> None:
         """`columns` are those that an insert or update sets."""
         compiled = statement.compile(dialect=_DIALECT, column_keys=list(columns) or None)
+        assert isinstance(compiled, SQLCompiler)
         self._sql = str(compiled)
         self._constants = {name: bind.value for name, bind in compiled.binds.items() if not bind.required}
 

@@ -5,14 +5,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Row
-
 from shoal.record._checks import Counted, to_json
 from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, RunRow, TokenRow, UsageRow
 from shoal.tensors import Index
 
 Values = dict[str, Any]
-AnyRow = Row[*tuple[Any, ...]]
 
 
 def run_values(row: RunRow) -> Values:
@@ -23,8 +20,7 @@ def run_values(row: RunRow) -> Values:
     }  # fmt: skip
 
 
-def run_row(row: AnyRow) -> RunRow:
-    values = row._asdict()
+def run_row(values: Values) -> RunRow:
     return RunRow(**{**values, "config": json.loads(values["config"]), "provenance": json.loads(values["provenance"])})
 
 
@@ -37,9 +33,8 @@ def round_values(run_id: str, row: RoundRow) -> Values:
     }  # fmt: skip
 
 
-def round_row(row: AnyRow) -> RoundRow:
-    values = _without_run(row)
-    return RoundRow(**{**values, "configuration": json.loads(values["configuration"])})
+def round_row(values: Values) -> RoundRow:
+    return RoundRow(**{**_without_run(values), "configuration": json.loads(values["configuration"])})
 
 
 def group_values(run_id: str, row: GroupRow, *, number: int, version: int | None) -> Values:
@@ -49,8 +44,8 @@ def group_values(run_id: str, row: GroupRow, *, number: int, version: int | None
     }  # fmt: skip
 
 
-def group_row(row: AnyRow) -> GroupRow:
-    return GroupRow(**_without_run(row))
+def group_row(values: Values) -> GroupRow:
+    return GroupRow(**_without_run(values))
 
 
 def commit_values(run_id: str, row: CommitRow) -> Values:
@@ -61,8 +56,8 @@ def commit_values(run_id: str, row: CommitRow) -> Values:
     }  # fmt: skip
 
 
-def commit_row(row: AnyRow, read_index: Callable[[str], Index]) -> CommitRow:
-    values = _without_run(row)
+def commit_row(values: Values, read_index: Callable[[str], Index]) -> CommitRow:
+    values = _without_run(values)
     del values["follows"]
     model, server_state = read_index(values.pop("model_root")), read_index(values.pop("server_state_root"))
     return CommitRow(**values, model=model, server_state=server_state)
@@ -76,8 +71,8 @@ def counted_values(run_id: str, counted: Counted, *, version: int | None, group:
     ]  # fmt: skip
 
 
-def token_row(row: AnyRow) -> TokenRow:
-    return TokenRow(**row._asdict())
+def token_row(values: Values) -> TokenRow:
+    return TokenRow(**values)
 
 
 def metric_values(run_id: str, metrics: Sequence[MetricRow]) -> list[Values]:
@@ -88,12 +83,8 @@ def metric_values(run_id: str, metrics: Sequence[MetricRow]) -> list[Values]:
     ]  # fmt: skip
 
 
-def metric_row(row: AnyRow) -> MetricRow:
-    version, name, value, scope, time_s, device_class = row
-    return MetricRow(
-        version=version, name=name, value=math.nan if value is None else value, scope=scope, time_s=time_s,
-        device_class=device_class,
-    )  # fmt: skip
+def metric_row(values: Values) -> MetricRow:
+    return MetricRow(**{**values, "value": math.nan if values["value"] is None else values["value"]})
 
 
 def usage_values(run_id: str, usage: Sequence[UsageRow]) -> list[Values]:
@@ -105,8 +96,8 @@ def usage_values(run_id: str, usage: Sequence[UsageRow]) -> list[Values]:
     ]  # fmt: skip
 
 
-def usage_row(row: AnyRow) -> UsageRow:
-    return UsageRow(**row._asdict())
+def usage_row(values: Values) -> UsageRow:
+    return UsageRow(**values)
 
 
 def event_values(run_id: str, events: Sequence[EventRow]) -> list[Values]:
@@ -116,20 +107,17 @@ def event_values(run_id: str, events: Sequence[EventRow]) -> list[Values]:
     ]  # fmt: skip
 
 
-def event_row(row: AnyRow) -> EventRow:
-    time_s, kind, data = row
-    return EventRow(time_s=time_s, kind=kind, data=json.loads(data))
+def event_row(values: Values) -> EventRow:
+    return EventRow(**{**values, "data": json.loads(values["data"])})
 
 
-def plain(value: Mapping[str, Any]) -> dict[str, Any]:
+def plain(value: Mapping[str, Any], *, what: str) -> dict[str, Any]:
     """A mapping as it comes back from JSON: what a store that keeps no text must give too."""
-    return dict(json.loads(to_json(value, what="settings")))
+    return dict(json.loads(to_json(value, what=what)))
 
 
-def _without_run(row: AnyRow) -> Values:
-    values: Values = row._asdict()
-    del values["run_id"]
-    return values
+def _without_run(values: Values) -> Values:
+    return {name: value for name, value in values.items() if name != "run_id"}
 
 
 def _maybe(convert: Callable[[Any], float], value: Any) -> float | None:

@@ -123,11 +123,11 @@ class SqliteStore:
             row = connection.execute(select(RUNS).where(RUNS.c.id == run_id)).one_or_none()
             if row is None:
                 raise _no_run(connection, run_id)
-        return _rows.run_row(row)
+        return _rows.run_row(row._asdict())
 
     def runs(self) -> list[RunRow]:
         with self._database.read() as connection:
-            return [_rows.run_row(row) for row in connection.execute(select(RUNS).order_by(RUNS.c.id))]
+            return [_rows.run_row(row._asdict()) for row in connection.execute(select(RUNS).order_by(RUNS.c.id))]
 
     def set_status(self, run_id: str, status: RunStatus, *, time_s: float | None) -> None:
         with self._write(run_id) as connection:
@@ -160,7 +160,7 @@ class SqliteStore:
 
     def rounds(self, run_id: str) -> list[RoundRow]:
         with self._read(run_id) as connection:
-            return [_rows.round_row(row) for row in connection.execute(sql.ALL_ROUNDS, {"run": run_id})]
+            return [_rows.round_row(row._asdict()) for row in connection.execute(sql.ALL_ROUNDS, {"run": run_id})]
 
     def add_group(self, run_id: str, group: GroupRow, *, counted: Counted) -> int:
         _checks.check_new_group(group)
@@ -175,7 +175,7 @@ class SqliteStore:
     def groups(self, run_id: str, *, waiting: bool = False) -> list[GroupRow]:
         statement = sql.ALL_GROUPS.where(GROUPS.c.version.is_(None)) if waiting else sql.ALL_GROUPS
         with self._read(run_id) as connection:
-            return [_rows.group_row(row) for row in connection.execute(statement, {"run": run_id})]
+            return [_rows.group_row(row._asdict()) for row in connection.execute(statement, {"run": run_id})]
 
     # Commits
 
@@ -225,7 +225,7 @@ class SqliteStore:
             row = connection.execute(sql.ONE_COMMIT, {"run": run_id, "at": version}).one_or_none()
             if row is None:
                 raise _checks.no_version(run_id, version, sql.LAST_VERSION.scalar(connection, {"run": run_id}))
-            return self._commit_row(connection, row)
+            return self._commit_row(connection, row._asdict())
 
     def commits(self, run_id: str) -> Iterator[CommitRow]:
         with self._read(run_id) as connection:
@@ -237,7 +237,7 @@ class SqliteStore:
     def token(self, run_id: str, nonce: bytes) -> TokenRow | None:
         with self._read(run_id) as connection:
             row = connection.execute(sql.ONE_TOKEN, {"run": run_id, "nonce_is": nonce}).one_or_none()
-        return None if row is None else _rows.token_row(row)
+        return None if row is None else _rows.token_row(row._asdict())
 
     def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None:
         _checks.check_nonce(nonce)
@@ -264,7 +264,7 @@ class SqliteStore:
     def metrics(self, run_id: str, name: str | None = None) -> list[MetricRow]:
         statement = sql.ALL_METRICS if name is None else sql.ALL_METRICS.where(METRICS.c.name == name)
         with self._read(run_id) as connection:
-            return [_rows.metric_row(row) for row in connection.execute(statement, {"run": run_id})]
+            return [_rows.metric_row(row._asdict()) for row in connection.execute(statement, {"run": run_id})]
 
     def add_usage(self, run_id: str, usage: Sequence[UsageRow]) -> None:
         _checks.check_usage(usage)
@@ -273,7 +273,7 @@ class SqliteStore:
 
     def usage(self, run_id: str) -> list[UsageRow]:
         with self._read(run_id) as connection:
-            return [_rows.usage_row(row) for row in connection.execute(sql.ALL_USAGE, {"run": run_id})]
+            return [_rows.usage_row(row._asdict()) for row in connection.execute(sql.ALL_USAGE, {"run": run_id})]
 
     def journal(self, run_id: str, events: Sequence[EventRow]) -> None:
         values = _rows.event_values(run_id, events)
@@ -282,7 +282,7 @@ class SqliteStore:
 
     def events(self, run_id: str) -> list[EventRow]:
         with self._read(run_id) as connection:
-            return [_rows.event_row(row) for row in connection.execute(sql.ALL_EVENTS, {"run": run_id})]
+            return [_rows.event_row(row._asdict()) for row in connection.execute(sql.ALL_EVENTS, {"run": run_id})]
 
     def close(self) -> None:
         self._database.close()
@@ -324,14 +324,14 @@ class SqliteStore:
             if group.sums_root:
                 self._need_blobs([group.sums_root])
 
-    def _commit_row(self, connection: Connection, row: _rows.AnyRow) -> CommitRow:
+    def _commit_row(self, connection: Connection, values: _rows.Values) -> CommitRow:
         def read_index(root: str) -> Index:
             data = str(sql.FIND_INDEX.scalar(connection, {"root_is": root})).encode()
             if sha256(data) != root:
                 raise StoreError(f"Index {root} in {self._path} is damaged. Restore the file from a copy.")
             return Index.parse(data)
 
-        return _rows.commit_row(row, read_index)
+        return _rows.commit_row(values, read_index)
 
     def _backup(self, version: int) -> Path:
         """`record.sqlite.schema-1`, or with another ending where that exists."""

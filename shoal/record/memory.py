@@ -1,0 +1,367 @@
+"""The run store in memory, for tests and for simulated crashes: the contract of `SqliteStore` without a disk.
+
+`copy()` is the store as it would be found after a crash between two calls: rows and blobs are immutable and shared, only
+the containers are copied, so its cost is a few nanoseconds a row. It is also the readable reference of what the tables
+mean; `tests/record/test_contract.py` holds both stores to the same words.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import final
+
+import numpy as np
+
+from shoal.record import _checks
+from shoal.record._checks import Counted
+from shoal.record._rows import plain
+from shoal.record.blobs import check_hash, check_piece, check_size, missing, shaped
+from shoal.record.store import (
+    CommitRow,
+    EventRow,
+    GroupRow,
+    MetricRow,
+    RoundRow,
+    RunRow,
+    RunStatus,
+    TokenRow,
+    UsageRow,
+)
+from shoal.tensors import TensorSpec, sha256
+
+
+@final
+class MemoryBlobs:
+    """Blobs in a dictionary."""
+
+    def __init__(self) -> None:
+        self._data: dict[str, bytes] = {}
+
+    def put(self, data: bytes) -> str:
+        hash = sha256(data)
+        self._data.setdefault(hash, bytes(data))
+        return hash
+
+    def put_all(self, pieces: Sequence[bytes]) -> list[str]:
+        return [self.put(piece) for piece in pieces]
+
+    def writer(self) -> "MemoryBlobWriter":
+        return MemoryBlobWriter(self)
+
+    def get(self, hash: str) -> bytes:
+        data = self._data.get(check_hash(hash))
+        if data is None:
+            raise missing(hash, "this store")
+        return data
+
+    def view(self, hash: str, spec: TensorSpec) -> np.ndarray:
+        data = self.get(hash)
+        check_size(len(data), spec, hash)
+        return shaped(data, spec)
+
+    def read(self, hash: str, offset: int, size: int) -> bytes:
+        check_piece(offset, size)
+        return self.get(hash)[offset : offset + size]
+
+    def size(self, hash: str) -> int:
+        return len(self.get(hash))
+
+    def has(self, hash: str) -> bool:
+        return check_hash(hash) in self._data
+
+    def copy(self) -> "MemoryBlobs":
+        """The same blobs; what is put later is not shared."""
+        other = MemoryBlobs()
+        other._data = dict(self._data)
+        return other
+
+
+@final
+class MemoryBlobWriter:
+    """Gathers one blob in pieces."""
+
+    def __init__(self, blobs: MemoryBlobs) -> None:
+        self._blobs, self._pieces = blobs, bytearray()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._pieces += data
+
+    def finish(self) -> str:
+        return self._blobs.put(bytes(self._pieces))
+
+    def discard(self) -> None:
+        self._pieces.clear()
+
+
+@dataclass
+class _Run:
+    """What a store keeps of one run. Rows are frozen."""
+
+    row: RunRow
+    commits: list[CommitRow] = field(default_factory=list)
+    rounds: dict[int, RoundRow] = field(default_factory=dict)
+    groups: dict[int, GroupRow] = field(default_factory=dict)
+    tokens: dict[bytes, tuple[TokenRow, int]] = field(default_factory=dict)  # with the group's number, or 0
+    metrics: list[MetricRow] = field(default_factory=list)
+    usage: list[UsageRow] = field(default_factory=list)
+    events: list[EventRow] = field(default_factory=list)
+
+    @property
+    def last_version(self) -> int | None:
+        return len(self.commits) - 1 if self.commits else None
+
+    def copy(self) -> "_Run":
+        return _Run(
+            self.row, list(self.commits), dict(self.rounds), dict(self.groups), dict(self.tokens), list(self.metrics),
+            list(self.usage), list(self.events),
+        )  # fmt: skip
+
+
+@final
+class MemoryStore:
+    """A `Store` in memory. Calls may come from any thread. Every call checks all, then changes all."""
+
+    def __init__(self) -> None:
+        self._blobs = MemoryBlobs()
+        self._runs: dict[str, _Run] = {}
+        self._lock = threading.RLock()
+
+    @property
+    def blobs(self) -> MemoryBlobs:
+        return self._blobs
+
+    def copy(self) -> "MemoryStore":
+        """The store as it is now; what is written to either later is not seen by the other."""
+        with self._lock:
+            other = MemoryStore()
+            other._blobs = self._blobs.copy()
+            other._runs = {run_id: run.copy() for run_id, run in self._runs.items()}
+            return other
+
+    # Runs
+
+    def create_run(self, run: RunRow) -> None:
+        row = replace(run, config=plain(run.config, what="config"), provenance=plain(run.provenance, what="provenance"))
+        self._need_blobs([run.plan_hash])
+        with self._lock:
+            if run.id in self._runs:
+                raise _checks.run_exists(run.id)
+            self._runs[run.id] = _Run(row)
+
+    def run(self, run_id: str) -> RunRow:
+        return self._run(run_id).row
+
+    def runs(self) -> list[RunRow]:
+        return [self._runs[run_id].row for run_id in sorted(self._runs)]
+
+    def set_status(self, run_id: str, status: RunStatus, *, time_s: float | None) -> None:
+        with self._lock:
+            run = self._run(run_id)
+            run.row = replace(run.row, status=status, finished_s=time_s)
+
+    def set_plan(self, run_id: str, plan_hash: str) -> None:
+        self._need_blobs([plan_hash])
+        with self._lock:
+            run = self._run(run_id)
+            run.row = replace(run.row, plan_hash=plan_hash)
+
+    # Rounds and groups
+
+    def open_round(self, run_id: str, row: RoundRow) -> None:
+        _checks.check_open(row)
+        row = replace(row, configuration=plain(row.configuration, what="the round's configuration"))
+        with self._lock:
+            run = self._run(run_id)
+            _need_version(run, row.base_version)
+            if row.number in run.rounds:
+                raise _checks.round_exists(row.number, run.rounds[row.number].state)
+            run.rounds[row.number] = row
+
+    def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
+        _checks.check_closed(row)
+        _checks.check_usage(usage)
+        row = replace(row, configuration=plain(row.configuration, what="the round's configuration"))
+        with self._lock:
+            run = self._run(run_id)
+            found = run.rounds.get(row.number)
+            if found is None or found.state != "open":
+                raise _checks.not_open(row.number, None if found is None else found.state)
+            run.rounds[row.number] = row
+            run.usage.extend(usage)
+
+    def rounds(self, run_id: str) -> list[RoundRow]:
+        with self._lock:
+            rounds = self._run(run_id).rounds
+            return [rounds[number] for number in sorted(rounds)]
+
+    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted) -> int:
+        _checks.check_new_group(group)
+        _checks.check_counted(counted)
+        self._need_blobs([group.sums_root])
+        with self._lock:
+            run = self._run(run_id)
+            _need_version(run, group.base_version)
+            _need_unsettled(run, counted)
+            number = len(run.groups) + 1
+            run.groups[number] = replace(group, number=number)
+            run.tokens.update(_counted(counted, version=None, group=number))
+            return number
+
+    def groups(self, run_id: str, *, waiting: bool = False) -> list[GroupRow]:
+        with self._lock:
+            return [row for row in self._run(run_id).groups.values() if row.version is None or not waiting]
+
+    # Commits
+
+    def commit(
+        self,
+        run_id: str,
+        commit: CommitRow,
+        *,
+        round: RoundRow | None,
+        groups: Sequence[GroupRow] = (),
+        counted: Counted = (),
+        metrics: Sequence[MetricRow] = (),
+        usage: Sequence[UsageRow] = (),
+    ) -> None:
+        _checks.check_commit(commit, round, groups, counted)
+        _checks.check_metrics(metrics)
+        _checks.check_usage(usage)
+        self._need_blobs([group.sums_root for group in groups])
+        self._need_blobs([entry.hash for index in (commit.model, commit.server_state) for entry in index])
+        if round is not None:
+            round = replace(round, configuration=plain(round.configuration, what="the round's configuration"))
+        with self._lock:
+            run = self._run(run_id)
+            if commit.version != len(run.commits):
+                raise _checks.wrong_version(run_id, commit.version, run.last_version)
+            if round is not None and round.number in run.rounds and run.rounds[round.number].state != "open":
+                raise _checks.not_open(round.number, run.rounds[round.number].state)
+            for group in groups:
+                _need_waiting(run, group)
+            _need_unsettled(run, counted)
+            self._apply(run, commit, round, groups, counted)
+            run.metrics.extend(replace(row, value=float(row.value)) for row in metrics)
+            run.usage.extend(usage)
+
+    def _apply(
+        self, run: _Run, commit: CommitRow, round: RoundRow | None, groups: Sequence[GroupRow], counted: Counted
+    ) -> None:
+        run.commits.append(commit)
+        if round is not None:
+            run.rounds[round.number] = round
+        for group in groups:
+            kept = run.groups[group.number] if group.number else replace(group, number=len(run.groups) + 1)
+            run.groups[kept.number] = replace(kept, version=commit.version)
+        run.tokens.update(_counted(counted, version=commit.version, group=0))
+
+    def last_version(self, run_id: str) -> int | None:
+        return self._run(run_id).last_version
+
+    def last_commit(self, run_id: str) -> CommitRow | None:
+        with self._lock:
+            commits = self._run(run_id).commits
+            return commits[-1] if commits else None
+
+    def get_commit(self, run_id: str, version: int) -> CommitRow:
+        with self._lock:
+            run = self._run(run_id)
+            _need_version(run, version)
+            return run.commits[version]
+
+    def commits(self, run_id: str) -> Iterator[CommitRow]:
+        with self._lock:
+            return iter(tuple(self._run(run_id).commits))
+
+    # Tokens
+
+    def token(self, run_id: str, nonce: bytes) -> TokenRow | None:
+        with self._lock:
+            run = self._run(run_id)
+            if nonce not in run.tokens:
+                return None
+            row, group = run.tokens[nonce]
+            return replace(row, version=run.groups[group].version) if group else row
+
+    def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None:
+        _checks.check_nonce(nonce)
+        with self._lock:
+            run = self._run(run_id)
+            row = TokenRow(nonce=nonce, state="refused", version=None, reason=reason, expires_s=expires_s)
+            kept, _ = run.tokens.setdefault(nonce, (row, 0))
+            if kept.state == "counted":
+                raise _checks.settled(nonce, "was counted and cannot be refused")
+
+    def forget_tokens(self, run_id: str, *, before_s: float) -> int:
+        with self._lock:
+            run = self._run(run_id)
+            kept = {nonce: token for nonce, token in run.tokens.items() if token[0].expires_s >= before_s}
+            dropped, run.tokens = len(run.tokens) - len(kept), kept
+            return dropped
+
+    # Metrics, usage, journal
+
+    def log(self, run_id: str, metrics: Sequence[MetricRow]) -> None:
+        _checks.check_metrics(metrics)
+        with self._lock:
+            self._run(run_id).metrics.extend(replace(row, value=float(row.value)) for row in metrics)
+
+    def metrics(self, run_id: str, name: str | None = None) -> list[MetricRow]:
+        with self._lock:
+            return [row for row in self._run(run_id).metrics if name is None or row.name == name]
+
+    def add_usage(self, run_id: str, usage: Sequence[UsageRow]) -> None:
+        _checks.check_usage(usage)
+        with self._lock:
+            self._run(run_id).usage.extend(usage)
+
+    def usage(self, run_id: str) -> list[UsageRow]:
+        with self._lock:
+            return list(self._run(run_id).usage)
+
+    def journal(self, run_id: str, events: Sequence[EventRow]) -> None:
+        rows = [replace(event, data=plain(event.data, what="an event's data")) for event in events]
+        with self._lock:
+            self._run(run_id).events.extend(rows)
+
+    def events(self, run_id: str) -> list[EventRow]:
+        with self._lock:
+            return list(self._run(run_id).events)
+
+    def close(self) -> None:
+        pass
+
+    def _run(self, run_id: str) -> _Run:
+        if run_id not in self._runs:
+            raise _checks.no_run(run_id, sorted(self._runs))
+        return self._runs[run_id]
+
+    def _need_blobs(self, hashes: Iterable[str]) -> None:
+        for hash in hashes:
+            if hash and not self._blobs.has(hash):
+                raise missing(hash, "this store")
+
+
+def _need_version(run: _Run, version: int) -> None:
+    if not 0 <= version < len(run.commits):
+        raise _checks.no_version(run.row.id, version, run.last_version)
+
+
+def _need_waiting(run: _Run, group: GroupRow) -> None:
+    kept = run.groups.get(group.number)
+    if group.number and (kept is None or kept.version is not None):
+        raise _checks.not_waiting(group.number, None if kept is None else kept.version)
+
+
+def _need_unsettled(run: _Run, counted: Counted) -> None:
+    for nonce, _ in counted:
+        if nonce in run.tokens:
+            row, group = run.tokens[nonce]
+            raise _checks.settled_before(replace(row, version=run.groups[group].version) if group else row)
+
+
+def _counted(counted: Counted, *, version: int | None, group: int) -> dict[bytes, tuple[TokenRow, int]]:
+    return {
+        nonce: (TokenRow(nonce=nonce, state="counted", version=version, reason="", expires_s=float(expires_s)), group)
+        for nonce, expires_s in counted
+    }
