@@ -6,6 +6,8 @@ plan meet JAX. Inputs are checked against the manifest before they reach a progr
 
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import jax
@@ -70,8 +72,7 @@ class JaxRunner:
             raise ProgramError("block was called before begin.", program="block")
         start = time.perf_counter()
         root, carry = self._training
-        feed = [*(batches[spec.name] for spec in self.manifest.batch), mask, key]
-        self._check_feed(feed)
+        feed = self._feed("block", batches, mask=mask, key=key)
         self._training = (root, self._run("block", [*carry, *feed]))
         self._steps += mask.size
         self._live += int(mask.sum())
@@ -93,24 +94,23 @@ class JaxRunner:
 
     def evaluate(self, root: str, batch: Tensors, mask: np.ndarray) -> Tensors:
         outputs = self._over_batch("evaluate", root, batch, mask)
-        return {name.removeprefix("metric/"): np.asarray(value) for name, value in outputs.items()}
+        return {name.removeprefix("metric/"): value for name, value in outputs.items()}
 
     def predict(self, root: str, batch: Tensors, mask: np.ndarray) -> np.ndarray:
-        return np.asarray(self._over_batch("predict", root, batch, mask)["output/prediction"])
+        return self._over_batch("predict", root, batch, mask)["output/prediction"]
 
     def call(self, program: str, inputs: Tensors) -> Tensors:
         check(inputs, self._chosen_program(program).inputs, what=f"inputs of {program}")
-        outputs = self._named(program, self._run(program, list(inputs.values())))
-        return {name: np.asarray(value) for name, value in outputs.items()}
+        return _read(program, self._named(program, self._run(program, list(inputs.values()))))
 
     def close(self) -> None:
         self._compiled.clear()
         self._models.clear()
         self._training = None
 
-    def _over_batch(self, name: str, root: str, batch: Tensors, mask: np.ndarray) -> dict[str, jax.Array]:
-        feed = [*(batch[spec.name] for spec in self.manifest.batch), mask]
-        return self._named(name, self._run(name, [*self._model(root), *feed]))
+    def _over_batch(self, name: str, root: str, batch: Tensors, mask: np.ndarray) -> Tensors:
+        feed = self._feed(name, batch, mask=mask)
+        return _read(name, self._named(name, self._run(name, [*self._model(root), *feed])))
 
     def _model(self, root: str) -> list[jax.Array]:
         try:
@@ -136,22 +136,38 @@ class JaxRunner:
         return self._compiled[name]
 
     def _run(self, name: str, inputs: list[Any]) -> list[jax.Array]:
-        try:
+        with _failures_of(name):
             return list(self._program(name)(*inputs))
-        except (PlanError, ProgramError):
-            raise
-        except Exception as error:  # a program of a stranger may fail in any way; all of them are this one error
-            text = str(error).strip().splitlines() or [type(error).__name__]
-            raise ProgramError(f"Program {name!r} failed: {text[0][:300]}", program=name) from error
 
     def _named(self, name: str, outputs: list[jax.Array]) -> dict[str, jax.Array]:
         return {spec.name: value for spec, value in zip(self._chosen_program(name).outputs, outputs, strict=True)}
 
-    def _check_feed(self, feed: list[np.ndarray]) -> None:
-        specs = self._chosen["block"].inputs[-len(feed) :]
-        for spec, value in zip(specs, feed, strict=True):
-            if value.shape != spec.shape or value.dtype != spec.numpy_dtype:
+    def _feed(self, name: str, batch: Tensors, **others: np.ndarray) -> list[np.ndarray]:
+        """The last inputs of a program, in their order, each as the program says."""
+        given = {f"batch/{field}": value for field, value in batch.items()} | others
+        specs = self._chosen_program(name).inputs[-len(self.manifest.batch) - len(others) :]
+        for spec in specs:
+            got = given.get(spec.name)
+            if got is None or got.shape != spec.shape or got.dtype != spec.numpy_dtype:
+                text = "nothing" if got is None else f"{got.dtype}{list(got.shape)}"
                 raise ProgramError(
-                    f"Expected {spec.name} to be {spec.dtype}{list(spec.shape)}, got {value.dtype}{list(value.shape)}.",
-                    program="block",
+                    f"Expected {spec.name} to be {spec.dtype}{list(spec.shape)}, got {text}.", program=name
                 )
+        return [given[spec.name] for spec in specs]
+
+
+def _read(name: str, outputs: dict[str, jax.Array]) -> Tensors:
+    with _failures_of(name):
+        return {key: np.asarray(value) for key, value in outputs.items()}
+
+
+@contextmanager
+def _failures_of(name: str) -> Iterator[None]:
+    """A program of a stranger may fail in any way, at the call or when its results are read: all are this one error."""
+    try:
+        yield
+    except (PlanError, ProgramError):
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise ProgramError(f"Program {name!r} failed: {text[0][:300]}", program=name) from error

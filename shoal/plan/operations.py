@@ -17,6 +17,8 @@ from shoal.plan.manifest import Program
 
 DIALECTS: Final = frozenset({"builtin", "chlo", "func", "sdy", "stablehlo"})
 
+BYTECODE: Final = b"ML\xefR"
+"""How an artifact starts; the readers would take a text too, of which no promise is made."""
 OUTSIDE: Final = frozenset(f"stablehlo.{name}" for name in ("infeed", "outfeed", "send", "recv"))
 """StableHLO operations that speak to the world outside the program."""
 
@@ -63,6 +65,8 @@ def operations(data: bytes) -> list[tuple[str, str]]:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import stablehlo
 
+    if not data.startswith(BYTECODE):
+        raise PlanError(f"A program is no StableHLO artifact: it starts with {data[:4]!r}, not with {BYTECODE!r}.")
     try:
         with mlir.make_ir_context():
             module = ir.Module.parse(stablehlo.deserialize_portable_artifact_str(data))
