@@ -1,1 +1,77 @@
-"""shoal: one system for a model's whole life, wherever its data and machines are."""
+"""shoal: one system for a model's whole life, wherever its data and machines are.
+
+Write a `Task` once; train it on simulated devices (`simulate`), on a fleet that keeps its data (`shoal host`, `shoal
+device`), or on a mesh. Importing shoal starts nothing: names are loaded when first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from shoal import data, errors, record, server, testing
+    from shoal.api import Model, load, simulate
+    from shoal.local import LocalRule, Report
+    from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
+    from shoal.task import Local, Loss, Sum, Task, Variables
+    from shoal.weights import from_safetensors
+
+_HOMES = {
+    "About": "shoal.policy",
+    "Late": "shoal.policy",
+    "Local": "shoal.task",
+    "LocalRule": "shoal.local",
+    "Loss": "shoal.task",
+    "Model": "shoal.api",
+    "Privacy": "shoal.policy",
+    "Report": "shoal.local",
+    "RoundPolicy": "shoal.policy",
+    "Selection": "shoal.policy",
+    "ServerRule": "shoal.policy",
+    "Sum": "shoal.task",
+    "Task": "shoal.task",
+    "Variables": "shoal.task",
+    "from_safetensors": "shoal.weights",
+    "load": "shoal.api",
+    "simulate": "shoal.api",
+}
+_MODULES = ("data", "errors", "record", "server", "testing")
+
+__all__ = [
+    "About",
+    "Late",
+    "Local",
+    "LocalRule",
+    "Loss",
+    "Model",
+    "Privacy",
+    "Report",
+    "RoundPolicy",
+    "Selection",
+    "ServerRule",
+    "Sum",
+    "Task",
+    "Variables",
+    "__version__",
+    "data",
+    "errors",
+    "from_safetensors",
+    "load",
+    "record",
+    "server",
+    "simulate",
+    "testing",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return import_module(f"shoal.{name}")
+    raise AttributeError(f"module 'shoal' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -81,6 +81,11 @@ def named(tree: Tree, prefix: str) -> Named:
     return dict(sorted((f"{prefix}/{name_of(path)}" if path else prefix, leaf) for path, leaf in leaves))
 
 
+def named_tree(tree: Tree, prefix: str, make: Callable[[str, Any], Any]) -> Tree:
+    """A pytree of the same structure, each leaf made from its name and itself."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: make(f"{prefix}/{name_of(path)}", leaf), tree)
+
+
 class Shape:
     """How a pytree is taken apart into names and put together again."""
 

@@ -173,7 +173,6 @@ def _nnx(
         graph, params, streams, state = made
         return graph, params, streams, state
 
-
     def init(key: jax.Array) -> Variables:
         _, params, _, state = parts(build(key))
         return Variables(nnx.to_pure_dict(params), nnx.to_pure_dict(state))

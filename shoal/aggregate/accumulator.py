@@ -61,7 +61,9 @@ class Accumulator:
 
     def metrics(self) -> dict[str, float]:
         """The metrics over all members: sum(numerator) / sum(denominator) for those whose denominator is not zero."""
-        values = {name.removeprefix("metric/"): self._scalar(name) for name in self.totals if name.startswith("metric/")}
+        values = {
+            name.removeprefix("metric/"): self._scalar(name) for name in self.totals if name.startswith("metric/")
+        }
         names = {name.rsplit("/", 1)[0] for name in values}
         return {
             name: values[f"{name}/numerator"] / values[f"{name}/denominator"]

@@ -84,7 +84,9 @@ class WeightedMean:
         for piece in _pieces(flat.size):
             mean = read(flat[piece], fixed, divisor=weight)
             slot_values = {
-                slot: olds[slot][piece].astype(np.float64) if slot in olds else np.full(mean.shape, initial_slot(rule, slot))
+                slot: olds[slot][piece].astype(np.float64)
+                if slot in olds
+                else np.full(mean.shape, initial_slot(rule, slot))
                 for slot in names
             }
             after = step(rule, before[piece].astype(np.float64), mean, slot_values)

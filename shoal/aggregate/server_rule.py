@@ -32,7 +32,9 @@ def initial_slot(rule: ServerRule, slot: str) -> float:
     return rule.eps**2 if slot == "v" else 0.0
 
 
-def step(rule: ServerRule, value: np.ndarray, mean: np.ndarray, kept: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def step(
+    rule: ServerRule, value: np.ndarray, mean: np.ndarray, kept: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
     """One step.
 
     Args:

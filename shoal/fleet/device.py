@@ -26,7 +26,7 @@ from shoal.errors import (
 from shoal.fleet.device_host import DeviceHost, Prepared
 from shoal.fleet.link import Link, Stream
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.manifest import Runtime
+from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
 from shoal.plan.train import train
 from shoal.tensors import Index, to_bytes
@@ -247,15 +247,15 @@ class Device:
 
     async def _produce(self, work: _Work) -> None:
         """One assignment, from the plan to an update that is ready to be reported."""
-        work.update, costs = await self._train(work)
+        prepared, work.update, costs = await self._train(work)
         self._say("reporting")
         begun = time.perf_counter()
-        work.report = self._report_of(work.update, work.assigned.token)
+        work.report = self._report_of(work.update, prepared.manifest, work.assigned.token)
         await self._push(work)
         costs.wire_s += time.perf_counter() - begun
         work.report.costs.CopyFrom(costs)
 
-    async def _train(self, work: _Work) -> tuple[Update, pb.Costs]:
+    async def _train(self, work: _Work) -> tuple[Prepared, Update, pb.Costs]:
         host, assigned = self._host, work.assigned
         begun = time.perf_counter()
         self._say("fetching")
@@ -277,7 +277,7 @@ class Device:
             padding=update.padding,
             examples=update.weight,
         )
-        return update, costs
+        return prepared, update, costs
 
     def _train_now(self, work: _Work, prepared: Prepared) -> Update:
         if not prepared.runner.has_model(work.assigned.model):
@@ -293,8 +293,8 @@ class Device:
             should_stop=lambda: work.stopped,
         )
 
-    def _report_of(self, update: Update, token: pb.Token) -> pb.Report:
-        report = pb.Report(token=token, root=Index.of(update.sums).root, weight=update.weight)
+    def _report_of(self, update: Update, manifest: Manifest, token: pb.Token) -> pb.Report:
+        report = pb.Report(token=token, root=Index.of(update.sums, manifest.update).root, weight=update.weight)
         if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) <= MAX_INLINE_BYTES:
             for name, value in update.sums.items():
                 report.slices.append(pb.PushSlice(tensor=name, data=to_bytes(value)))

@@ -85,7 +85,9 @@ class DeviceHost:
 
     async def _program(self, assigned: pb.Assigned, program: Program, link: Link) -> bytes:
         if program.size_bytes > self.limits.program_bytes:
-            raise PlanError(f"Program {program.name!r} has {program.size_bytes} bytes, allowed are {self.limits.program_bytes}.")
+            raise PlanError(
+                f"Program {program.name!r} has {program.size_bytes} bytes, allowed are {self.limits.program_bytes}."
+            )
         return await self.fetch(assigned, program.hash, link, most=program.size_bytes)
 
     def _trust(self, key: bytes) -> bytes:

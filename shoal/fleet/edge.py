@@ -113,7 +113,14 @@ class Edge:
     """See the module's text. All methods belong to one event loop."""
 
     def __init__(
-        self, *, plan: Plan, run: str, token_key: Ed25519PublicKey, blobs: Blobs, clock: Clock, limits: Limits | None = None
+        self,
+        *,
+        plan: Plan,
+        run: str,
+        token_key: Ed25519PublicKey,
+        blobs: Blobs,
+        clock: Clock,
+        limits: Limits | None = None,
     ) -> None:
         self._plan, self._manifest, self._run, self._key = plan, plan.manifest, run, token_key
         self._blobs, self._clock, self._limits = blobs, clock, limits or Limits()

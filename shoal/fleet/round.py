@@ -379,4 +379,6 @@ def refuse_unsupported(policy: RoundPolicy) -> None:
         ("concurrency", policy.concurrency, 1),
     ):
         if value != allowed:
-            raise ValueError(f"Expected {name}={allowed!r}, got {name}={value!r}: this version runs synchronous rounds only.")
+            raise ValueError(
+                f"Expected {name}={allowed!r}, got {name}={value!r}: this version runs synchronous rounds only."
+            )

@@ -84,7 +84,9 @@ class StagedUpdate:
         if offset != part.received:
             raise ProtocolError(f"Expected {name} to go on at byte {part.received}, got a slice at {offset}.")
         if offset + len(data) > part.spec.size_bytes:
-            raise ProtocolError(f"Expected {part.spec.size_bytes} bytes of {name}, got a slice up to {offset + len(data)}.")
+            raise ProtocolError(
+                f"Expected {part.spec.size_bytes} bytes of {name}, got a slice up to {offset + len(data)}."
+            )
         assert part.hasher is not None
         part.hasher.update(data)
         self._store.write(part.start + offset, data)

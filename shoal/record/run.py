@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, NamedTuple, SupportsFloat, final
 
 import numpy as np
 

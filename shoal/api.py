@@ -1,0 +1,151 @@
+"""The short way: train a task in simulation, load any version of any run. Re-exported by `shoal`."""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from shoal.aggregate.commit import read_model
+from shoal.data.store import Examples, Population
+from shoal.errors import DataError
+from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import load_plan
+from shoal.plan.train import evaluate, predict
+from shoal.record.run import latest_run
+from shoal.record.sqlite import open_store
+from shoal.simulate.engine import RoundResult, Simulation
+from shoal.simulate.engine import simulate as run_simulation
+from shoal.task import Task
+from shoal.tensors import Tensors
+
+
+def simulate(
+    task: Task,
+    population: Population | Mapping[str, Mapping[str, np.ndarray]],
+    *,
+    rounds: int,
+    seed: int = 0,
+    held_out: Examples | Mapping[str, np.ndarray] | None = None,
+    evaluate_every: int = 1,
+    folder: Path | str | None = None,
+    on_round: Callable[[RoundResult], None] = lambda result: None,
+) -> Simulation:
+    """Trains a task on simulated devices; the run is kept in a folder.
+
+    Args:
+        task: what is learned.
+        population: the members' examples: a `Population`, or member -> field -> array (N, …).
+        rounds: versions to commit.
+        seed: of everything random.
+        held_out: examples on which versions are evaluated.
+        evaluate_every: versions between two evaluations; the last one is always evaluated.
+        folder: the run folder; None: a temporary one, that is gone when the program ends. It must not hold a run yet.
+        on_round: told of each committed round.
+
+    Returns:
+        The last model by name, its version, and the rounds' metrics.
+
+    Raises:
+        DataError: fewer members than a round needs, or examples that do not fit the task.
+    """
+    members = population if isinstance(population, Population) else Population.from_arrays(population)
+    examples = held_out if held_out is None or isinstance(held_out, Examples) else Examples(dict(held_out))
+    with tempfile.TemporaryDirectory() as temporary:
+        chosen = Path(temporary) if folder is None else Path(folder)
+        store = open_store(chosen)
+        try:
+            result = run_simulation(
+                task, members, rounds=rounds, store=store, seed=seed, held_out=examples, evaluate_every=evaluate_every,
+                folder=chosen, on_round=on_round,
+            )  # fmt: skip
+        finally:
+            store.close()
+        # A temporary folder's files are about to go; the model must not depend on them.
+        model = {name: np.array(value) for name, value in result.model.items()}
+        return Simulation(result.run_id, None if folder is None else chosen, model, result.version, result.history)
+
+
+@dataclass(frozen=True)
+class Model:
+    """One version of a run, ready to be used. Needs no source of the task."""
+
+    name: str
+    """The task's name."""
+    version: int
+    tensors: Tensors
+    """The model by name (`params/dense/kernel`)."""
+    plan: Plan
+    _runner: JaxRunner
+    _root: str
+
+    def predict(self, fields: Mapping[str, np.ndarray] | np.ndarray) -> np.ndarray:
+        """Predictions (N, …).
+
+        Args:
+            fields: field -> array (N, …); fields that the prediction does not read may be missing. A bare array is
+                taken as the only field it can be.
+
+        Raises:
+            DataError: a field does not fit the task.
+            PlanError: the task has no `predict`.
+        """
+        return predict(self._runner, self.plan.manifest, self._root, self._fields(fields))
+
+    def evaluate(self, examples: Examples | Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The task's metrics over all the examples."""
+        chosen = examples if isinstance(examples, Examples) else Examples(dict(examples))
+        return dict(evaluate(self._runner, self.plan.manifest, self._root, chosen))
+
+    def save(self, path: Path | str) -> None:
+        """Writes the tensors as a safetensors file."""
+        from safetensors.numpy import save_file
+
+        save_file({name: np.ascontiguousarray(value) for name, value in self.tensors.items()}, str(path))
+
+    def _fields(self, fields: Mapping[str, np.ndarray] | np.ndarray) -> Mapping[str, np.ndarray]:
+        if not isinstance(fields, np.ndarray):
+            return fields
+        fitting = [spec.name for spec in self.plan.manifest.batch if spec.shape == fields.shape[1:]]
+        if len(fitting) != 1:
+            raise DataError(
+                f"Expected an array that fits one field of task {self.name!r}, got shape {fields.shape}, which fits "
+                f"{fitting or 'none'}. Pass a mapping: {{'{self.plan.manifest.batch[0].name}': array}}."
+            )
+        return {fitting[0]: fields}
+
+    @classmethod
+    def open(cls, folder: Path, *, version: int | None = None) -> Self:
+        """See `load`."""
+        found = latest_run(folder)
+        store = open_store(found.path, read_only=True)
+        try:
+            plan = load_plan(store, found.run.id).plan
+            commit = store.last_commit(found.run.id) if version is None else store.get_commit(found.run.id, version)
+            if commit is None:
+                raise DataError(f"Run {found.run.id} in {found.path} has no model yet.")
+            tensors = {name: np.array(value) for name, value in read_model(commit.model, store.blobs).items()}
+        finally:
+            store.close()
+        runner = JaxRunner(plan)
+        runner.set_model(commit.model.root, tensors)
+        return cls(found.run.name, commit.version, tensors, plan, runner, commit.model.root)
+
+
+def load(run: Path | str, *, version: int | None = None) -> Model:
+    """A version of a run, ready to predict.
+
+    Args:
+        run: the run folder (or a folder of run folders: then the newest).
+        version: which commit; None: the last.
+
+    Raises:
+        DataError: there is no run, or it has no such version.
+
+    Example:
+        ``shoal.load("runs/demo").predict({"image": images}).argmax(-1)``
+    """
+    return Model.open(Path(run), version=version)

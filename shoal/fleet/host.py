@@ -1,0 +1,144 @@
+"""A host: Coordinator and Edge of one run in one process, with or without a socket.
+
+``begin_run`` writes plan and initial model into the record; ``Host`` takes a run up from the record alone, the first
+time as after a crash. The task's source is not needed for it.
+"""
+
+import asyncio
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from shoal.aggregate.commit import CallProgram, WeightedMean
+from shoal.clock import Clock, SystemClock
+from shoal.errors import StoreError
+from shoal.fleet.coordinator import Commit, Coordinator
+from shoal.fleet.edge import Edge
+from shoal.fleet.grpc_server import GrpcServer, Tls
+from shoal.fleet.keys import HostKeys
+from shoal.fleet.staging import Limits
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import load_plan, save_plan, write_initial_model
+from shoal.record.provenance import provenance
+from shoal.record.run import new_run_id
+from shoal.record.store import RunKind, RunRow, Store
+from shoal.tensors import Tensors
+
+
+def run_seed(seed: int) -> bytes:
+    """32 bytes that everything random in a run is made of."""
+    return hashlib.sha256(b"shoal run\0" + str(seed).encode()).digest()
+
+
+def begin_run(
+    store: Store,
+    plan: Plan,
+    model: Tensors,
+    *,
+    kind: RunKind,
+    rounds: int,
+    seed: int,
+    config: Mapping[str, Any] | None = None,
+    clock: Clock | None = None,
+) -> str:
+    """Writes a new run into the record: plan, initial model, settings. Returns its id.
+
+    Args:
+        store: the record.
+        plan: signed.
+        model: version 0.
+        kind: which place it runs in.
+        rounds: versions that the line will have beyond the first.
+        seed: of the run.
+        config: further settings, as JSON.
+    """
+    now_s = (clock or SystemClock()).wall_s()
+    run_id = new_run_id(now_s, entropy=secrets.randbits(15))
+    kept = {**(config or {}), **save_plan(store, plan), "rounds": rounds, "seed": seed}
+    store.create_run(
+        RunRow(
+            id=run_id, name=plan.manifest.task, kind=kind, plan_hash=plan.hash, config=kept, provenance=provenance(),
+            status="running", created_s=now_s,
+        )
+    )  # fmt: skip
+    write_initial_model(store, run_id, plan, model, time_s=now_s)
+    return run_id
+
+
+class Host:
+    """See the module's text."""
+
+    def __init__(
+        self,
+        store: Store,
+        run_id: str,
+        keys: HostKeys,
+        *,
+        rounds: int | None = None,
+        clock: Clock | None = None,
+        rng: np.random.Generator | None = None,
+        limits: Limits | None = None,
+        call_program: CallProgram | None = None,
+        on_commit: Callable[[Commit], None] = lambda commit: None,
+    ) -> None:
+        """
+        Args:
+            store: the record.
+            run_id: a run that `begin_run` made.
+            keys: the run folder's.
+            rounds: last version; None: as the run's config says.
+            clock: time.
+            rng: draws devices; None: seeded by the system.
+            limits: of staged updates.
+            call_program: runs the plan's server programs, where its rule is one.
+            on_commit: told of each version once it is durable.
+        """
+        found = load_plan(store, run_id)
+        if found.plan.public_key != keys.public:
+            raise StoreError(f"The keys are not those of run {run_id}: its plan is signed by another key.")
+        self.store, self.run_id, self.plan = store, run_id, found.plan
+        self.last_version = int(found.config["rounds"]) if rounds is None else rounds
+        clock = clock or SystemClock()
+        self.edge = Edge(
+            plan=found.plan,
+            run=run_id,
+            token_key=keys.signing.public_key(),
+            blobs=store.blobs,
+            clock=clock,
+            limits=limits,
+        )
+        self.coordinator = Coordinator(
+            store=store,
+            run=run_id,
+            manifest=found.plan.manifest,
+            edge=self.edge,
+            aggregator=WeightedMean(found.plan.manifest.server.rule, call=call_program),
+            token_key=keys.token,
+            run_seed=run_seed(int(found.config["seed"])),
+            last_version=self.last_version,
+            clock=clock,
+            rng=rng or np.random.default_rng(),
+            on_commit=on_commit,
+        )
+        self._clock = clock
+
+    def server(self, *, address: str, tls: Tls | None = None) -> GrpcServer:
+        """A gRPC server for this host's Edge; start it, then `run`."""
+        return GrpcServer(self.edge, address=address, tls=tls)
+
+    async def run(self) -> None:
+        """Runs the rounds to the last version and writes the run's end into the record."""
+        try:
+            await self.coordinator.run()
+        except asyncio.CancelledError:
+            self.store.set_status(self.run_id, "stopped", time_s=self._clock.wall_s())
+            raise
+        except BaseException:
+            self.store.set_status(self.run_id, "failed", time_s=self._clock.wall_s())
+            raise
+        head = self.store.last_version(self.run_id)
+        done = head is not None and head >= self.last_version
+        self.store.set_status(self.run_id, "finished" if done else "stopped", time_s=self._clock.wall_s())

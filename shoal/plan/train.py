@@ -1,0 +1,165 @@
+"""One member's part of a round: examples through begin, block…, finish. The same code on a device and in simulation.
+
+Everything random in it (order of examples, dropout) is made of the round's seed and the member's name, so that a
+simulated member and a real one do the same, and order and parallelism change nothing.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from shoal.data.batch import Blocks
+from shoal.data.store import Examples
+from shoal.errors import DataError, DeviceError
+from shoal.plan.manifest import Manifest
+from shoal.plan.runner import Runner, Update
+from shoal.tensors import Tensors
+
+
+@dataclass(frozen=True, slots=True)
+class MemberRandomness:
+    """What one member draws from in one round."""
+
+    key: np.ndarray
+    """(2,) uint32: for the programs."""
+    rng: np.random.Generator
+    """For the order of examples."""
+
+
+def member_randomness(seed: bytes, member: str) -> MemberRandomness:
+    """The randomness of a member in the round with that seed."""
+    digest = hashlib.sha256(seed + b"\0" + member.encode()).digest()
+    order = np.random.Philox(key=int.from_bytes(digest[8:24], "little"))
+    return MemberRandomness(np.frombuffer(digest[:8], "<u4").astype(np.uint32), np.random.Generator(order))
+
+
+def train(
+    runner: Runner,
+    manifest: Manifest,
+    root: str,
+    examples: Examples,
+    device_state: Tensors | None,
+    *,
+    seed: bytes,
+    member: str,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Update:
+    """One member's local training.
+
+    Args:
+        runner: holds the model `root`.
+        manifest: of the runner's plan.
+        root: the model's index.
+        examples: the member's data; fields as the manifest's batch says.
+        device_state: what the member kept from its last counted round, None at first.
+        seed: the round's, 32 bytes.
+        member: the member's name.
+        should_stop: asked between two blocks.
+
+    Raises:
+        DataError: the examples do not fit the task.
+        DeviceError: `should_stop` said so.
+        ProgramError: a program failed.
+    """
+    randomness = member_randomness(seed, member)
+    training = manifest.training
+    chosen = _at_most(conform(examples, manifest), training.max_weight // training.epochs, randomness.rng)
+    if training.whole_batches and not training.drop_remainder and len(chosen) % training.batch_size:
+        raise DataError(
+            f"Expected a multiple of {training.batch_size} examples, {member!r} has {len(chosen)}: the model of task "
+            f"{manifest.task!r} mixes examples (batch norm?) and does not take the mask. Give its __call__ a `mask` argument "
+            "and pass it on, or set Local(drop_remainder=True)."
+        )
+    blocks = Blocks(
+        chosen,
+        batch_size=training.batch_size,
+        steps_per_block=training.steps_per_block,
+        epochs=training.epochs,
+        rng=randomness.rng,
+        drop_remainder=training.drop_remainder,
+    )
+    runner.begin(root, device_state if device_state is not None else no_state(manifest))
+    data_s = 0.0
+    begun = time.perf_counter()
+    for batches, mask in blocks:
+        data_s += time.perf_counter() - begun
+        if should_stop():
+            raise DeviceError("The training was stopped: its result is not needed any more.", stage="train")
+        runner.block(batches, mask, randomness.key)
+        begun = time.perf_counter()
+    update = runner.finish()
+    return replace(update, seconds={**update.seconds, "data": data_s})
+
+
+def no_state(manifest: Manifest) -> Tensors:
+    """The state of a device that has none."""
+    return {spec.name: np.zeros(spec.shape, spec.numpy_dtype) for spec in manifest.device_state}
+
+
+def conform(examples: Examples, manifest: Manifest) -> Examples:
+    """The fields that the task reads, in its types.
+
+    Raises:
+        DataError: a field is missing, or has another shape or a type that cannot be converted without loss of kind.
+    """
+    spec = examples.spec()
+    fields = {}
+    for wanted in manifest.batch:
+        if wanted.name not in spec:
+            raise DataError(
+                f"Task {manifest.task!r} reads field {wanted.name!r}; the examples have {' | '.join(spec)}."
+            )
+        shape, dtype = spec[wanted.name]
+        if tuple(shape) != wanted.shape or not np.can_cast(np.dtype(dtype), wanted.numpy_dtype, "same_kind"):
+            raise DataError(
+                f"Task {manifest.task!r} reads {wanted.name!r} as {wanted.dtype}{list(wanted.shape)}, "
+                f"the examples have {dtype}{list(shape)}."
+            )
+        fields[wanted.name] = _cast(examples.fields[wanted.name], wanted.numpy_dtype, wanted.name)
+    return Examples(fields)
+
+
+def _cast(values: np.ndarray, dtype: "np.dtype[Any]", name: str) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    made = values.astype(dtype)
+    if dtype.kind in "iu" and not np.array_equal(made, values):
+        raise DataError(f"Expected {name} to fit {dtype}, got values from {values.min()} to {values.max()}.")
+    return made
+
+
+def _at_most(examples: Examples, most: int, rng: np.random.Generator) -> Examples:
+    if len(examples) <= most:
+        return examples
+    return Examples(examples.take(np.sort(rng.permutation(len(examples))[:most])))
+
+
+def evaluate(runner: Runner, manifest: Manifest, root: str, examples: Examples) -> Mapping[str, float]:
+    """The task's metrics over all the examples, by the plan's `evaluate` program."""
+    totals: dict[str, float] = {}
+    size = manifest.training.evaluate_batch_size
+    for batches, mask in Blocks(conform(examples, manifest), batch_size=size, steps_per_block=1, shuffle=False):
+        batch = {name: values[0] for name, values in batches.items()}
+        for name, value in runner.evaluate(root, batch, mask[0]).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    names = sorted({name.rsplit("/", 1)[0] for name in totals})
+    return {n: totals[f"{n}/numerator"] / totals[f"{n}/denominator"] for n in names if totals[f"{n}/denominator"]}
+
+
+def predict(runner: Runner, manifest: Manifest, root: str, fields: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Predictions (N, …) for examples (N, …); fields that a prediction does not need may be missing."""
+    size = manifest.training.evaluate_batch_size
+    num = len(next(iter(fields.values())))
+    missing = {s.name: np.zeros((num, *s.shape), s.numpy_dtype) for s in manifest.batch if s.name not in fields}
+    made = []
+    blocks = Blocks(
+        conform(Examples({**fields, **missing}), manifest), batch_size=size, steps_per_block=1, shuffle=False
+    )
+    for batches, mask in blocks:
+        predictions = runner.predict(root, {name: values[0] for name, values in batches.items()}, mask[0])
+        made.append(predictions[mask[0]])
+    return np.concatenate(made)

@@ -1,0 +1,257 @@
+"""Simulation: the members' part of a round in this process, the server's part by the very code of a fleet.
+
+This first engine is the *sequential* backend: it calls the plan's own programs, one member at a time, and closes a round
+with the same accumulator, server rule and record as a Coordinator. Given the same members it therefore commits the same
+bits as a fleet (rule 7). `reference.py` is the readable loop that it is held against.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shoal.aggregate.commit import WeightedMean, read_model
+from shoal.data.store import Examples, Population
+from shoal.errors import DataError, StoreError
+from shoal.fleet.configuration import Configuration, configure
+from shoal.fleet.host import begin_run, run_seed
+from shoal.fleet.keys import HostKeys
+from shoal.plan.build import build
+from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.manifest import Manifest
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import load_plan
+from shoal.plan.train import evaluate, train
+from shoal.record.resume import take_up
+from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
+from shoal.task import Task
+from shoal.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """One committed round."""
+
+    version: int
+    members: tuple[str, ...]
+    metrics: Mapping[str, float]
+    """Over the cohort, before this version (`train/…`), and centrally after it (plain names), where evaluated."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a simulation leaves."""
+
+    run_id: str
+    folder: Path | None
+    model: Tensors
+    """The last version."""
+    version: int
+    history: tuple[RoundResult, ...] = field(repr=False, default=())
+
+
+def simulate(
+    task: Task,
+    population: Population,
+    *,
+    rounds: int,
+    store: Store,
+    seed: int = 0,
+    held_out: Examples | None = None,
+    evaluate_every: int = 1,
+    folder: Path | None = None,
+    on_round: Callable[[RoundResult], None] = lambda result: None,
+) -> Simulation:
+    """Trains a task on simulated devices.
+
+    Args:
+        task: what is learned.
+        population: the members' examples.
+        rounds: versions to commit.
+        store: the record to write to.
+        seed: of the initial model, the selection, the members' randomness.
+        held_out: examples on which versions are evaluated.
+        evaluate_every: versions between two evaluations; the last is always evaluated.
+        folder: the run folder, for the keys and to say where it is.
+        on_round: told of each committed round.
+
+    Raises:
+        DataError: fewer members than a round needs, or examples that do not fit the task.
+    """
+    keys = HostKeys.load_or_make(folder) if folder is not None else HostKeys.make()
+    built = build(task, seed=seed)
+    plan = built.plan.sign(keys.signing)
+    run_id = begin_run(store, plan, built.model, kind="simulate", rounds=rounds, seed=seed)
+    return go_on(
+        store, run_id, population, held_out=held_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round
+    )
+
+
+def go_on(
+    store: Store,
+    run_id: str,
+    population: Population,
+    *,
+    rounds: int | None = None,
+    held_out: Examples | None = None,
+    evaluate_every: int = 1,
+    folder: Path | None = None,
+    on_round: Callable[[RoundResult], None] = lambda result: None,
+) -> Simulation:
+    """Runs a simulation from where its record stands to its last version. Arguments as for `simulate`.
+
+    Raises:
+        StoreError: members keep state between rounds, and the run is taken up in the middle.
+    """
+    found = load_plan(store, run_id)
+    taken = take_up(store, run_id, time_s=time.time())
+    if taken.last is None:
+        raise StoreError(f"Run {run_id} has no initial model; it was never begun.")
+    if taken.last.version and found.plan.manifest.device_state:
+        raise StoreError(
+            f"Run {run_id} cannot be resumed: its members keep state ({len(found.plan.manifest.device_state)} tensors) "
+            "that this version of the simulator holds in memory only. Start it anew."
+        )
+    engine = _Engine(store, run_id, found.plan, population, seed=int(found.config["seed"]), head=taken.last)
+    engine.next_round = taken.next_round
+    last = int(found.config["rounds"]) if rounds is None else rounds
+    history = []
+    try:
+        while engine.head.version < last:
+            evaluated = (
+                held_out if (engine.head.version + 1) % evaluate_every == 0 or engine.head.version + 1 == last else None
+            )
+            history.append(engine.round(evaluated))
+            on_round(history[-1])
+    except BaseException as error:
+        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+        store.set_status(run_id, "stopped" if status == "stopped" else "failed", time_s=time.time())
+        raise
+    store.set_status(run_id, "finished", time_s=time.time())
+    model = read_model(engine.head.model, store.blobs)
+    return Simulation(run_id, folder, model, engine.head.version, tuple(history))
+
+
+class _Engine:
+    """The sequential backend."""
+
+    def __init__(
+        self, store: Store, run_id: str, plan: Plan, population: Population, *, seed: int, head: CommitRow
+    ) -> None:
+        self.store, self.run_id, self.plan, self.population, self.head = store, run_id, plan, population, head
+        self.runner = JaxRunner(plan)
+        self.seed = run_seed(seed)
+        self.states: dict[str, Tensors] = {}
+        self.next_round = 1
+        self.aggregator = WeightedMean(plan.manifest.server.rule, call=self.runner.call)
+        self.compile_s = self.runner.compile()
+        _enough_members(plan.manifest, population)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.plan.manifest
+
+    def round(self, held_out: Examples | None) -> RoundResult:
+        """One round: select, train, sum, commit, evaluate."""
+        begun, wall_s = time.perf_counter(), time.time()
+        number, version = self.next_round, self.head.version
+        configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
+        members = self.select(configuration)
+        root = self.head.model.root
+        if not self.runner.has_model(root):
+            self.runner.set_model(root, read_model(self.head.model, self.store.blobs))
+        sums = configuration.accumulator(self.manifest)
+        seconds: dict[str, float] = {}
+        for member in members:
+            update = train(
+                self.runner, self.manifest, root, self.population[member], self.states.get(member),
+                seed=configuration.seed, member=member,
+            )  # fmt: skip
+            sums.add(update.sums, weight=update.weight)
+            if update.device_state:
+                self.states[member] = update.device_state
+            for phase, value in update.seconds.items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+        commit_begun = time.perf_counter()
+        model, server_state = self.aggregator.commit(sums, self.head.model, self.head.server_state, self.store.blobs)
+        row = CommitRow(
+            version=version + 1, model=model, server_state=server_state, round=number, members=sums.members,
+            weight=sums.weight, created_s=time.time(),
+        )  # fmt: skip
+        metrics = {f"train/{name}": value for name, value in sums.metrics().items()}
+        if self.compile_s:
+            seconds["compile"], self.compile_s = self.compile_s, 0.0
+        self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
+        self.head, self.next_round = row, number + 1
+        metrics |= self.evaluate(held_out) if held_out is not None else {}
+        return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
+
+    def select(self, configuration: Configuration) -> tuple[str, ...]:
+        """The cohort: the exact ids, or drawn at random from the run's seed and the version."""
+        policy = self.manifest.server.rounds
+        if policy.selection.kind == "exact":
+            return policy.selection.ids
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(configuration.seed[:16], "little")))
+        ids = self.population.ids
+        return tuple(ids[i] for i in rng.choice(len(ids), policy.goal, replace=False))
+
+    def evaluate(self, held_out: Examples) -> dict[str, float]:
+        """The task's metrics of the head on held-out examples, also into the record."""
+        root = self.head.model.root
+        if not self.runner.has_model(root):
+            self.runner.set_model(root, read_model(self.head.model, self.store.blobs))
+        metrics = dict(evaluate(self.runner, self.manifest, root, held_out))
+        self.store.log(self.run_id, self._metric_rows(self.head.version, metrics, "server"))
+        return metrics
+
+    def _metric_rows(self, version: int, metrics: Mapping[str, float], scope: Any) -> list[MetricRow]:
+        time_s = time.time() - self.store.run(self.run_id).created_s
+        return [
+            MetricRow(version=version, name=name, value=value, scope=scope, time_s=time_s)
+            for name, value in metrics.items()
+        ]
+
+    def _write(
+        self,
+        row: CommitRow,
+        configuration: Configuration,
+        metrics: Mapping[str, float],
+        seconds: Mapping[str, float],
+        *,
+        opened_s: float,
+        commit_s: float,
+    ) -> None:
+        round_row = RoundRow(
+            number=row.round, base_version=row.version - 1, state="committed", opened_s=opened_s, closed_s=row.created_s,
+            selected=row.members, counted=row.members, reason="goal", configuration=configuration.to_json(),
+        )  # fmt: skip
+        usage = [UsageRow(round=row.round, phase=p, seconds=s, count=row.members) for p, s in seconds.items()]
+        self.store.commit(
+            self.run_id,
+            row,
+            round=round_row,
+            groups=[GroupRow(round=row.round, base_version=row.version - 1, members=row.members, weight=row.weight)],
+            metrics=self._metric_rows(row.version - 1, metrics, "cohort"),
+            usage=[*usage, UsageRow(round=row.round, phase="commit", seconds=commit_s)],
+        )
+
+
+def _enough_members(manifest: Manifest, population: Population) -> None:
+    policy = manifest.server.rounds
+    if missing := sorted(set(policy.selection.ids) - set(population.ids))[:5]:
+        raise DataError(f"Selection names members that the population does not have: {missing}.")
+    if len(population) < policy.goal:
+        raise DataError(
+            f"Expected at least {policy.goal} members for rounds of goal={policy.goal}, the population has {len(population)}. "
+            "Lower RoundPolicy(goal=…), or bring more members."
+        )
+
+
+def with_goal(task: Task, goal: int) -> Task:
+    """The task with rounds of another size; a goal below the minimum group lowers that too, which is to be said aloud."""
+    minimum = min(task.rounds.minimum_group, goal)
+    return task.replace(rounds=replace(task.rounds, goal=goal, minimum_group=minimum))
