@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import StoreError
@@ -87,6 +87,7 @@ def test_a_missing_blob_is_named(blobs: Blobs) -> None:
             call(ABSENT)
 
 
+@settings(max_examples=30)
 @given(name=st.one_of(st.text(max_size=70), st.just("../" * 20 + "etcd"), st.just("A" * 64)))
 def test_a_name_that_is_no_hash_reaches_no_file(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     for blobs in (FolderBlobs(tmp_path_factory.getbasetemp()), MemoryBlobs()):
@@ -160,7 +161,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     writer.write(b"in pieces")
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(StoreError, match="No space left to write .* free space and try again"):
+        with pytest.raises(StoreError, match=r"No space left to write .* free space and try again"):
             blobs.put_all([b"one", b"two"])
         with pytest.raises(StoreError, match="No space left"):
             writer.finish()
