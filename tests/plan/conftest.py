@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from plan_tasks import noisy_task, tiny_task
 
 from shoal.plan.build import Built, build
+from tests.plan.plan_tasks import noisy_task, tiny_task
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from plan_tasks import artifact, linear_loss, linear_predict, tiny_task
 
 from shoal.errors import PlanError
 from shoal.plan.build import Built, build
@@ -14,6 +13,7 @@ from shoal.plan.operations import check_operations, operations
 from shoal.plan.runner import Limits
 from shoal.plan.stablehlo import module_text
 from shoal.tensors import TensorSpec
+from tests.plan.plan_tasks import artifact, linear_loss, linear_predict, tiny_task
 
 LIMITS = Limits()
 

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 import pytest
-from plan_tasks import artifact, evaluate_feed, feed, replaced, with_function, zero_state
 
 from shoal.errors import PlanError, ProgramError, ShoalError
 from shoal.plan.build import Built
@@ -27,6 +26,7 @@ from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner, Update
 from shoal.tensors import Tensors
+from tests.plan.plan_tasks import artifact, evaluate_feed, feed, replaced, with_function, zero_state
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = str(Path(__file__).parents[2])

@@ -5,11 +5,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plan_tasks import replaced, tiny_task
 
 from shoal.errors import PlanError
 from shoal.plan.build import Built, build
 from shoal.plan.plan import Plan
+from tests.plan.plan_tasks import replaced, tiny_task
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key().public_bytes_raw()
