@@ -69,6 +69,9 @@ def check_commit(commit: CommitRow, round: RoundRow | None, groups: Sequence[Gro
         check_round(round)
     for group in groups:
         check_group(group)
+    numbers = [group.number for group in groups if group.number]
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"Expected each waiting group once in commit {commit.version}, got numbers {numbers}.")
     check_counted(counted)
     bases = [group.base_version for group in groups] + ([] if round is None else [round.base_version])
     if not all(0 <= base < commit.version for base in bases):

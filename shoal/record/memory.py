@@ -183,6 +183,7 @@ class MemoryStore:
         row = replace(row, configuration=plain(row.configuration, what="the round's configuration"))
         with self._lock:
             run = self._run(run_id)
+            _need_version(run, row.base_version)
             found = run.rounds.get(row.number)
             if found is None or found.state != "open":
                 raise _checks.not_open(row.number, None if found is None else found.state)

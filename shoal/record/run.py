@@ -126,7 +126,7 @@ class Run:
 
     def log(
         self,
-        values: Mapping[str, float],
+        values: Mapping[str, SupportsFloat],
         *,
         version: int | None = None,
         scope: Scope = "server",

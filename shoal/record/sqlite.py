@@ -154,6 +154,7 @@ class SqliteStore:
         _checks.check_closed(row)
         _checks.check_usage(usage)
         with self._write(run_id) as connection:
+            _need_version(connection, run_id, row.base_version)
             if not _close_round(connection, run_id, row):
                 raise _checks.not_open(row.number, None)
             sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
@@ -371,14 +372,14 @@ def _close_round(connection: Connection, run_id: str, row: RoundRow) -> bool:
 
 
 def _take_groups(connection: Connection, run_id: str, version: int, groups: Sequence[GroupRow]) -> None:
-    """Gives waiting groups to a version, and adds new ones to it."""
+    """Gives waiting groups to a version; then adds new ones, so that none is taken for a waiting one."""
+    for group in groups:
+        key = {"run": run_id, "at": group.number}
+        if group.number and not sql.TAKE_GROUP.run(connection, {**key, "version": version}):
+            raise _checks.not_waiting(group.number, sql.GROUP_VERSION.scalar(connection, key))
     for group in groups:
         if not group.number:
             _add_group(connection, run_id, group, version=version)
-            continue
-        key = {"run": run_id, "at": group.number}
-        if not sql.TAKE_GROUP.run(connection, {**key, "version": version}):
-            raise _checks.not_waiting(group.number, sql.GROUP_VERSION.scalar(connection, key))
 
 
 def _add_group(connection: Connection, run_id: str, group: GroupRow, *, version: int | None) -> int:

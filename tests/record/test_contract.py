@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from record_builders import (
+
+from shoal.errors import StoreError
+from shoal.record import EventRow, MemoryStore, RoundRow, Store, abandon_open_rounds, open_store, put_tensors, take_up
+from shoal.tensors import Entry, Index, TensorSpec, sha256
+from tests.record.builders import (
     EMPTY,
     commit_row,
     contents,
@@ -19,10 +23,6 @@ from record_builders import (
     usage_row,
     with_initial,
 )
-
-from shoal.errors import StoreError
-from shoal.record import EventRow, MemoryStore, RoundRow, Store, abandon_open_rounds, open_store, put_tensors, take_up
-from shoal.tensors import Entry, Index, TensorSpec, sha256
 
 
 @pytest.fixture(params=["sqlite", "memory"])
@@ -190,7 +190,8 @@ def test_a_refused_call_changes_nothing__invariant_5(store: Store) -> None:
             "run", commit_row(store, 1), round=round_row(), groups=[group, group_row(number=9)], **more
         ),
         lambda: store.commit("run", commit_row(store, 2), round=round_row(2), counted=[(b"z", 1.0)], **more),
-        lambda: store.close_round("run", round_row(5), usage=[usage_row()]),
+        lambda: store.close_round("run", round_row(base_version=4), usage=[usage_row()]),
+        lambda: store.close_round("run", round_row(5, base_version=0), usage=[usage_row()]),
         lambda: store.add_group("run", group_row(), counted=[(b"z", 1.0), (b"a", 1.0)]),
         lambda: store.open_round("run", open_row()),
         lambda: store.open_round("run", open_row(2, base_version=4)),
@@ -224,6 +225,7 @@ def test_a_round_closes_once(store: Store) -> None:
         ({"round": round_row(base_version=1)}, "base versions before commit 1"),
         ({"groups": [group_row(version=3)]}, "version=None"),
         ({"groups": [group_row(weight=2**63)]}, "weight"),
+        ({"groups": [group_row(number=1), group_row(number=1)]}, "each waiting group once"),
         ({"counted": [(b"", 1.0)]}, "nonce of 1 to 64 bytes"),
         ({"metrics": [metric_row(scope="class")]}, "device_class"),
         ({"metrics": [metric_row("")]}, "metric with a name"),

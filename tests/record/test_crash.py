@@ -8,15 +8,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from record_builders import open_row, with_initial
 
 from shoal.record import SqliteStore, open_store, take_up
+from tests.record.builders import open_row, with_initial
 
 _WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from record_builders import *
+from tests.record.builders import *
 from shoal.record import open_store, take_up
 store = open_store(Path(sys.argv[1]))
 taken = take_up(store, "run", time_s=1.0)
@@ -24,7 +24,7 @@ version, waiting, number = taken.last.version, list(taken.waiting), taken.next_r
 print("ready", flush=True)
 while True:
     version += 1
-    nonces = [version.to_bytes(8, "big") + bytes([i]) for i in range(4)]
+    nonces = [number.to_bytes(8, "big") + bytes([i]) for i in range(4)]
     store.open_round("run", open_row(number, base_version=version - 1))
     group = group_row(round=number, base_version=version - 1, members=2)
     group = group_row(round=number, base_version=version - 1, members=2,
@@ -39,11 +39,12 @@ while True:
 
 def run_and_kill(folder: Path, after_s: float) -> list[list[str]]:
     """What a writer reported before it was killed."""
-    command = [sys.executable, "-c", _WRITER, str(folder), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", _WRITER, str(folder), str(Path(__file__).parents[2])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         assert writer.stdout.readline() == "ready\n"
         time.sleep(after_s)  # the moment must be random: a wait for an event would choose it
+        assert writer.poll() is None, "the writer ended by itself"
         writer.kill()
         return [line.split() for line in writer.stdout if line.endswith("\n")]
 

@@ -8,10 +8,19 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from record_builders import commit_row, contents, group_row, metric_row, open_row, round_row, usage_row, with_initial
 
 from shoal.errors import StoreError
 from shoal.record import MemoryStore, Store, open_store, take_up
+from tests.record.builders import (
+    commit_row,
+    contents,
+    group_row,
+    metric_row,
+    open_row,
+    round_row,
+    usage_row,
+    with_initial,
+)
 
 Call = tuple[str, int, tuple[int, ...], tuple[int, ...]]
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from record_builders import commit_row
 
 from shoal.clock import ManualClock
 from shoal.errors import DataError, StoreError
 from shoal.record import find_runs, init, latest_run, new_run_id, open_run
+from tests.record.builders import commit_row
 
 
 @pytest.fixture

@@ -9,12 +9,21 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from record_builders import commit_row, contents, group_row, metric_row, open_row, round_row, run_row, with_initial
 from sqlalchemy import Connection, text
 
 from shoal.errors import StoreError
 from shoal.record import migrations, open_store, schema, sqlite
 from shoal.record.sqlite import DATABASE_NAME
+from tests.record.builders import (
+    commit_row,
+    contents,
+    group_row,
+    metric_row,
+    open_row,
+    round_row,
+    run_row,
+    with_initial,
+)
 
 
 def execute(folder: Path, *statements: str) -> None:
@@ -218,7 +227,7 @@ _LIMITED = """
 import resource, sys
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from record_builders import *
+from tests.record.builders import *
 from shoal.errors import StoreError
 from shoal.record import open_store
 store = open_store(Path(sys.argv[1]))
@@ -251,7 +260,7 @@ print("fine")
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform != "linux", reason="limits on file sizes are POSIX")
 def test_a_real_limit_on_files_loses_nothing__invariant_5(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", _LIMITED, str(tmp_path), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", _LIMITED, str(tmp_path), str(Path(__file__).parents[2])]
     result = subprocess.run(command, capture_output=True, text=True, timeout=50, check=False)
     assert result.stdout.strip() == "fine", result.stderr
     assert not list(tmp_path.glob("blobs/incoming-*"))
