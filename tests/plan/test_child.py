@@ -19,14 +19,14 @@ import psutil
 import pytest
 
 from shoal.errors import PlanError, ProgramError, ShoalError
-from shoal.plan.build import Built
+from shoal.plan.build import Built, build
 from shoal.plan.child import ChildRunner, child_command, probe
 from shoal.plan.child_process import Child, environment_for
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner, Update
 from shoal.tensors import Tensors
-from tests.plan.plan_tasks import artifact, evaluate_feed, feed, replaced, with_function, zero_state
+from tests.plan.plan_tasks import artifact, evaluate_feed, feed, replaced, tiny_task, with_function, zero_state
 
 pytestmark = pytest.mark.timeout(120)
 ROOT = str(Path(__file__).parents[2])
@@ -284,6 +284,35 @@ def test_a_program_with_another_hash_is_refused_by_the_child(tiny: Built) -> Non
     programs = {hash: data + b"\0" for hash, data in tiny.plan.programs.items()}
     with ChildRunner(Plan(tiny.plan.manifest, programs), threads=1) as runner, pytest.raises(PlanError, match="hash"):
         runner.compile()
+
+
+@pytest.mark.slow
+def test_a_large_model_is_copied_once_at_most_in_the_parent() -> None:
+    size = 16_000_000  # 64 MB
+    task = tiny_task(
+        init=lambda key: {"w": jnp.zeros(size)}, loss=lambda params, state, batch, key: batch["x"] @ params["w"][:3]
+    )
+    built = build(task)
+    peaks: list[int] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            peaks.append(psutil.Process().memory_info().rss)
+
+    with ChildRunner(built.plan) as runner:
+        runner.compile()
+        before = psutil.Process().memory_info().rss
+        thread = threading.Thread(target=watch)
+        thread.start()
+        runner.set_model("a", built.model)
+        handed_over = max(peaks) - before
+        runner.begin("a", {})
+        update = runner.finish()
+        over.set()
+        thread.join()
+    assert update.sums["delta/params/w"].nbytes == 64_000_000
+    assert handed_over < 32_000_000 and max(peaks) - before < 96_000_000
 
 
 def command_and_environment() -> tuple[list[str], dict[str, str]]:
