@@ -4,19 +4,22 @@ A contribution is ``round(weight * value * 2**-exponent)`` as an integer of `bit
 age, a power of two's multiple or not) is already inside. Integers add exactly; the sum is read back by
 ``sum * 2**exponent``. What cannot be held is refused when a round is configured, never wrapped::
 
-    log2(bound) + log2(max_weight) + log2(max_members) + fraction bits  <=  bits - 1
+    log2(bound) + log2(max_weight) + log2(max_members) + fraction bits  <  bits - 1
 
 Guarantees:
     * Order: the sum of any contributions is the same bits in every order and grouping.
     * Range: no sum of at most `max_members` contributions within the bounds overflows.
-    * Error: the weighted mean differs from the exact one by at most ``2**(exponent-1) * members / total weight``.
+    * Error: for float32 values and whole weights up to 2**16 the weighted mean differs from the exact one by at most
+      ``2**(exponent-1) * members / total weight``; float64 values and discounts add a relative 2**-53 of each product.
 
 The arithmetic is float64 with round-half-even (IEEE 754), which NumPy and XLA do alike.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil, frexp, isfinite, log2
+from fractions import Fraction
+from functools import partial
+from math import ceil, frexp, isfinite
 from typing import Any, Self
 
 import numpy as np
@@ -25,6 +28,8 @@ from shoal import validate
 from shoal.errors import UpdateRefused
 from shoal.tensors import TensorSpec
 
+MIN_EXPONENT, MAX_EXPONENT = -1000, 1000  # 2**exponent and 2**-exponent are then normal numbers
+MAX_COUNT = 1 << 48
 CHUNK = 1 << 18  # elements: the float64 temporaries of one chunk stay in a core's cache
 
 
@@ -44,21 +49,24 @@ class FixedPoint:
     """Most contributions in one sum."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         validate.one_of((8, 16, 32, 64), bits=self.bits)
-        validate.positive(bound=self.bound, max_weight=self.max_weight, max_members=self.max_members)
-        if not isfinite(self.bound):
-            raise ValueError(f"Expected a finite bound, got bound={self.bound!r}.")
-        needed = self.whole_bits - self.exponent
-        if needed > self.bits - 1:
+        validate.between(MIN_EXPONENT, MAX_EXPONENT, exponent=self.exponent)
+        validate.positive(bound=self.bound)
+        validate.between(1, MAX_COUNT, max_weight=self.max_weight, max_members=self.max_members)
+        if self.largest_sum >= 1 << (self.bits - 1):
             raise ValueError(
                 f"Expected bound {self.bound:g} x weight {self.max_weight} x members {self.max_members} with unit "
-                f"2^{self.exponent} to fit {self.bits - 1} bits, it needs {needed}. Raise the exponent, or lower one of them."
+                f"2^{self.exponent} to fit {self.bits} bits, the largest sum has {self.largest_sum.bit_length() + 1}. "
+                "Raise the exponent, or lower one of them."
             )
 
     @property
-    def whole_bits(self) -> int:
-        """Bits above the binary point that the largest sum needs."""
-        return _whole_bits(self.bound, self.max_weight, self.max_members)
+    def largest_sum(self) -> int:
+        """Magnitude of the largest sum, in units; exact, each contribution rounded up."""
+        one = ceil(Fraction(self.bound) * self.max_weight / Fraction(2) ** self.exponent)
+        # One unit in the last place more: weight x value is rounded to float64 before it is rounded to an integer.
+        return (one + (one >> 52)) * self.max_members
 
     @property
     def unit(self) -> float:
@@ -67,15 +75,20 @@ class FixedPoint:
     @classmethod
     def finest(cls, *, bits: int, bound: float, max_weight: int, max_members: int) -> Self:
         """The smallest unit that holds the largest sum."""
-        validate.positive(bound=bound, max_weight=max_weight, max_members=max_members)
-        whole = _whole_bits(bound, max_weight, max_members)
-        return cls(
-            bits=bits,
-            exponent=whole - (bits - 1),
-            bound=bound,
-            max_weight=max_weight,
-            max_members=max_members,
-        )
+        validate.positive(bound=bound)
+        validate.between(1, MAX_COUNT, max_weight=max_weight, max_members=max_members)
+        whole = frexp(bound)[1] + (max_weight - 1).bit_length() + (max_members - 1).bit_length()
+
+        at = partial(cls, bits=bits, bound=bound, max_weight=max_weight, max_members=max_members)
+        try:
+            return at(exponent=whole - (bits - 1))
+        except ValueError:  # rounding up reaches the next power of two
+            return at(exponent=whole - (bits - 2))
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Raises ValueError, KeyError or TypeError for anything that `to_json` would not have written."""
+        return cls(**data)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -95,6 +108,10 @@ class SumSpec:
     weighted: bool
     """Whether a member's contribution is multiplied by its weight."""
 
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.positive(bound=self.bound)
+
     def fixed(self, *, bits: int, max_weight: int, max_members: int) -> FixedPoint:
         """The finest fixed point for a round of at most `max_members`."""
         weight = max_weight if self.weighted else 1
@@ -106,11 +123,6 @@ class SumSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls(**{**data, "tensor": TensorSpec.from_json(data["tensor"])})
-
-
-def _whole_bits(bound: float, max_weight: int, max_members: int) -> int:
-    # frexp is strict (bound < 2**e), so the largest sum is below 2**(bits-1) and not equal to it.
-    return frexp(bound)[1] + ceil(log2(max_weight)) + ceil(log2(max_members))
 
 
 def refuse_bad_values(values: np.ndarray, fixed: FixedPoint, *, name: str) -> None:
@@ -142,6 +154,9 @@ def add(total: np.ndarray, values: np.ndarray, fixed: FixedPoint, *, weight: flo
         values: the same number of elements, any float or integer type.
         weight: examples times discount; 1 for an unweighted sum.
     """
+    if total.dtype != np.int64 or not total.flags.c_contiguous:
+        raise ValueError(f"Expected total to be int64 in C order, got {total.dtype}; a copy would be added to in vain.")
+    validate.between(0, fixed.max_weight, weight=weight)
     flat_total, flat = total.reshape(-1), values.reshape(-1)
     scale = weight * 2.0**-fixed.exponent
     buffer = np.empty(min(CHUNK, max(flat.size, 1)), np.float64)

@@ -12,10 +12,12 @@ Data flow of the default rule, local SGD (McMahan et al. 2017, algorithm 1, Clie
 
 Guarantees:
     * A wholly masked step changes nothing: not a parameter, a counter or a statistic.
-    * Masked examples count for nothing: not in the loss, the gradient, the metrics or the weight.
+    * Masked examples count for nothing: not in the loss, the gradient, the metrics or the weight. They repeat real ones
+      (`data/batch.py` sees to it): a made-up row may have a loss that is not finite, which no mask takes out of a gradient.
     * Step t draws its randomness from (key, t) alone, so the same examples give the same result in blocks of any length.
 """
 
+import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -78,7 +80,15 @@ def name_of(path: Any) -> str:
 def named(tree: Tree, prefix: str) -> Named:
     """A pytree as named leaves, sorted by name."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return dict(sorted((f"{prefix}/{name_of(path)}" if path else prefix, leaf) for path, leaf in leaves))
+    pairs = [(f"{prefix}/{name_of(path)}" if path else prefix, leaf) for path, leaf in leaves]
+    made = dict(sorted(pairs, key=lambda pair: pair[0]))
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(
+            f"Expected each leaf to have a name of its own, got {twice[:3]} twice ('/' separates): rename one."
+        )
+    return made
 
 
 def named_tree(tree: Tree, prefix: str, make: Callable[[str, Any], Any]) -> Tree:
@@ -112,7 +122,16 @@ def model_specs(task: Task) -> tuple[TensorSpec, ...]:
     """
     like = model_shape(task)
     flat = dict(sorted((named(like.params, "params") | named(like.state, "state")).items()))
+    for setting, patterns in (("leaves", task.leaves), ("bounds", task.bounds)):
+        for pattern in patterns:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in flat):
+                raise ValueError(
+                    f"Expected {setting} of task {task.name!r} to match a tensor, got {pattern!r}, which matches none of "
+                    f"{', '.join(flat)}."
+                )
     tables = {tensor: table for table, tensor in task.tables.items()}
+    if len(tables) != len(task.tables):
+        raise ValueError(f"Expected each table of task {task.name!r} to name another tensor, got {dict(task.tables)}.")
     if missing := sorted(set(tables) - set(flat)):
         raise ValueError(f"Expected tables of task {task.name!r} to name tensors among {sorted(flat)}, got {missing}.")
     for name, leaf in flat.items():
@@ -149,6 +168,7 @@ def sgd_rule(task: Task) -> LocalRule:
         return params_shape.tree({name: values[name] for name in learned})
 
     opt_like = jax.eval_shape(task.local.optimizer.init, learned_tree({s.name: _struct(s) for s in specs}))
+    _refuse_keys(named(opt_like, "opt"), what="optimizer")
     opt_shape = Shape(opt_like, "opt")
 
     def begin(broadcast: Named, device_state: Named) -> Named:
@@ -189,7 +209,8 @@ def sgd_rule(task: Task) -> LocalRule:
         with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
             updates, opt = task.local.optimizer.update(gradient, opt_shape.tree(carry), chosen)
             reached = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), chosen, updates)
-        after = dict(zip(learned, _leaves(reached), strict=True)) | named(opt, "opt") | named(result.state, "state")
+        state = {n: v for n, v in named(result.state, "state").items() if task.leaf_rule(n) != "frozen"}
+        after = dict(zip(learned, _leaves(reached), strict=True)) | named(opt, "opt") | state
         after |= {"step": carry["step"] + 1, "weight": carry["weight"] + count}
         for name, metric in _with_loss(result, metric_bounds).items():
             for part, value in zip(_PARTS, _masked_sums(metric, mask), strict=True):
@@ -213,11 +234,19 @@ def sgd_rule(task: Task) -> LocalRule:
         finish=finish,
         broadcast=specs,
         device_state=_device_state_specs(private),
-        sums=(*_delta_sums(task, averaged), *metric_sums(metric_bounds, task.local.max_weight)),
+        sums=(*_delta_sums(task, averaged), *metric_sums(metric_bounds, task.local.max_examples)),
     )
 
 
 _PARTS: Final = ("denominator", "numerator")
+
+
+def _refuse_keys(values: Named, *, what: str) -> None:
+    for name, leaf in values.items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise ValueError(
+                f"Expected the state of the {what} to hold numbers, got a random key in {name}: it cannot travel."
+            )
 
 
 def _sorted(values: Named) -> Named:
@@ -272,24 +301,37 @@ def _delta_sums(task: Task, averaged: list[TensorSpec]) -> tuple[SumSpec, ...]:
                 name=f"delta/{spec.name}", shape=spec.shape, dtype="float32", kind=spec.kind, table=spec.table,
                 first_use=spec.first_use, last_ready=spec.last_ready,
             ),
-            bound=task.privacy.delta_bound,
+            bound=task.bound(spec.name),
             weighted=True,
         )
         for spec in averaged
     )  # fmt: skip
 
 
-def metric_sums(bounds: Mapping[str, tuple[float, float]], max_weight: int) -> tuple[SumSpec, ...]:
-    """What is summed of metrics with these bounds over at most `max_weight` examples each."""
+def metric_sums(bounds: Mapping[str, tuple[float, float]], max_examples: int) -> tuple[SumSpec, ...]:
+    """What is summed of metrics with these bounds over at most `max_examples` examples each."""
     return tuple(
         SumSpec(
             tensor=TensorSpec(name=f"metric/{name}/{part}", shape=(), dtype="float32"),
-            bound=(max(abs(low), abs(high)) if part == "numerator" else 1.0) * max_weight,
+            bound=(max(abs(low), abs(high)) if part == "numerator" else 1.0) * max_examples * _FLOAT32_SLACK,
             weighted=False,
         )
         for name, (low, high) in sorted(bounds.items())
         for part in _PARTS
     )
+
+
+_FLOAT32_SLACK: Final = 1.0 + 2.0**-10  # a member adds its examples up in float32, which may round upwards
+
+
+def evaluate_bounds(task: Task) -> dict[str, tuple[float, float]]:
+    """Name -> bound of the metrics that `evaluate` gives; none without it."""
+    if task.evaluate is None:
+        return {}
+    like = model_shape(task)
+    made = jax.eval_shape(task.evaluate, like.params, like.state, task.batch_spec(task.local.batch_size))
+    check_metrics(made, task.local.batch_size, what=f"evaluate of task {task.name!r}")
+    return {name: metric.bound for name, metric in sorted(made.items())}
 
 
 def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:

@@ -15,6 +15,17 @@ MINIMUM_GROUP: Final = 8
 """Updates that must be added together before anybody sees the sum, unless a task asks for less."""
 
 
+_NAME_CHARACTERS: Final = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def check_task_name(name: str) -> None:
+    """Raises ValueError unless it is a task's name: safe in a path, a URL and a table."""
+    if not 0 < len(name) <= 100 or set(name) - _NAME_CHARACTERS or name.startswith("."):
+        raise ValueError(
+            f"Expected a task name of 1 to 100 letters, digits, '.', '-', '_', not starting with '.', got name={name[:120]!r}."
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Late:
     """What happens to an update whose round has closed."""
@@ -27,8 +38,10 @@ class Late:
     """Most versions of age that are still taken."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         validate.one_of(("discard", "discount", "patch"), kind=self.kind)
-        validate.between(0.0, 1.0, factor=self.factor)
+        if not 0.0 < self.factor <= 1.0:
+            raise ValueError(f"Expected 0 < factor <= 1, got factor={self.factor!r}.")
         validate.not_negative(max_staleness=self.max_staleness)
 
 
@@ -42,6 +55,7 @@ class Selection:
     """Device ids, for `exact`."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         validate.one_of(("uniform", "exact"), kind=self.kind)
         if (self.kind == "exact") != bool(self.ids) or len(set(self.ids)) != len(self.ids):
             raise ValueError(
@@ -82,10 +96,16 @@ class RoundPolicy:
     """How long an assignment may be reported on."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         validate.positive(goal=self.goal, selection_window_s=self.selection_window_s, minimum_group=self.minimum_group)
         validate.positive(reporting_window_s=self.reporting_window_s, token_life_s=self.token_life_s)
         validate.between(1.0, 10.0, over_selection=self.over_selection)
         validate.between(0.0, 1.0, minimum_fraction=self.minimum_fraction)
+        validate.positive(concurrency=self.concurrency)
+        if self.buffer != 0 and self.buffer < self.minimum_group:
+            raise ValueError(
+                f"Expected buffer=0 or buffer >= minimum_group={self.minimum_group}, got buffer={self.buffer}."
+            )
         if self.goal < self.minimum_group:
             raise ValueError(
                 f"Expected goal >= minimum_group, got goal={self.goal} minimum_group={self.minimum_group}. A group below the "
@@ -147,6 +167,7 @@ class ServerRule:
     """For adagrad, adam and yogi: the degree of adaptivity (tau in the paper)."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         validate.one_of(("sgd", "adagrad", "adam", "yogi", "program"), kind=self.kind)
         validate.positive(learning_rate=self.learning_rate, eps=self.eps)
         for name, value in (("momentum", self.momentum), ("b1", self.b1), ("b2", self.b2)):
@@ -173,6 +194,7 @@ class Privacy:
     """Noise over clip norm; 0: none."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         validate.positive(delta_bound=self.delta_bound)
         validate.not_negative(noise_multiplier=self.noise_multiplier)
         if self.clip_norm is not None or self.noise_multiplier:
@@ -201,6 +223,9 @@ class About:
     """Under what terms data and model may be used."""
     limits: str = ""
     """Where it should not be used."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}

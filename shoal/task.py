@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from shoal import validate
-from shoal.policy import About, Privacy, RoundPolicy, ServerRule
+from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
 
 if TYPE_CHECKING:
     from shoal.local import LocalRule
@@ -89,8 +89,8 @@ class Local:
     """Passes over the device's examples in one round."""
     steps_per_block: int = 4
     """Steps that one call of the compiled program takes."""
-    max_weight: int = 1 << 16
-    """Most examples (times epochs) that one update may count for."""
+    max_examples: int = 1 << 16
+    """Most examples (times epochs) that one update uses; a device with more takes a random part of them each round."""
     weighting: Literal["examples", "uniform"] = "examples"
     """An update counts as many times as it saw examples, or once."""
     drop_remainder: bool = False
@@ -98,8 +98,14 @@ class Local:
 
     def __post_init__(self) -> None:
         validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
-        validate.positive(max_weight=self.max_weight)
+        if self.max_examples < self.epochs:
+            raise ValueError(f"Expected max_examples >= epochs={self.epochs}, got max_examples={self.max_examples}.")
         validate.one_of(("examples", "uniform"), weighting=self.weighting)
+
+    @property
+    def max_weight(self) -> int:
+        """Most that one update may count for."""
+        return self.max_examples if self.weighting == "examples" else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +136,8 @@ class Task:
     """What the members are promised."""
     leaves: Mapping[str, LeafRule] = field(default_factory=dict)
     """Glob over tensor names (`params/head/*`) -> rule; the first that matches counts, else `mean`."""
+    bounds: Mapping[str, float] = field(default_factory=dict)
+    """Glob over tensor names -> largest absolute value of an update's element; else `privacy.delta_bound`."""
     tables: Mapping[str, str] = field(default_factory=dict)
     """Name of an embedding table -> name of its tensor."""
     keys: Callable[[Batch], Mapping[str, Any]] | None = None
@@ -142,11 +150,15 @@ class Task:
     """Makes another local rule than `local.sgd_rule` of this task."""
 
     def __post_init__(self) -> None:
-        if not self.name or set(self.name) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-"):
-            raise ValueError(f"Expected a task name of letters, digits, '.', '-', '_', got name={self.name!r}.")
+        check_task_name(self.name)
         if not self.batch or "mask" in self.batch:
             raise ValueError(
                 f"Expected batch to name the fields of an example ('mask' is ours), got {sorted(self.batch)}."
+            )
+        if wide := {name: dtype for name, (_, dtype) in self.batch.items() if dtype in ("int64", "uint64", "float64")}:
+            raise ValueError(
+                f"Expected fields of at most 32 bits, got {wide}: programs compute in 32 bits. Name the 32-bit type; data "
+                "of 64 bits is converted where it fits."
             )
         validate.one_of(
             ("mean", "private", "frozen"), **dict(zip(_slots(self.leaves), self.leaves.values(), strict=True))
@@ -158,6 +170,13 @@ class Task:
             if fnmatch.fnmatchcase(name, pattern):
                 return rule
         return "mean"
+
+    def bound(self, name: str) -> float:
+        """The largest absolute value of an element of that tensor's update."""
+        for pattern, bound in self.bounds.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                return bound
+        return self.privacy.delta_bound
 
     def variables(self, key: jax.Array) -> Variables:
         """`init`, with a bare pytree wrapped."""
@@ -222,6 +241,5 @@ def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:
 
 
 def takes_argument(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function can be called with an argument of that name."""
-    parameters = inspect.signature(function).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    """Whether a function names an argument so; `**kwargs` does not count: nobody knows what becomes of those."""
+    return name in inspect.signature(function).parameters

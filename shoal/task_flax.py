@@ -25,9 +25,11 @@ LOSSES: dict[str, Callable[[Any, Any], Any]] = {
     "sigmoid_cross_entropy": lambda outputs, labels: optax.sigmoid_binary_cross_entropy(
         outputs.reshape(labels.shape), labels.astype(outputs.dtype)
     ),
-    "squared_error": lambda outputs, targets: jnp.square(outputs.reshape(targets.shape) - targets),
+    "squared_error": lambda outputs, targets: jnp.square(
+        outputs.reshape(targets.shape) - targets.astype(outputs.dtype)
+    ),
 }
-"""Name -> (outputs, labels) -> losses (B,)."""
+"""Name -> (outputs, labels) -> losses (B, …); where an example has several, their mean is taken."""
 
 LOSS_BOUND = (0.0, 100.0)
 
@@ -40,6 +42,7 @@ def from_flax(
     batch: Mapping[str, tuple[tuple[int, ...], str]],
     inputs: str | Callable[[Batch], Any] | None = None,
     labels: str = "label",
+    loss_bound: tuple[float, float] = LOSS_BOUND,
     **settings: Any,
 ) -> Any:
     """A task from a Flax module.
@@ -52,6 +55,7 @@ def from_flax(
         inputs: the field that the module reads, or batch -> inputs; by default the first field that is not the
             labels. uint8 inputs are divided by 255.
         labels: the field of the labels.
+        loss_bound: what the reported loss of one example is clipped to (training is not).
         **settings: any other field of `Task`.
 
     Raises:
@@ -67,25 +71,34 @@ def from_flax(
     if isinstance(chosen, str) and chosen not in batch:
         raise ValueError(f"Expected inputs to be one of the fields {sorted(batch)}, got inputs={chosen!r}.")
     read = chosen if callable(chosen) else _field(chosen)
-    init, apply, heeds_mask = _linen(module, read, batch) if _is_linen(module) else _nnx(module, read, batch)
+    init, strict_apply, heeds_mask = _linen(module, read, batch) if _is_linen(module) else _nnx(module, read, batch)
     classifies = loss == "softmax_cross_entropy"
+
+    def apply(params: Any, state: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Any]:
+        with jax.numpy_dtype_promotion("standard"):  # Flax promotes in some of its layers
+            return strict_apply(params, state, batch, key)
+
+    def losses(outputs: Any, batch: Batch) -> Any:
+        made = loss_fn(outputs, batch[labels])
+        return made.mean(axis=tuple(range(1, made.ndim))) if made.ndim > 1 else made
 
     def metrics(per_example: Any, outputs: Any, batch: Batch) -> dict[str, Sum]:
         ones = jnp.ones_like(per_example)
-        made = {"loss": Sum(per_example, ones, LOSS_BOUND)}
+        made = {"loss": Sum(per_example, ones, loss_bound)}
         if classifies:
             right = (jnp.argmax(outputs, axis=-1) == batch[labels]).astype(per_example.dtype)
+            right = right.mean(axis=tuple(range(1, right.ndim))) if right.ndim > 1 else right
             made["accuracy"] = Sum(right, ones, (0.0, 1.0))
         return made
 
     def loss_of(params: Any, state: Any, batch: Batch, key: jax.Array) -> Loss:
         outputs, state = apply(params, state, batch, key)
-        per_example = loss_fn(outputs, batch[labels])
+        per_example = losses(outputs, batch)
         return Loss(per_example, state, metrics(per_example, outputs, batch))
 
     def evaluate(params: Any, state: Any, batch: Batch) -> dict[str, Sum]:
         outputs, _ = apply(params, state, batch, None)
-        return metrics(loss_fn(outputs, batch[labels]), outputs, batch)
+        return metrics(losses(outputs, batch), outputs, batch)
 
     def predict(params: Any, state: Any, batch: Batch) -> Any:
         return apply(params, state, batch, None)[0]

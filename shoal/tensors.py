@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
+from math import isfinite, prod
 from typing import Any, Final, Literal, Self
 
 import ml_dtypes
 import numpy as np
 
+from shoal import validate
 from shoal.errors import ProtocolError
 
 Tensors = dict[str, np.ndarray]
@@ -38,6 +39,8 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
 
 MAX_NAME_BYTES: Final = 512
 MAX_RANK: Final = 16
+MAX_SIZE: Final = 1 << 40
+"""Of one dimension."""
 MAX_BYTES: Final = 1 << 44
 MAX_HEAD_BYTES: Final = 64 << 20
 """Of a frame that is read from a stream."""
@@ -63,12 +66,16 @@ class TensorSpec:
     """Rank of the operation that makes it: the order in which it can leave."""
 
     def __post_init__(self) -> None:
+        validate.types(self)
         if not self.name or len(self.name.encode()) > MAX_NAME_BYTES:
             raise ValueError(f"Expected a tensor name of 1 to {MAX_NAME_BYTES} bytes, got {self.name[:80]!r}.")
         if self.dtype not in DTYPES:
             raise ValueError(f"Expected dtype of {self.name} to be one of {' | '.join(DTYPES)}, got {self.dtype!r}.")
-        if len(self.shape) > MAX_RANK or any(size < 0 for size in self.shape):
-            raise ValueError(f"Expected at most {MAX_RANK} sizes >= 0 for {self.name}, got shape {self.shape}.")
+        if len(self.shape) > MAX_RANK or not all(0 <= size <= MAX_SIZE for size in self.shape):
+            raise ValueError(
+                f"Expected at most {MAX_RANK} sizes from 0 to {MAX_SIZE} for {self.name}, got shape {self.shape}."
+            )
+        validate.between(0, MAX_SIZE, first_use=self.first_use, last_ready=self.last_ready)
         if (self.kind == "rows") != bool(self.table):
             raise ValueError(
                 f"Expected {self.name} to name a table if and only if its kind is rows, got {self.table!r}."
@@ -94,10 +101,7 @@ class TensorSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError, KeyError or TypeError for anything that `to_json` would not have written."""
-        spec = cls(**{**data, "shape": tuple(int(size) for size in data["shape"])})
-        if spec.to_json() != dict(data):
-            raise ValueError(f"Expected a tensor spec in its plain form, got {data!r}.")
-        return spec
+        return cls(**{**data, "shape": tuple(data["shape"])})
 
     @classmethod
     def of(cls, name: str, array: Any) -> Self:
@@ -143,12 +147,38 @@ def from_bytes(data: bytes | bytearray | memoryview, spec: TensorSpec) -> np.nda
         raise ProtocolError(
             f"Expected {spec.size_bytes} bytes for {spec.name} {spec.dtype}{list(spec.shape)}, got {len(data)}."
         )
+    if spec.dtype == "bool" and bytes(data).strip(b"\0\1"):
+        raise ProtocolError(f"Expected bytes 0 and 1 for {spec.name}, which is bool.")
     return np.frombuffer(bytes(data), dtype=spec.numpy_dtype).reshape(spec.shape)
 
 
 def sha256(data: bytes | bytearray | memoryview) -> str:
     """Hexadecimal SHA-256."""
     return hashlib.sha256(data).hexdigest()
+
+
+def check_hash(value: object) -> None:
+    """Raises ValueError unless it is a hexadecimal SHA-256: then it is also safe as a file's name."""
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise ValueError(f"Expected a hexadecimal SHA-256, got {repr(value)[:80]}.")
+
+
+PARSE_ERRORS: Final = (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError)
+"""What reading a stranger's JSON into our types may raise."""
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: NaN, infinities and numbers too large for a float are refused with ValueError."""
+    return json.loads(data, parse_constant=_refuse_number, parse_float=_finite)
+
+
+def _refuse_number(text: str) -> float:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if isfinite(value) else _refuse_number(text)
 
 
 def canonical_json(value: object) -> bytes:
@@ -162,6 +192,9 @@ class Entry:
 
     spec: TensorSpec
     hash: str
+
+    def __post_init__(self) -> None:
+        check_hash(self.hash)
 
 
 @dataclass(frozen=True)
@@ -209,22 +242,16 @@ class Index:
     def parse(cls, data: bytes) -> Self:
         """Reads what `data` wrote. Raises ProtocolError for anything else."""
         try:
-            value = json.loads(data)
+            value = parse_json(data)
             if value["shoal"] != "index/1":
                 raise ValueError(f"format is {value['shoal']!r}, this version reads index/1")
             rows = [dict(row) for row in value["tensors"]]
-            index = cls(tuple(Entry(hash=_hex(row.pop("hash")), spec=TensorSpec.from_json(row)) for row in rows))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            index = cls(tuple(Entry(hash=row.pop("hash"), spec=TensorSpec.from_json(row)) for row in rows))
+            if index.data != data or len({spec.name for spec in index.specs}) != len(index.entries):
+                raise ValueError("it is not in canonical form with each name once")
+        except PARSE_ERRORS as error:
             raise ProtocolError(f"Expected an index of tensors, got {data[:40]!r}…: {error}.") from error
-        if index.data != data or len({spec.name for spec in index.specs}) != len(index.entries):
-            raise ProtocolError("Expected an index in canonical form with each name once.")
         return index
-
-
-def _hex(value: object) -> str:
-    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise ValueError(f"expected a hexadecimal SHA-256, got {str(value)[:80]!r}")
-    return value
 
 
 def pack(tensors: Mapping[str, np.ndarray], header: Mapping[str, Any] | None = None) -> bytes:
@@ -286,9 +313,9 @@ def read_frame(fill: Callable[[memoryview], None], *, most_bytes: int) -> tuple[
 
 def _parse_head(data: bytes) -> tuple[list[TensorSpec], dict[str, Any]]:
     try:
-        head = json.loads(data)
+        head = parse_json(data)
         specs, header = [TensorSpec.from_json(spec) for spec in head["tensors"]], dict(head["header"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except PARSE_ERRORS as error:
         raise ProtocolError(f"Expected a frame of tensors, got {data[:40]!r}…: {error}.") from error
     if len({spec.name for spec in specs}) != len(specs):
         raise ProtocolError("Expected a frame with each name once.")

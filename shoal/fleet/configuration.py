@@ -29,7 +29,7 @@ class Configuration:
         """An empty sum for this round. Raises ValueError where the sums would not fit the task's bits."""
         return Accumulator(
             manifest.sums,
-            bits=manifest.server.sum_bits,
+            bits=manifest.promises.sum_bits,
             max_weight=manifest.training.max_weight,
             max_members=self.max_members,
         )

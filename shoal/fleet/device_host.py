@@ -16,7 +16,7 @@ from shoal.errors import NetworkError, PlanError, ProtocolError
 from shoal.fleet.link import Link
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.check import check_plan
-from shoal.plan.manifest import Manifest, Program, Runtime
+from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
 from shoal.tensors import Index, Tensors, from_bytes, pack, sha256, unpack
@@ -77,7 +77,7 @@ class DeviceHost:
         unproven.verify(self._trust(assigned.plan_public_key))
         check_plan(manifest, self.limits)
         chosen = manifest.pick(self.runtime)
-        programs = {p.hash: await self._program(assigned, p, link) for p in chosen.values()}
+        programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in DEVICE_PROGRAMS}
         plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
         plan.verify(plan.public_key)
         runner = await asyncio.to_thread(self.make_runner, plan)

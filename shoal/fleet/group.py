@@ -9,6 +9,7 @@ Invariants (tests cite them by number):
     (2) `Add` is said at most once for a nonce, one at a time, and only after `Checked(ok)`.
     (3) After `Close` nothing is added; an addition under way is waited for before `Closed`.
     (4) What was added is *counted* only by `Committed`: acknowledged means durable.
+    (5) At most `most` members are ever added, however fast they come; the others wait for the close.
 
 One member's way::
 
@@ -16,6 +17,7 @@ One member's way::
     any of the first four ─Refuse / Close / Gone─> refused | released
 """
 
+from collections import deque
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -150,9 +152,11 @@ class Group(Protocol):
 class ClearGroup:
     """The group that sees single updates. See the module's text."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, most: int) -> None:
+        """`most`: members that fit its sum."""
+        self._most, self._num_added = most, 0
         self._members: dict[bytes, Member] = {}
-        self._queue: list[bytes] = []
+        self._queue: deque[bytes] = deque()
         self._adding: bytes | None = None
         self._closing = self._closed = False
 
@@ -207,9 +211,10 @@ class ClearGroup:
         return self._add_next()
 
     def _add_next(self) -> list[Command]:
-        if self._adding is not None or self._closing or not self._queue:
+        if self._adding is not None or self._closing or not self._queue or self._num_added >= self._most:
             return []
-        self._adding = self._queue.pop(0)
+        self._adding = self._queue.popleft()
+        self._num_added += 1
         self._members[self._adding] = Member.ADDING
         return [Add(self._adding)]
 

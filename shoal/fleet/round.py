@@ -6,23 +6,33 @@ update is worth is the group's affair, of which it sees only *joined, counted, r
 Invariants (tests cite them by number):
     (1) Versions follow one another: after `Committed(v)` the next round starts from v.
     (2) A nonce is counted at most once per version.
-    (3) A round closes for commit with at least `policy.minimum` counted, and holds at most `policy.goal` + 1: one
-        addition may be under way when the goal is met.
+    (3) A round closes for commit with at least `policy.minimum` counted; the group sees to it that they are never more
+        than fit its sum.
     (4) With `Selection.exact` only the named devices are assigned, and every one of them counts in every version.
-    (5) What was counted before a round was abandoned counts in the next one: the group goes on.
-    (6) Every device that waits is either assigned, or told that the run is over.
+    (5) What was counted before a round was abandoned counts in the next one: the group goes on. Only a commit that
+        failed takes its group along.
+    (6) No device waits in vain: while a round wants members, one that waits and may be taken is assigned as soon as the
+        selection is complete or its window over. Those that were taken and then not heard of in the reporting window
+        do not stand in its way; they may still report.
+    (7) After `Stop` no round is opened, and the one that is open ends within its windows.
 
 States and who moves them::
 
     IDLE ─Started/Committed─> OPENING ─Opened─> SELECTING ─enough wait, or window over─> REPORTING
     REPORTING ─goal met, or window over with the minimum─> COMMITTING ─Committed─> OPENING … or DONE after the last
-    REPORTING ─window over below the minimum─> ABANDONING ─Abandoned─> OPENING (same version, same group)
-    COMMITTING ─Failed─> ABANDONING
+    SELECTING ─goal met by late reports─> COMMITTING
+    REPORTING ─window over below the minimum─> ABANDONING ─Abandoned─> OPENING (same version, same group) … or DONE
+    SELECTING ─Stop, and the minimum cannot be met─> ABANDONING
+    COMMITTING ─Failed─> ABANDONING (the group is gone)
+
+Events about a group are only stepped while it is open: what came from it before its `Committed` or `Failed` and was not
+stepped yet is dropped by the shell, since the close of the group says it all.
 
 A crash forgets all of this. A new machine is `Started` at the last commit; tokens of the current version that devices
 still hold join its first round as if it had assigned them.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -215,10 +225,12 @@ class RoundMachine:
         self._waiting: dict[str, None] = {}  # ordered by arrival
         self._outstanding: set[bytes] = set()
         self._counted: set[bytes] = set()
+        self._gave_way: set[bytes] = set()  # released in this version: taken again only when nobody else waits
         self._deadline_s: float | None = None
         self._selected = self._released = 0
         self._stopping = False
-        self._story: list[str] = []
+        self._story: deque[tuple[float, Phase, Event]] = deque(maxlen=30)
+        self._nonces: dict[str, bytes] = {}  # of this version, as they are needed
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -236,7 +248,7 @@ class RoundMachine:
 
     def step(self, event: Event, now_s: float) -> list[Command]:
         """Advances by one event. Raises InvalidTransition, with the story, for one that the state does not allow."""
-        self._story = [*self._story[-30:], f"{now_s:.3f} {self._phase.value}: {event}"]
+        self._story.append((now_s, self._phase, event))
         commands: list[Command] = []
         match event:
             case Started(version, round) if self._phase is Phase.IDLE:
@@ -260,6 +272,7 @@ class RoundMachine:
                 self._outstanding.discard(nonce)
                 self._counted.add(nonce)
             case Released(nonce):
+                self._gave_way.add(nonce)
                 if nonce in self._outstanding:
                     self._outstanding.discard(nonce)
                     self._released += 1
@@ -268,29 +281,38 @@ class RoundMachine:
                 commands += self._assign_again()
             case Committed(version) if self._phase is Phase.COMMITTING and version == self._version + 1:
                 self._version = version
-                self._outstanding, self._counted = set(), set()
+                self._forget_group()
                 commands += self._next_round()
             case Failed(why) if self._phase is Phase.COMMITTING:
+                self._forget_group()
                 commands += self._abandon(f"commit failed: {why}")
             case Abandoned() if self._phase is Phase.ABANDONING:
                 commands += self._next_round()
             case Stop():
                 self._stopping = True
-                if self._phase in (Phase.IDLE, Phase.SELECTING) and not self._outstanding:
-                    commands += self._finish()
             case Tick():
                 pass
             case _:
-                raise InvalidTransition(f"{event} is not allowed in {self._phase.value}.\n" + "\n".join(self._story))
+                story = "\n".join(f"{at_s:.3f} {phase.value}: {seen}" for at_s, phase, seen in self._story)
+                raise InvalidTransition(f"{event} is not allowed in {self._phase.value}.\n{story}")
         return commands + self._move_on(now_s)
 
     def _enter(self, phase: Phase, deadline_s: float | None) -> list[Command]:
         self._phase, self._deadline_s = phase, deadline_s
         return [] if deadline_s is None else [WakeAt(deadline_s)]
 
+    def _forget_group(self) -> None:
+        self._outstanding, self._counted, self._gave_way = set(), set(), set()
+        self._nonces.clear()
+
+    def _nonce(self, device: str) -> bytes:
+        if device not in self._nonces:
+            self._nonces[device] = self._nonce_of(self._version, device)
+        return self._nonces[device]
+
     def _is_returning(self, device: str) -> bool:
         in_round = self._phase in (Phase.SELECTING, Phase.REPORTING)
-        return in_round and self._nonce_of(self._version, device) in self._outstanding
+        return in_round and self._nonce(device) in self._outstanding
 
     def _next_round(self) -> list[Command]:
         if self._version >= self._last_version or self._stopping:
@@ -305,6 +327,8 @@ class RoundMachine:
         return [Finish()]
 
     def _abandon(self, reason: str) -> list[Command]:
+        if self.policy.selection.kind != "exact":  # there nobody can take their place
+            self._outstanding.clear()
         self._enter(Phase.ABANDONING, None)
         return [AbandonRound(self._round, reason)]
 
@@ -320,24 +344,31 @@ class RoundMachine:
         assert self._deadline_s is not None
         taking_part = len(self._outstanding) + len(self._counted)
         wanted = self.policy.num_selected - taking_part
-        window_over = now_s >= self._deadline_s
+        if len(self._counted) >= self.policy.goal:
+            return self._commit("goal")
+        if self._stopping and not taking_part:
+            return self._abandon("stopped")
+        window_over = now_s >= self._deadline_s or self._stopping
         if len(self._waiting) < wanted and not window_over:
             return []
         ready = self._ready()
-        if len(ready) < wanted and not (window_over and len(ready) + taking_part >= self.policy.minimum):
-            return []
+        can_start = taking_part + len(ready) >= self.policy.minimum
+        if len(ready) < wanted and not (window_over and can_start):
+            return self._abandon("stopped") if self._stopping else []
         entered = self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)
         return [*entered, *self._assign(ready, wanted), *self._report(now_s)]
+
+    def _commit(self, reason: str) -> list[Command]:
+        self._enter(Phase.COMMITTING, None)
+        return [CommitRound(self._round, reason)]
 
     def _report(self, now_s: float) -> list[Command]:
         assert self._deadline_s is not None
         if len(self._counted) >= self.policy.goal:
-            self._enter(Phase.COMMITTING, None)
-            return [CommitRound(self._round, "goal")]
+            return self._commit("goal")
         if now_s >= self._deadline_s:
             if len(self._counted) >= self.policy.minimum:
-                self._enter(Phase.COMMITTING, None)
-                return [CommitRound(self._round, "window")]
+                return self._commit("window")
             return self._abandon(f"{len(self._counted)} of at least {self.policy.minimum} reported in the window")
         # Those that dropped out are replaced as soon as the goal cannot be met without: waiting would be for nothing.
         short = self.policy.goal - len(self._counted) - len(self._outstanding)
@@ -349,23 +380,31 @@ class RoundMachine:
         return [
             device
             for device in self._waiting
-            if (not exact or device in exact) and self._nonce_of(self._version, device) not in self._counted
+            if (not exact or device in exact) and self._nonce(device) not in self._counted
         ]
 
     def _assign(self, ready: list[str], wanted: int) -> list[Command]:
         """Takes `wanted` of those that are ready, at random where there are more."""
-        if 0 < wanted < len(ready):
-            ready = [ready[i] for i in sorted(self._rng.choice(len(ready), wanted, replace=False))]
-        chosen = tuple(ready) if wanted > 0 else ()
+        chosen = tuple(self._draw(ready, wanted))
         for device in chosen:
             del self._waiting[device]
-            self._outstanding.add(self._nonce_of(self._version, device))
+            self._outstanding.add(self._nonce(device))
         self._selected += len(chosen)
         return [Assign(chosen)] if chosen else []
 
+    def _draw(self, ready: list[str], wanted: int) -> list[str]:
+        if not 0 < wanted < len(ready):
+            return ready if wanted > 0 else []
+        # One whose update was refused would send the same again: it comes after all others.
+        fresh = [device for device in ready if self._nonce(device) not in self._gave_way]
+        again = [device for device in ready if self._nonce(device) in self._gave_way]
+        if len(fresh) <= wanted:
+            return fresh + again[: wanted - len(fresh)]
+        return [fresh[i] for i in sorted(self._rng.choice(len(fresh), wanted, replace=False))]
+
     def _assign_again(self) -> list[Command]:
         """A device whose assignment is outstanding has lost it and comes again: it gets the same one back."""
-        again = tuple(d for d in self._waiting if self._nonce_of(self._version, d) in self._outstanding)
+        again = tuple(d for d in self._waiting if self._nonce(d) in self._outstanding)
         for device in again:
             del self._waiting[device]
         return [Assign(again)] if again else []

@@ -1,6 +1,6 @@
 """Makes a plan of a task: traces its functions, exports them, writes the manifest. Needs JAX and the task's source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -10,14 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shoal.local import LocalRule, Named, Report, Shape, evaluator, local_rule, model_shape, named, predictor
-from shoal.plan.manifest import Manifest, Program, ServerHalf, Training
+from shoal.local import (
+    LocalRule,
+    Named,
+    Report,
+    Shape,
+    evaluate_bounds,
+    evaluator,
+    local_rule,
+    metric_sums,
+    model_shape,
+    named,
+    predictor,
+)
+from shoal.plan.manifest import Manifest, Program, Promises, ServerHalf, Training
 from shoal.plan.operations import refuse_callbacks
 from shoal.plan.plan import Plan
 from shoal.plan.stablehlo import export_program, struct
 from shoal.policy import ServerRule
-from shoal.task import Task
-from shoal.tensors import Tensors, TensorSpec
+from shoal.task import Batch, Task
+from shoal.tensors import Tensors, TensorSpec, sha256
 
 EVALUATE_BATCH_SIZE: Final = 200
 
@@ -44,21 +56,26 @@ def build(task: Task, *, seed: int = 0) -> Built:
     rule = local_rule(task)
     refuse_callbacks(_traces(task), task=task.name)
     made = [*_training_programs(task, rule), *_model_programs(task, rule)]
+    _refuse_other_sums(rule, [program for program, _ in made])
     server = task.server if isinstance(task.server, ServerRule) else ServerRule(kind="program")
     if not isinstance(task.server, ServerRule):
         made += _server_programs(task.server, rule)
     batch = tuple(
         TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in sorted(task.batch.items())
     )
+    half = ServerHalf(rounds=task.rounds, rule=server, about=task.about)
     manifest = Manifest(
         task=task.name,
         programs=tuple(program for program, _ in made),
         broadcast=rule.broadcast,
         device_state=rule.device_state,
         sums=rule.sums,
+        metrics=metric_sums(evaluate_bounds(task), task.local.max_examples),
         batch=batch,
         training=_training(task),
-        server=ServerHalf(rounds=task.rounds, rule=server, privacy=task.privacy, about=task.about),
+        promises=Promises(minimum_group=task.rounds.minimum_group, privacy=task.privacy),
+        server_hash=sha256(half.data),
+        half=half,
     )
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
 
@@ -80,6 +97,17 @@ def _traces(task: Task) -> dict[str, Callable[[], Any]]:
     }
 
 
+def _refuse_other_sums(rule: LocalRule, programs: Sequence[Program]) -> None:
+    """A rule of one's own must report just the sums that it says it does."""
+    finish = next(program for program in programs if program.name == "finish")
+    made = {s.name.removeprefix("sum/"): (s.shape, s.dtype) for s in finish.outputs if s.name.startswith("sum/")}
+    said = {spec.tensor.name: (spec.tensor.shape, spec.tensor.dtype) for spec in rule.sums}
+    if made != said:
+        raise ValueError(
+            f"Expected the rule's finish to report the sums that it names, {sorted(said)[:5]}, got {sorted(made)[:5]}."
+        )
+
+
 def initial_model(task: Task, rule: LocalRule, *, seed: int) -> Tensors:
     """Version 0 of the task's line, in the manifest's order."""
     variables = task.variables(jax.random.key(seed))
@@ -92,6 +120,7 @@ def _training(task: Task) -> Training:
         batch_size=task.local.batch_size,
         steps_per_block=task.local.steps_per_block,
         epochs=task.local.epochs,
+        max_examples=task.local.max_examples,
         max_weight=task.local.max_weight,
         whole_batches=not task.heeds_mask,
         drop_remainder=task.local.drop_remainder,
@@ -156,7 +185,21 @@ def _model_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
     ):
         if function is not None:
             made.append(_model_program(name, function, prefix, broadcast, feed))
+    if task.keys is not None:
+        made.append(_keys_program(task, task.keys, feed))
     return made
+
+
+def _keys_program(task: Task, keys: Callable[[Batch], Mapping[str, Any]], feed: Named) -> tuple[Program, bytes]:
+    """The rows of tables that a batch needs, for members that take only those."""
+
+    def run(batch: Named) -> Named:
+        ids = dict(keys({**_strip({n: v for n, v in batch.items() if n != "mask"}), "mask": batch["mask"]}))
+        if set(ids) != set(task.tables):
+            raise ValueError(f"Expected keys of task {task.name!r} to give ids for {set(task.tables)}, got {set(ids)}.")
+        return ids
+
+    return export_program("keys", run, feed, outputs=lambda values: _prefix(values, "keys"))
 
 
 def _model_program(name: str, function: Any, prefix: str, broadcast: Named, feed: Named) -> tuple[Program, bytes]:

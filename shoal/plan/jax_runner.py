@@ -35,7 +35,7 @@ class JaxRunner:
         }
         self._compiled: dict[str, Any] = {}
         self._models: OrderedDict[str, list[jax.Array]] = OrderedDict()
-        self._training: tuple[str, list[jax.Array]] | None = None
+        self._training: tuple[list[jax.Array], list[jax.Array]] | None = None  # model and carry
         self._seconds: dict[str, float] = {}
         self._steps = self._live = 0
 
@@ -52,7 +52,7 @@ class JaxRunner:
 
     def set_model(self, root: str, tensors: Tensors) -> None:
         check(tensors, self.manifest.broadcast, what="the model")
-        self._models[root] = [jax.device_put(tensors[spec.name]) for spec in self.manifest.broadcast]
+        self._models[root] = [jax.device_put(tensors[spec.name], may_alias=False) for spec in self.manifest.broadcast]
         while len(self._models) > MODELS_HELD:
             self._models.popitem(last=False)
 
@@ -62,8 +62,8 @@ class JaxRunner:
     def begin(self, root: str, device_state: Tensors) -> None:
         check(device_state, self.manifest.device_state, what="the device state")
         start = time.perf_counter()
-        carry = self._run("begin", [*self._model(root), *device_state.values()])
-        self._training = (root, carry)
+        model = self._model(root)
+        self._training = (model, self._run("begin", [*model, *device_state.values()]))
         self._steps = self._live = 0
         self._seconds = {"compute": time.perf_counter() - start}
 
@@ -71,9 +71,9 @@ class JaxRunner:
         if self._training is None:
             raise ProgramError("block was called before begin.", program="block")
         start = time.perf_counter()
-        root, carry = self._training
+        model, carry = self._training
         feed = self._feed("block", batches, mask=mask, key=key)
-        self._training = (root, self._run("block", [*carry, *feed]))
+        self._training = (model, self._run("block", [*carry, *feed]))
         self._steps += mask.size
         self._live += int(mask.sum())
         self._seconds["compute"] += time.perf_counter() - start
@@ -82,8 +82,8 @@ class JaxRunner:
         if self._training is None:
             raise ProgramError("finish was called before begin.", program="finish")
         start = time.perf_counter()
-        (root, carry), self._training = self._training, None
-        outputs = self._named("finish", self._run("finish", [*carry, *self._model(root)]))
+        (model, carry), self._training = self._training, None
+        outputs = self._named("finish", self._run("finish", [*carry, *model]))
         # Reading the results waits for the blocks, which run behind the calls.
         sums = {spec.name: np.asarray(outputs[f"sum/{spec.name}"]) for spec in self.manifest.update}
         kept = {spec.name: np.asarray(outputs[f"device_state/{spec.name}"]) for spec in self.manifest.device_state}
@@ -114,6 +114,7 @@ class JaxRunner:
 
     def _model(self, root: str) -> list[jax.Array]:
         try:
+            self._models.move_to_end(root)
             return self._models[root]
         except KeyError:
             raise ProgramError(

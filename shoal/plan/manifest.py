@@ -4,20 +4,25 @@ Format: canonical JSON (`tensors.canonical_json`) of `Manifest.to_json`, signed 
 Programs are named by hash and travel apart, so that a device takes only the variants that it can run.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
 from shoal.errors import PlanError
 from shoal.fixed import SumSpec
-from shoal.policy import About, Privacy, RoundPolicy, ServerRule
-from shoal.tensors import TensorSpec, canonical_json, sha256, total_bytes
+from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
+from shoal.tensors import PARSE_ERRORS, TensorSpec, canonical_json, check_hash, parse_json, sha256, total_bytes
 
 FORMAT: Final = "shoal-plan/1"
-PROGRAMS: Final = ("begin", "block", "finish", "evaluate", "predict", "server_begin", "server_step")
+SERVER_FORMAT: Final = "shoal-server-half/1"
+DEVICE_PROGRAMS: Final = ("begin", "block", "finish")
+"""What a member must be able to run."""
+OPTIONAL_PROGRAMS: Final = ("evaluate", "predict", "keys")
+"""What a member runs if it can: metrics, predictions, the rows of tables that its batches need."""
+SERVER_PROGRAMS: Final = ("server_begin", "server_step")
+PROGRAMS: Final = DEVICE_PROGRAMS + OPTIONAL_PROGRAMS + SERVER_PROGRAMS
 MAX_MANIFEST_BYTES: Final = 16 << 20
 MAX_PROGRAM_BYTES: Final = 64 << 20
 
@@ -34,6 +39,9 @@ class Runtime:
     """For stablehlo: the newest calling convention of jax.export that is understood, or the one that is needed."""
     platforms: tuple[str, ...] = ("cpu",)
     """For stablehlo: where it runs, of cpu | cuda | rocm | tpu."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
 
     def runs(self, needed: "Runtime") -> bool:
         """Whether a program that needs `needed` runs here."""
@@ -56,8 +64,7 @@ class Runtime:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        major, minor, patch = (int(part) for part in data["version"])
-        return cls(**{**data, "version": (major, minor, patch), "platforms": tuple(data["platforms"])})
+        return cls(**{**data, "version": tuple(data["version"]), "platforms": tuple(data["platforms"])})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +82,8 @@ class Program:
     size_bytes: int
 
     def __post_init__(self) -> None:
+        validate.types(self)
+        check_hash(self.hash)
         validate.one_of(PROGRAMS, name=self.name)
         validate.between(1, MAX_PROGRAM_BYTES, size_bytes=self.size_bytes)
 
@@ -106,8 +115,10 @@ class Training:
     """k: steps per call of `block`."""
     epochs: int
     """Passes over the examples."""
+    max_examples: int
+    """Most examples (times epochs) that are used for one update."""
     max_weight: int
-    """Most examples (times epochs) that are used."""
+    """Most that one update may count for: `max_examples`, or 1 where updates count alike."""
     whole_batches: bool
     """The model does not heed the mask: a partial batch is refused."""
     drop_remainder: bool
@@ -116,48 +127,91 @@ class Training:
     """Batch of the `evaluate` and `predict` programs."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            if not isinstance(getattr(self, f.name), bool):
-                validate.positive(**{f.name: getattr(self, f.name)})
+        validate.types(self)
+        validate.positive(batch_size=self.batch_size, steps_per_block=self.steps_per_block, epochs=self.epochs)
+        validate.positive(max_weight=self.max_weight, evaluate_batch_size=self.evaluate_batch_size)
+        if self.max_examples < self.epochs:
+            raise ValueError(f"Expected max_examples >= epochs={self.epochs}, got max_examples={self.max_examples}.")
 
     def to_json(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Promises:
+    """What binds the server towards the members; signed, and held to by the device."""
+
+    group: Literal["clear", "secure"] = "clear"
+    """Whether an Edge sees single updates on their way into the sum."""
+    minimum_group: int
+    """Fewest updates in a sum that anybody sees."""
+    sum_bits: int = 64
+    """Width of the sums' integers."""
+    privacy: Privacy
+    """Bounds, clipping, noise."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.positive(minimum_group=self.minimum_group)
+        validate.one_of((8, 16, 32, 64), sum_bits=self.sum_bits)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "group": self.group, "minimum_group": self.minimum_group, "sum_bits": self.sum_bits,
+            "privacy": self.privacy.to_json(),
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "privacy": Privacy.from_json(data["privacy"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ServerHalf:
-    """What the Coordinator needs, so that it starts again without the task's source."""
+    """What the Coordinator needs, so that it starts again without the task's source. No device ever sees it.
+
+    It is a blob of its own, that the manifest names by hash: what is added to it breaks no device.
+    """
 
     rounds: RoundPolicy
     rule: ServerRule
-    privacy: Privacy
     about: About
-    sum_bits: int = 64
-    """Width of the sums' integers."""
     needs: Literal["sum", "group_sums", "updates"] = "sum"
     """What the aggregation looks at: one sum, the groups' sums, or single updates."""
     aggregator: str = "weighted_mean"
     """The aggregation rule."""
 
+    def __post_init__(self) -> None:
+        validate.types(self)
+
     def to_json(self) -> dict[str, Any]:
         return {
-            "rounds": self.rounds.to_json(), "rule": self.rule.to_json(), "privacy": self.privacy.to_json(),
-            "about": self.about.to_json(), "sum_bits": self.sum_bits, "needs": self.needs, "aggregator": self.aggregator,
+            "format": SERVER_FORMAT, "rounds": self.rounds.to_json(), "rule": self.rule.to_json(),
+            "about": self.about.to_json(), "needs": self.needs, "aggregator": self.aggregator,
         }  # fmt: skip
 
+    @property
+    def data(self) -> bytes:
+        """The blob that the manifest names."""
+        return canonical_json(self.to_json())
+
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Self:
-        validate.one_of(("sum",), needs=data["needs"])
-        validate.one_of(("weighted_mean",), aggregator=data["aggregator"])
-        return cls(
-            **{
-                **data,
-                "rounds": RoundPolicy.from_json(data["rounds"]),
-                "rule": ServerRule.from_json(data["rule"]),
-                "privacy": Privacy.from_json(data["privacy"]),
-                "about": About.from_json(data["about"]),
+    def parse(cls, data: bytes) -> Self:
+        """Reads what `data` wrote. Raises PlanError for anything else, and for rules that this version has not."""
+        try:
+            value = parse_json(data)
+            if value.pop("format") != SERVER_FORMAT:
+                raise ValueError(f"this version reads {SERVER_FORMAT!r}")
+            validate.one_of(("sum",), needs=value["needs"])
+            validate.one_of(("weighted_mean",), aggregator=value["aggregator"])
+            parts = {
+                "rounds": RoundPolicy.from_json(value["rounds"]),
+                "rule": ServerRule.from_json(value["rule"]),
+                "about": About.from_json(value["about"]),
             }
-        )
+            return cls(**{**value, **parts})
+        except PARSE_ERRORS as error:
+            raise PlanError(f"Expected the server half of a plan, got {data[:40]!r}…: {error}.") from error
 
 
 @dataclass(frozen=True)
@@ -172,10 +226,39 @@ class Manifest:
     """What a device keeps between rounds."""
     sums: tuple[SumSpec, ...]
     """What an update holds."""
+    metrics: tuple[SumSpec, ...]
+    """What `evaluate` gives, for summing over members."""
     batch: tuple[TensorSpec, ...]
     """Fields of one example, without the leading dimension."""
     training: Training
-    server: ServerHalf
+    promises: Promises
+    server_hash: str
+    """SHA-256 of the server half."""
+    half: ServerHalf | None = field(default=None, compare=False, repr=False)
+    """The server half, where it is at hand: on the server."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        check_task_name(self.task)
+        check_hash(self.server_hash)
+        for what, names in (
+            ("broadcast", [spec.name for spec in self.broadcast]),
+            ("device_state", [spec.name for spec in self.device_state]),
+            ("sums", [spec.tensor.name for spec in self.sums]),
+            ("metrics", [spec.tensor.name for spec in self.metrics]),
+            ("batch", [spec.name for spec in self.batch]),
+        ):
+            if len(set(names)) != len(names):
+                raise ValueError(f"Expected each name of {what} once, got {names[:20]}.")
+
+    @property
+    def server(self) -> ServerHalf:
+        """The server half. Raises PlanError on a device, which has none."""
+        if self.half is None:
+            raise PlanError(
+                f"The server half of task {self.task!r} is not at hand: this is a device's side of the plan."
+            )
+        return self.half
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -185,9 +268,11 @@ class Manifest:
             "broadcast": [spec.to_json() for spec in self.broadcast],
             "device_state": [spec.to_json() for spec in self.device_state],
             "sums": [spec.to_json() for spec in self.sums],
+            "metrics": [spec.to_json() for spec in self.metrics],
             "batch": [spec.to_json() for spec in self.batch],
             "training": self.training.to_json(),
-            "server": self.server.to_json(),
+            "promises": self.promises.to_json(),
+            "server": self.server_hash,
         }
 
     @cached_property
@@ -201,27 +286,32 @@ class Manifest:
         return sha256(self.data)
 
     @classmethod
-    def parse(cls, data: bytes) -> Self:
-        """Reads what `data` wrote. Raises PlanError for anything else, in one line."""
+    def parse(cls, data: bytes, *, server: bytes | None = None) -> Self:
+        """Reads what `data` wrote, with the server half where it is at hand. Raises PlanError for anything else."""
         if len(data) > MAX_MANIFEST_BYTES:
             raise PlanError(f"Expected a manifest of at most {MAX_MANIFEST_BYTES} bytes, got {len(data)}.")
         try:
-            value = json.loads(data)
+            value = parse_json(data)
             if value["format"] != FORMAT:
                 raise ValueError(f"format is {value['format']!r}, this version reads {FORMAT!r}")
             manifest = cls(
-                task=str(value["task"]),
+                task=value["task"],
                 programs=tuple(Program.from_json(item) for item in value["programs"]),
                 broadcast=_specs(value["broadcast"]),
                 device_state=_specs(value["device_state"]),
                 sums=tuple(SumSpec.from_json(item) for item in value["sums"]),
+                metrics=tuple(SumSpec.from_json(item) for item in value["metrics"]),
                 batch=_specs(value["batch"]),
                 training=Training(**value["training"]),
-                server=ServerHalf.from_json(value["server"]),
+                promises=Promises.from_json(value["promises"]),
+                server_hash=value["server"],
+                half=ServerHalf.parse(server) if server is not None else None,
             )
+            if server is not None and sha256(server) != manifest.server_hash:
+                raise ValueError("its server half has not the hash that it names")
             if manifest.data != data:
                 raise ValueError("it is not in canonical form")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except PARSE_ERRORS as error:
             raise PlanError(f"Expected the manifest of a plan, got {data[:40]!r}…: {error}.") from error
         return manifest
 
@@ -242,18 +332,20 @@ class Manifest:
         """The variants of one program; empty where the task has none."""
         return tuple(program for program in self.programs if program.name == name)
 
-    def pick(self, runtime: Runtime) -> dict[str, Program]:
-        """For each program the variant that this runtime can run.
+    def pick(self, runtime: Runtime, *, needed: Sequence[str] = DEVICE_PROGRAMS) -> dict[str, Program]:
+        """For each program the variant that this runtime can run; those that are not needed may be missing.
 
         Raises:
-            PlanError: there is none for one of them; the text says what is needed.
+            PlanError: there is none for one that is needed; the text says what it would take.
         """
         chosen = {}
-        for name in dict.fromkeys(program.name for program in self.programs):
+        for name in dict.fromkeys((*needed, *(program.name for program in self.programs))):
             fitting = [program for program in self.variants(name) if runtime.runs(program.needs)]
+            if not fitting and name not in needed:
+                continue
             if not fitting:
-                needed = " or ".join(str(program.needs) for program in self.variants(name))
-                raise PlanError(f"Program {name!r} of task {self.task!r} needs {needed}; this runtime is {runtime}.")
+                wanted = " or ".join(str(program.needs) for program in self.variants(name)) or "to be in the plan"
+                raise PlanError(f"Program {name!r} of task {self.task!r} needs {wanted}; this runtime is {runtime}.")
             chosen[name] = max(fitting, key=lambda program: program.needs.version)
         return chosen
 

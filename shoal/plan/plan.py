@@ -1,7 +1,8 @@
 """The Plan: a task made portable. A signed manifest, and programs by hash. Data, not code.
 
 File format: one frame of `tensors.pack` whose header is ``{"format": "shoal-plan/1", "manifest": hash,
-"public_key": hex, "signature": hex}`` and whose tensors are uint8: ``manifest`` and one per program, named by hash.
+"public_key": hex, "signature": hex}`` and whose tensors are uint8: ``manifest``, ``server`` (the server half,
+left out of what devices get) and one per program, named by hash.
 
 Guarantees:
     * A plan that `verify` has passed was signed, whole, by the holder of the key.
@@ -19,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from shoal.errors import PlanError, ProtocolError
 from shoal.plan.manifest import FORMAT, Manifest, Program
-from shoal.tensors import pack, sha256, unpack
+from shoal.tensors import PARSE_ERRORS, pack, sha256, unpack
 
 _CONTEXT = b"shoal plan v1\0"  # a signature made for a plan is good for nothing else
 
@@ -81,7 +82,8 @@ class Plan:
             "public_key": self.public_key.hex(),
             "signature": self.signature.hex(),
         }
-        blobs = {"manifest": self.manifest.data, **dict(sorted(self.programs.items()))}
+        half = {"server": self.manifest.half.data} if self.manifest.half is not None else {}
+        blobs = {"manifest": self.manifest.data, **half, **dict(sorted(self.programs.items()))}
         return pack({name: np.frombuffer(data, np.uint8) for name, data in blobs.items()}, header)
 
     @classmethod
@@ -92,12 +94,12 @@ class Plan:
             if header.get("format") != FORMAT:
                 raise ValueError(f"format is {header.get('format')!r}, this version reads {FORMAT!r}")
             blobs = {name: array.tobytes() for name, array in tensors.items()}
-            manifest = Manifest.parse(blobs.pop("manifest"))
+            manifest = Manifest.parse(blobs.pop("manifest"), server=blobs.pop("server", None))
             key, signature = bytes.fromhex(header["public_key"]), bytes.fromhex(header["signature"])
-        except (ProtocolError, ValueError, KeyError, TypeError) as error:
+            if header["manifest"] != manifest.hash:
+                raise ValueError("the manifest has not the hash that the header names")
+        except (ProtocolError, *PARSE_ERRORS) as error:
             raise PlanError(f"Expected a plan, got {data[:40]!r}…: {error}.") from error
-        if header["manifest"] != manifest.hash:
-            raise PlanError("The plan's manifest has not the hash that its header names.")
         return cls(manifest, blobs, key, signature)
 
     def save(self, path: Path) -> None:

@@ -94,7 +94,9 @@ def this_runtime() -> Runtime:
     from jaxlib.mlir.dialects import stablehlo
 
     major, minor, patch = (int(part) for part in stablehlo.get_current_version().split("."))
-    platform = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    platform = jax.default_backend()
+    if platform == "gpu":
+        platform = "rocm" if "rocm" in jax.devices()[0].client.platform_version.lower() else "cuda"
     return Runtime(
         kind="stablehlo",
         version=(major, minor, patch),

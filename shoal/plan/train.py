@@ -67,7 +67,10 @@ def train(
     """
     randomness = member_randomness(seed, member)
     training = manifest.training
-    chosen = _at_most(conform(examples, manifest), training.max_weight // training.epochs, randomness.rng)
+    most = training.max_examples // training.epochs
+    if training.whole_batches:
+        most = most // training.batch_size * training.batch_size
+    chosen = _at_most(conform(examples, manifest), most, randomness.rng)
     if training.whole_batches and not training.drop_remainder and len(chosen) % training.batch_size:
         raise DataError(
             f"Expected a multiple of {training.batch_size} examples, {member!r} has {len(chosen)}: the model of task "

@@ -20,7 +20,7 @@ class RuntimeInfo(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., version: _Optional[_Iterable[int]] = ..., calling_convention: _Optional[int] = ..., platforms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckIn(_message.Message):
-    __slots__ = ("population", "tasks", "device_id", "runtime", "software", "codecs", "memory_bytes", "held")
+    __slots__ = ("population", "tasks", "device_id", "runtime", "software", "codecs", "memory_bytes", "held", "device_class", "credential")
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,8 @@ class CheckIn(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
     population: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
     device_id: str
@@ -37,7 +39,9 @@ class CheckIn(_message.Message):
     codecs: _containers.RepeatedScalarFieldContainer[str]
     memory_bytes: int
     held: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, population: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., device_id: _Optional[str] = ..., runtime: _Optional[_Union[RuntimeInfo, _Mapping]] = ..., software: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ...) -> None: ...
+    device_class: str
+    credential: bytes
+    def __init__(self, population: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., device_id: _Optional[str] = ..., runtime: _Optional[_Union[RuntimeInfo, _Mapping]] = ..., software: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., device_class: _Optional[str] = ..., credential: _Optional[bytes] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("signed", "signature")
@@ -48,7 +52,7 @@ class Token(_message.Message):
     def __init__(self, signed: _Optional[bytes] = ..., signature: _Optional[bytes] = ...) -> None: ...
 
 class Assignment(_message.Message):
-    __slots__ = ("population", "run", "task", "base_version", "nonce", "expires_s", "round", "edge")
+    __slots__ = ("population", "run", "task", "base_version", "nonce", "expires_s", "round", "edge", "plan", "model", "configuration")
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     TASK_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +61,9 @@ class Assignment(_message.Message):
     EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     EDGE_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    CONFIGURATION_FIELD_NUMBER: _ClassVar[int]
     population: str
     run: str
     task: str
@@ -65,7 +72,10 @@ class Assignment(_message.Message):
     expires_s: float
     round: int
     edge: str
-    def __init__(self, population: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., base_version: _Optional[int] = ..., nonce: _Optional[bytes] = ..., expires_s: _Optional[float] = ..., round: _Optional[int] = ..., edge: _Optional[str] = ...) -> None: ...
+    plan: str
+    model: str
+    configuration: bytes
+    def __init__(self, population: _Optional[str] = ..., run: _Optional[str] = ..., task: _Optional[str] = ..., base_version: _Optional[int] = ..., nonce: _Optional[bytes] = ..., expires_s: _Optional[float] = ..., round: _Optional[int] = ..., edge: _Optional[str] = ..., plan: _Optional[str] = ..., model: _Optional[str] = ..., configuration: _Optional[bytes] = ...) -> None: ...
 
 class Fixed(_message.Message):
     __slots__ = ("bits", "exponent", "bound", "max_weight", "max_members")
@@ -83,13 +93,6 @@ class Fixed(_message.Message):
 
 class RoundConfiguration(_message.Message):
     __slots__ = ("round", "base_version", "seed", "fixed", "reporting_window_s", "clip_norm", "keys", "codec_down", "codec_up", "send_order")
-    class FixedEntry(_message.Message):
-        __slots__ = ("key", "value")
-        KEY_FIELD_NUMBER: _ClassVar[int]
-        VALUE_FIELD_NUMBER: _ClassVar[int]
-        key: str
-        value: Fixed
-        def __init__(self, key: _Optional[str] = ..., value: _Optional[_Union[Fixed, _Mapping]] = ...) -> None: ...
     ROUND_FIELD_NUMBER: _ClassVar[int]
     BASE_VERSION_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
@@ -103,14 +106,14 @@ class RoundConfiguration(_message.Message):
     round: int
     base_version: int
     seed: bytes
-    fixed: _containers.MessageMap[str, Fixed]
+    fixed: _containers.RepeatedCompositeFieldContainer[Fixed]
     reporting_window_s: float
     clip_norm: float
     keys: _containers.RepeatedScalarFieldContainer[bytes]
     codec_down: str
     codec_up: str
-    send_order: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, round: _Optional[int] = ..., base_version: _Optional[int] = ..., seed: _Optional[bytes] = ..., fixed: _Optional[_Mapping[str, Fixed]] = ..., reporting_window_s: _Optional[float] = ..., clip_norm: _Optional[float] = ..., keys: _Optional[_Iterable[bytes]] = ..., codec_down: _Optional[str] = ..., codec_up: _Optional[str] = ..., send_order: _Optional[_Iterable[str]] = ...) -> None: ...
+    send_order: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, round: _Optional[int] = ..., base_version: _Optional[int] = ..., seed: _Optional[bytes] = ..., fixed: _Optional[_Iterable[_Union[Fixed, _Mapping]]] = ..., reporting_window_s: _Optional[float] = ..., clip_norm: _Optional[float] = ..., keys: _Optional[_Iterable[bytes]] = ..., codec_down: _Optional[str] = ..., codec_up: _Optional[str] = ..., send_order: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Blob(_message.Message):
     __slots__ = ("hash", "data")
@@ -121,7 +124,7 @@ class Blob(_message.Message):
     def __init__(self, hash: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class Assigned(_message.Message):
-    __slots__ = ("token", "configuration", "plan", "plan_signature", "plan_public_key", "model", "inline", "group")
+    __slots__ = ("token", "configuration", "plan", "plan_signature", "plan_public_key", "model", "inline", "group", "run", "expires_s", "server_time_s")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     CONFIGURATION_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
@@ -130,6 +133,9 @@ class Assigned(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     INLINE_FIELD_NUMBER: _ClassVar[int]
     GROUP_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
+    EXPIRES_S_FIELD_NUMBER: _ClassVar[int]
+    SERVER_TIME_S_FIELD_NUMBER: _ClassVar[int]
     token: Token
     configuration: RoundConfiguration
     plan: str
@@ -138,7 +144,10 @@ class Assigned(_message.Message):
     model: str
     inline: _containers.RepeatedCompositeFieldContainer[Blob]
     group: str
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., configuration: _Optional[_Union[RoundConfiguration, _Mapping]] = ..., plan: _Optional[str] = ..., plan_signature: _Optional[bytes] = ..., plan_public_key: _Optional[bytes] = ..., model: _Optional[str] = ..., inline: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., group: _Optional[str] = ...) -> None: ...
+    run: str
+    expires_s: float
+    server_time_s: float
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., configuration: _Optional[_Union[RoundConfiguration, _Mapping]] = ..., plan: _Optional[str] = ..., plan_signature: _Optional[bytes] = ..., plan_public_key: _Optional[bytes] = ..., model: _Optional[str] = ..., inline: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., group: _Optional[str] = ..., run: _Optional[str] = ..., expires_s: _Optional[float] = ..., server_time_s: _Optional[float] = ...) -> None: ...
 
 class Later(_message.Message):
     __slots__ = ("delay_min_s", "delay_max_s", "why", "other_edge")
@@ -153,10 +162,12 @@ class Later(_message.Message):
     def __init__(self, delay_min_s: _Optional[float] = ..., delay_max_s: _Optional[float] = ..., why: _Optional[str] = ..., other_edge: _Optional[str] = ...) -> None: ...
 
 class Incompatible(_message.Message):
-    __slots__ = ("needs",)
+    __slots__ = ("needs", "runtimes")
     NEEDS_FIELD_NUMBER: _ClassVar[int]
+    RUNTIMES_FIELD_NUMBER: _ClassVar[int]
     needs: str
-    def __init__(self, needs: _Optional[str] = ...) -> None: ...
+    runtimes: _containers.RepeatedCompositeFieldContainer[RuntimeInfo]
+    def __init__(self, needs: _Optional[str] = ..., runtimes: _Optional[_Iterable[_Union[RuntimeInfo, _Mapping]]] = ...) -> None: ...
 
 class Finished(_message.Message):
     __slots__ = ("why",)
@@ -321,19 +332,21 @@ class Slice(_message.Message):
     def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total: _Optional[int] = ...) -> None: ...
 
 class PushSlice(_message.Message):
-    __slots__ = ("token", "tensor", "offset", "data")
+    __slots__ = ("token", "tensor", "offset", "data", "root")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    ROOT_FIELD_NUMBER: _ClassVar[int]
     token: Token
     tensor: str
     offset: int
     data: bytes
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., tensor: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    root: str
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., tensor: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., root: _Optional[str] = ...) -> None: ...
 
 class PushReply(_message.Message):
-    __slots__ = ("received",)
+    __slots__ = ("received", "credit")
     class ReceivedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -342,8 +355,10 @@ class PushReply(_message.Message):
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    CREDIT_FIELD_NUMBER: _ClassVar[int]
     received: _containers.ScalarMap[str, int]
-    def __init__(self, received: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    credit: int
+    def __init__(self, received: _Optional[_Mapping[str, int]] = ..., credit: _Optional[int] = ...) -> None: ...
 
 class StatusRequest(_message.Message):
     __slots__ = ("token",)
