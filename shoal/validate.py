@@ -5,8 +5,7 @@ Traceback (most recent call last):
 ValueError: Expected clip_norm > 0, got clip_norm=-1.0.
 """
 
-from collections.abc import Collection
-from dataclasses import fields
+from collections.abc import Collection, Hashable
 from functools import cache
 from math import isfinite
 from types import UnionType
@@ -57,9 +56,10 @@ def types(instance: object) -> None:
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: Hashable) -> dict[str, Any]:
+    assert isinstance(cls, type)
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    return {name: hints[name] for name in cls.__dataclass_fields__}
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -15,6 +15,7 @@ Values = dict[str, Any]
 def run_values(row: RunRow) -> Values:
     return {
         "id": row.id, "name": row.name, "kind": row.kind, "plan_hash": row.plan_hash, "status": row.status,
+        "population": row.population,
         "config": to_json(row.config, what="config"), "provenance": to_json(row.provenance, what="provenance"),
         "created_s": float(row.created_s), "finished_s": _maybe(float, row.finished_s),
     }  # fmt: skip

@@ -58,6 +58,7 @@ RUNS: Final = Table(
     Column("name", Text, nullable=False),
     Column("kind", Text, nullable=False),
     Column("plan_hash", Text, nullable=False),
+    Column("population", Text, nullable=False),
     Column("config", Text, nullable=False),
     Column("provenance", Text, nullable=False),
     Column("status", Text, nullable=False),

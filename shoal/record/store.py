@@ -49,6 +49,8 @@ class RunRow:
     created_s: float
     """Seconds since the epoch."""
     finished_s: float | None = None
+    population: str = "default"
+    """The devices that it draws on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

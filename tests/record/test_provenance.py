@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.record import provenance
+from shoal.record.provenance import provenance
 from shoal.record.provenance import tell_command
 
 
