@@ -95,7 +95,6 @@ def _check_size(manifest: Manifest, program: Program, limits: Limits) -> None:
 
 
 def _check_signatures(manifest: Manifest) -> None:
-    _check_distinct(manifest)
     begins = manifest.variants("begin")
     for name in ("begin", "block", "finish"):
         if not manifest.variants(name):
@@ -104,18 +103,6 @@ def _check_signatures(manifest: Manifest) -> None:
     for program in manifest.programs:
         if check := _CHECKS.get(program.name):
             check(manifest, program, carry)
-
-
-def _check_distinct(manifest: Manifest) -> None:
-    named = {
-        "broadcast": [spec.name for spec in manifest.broadcast],
-        "device_state": [spec.name for spec in manifest.device_state],
-        "sums": [spec.name for spec in manifest.update],
-        "batch": [spec.name for spec in manifest.batch],
-    }
-    for what, names in named.items():
-        if len(set(names)) != len(names):
-            raise PlanError(f"Expected the names in {what} of task {manifest.task!r} to be distinct.")
 
 
 def _check_begin(manifest: Manifest, program: Program, carry: Signature) -> None:
@@ -144,13 +131,8 @@ def _check_finish(manifest: Manifest, program: Program, carry: Signature) -> Non
 
 def _check_evaluate(manifest: Manifest, program: Program, _: Signature) -> None:
     _check_model_inputs(manifest, program)
-    for name, shape, dtype in _signature(program.outputs):
-        right = name.startswith("metric/") and name.endswith(("/numerator", "/denominator"))
-        if not right or (shape, dtype) != ((), "float32"):
-            raise PlanError(
-                "Expected outputs of program 'evaluate' to be metric/…/numerator and /denominator, float32 scalars, "
-                f"got {name[:80]!r} {dtype}{list(shape)}."
-            )
+    outputs = _signature(spec.tensor for spec in manifest.metrics)
+    _expect(program, "outputs", _signature(program.outputs), sorted(outputs))
 
 
 def _check_predict(manifest: Manifest, program: Program, _: Signature) -> None:
@@ -161,12 +143,24 @@ def _check_predict(manifest: Manifest, program: Program, _: Signature) -> None:
         raise PlanError(f"Expected program 'predict' to give output/prediction [{size}, …], got {got}.")
 
 
+def _check_keys(manifest: Manifest, program: Program, _: Signature) -> None:
+    size = manifest.training.evaluate_batch_size
+    _expect(program, "inputs", _signature(program.inputs), _batch(manifest, (size,)))
+    for name, shape, dtype in _signature(program.outputs):
+        if not name.startswith("keys/") or shape[:1] != (size,) or "int" not in dtype:
+            raise PlanError(
+                f"Expected outputs of program 'keys' to be keys/… [{size}, …] of an integer type, "
+                f"got {_text((name, shape, dtype))}."
+            )
+
+
 _CHECKS: Final[dict[str, Callable[[Manifest, Program, Signature], None]]] = {
     "begin": _check_begin,
     "block": _check_block,
     "finish": _check_finish,
     "evaluate": _check_evaluate,
     "predict": _check_predict,
+    "keys": _check_keys,
 }  # the server's programs never run on a device
 
 

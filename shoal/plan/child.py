@@ -20,6 +20,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Self, final
 
@@ -70,7 +71,8 @@ class ChildRunner:
         """
         self._limits = limits or Limits()
         check_plan(plan.manifest, self._limits)
-        self._plan = plan
+        # The child has no use for the server half.
+        self._plan = replace(plan, manifest=replace(plan.manifest, half=None))
         self._command = child_command(self._limits, python=python, nice=nice, cache=cache)
         self._environment = environment_for(python_path=_python_path(python), threads=threads)
         self._most_bytes = max(total_bytes(program.outputs) for program in plan.manifest.programs)

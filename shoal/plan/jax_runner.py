@@ -84,10 +84,11 @@ class JaxRunner:
         start = time.perf_counter()
         (model, carry), self._training = self._training, None
         outputs = self._named("finish", self._run("finish", [*carry, *model]))
-        # Reading the results waits for the blocks, which run behind the calls.
-        sums = {spec.name: np.asarray(outputs[f"sum/{spec.name}"]) for spec in self.manifest.update}
-        kept = {spec.name: np.asarray(outputs[f"device_state/{spec.name}"]) for spec in self.manifest.device_state}
-        weight = int(outputs["weight"])
+        # Reading the results waits for the blocks, which run behind the calls: here their failures come up.
+        read = _read("finish", outputs)
+        sums = {spec.name: read[f"sum/{spec.name}"] for spec in self.manifest.update}
+        kept = {spec.name: read[f"device_state/{spec.name}"] for spec in self.manifest.device_state}
+        weight = int(read["weight"])
         self._seconds["compute"] += time.perf_counter() - start
         padding = 1.0 - self._live / self._steps if self._steps else 0.0
         return Update(sums, weight, kept, dict(self._seconds), padding)

@@ -1,3 +1,4 @@
+import dataclasses
 import random
 from pathlib import Path
 
@@ -37,6 +38,14 @@ def test_round_trip(signed: Plan, data: bytes, tmp_path: Path) -> None:
     again = Plan.load(tmp_path / "tiny.plan")
     again.verify(PUBLIC)
     assert again == signed and again.to_bytes() == data and again.hash == signed.hash
+
+
+def test_a_device_s_side_has_no_server_half(signed: Plan) -> None:
+    device = dataclasses.replace(signed, manifest=dataclasses.replace(signed.manifest, half=None))
+    again = read(device.to_bytes())
+    assert again.hash == signed.hash and len(device.to_bytes()) < len(signed.to_bytes())
+    with pytest.raises(PlanError, match="a device's side"):
+        again.manifest.server
 
 
 def test_building_again_gives_the_same_plan(tiny: Built) -> None:
@@ -83,7 +92,7 @@ def test_replacing_a_program_needs_a_new_signature(signed: Plan) -> None:
     changed.sign(KEY).verify(PUBLIC)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 3))
 def test_any_changed_bytes_are_refused(data: bytes, seed: int, count: int) -> None:
     draw = random.Random(seed)
