@@ -347,12 +347,17 @@ class Edge:
         end = min(total, request.offset + request.credit) if request.credit else total
         offset = request.offset
         while offset < end or offset == request.offset:
-            data = await asyncio.to_thread(self._blobs.read, request.hash, offset, min(SLICE_BYTES, end - offset))
+            data = await self._read_blob(request.hash, offset, min(SLICE_BYTES, end - offset))
             self._down_bytes += len(data)
             yield pb.Slice(offset=offset, data=data, total=total)
             offset += len(data)
             if not data:
                 break
+
+    async def _read_blob(self, hash: str, offset: int, size: int) -> bytes:
+        if hash == self._model.root:  # an index is a row of the record, not a blob
+            return self._model.data[offset : offset + size]
+        return await asyncio.to_thread(self._blobs.read, hash, offset, size)
 
     async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply:
         """Takes slices of an update in; says how much of each tensor is here. Raises ProtocolError for wrong ones."""
