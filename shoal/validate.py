@@ -6,10 +6,11 @@ ValueError: Expected clip_norm > 0, got clip_norm=-1.0.
 """
 
 from collections.abc import Collection, Hashable
+from dataclasses import fields
 from functools import cache
 from math import isfinite
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 
 def positive(**named: float) -> None:
@@ -48,7 +49,7 @@ def types(instance: object) -> None:
     number. Understood are int (no bool), float (any finite number), bool, str,
     bytes, None, Literal, unions of them, tuples `tuple[T, ...]`, mappings, and classes.
     """
-    for name, hint in _hints(type(instance)).items():
+    for name, hint in _hints(cast(Hashable, type(instance))).items():
         value = getattr(instance, name)
         if not _is_a(value, hint):
             text = getattr(hint, "__name__", None) or str(hint)
@@ -56,10 +57,9 @@ def types(instance: object) -> None:
 
 
 @cache
-def _hints(cls: Hashable) -> dict[str, Any]:
-    assert isinstance(cls, type)
+def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
-    return {name: hints[name] for name in cls.__dataclass_fields__}
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -52,8 +52,8 @@ def test_the_command_line_is_told_without_places_and_secrets(arguments: list[str
 def test_it_starts_nothing() -> None:
     program = (
         "import sys\n"
-        "import shoal.record\n"
-        "said = shoal.record.provenance()\n"
+        "import shoal.record.provenance\n"
+        "said = shoal.record.provenance.provenance()\n"
         "assert said['accelerators'] == [] and said['libraries']['jax']\n"
         "assert not [name for name in ('jax', 'jaxlib', 'flax', 'optax') if name in sys.modules]\n"
     )
