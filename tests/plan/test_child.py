@@ -392,30 +392,46 @@ def test_what_is_printed_does_not_reach_the_channel(tiny: Built, tmp_path: Path)
         child.stop()
 
 
+def three_bytes(data: bytearray, draw: random.Random) -> None:
+    for position in draw.sample(range(len(data)), 3):
+        data[position] ^= draw.randrange(1, 256)
+
+
+def one_bit(data: bytearray, draw: random.Random) -> None:
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_damaged_programs_never_reach_the_caller(tiny: Built) -> None:
-    """Two hundred programs with three bytes changed, hashes made right again: each fails cleanly or runs."""
+@pytest.mark.parametrize(("damage", "variants"), [(three_bytes, 200), (one_bit, 100)], ids=["three bytes", "one bit"])
+def test_damaged_programs_never_reach_the_caller(tiny: Built, damage: Any, variants: int) -> None:
+    """Hashes made right again: each fails cleanly, or runs. Most do not parse; of one bit, every tenth still runs."""
     draw = random.Random(7)
     original = tiny.plan.program(tiny.plan.manifest.variants("block")[0])
     ended = {"ran": 0, "refused": 0, "died": 0}
-    child = None
-    for _ in range(200):
+    child: Child | None = None
+    for _ in range(variants):
         damaged = bytearray(original)
-        for position in draw.sample(range(len(damaged)), 3):
-            damaged[position] ^= draw.randrange(1, 256)
-        plan = replaced(tiny.plan, "block", bytes(damaged))
+        damage(damaged, draw)
         if child is None:
             child = Child(*command_and_environment())
             child.hello(timeout_s=60)
-        outcome = run_in(child, plan, tiny)
+        outcome = run_in(child, replaced(tiny.plan, "block", bytes(damaged)), tiny)
         ended[outcome] += 1
         if outcome == "died":
             child.stop()
             child = None
     if child is not None:
+        assert run_in(child, tiny.plan, tiny) == "ran"
         child.stop()
-    assert sum(ended.values()) == 200 and ended["refused"] > 50, ended
+    assert sum(ended.values()) == variants and ended["refused"] > variants / 2, ended
+
+
+@pytest.mark.slow
+def test_a_program_of_another_signature_is_refused(tiny: Built) -> None:
+    finish = tiny.plan.program(tiny.plan.manifest.variants("finish")[0])
+    with ChildRunner(replaced(tiny.plan, "block", finish), threads=1) as runner, pytest.raises(ProgramError):
+        train(runner, tiny)
 
 
 def run_in(child: Child, plan: Plan, built: Built) -> str:
