@@ -5,7 +5,7 @@ commit of any size holds a few megabytes. Tensors that are not averaged (frozen,
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,7 @@ CallProgram = Callable[[str, Tensors], Tensors]
 """(program of the plan, inputs) -> outputs; for rules of kind `program`."""
 
 
+@runtime_checkable
 class Aggregator(Protocol):
     """Turns what the groups of a round hold into the next version. `needs` says how much it has to see."""
 

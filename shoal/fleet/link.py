@@ -3,13 +3,14 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shoal.errors import NetworkError
 from shoal.fleet.edge import Edge
 from shoal.fleet.wire import fleet_pb2 as pb
 
 
+@runtime_checkable
 class Stream(Protocol):
     """One control stream."""
 
@@ -22,6 +23,7 @@ class Stream(Protocol):
         ...
 
 
+@runtime_checkable
 class Link(Protocol):
     """What a device can ask of an Edge. Every call may raise NetworkError (try again) or ProtocolError (do not)."""
 

@@ -1,0 +1,136 @@
+"""Golden files: every format that leaves a process, byte for byte.
+
+A change here is a change of a contract: a commit of its own, in which the golden file is made anew with
+``SHOAL_GOLDEN=write pytest tests/test_golden.py`` and the format's number goes up where old readers would fail.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf import json_format
+from sqlalchemy.dialects import sqlite
+from sqlalchemy.schema import CreateIndex, CreateTable
+
+from shoal.fixed import FixedPoint, SumSpec
+from shoal.fleet.configuration import configure, round_seed
+from shoal.fleet.host import run_seed
+from shoal.fleet.token import TokenKey
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
+from shoal.plan.plan import Plan
+from shoal.plan.train import member_randomness
+from shoal.policy import About, Privacy, RoundPolicy, ServerRule
+from shoal.record.schema import METADATA
+from shoal.tensors import Index, TensorSpec, pack, sha256, unpack
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def hold(name: str, data: bytes) -> None:
+    """Compares with the golden file, or writes it when asked to."""
+    path = GOLDEN / name
+    if os.environ.get("SHOAL_GOLDEN") == "write":
+        path.write_bytes(data)
+    assert path.read_bytes() == data, f"{name} has changed: see the text of this module"
+
+
+def small_tensors() -> dict[str, np.ndarray]:
+    return {
+        "params/w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "state/count": np.array(7, np.int32),
+        "state/on": np.array([True, False]),
+    }
+
+
+def small_manifest() -> Manifest:
+    weight = TensorSpec(name="params/w", shape=(2, 3), dtype="float32")
+    delta = TensorSpec(name="delta/params/w", shape=(2, 3), dtype="float32")
+    needs = Runtime(kind="stablehlo", version=(1, 0, 0), platforms=("cpu", "cuda"))
+    half = ServerHalf(rounds=RoundPolicy(goal=20), rule=ServerRule(), about=About(purpose="a golden file"))
+    program = Program(name="begin", needs=needs, inputs=(weight,), outputs=(weight,), hash=sha256(b"program"), size_bytes=7)
+    return Manifest(
+        task="golden",
+        programs=(program,),
+        broadcast=(weight,),
+        device_state=(),
+        sums=(SumSpec(tensor=delta, bound=256.0, weighted=True),),
+        metrics=(),
+        batch=(TensorSpec(name="x", shape=(3,), dtype="float32"),),
+        training=Training(
+            batch_size=4, steps_per_block=2, epochs=1, max_examples=64, max_weight=64, whole_batches=False,
+            drop_remainder=False, evaluate_batch_size=8,
+        ),
+        promises=Promises(minimum_group=8, privacy=Privacy()),
+        server_hash=sha256(half.data),
+        half=half,
+    )  # fmt: skip
+
+
+def test_index() -> None:
+    index = Index.of(small_tensors())
+    hold("index.json", index.data)
+    assert Index.parse(index.data) == index
+
+
+def test_frame_of_tensors() -> None:
+    data = pack(small_tensors(), {"note": "golden"})
+    hold("frame.bin", data)
+    assert unpack(data)[1] == {"note": "golden"}
+
+
+def test_manifest_and_server_half() -> None:
+    manifest = small_manifest()
+    hold("manifest.json", manifest.data)
+    hold("server_half.json", manifest.server.data)
+    assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
+
+
+def test_plan() -> None:
+    key = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
+    plan = Plan(small_manifest(), {sha256(b"program"): b"program"}).sign(key)
+    hold("plan.bin", plan.to_bytes())
+    Plan.parse(plan.to_bytes()).verify(key.public_key().public_bytes_raw())
+
+
+def test_token() -> None:
+    key = TokenKey(private=Ed25519PrivateKey.from_private_bytes(bytes(range(32))), secret=bytes(32))
+    nonce = key.nonce("run", 3, "device-1")
+    token = key.sign(pb.Assignment(run="run", task="golden", base_version=3, nonce=nonce, expires_s=1.5, round=4))
+    hold("token.json", json_format.MessageToJson(token, sort_keys=True).encode())
+
+
+def test_round_configuration_and_randomness() -> None:
+    made = configure(small_manifest(), run_seed=run_seed(0), round=1, base_version=0)
+    randomness = member_randomness(round_seed(run_seed(0), 0), "device-1")
+    accumulator = made.accumulator(small_manifest())
+    told = {
+        "configuration": json_format.MessageToDict(made.to_proto()),
+        "record": dict(made.to_json()),
+        "fixed": {name: fixed.to_json() for name, fixed in accumulator.fixed.items()},
+        "key": randomness.key.tolist(),
+        "order": randomness.rng.permutation(8).tolist(),
+    }
+    hold("round_configuration.json", json.dumps(told, indent=1, sort_keys=True).encode())
+
+
+def test_wire() -> None:
+    hold("fleet_descriptor.bin", pb.DESCRIPTOR.serialized_pb)
+
+
+def test_record_schema() -> None:
+    dialect = sqlite.dialect()
+    parts = []
+    for table in METADATA.sorted_tables:
+        parts.append(str(CreateTable(table).compile(dialect=dialect)).strip())
+        parts += [str(CreateIndex(index).compile(dialect=dialect)) for index in sorted(table.indexes, key=lambda i: str(i.name))]
+    hold("record.sql", ("\n".join(parts) + "\n").replace(" \n", "\n").encode())
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+def test_fixed_point(bits: int) -> None:
+    made = FixedPoint.finest(bits=bits, bound=256.0, max_weight=65536 if bits == 64 else 1, max_members=21)
+    hold(f"fixed_{bits}.json", json.dumps(made.to_json(), sort_keys=True).encode())
