@@ -84,8 +84,8 @@ def test_a_program_that_does_not_fit_is_refused(noisy: Built, name: str, side: s
         "dtype": (dataclasses.replace(first, dtype="int8"), *specs[1:]),
         "order": specs[::-1],
     }[how]
-    if changed == specs:
-        pytest.skip("one output has only one order")
+    if changed == specs:  # one output has only one order
+        return
     if name == "predict" and side == "outputs" and how == "dtype":
         return  # a prediction may be of any type
     with pytest.raises(PlanError, match=r"Expected"):

@@ -171,6 +171,7 @@ def test_another_key_gives_another_result_only_where_there_is_noise(rng: np.rand
         assert changed == differs, name
 
 
+@pytest.mark.slow
 def test_a_step_is_the_optimizer_s(rng: np.random.Generator) -> None:
     """One step of plain SGD, written out."""
     batches, mask, key = feed(rng, k=1)
