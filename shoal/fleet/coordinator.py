@@ -10,6 +10,7 @@ Guarantees:
 """
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -78,6 +79,7 @@ class Coordinator:
         self._events: asyncio.Queue[r.Event] = asyncio.Queue()
         self._wake_s: float | None = None
         self._configuration: Configuration | None = None
+        self._signed_configuration = b""
         self._opened_s = 0.0
         self._head: CommitRow | None = None
         self.finished = asyncio.Event()
@@ -170,12 +172,15 @@ class Coordinator:
         assert self._head is not None and self._head.version == base_version
         self._opened_s = self._clock.wall_s()
         self._configuration = configure(self._manifest, run_seed=self._run_seed, round=round, base_version=base_version)
+        self._signed_configuration = hashlib.sha256(
+            self._configuration.to_proto().SerializeToString(deterministic=True)
+        ).digest()
         await self._durably(lambda: self._store.open_round(self._run, self._round_row(round)))
         self._edge.open_group(self._configuration, self._head.model)
         return r.Opened()
 
     def _assign(self, device: str) -> None:
-        assert self._configuration is not None
+        assert self._configuration is not None and self._head is not None
         version = self._configuration.base_version
         assignment = pb.Assignment(
             population=self._population,
@@ -185,21 +190,34 @@ class Coordinator:
             nonce=self._token_key.nonce(self._run, version, device),
             expires_s=self._clock.wall_s() + self._policy.token_life_s,
             round=self._configuration.round,
+            plan=self._manifest.hash,
+            model=self._head.model.root,
+            configuration=self._signed_configuration,
         )
         if not self._edge.assign(device, self._token_key.sign(assignment), assignment):
             self.released(assignment.nonce)
 
     async def _commit(self, round: int, reason: str) -> r.Event:
-        group = await self._edge.close_group()
         try:
+            group = await self._edge.close_group()
+            self._drop_group_events()
             commit = await self._durably(lambda: self._write_commit(group, round, reason))
         except ShoalError as error:
+            self._drop_group_events()
             self._edge.failed(str(error))
             return r.Failed(str(error))
         self._head = commit.row
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
         return r.Committed(commit.row.version)
+
+    def _drop_group_events(self) -> None:
+        # What the closed group said and was not stepped yet is in its result; stepped later it would be taken for the
+        # next group's.
+        waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
+        for event in waiting:
+            if not isinstance(event, r.Joined | r.Counted | r.Released):
+                self._events.put_nowait(event)
 
     async def _durably(self, write: Callable[[], T]) -> T:
         """Writes to the record, again and again while it cannot be written: nothing that was counted is given up."""
@@ -216,6 +234,10 @@ class Coordinator:
         head = self._head
         assert head is not None
         begun = self._clock.now_s()
+        last = self._store.last_commit(self._run)
+        if last is not None and last.version == head.version + 1 and last.round == round:
+            # Written by the try before this one, which heard of a failure nonetheless.
+            return Commit(last, group.sums.metrics(), last.created_s - self._opened_s)
         model, server_state = self._aggregator.commit(group.sums, head.model, head.server_state, self._store.blobs)
         now = self._clock.wall_s()
         row = CommitRow(
@@ -232,7 +254,7 @@ class Coordinator:
         self._store.commit(
             self._run,
             row,
-            round=replace(self._round_row(round), state="committed", closed_s=now, reason=reason),
+            round=self._closed_row(round, row.members, closed_s=now, reason=reason),
             groups=[
                 GroupRow(round=round, base_version=head.version, members=row.members, weight=row.weight),
             ],
@@ -244,6 +266,13 @@ class Coordinator:
             usage=usage,
         )
         return Commit(row, metrics, now - self._opened_s)
+
+    def _closed_row(self, round: int, members: int, *, closed_s: float, reason: str) -> RoundRow:
+        row = self._round_row(round)
+        released = max(0, row.selected - members)
+        return replace(
+            row, state="committed", closed_s=closed_s, counted=members, released=released, reason=reason
+        )  # fmt: skip
 
     def _round_row(self, round: int) -> RoundRow:
         assert self._configuration is not None

@@ -47,6 +47,8 @@ class _Work:
     assigned: pb.Assigned
     run: str
     stopped: bool = False
+    training: bool = False
+    """A thread is at it, which stops between two blocks and cannot be cancelled."""
     update: Update | None = None
     report: pb.Report | None = None
 
@@ -145,13 +147,14 @@ class Device:
 
     async def _hear(self, message: pb.FromEdge, stream: Stream) -> bool:
         work = self._work
+        if self._is_of_other_work(message):
+            return False
         match message.WhichOneof("kind"):
             case "assigned":
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
                 if self._work is None:
-                    run = pb.Assignment.FromString(message.assigned.token.signed).run
-                    self._work = _Work(message.assigned, run)
+                    self._work = _Work(message.assigned, message.assigned.run)
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted":
                 self._settle()
@@ -178,6 +181,15 @@ class Device:
             case kind:
                 log.debug("%s: ignored %s", self.device_id, kind)
         return False
+
+    def _is_of_other_work(self, message: pb.FromEdge) -> bool:
+        """Whether it is an answer about an update that the device has no more: what it holds now is not touched by it."""
+        kind = message.WhichOneof("kind")
+        if kind not in ("counted", "refused", "released", "incomplete"):
+            return False
+        about: pb.Token = getattr(message, kind).token
+        held = self._work.assigned.token if self._work is not None else None
+        return bool(about.signed) and about != held
 
     async def _refused(self, reason: str, detail: str) -> None:
         self.progress.refused += 1
@@ -227,6 +239,8 @@ class Device:
         if work is not None:
             work.stopped = True
         if producing is not None:
+            if work is None or not work.training:
+                producing.cancel()
             await asyncio.gather(producing, return_exceptions=True)
 
     async def _produced(self, stream: Stream) -> None:
@@ -239,9 +253,16 @@ class Device:
         except (ProgramError, DeviceError, DataError, PlanError, MissingExtra) as error:
             self._work = None
             return await self._give_up(work, error, stream)
-        except (NetworkError, ProtocolError):
-            self._work = None
+        except NetworkError:
+            if work.report is None:
+                self._work = None  # else the update is there: it is offered again on the next stream
             raise
+        except ProtocolError as error:
+            self._work = None
+            if work.report is None:
+                raise
+            await self._refused("wrong slices", str(error))
+            return await self._check_in(stream)
         await stream.send(pb.FromDevice(report=work.report))
         self._say("reported")
 
@@ -251,9 +272,9 @@ class Device:
         self._say("reporting")
         begun = time.perf_counter()
         work.report = self._report_of(work.update, prepared.manifest, work.assigned.token)
-        await self._push(work)
-        costs.wire_s += time.perf_counter() - begun
         work.report.costs.CopyFrom(costs)
+        await self._push(work)
+        work.report.costs.wire_s += time.perf_counter() - begun
 
     async def _train(self, work: _Work) -> tuple[Prepared, Update, pb.Costs]:
         host, assigned = self._host, work.assigned
@@ -266,8 +287,12 @@ class Device:
         async with host.training:
             started = time.perf_counter()
             self._say("training")
-            compile_s = await asyncio.to_thread(prepared.runner.compile)
-            update = await asyncio.to_thread(self._train_now, work, prepared)
+            work.training = True
+            try:
+                compile_s = await asyncio.to_thread(prepared.runner.compile)
+                update = await asyncio.to_thread(self._train_now, work, prepared)
+            finally:
+                work.training = False
         costs = pb.Costs(
             compute_s=update.seconds.get("compute", 0.0),
             compile_s=compile_s,
@@ -317,6 +342,7 @@ class Device:
 
     async def _slices(self, work: _Work, received: dict[str, int]) -> AsyncIterator[pb.PushSlice]:
         assert work.update is not None
+        assert work.report is not None
         token: pb.Token | None = work.assigned.token
         for name, value in work.update.sums.items():
             data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
@@ -324,7 +350,7 @@ class Device:
                 if work.stopped:
                     return
                 piece = data[offset : offset + SLICE_BYTES].tobytes()
-                yield pb.PushSlice(token=token, tensor=name, offset=offset, data=piece)
+                yield pb.PushSlice(token=token, tensor=name, offset=offset, data=piece, root=work.report.root)
                 self.progress.up_bytes += len(piece)
                 token = None
 

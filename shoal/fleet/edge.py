@@ -9,19 +9,20 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.clock import Clock
-from shoal.errors import PlanError, ProtocolError, StoreError, UpdateRefused
+from shoal.errors import NetworkError, PlanError, ProtocolError, StoreError, UpdateRefused
 from shoal.fixed import refuse_bad_weight
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
+from shoal.fleet.session import Session
 from shoal.fleet.staging import Limits, StagedUpdate
 from shoal.fleet.token import read_token
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -38,10 +39,12 @@ SLICE_BYTES: Final = 256 << 10
 MAX_SLICE_BYTES: Final = 1 << 20
 MAX_DEVICE_ID_BYTES: Final = 200
 MAX_SESSIONS: Final = 20_000
-MAX_OUTGOING: Final = 64
+MAX_KNOWN_TOKENS: Final = 50_000
+OPEN_WAIT_S: Final = 20.0
 BUSY_DELAY_S: Final = (5.0, 15.0)
 
 
+@runtime_checkable
 class Coordinator(Protocol):
     """What an Edge says to the Coordinator."""
 
@@ -78,35 +81,18 @@ class Statistics:
 
 
 @dataclass
-class _Session:
-    outgoing: "asyncio.Queue[pb.FromEdge | None]" = field(default_factory=lambda: asyncio.Queue(MAX_OUTGOING))
-    device: str = ""
-
-    def send(self, message: pb.FromEdge) -> None:
-        """Queues a message; a session that does not read is ended, its token lives on."""
-        try:
-            self.outgoing.put_nowait(message)
-        except asyncio.QueueFull:
-            self.end()
-
-    def end(self) -> None:
-        while self.outgoing.full():
-            self.outgoing.get_nowait()
-        self.outgoing.put_nowait(None)
-
-
-@dataclass
 class _Held:
     """A token of the open group: on which session its device is, and what has come in."""
 
     expires_s: float
     token: pb.Token
-    session: _Session | None = None
+    session: Session | None = None
     update: StagedUpdate | None = None
     root: str = ""
     weight: int = 0
     costs: pb.Costs = field(default_factory=pb.Costs)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while slices are written: two calls for one token do not mix, and what is written is not closed."""
 
 
 class Edge:
@@ -125,17 +111,19 @@ class Edge:
         self._plan, self._manifest, self._run, self._key = plan, plan.manifest, run, token_key
         self._blobs, self._clock, self._limits = blobs, clock, limits or Limits()
         self._coordinator: Coordinator | None = None
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._num_sessions = 0
         self._held: dict[bytes, _Held] = {}
         self._configuration: Configuration | None = None
-        self._group = g.ClearGroup()
-        self._closed = asyncio.Event()
+        self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
+        self._group = _closed_group()
+        self._closed, self._is_open = asyncio.Event(), asyncio.Event()
+        self._broken = ""
         self._sums: Accumulator | None = None
         self._costs = Costs()
         self._model = Index(())
         self._allowed: dict[str, int] = {}
-        self._inline: list[pb.Blob] = []
+        self._assigned = pb.Assigned()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pushes = asyncio.Semaphore(4)
         self._finished = ""
@@ -164,41 +152,41 @@ class Edge:
         """A round begins. The group of a round that was abandoned goes on; a new version has a new one."""
         old = self._configuration
         self._configuration = configuration
-        if old is not None and old.base_version == configuration.base_version and self._sums is not None:
-            return
-        self._group, self._closed = g.ClearGroup(), asyncio.Event()
-        self._sums, self._costs = configuration.accumulator(self._manifest), Costs()
-        self._drop_updates()
-        self._model = model
-        self._allow(model)
+        if old is None or old.base_version != configuration.base_version or self._sums is None:
+            self._group, self._closed = g.ClearGroup(most=configuration.max_members), asyncio.Event()
+            self._sums, self._costs, self._broken = configuration.accumulator(self._manifest), Costs(), ""
+            self._drop_updates()
+            self._model = model
+            self._allow(model)
+        self._assigned = self._assigned_of(configuration)
+        self._is_open.set()
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         """Sends a device its assignment; False where it has gone."""
         session = self._sessions.get(device)
         if session is None or self._configuration is None:
             return False
+        self._know(token, assignment)
         self._hold(assignment, token, session)
-        session.send(
-            pb.FromEdge(
-                assigned=pb.Assigned(
-                    token=token,
-                    configuration=self._configuration.to_proto(),
-                    plan=self._plan.hash,
-                    plan_signature=self._plan.signature,
-                    plan_public_key=self._plan.public_key,
-                    model=self._model.root,
-                    inline=self._inline,
-                    group="clear",
-                )
-            )
-        )
+        session.waiting = False
+        message = pb.FromEdge(assigned=self._assigned)
+        message.assigned.token.CopyFrom(token)
+        message.assigned.expires_s = assignment.expires_s
+        message.assigned.server_time_s = self._clock.wall_s()
+        session.send(message)
         return True
 
     async def close_group(self) -> GroupResult:
-        """Ends the group; returns its sum once an addition under way is done."""
+        """Ends the group; returns its sum once an addition under way is done.
+
+        Raises:
+            StoreError: an addition broke off; the sum is of no use.
+        """
         self._do(self._group.step(g.Close(), self._clock.now_s()))
         await self._closed.wait()
         assert self._sums is not None
+        if self._broken:
+            raise StoreError(f"The sum of the group is broken: {self._broken}")
         counted = tuple((nonce, self._held[nonce].expires_s) for nonce in self._group.added)
         return GroupResult(self._sums, counted, self._costs)
 
@@ -216,6 +204,7 @@ class Edge:
     def finish(self, why: str) -> None:
         """The run is over: every device is told."""
         self._finished = why
+        self._is_open.set()  # whoever waits for a round is answered
         for session in list(self._sessions.values()):
             session.send(pb.FromEdge(finished=pb.Finished(why=why)))
 
@@ -230,13 +219,13 @@ class Edge:
 
     # What devices say.
 
-    async def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncIterator[pb.FromEdge]:
+    async def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncGenerator[pb.FromEdge, None]:
         """One control stream: yields what the device is to be told until either side ends it."""
-        session = _Session()
+        session = Session()
         self._num_sessions += 1
         reader = asyncio.create_task(self._read(session, messages))
         try:
-            while (message := await session.outgoing.get()) is not None:
+            while (message := await session.next()) is not None:
                 yield message
         finally:
             self._num_sessions -= 1
@@ -245,21 +234,27 @@ class Edge:
                 del self._sessions[session.device]
                 self._to_coordinator(lambda c: c.left(session.device))
 
-    async def _read(self, session: _Session, messages: AsyncIterator[pb.FromDevice]) -> None:
+    async def _read(self, session: Session, messages: AsyncIterator[pb.FromDevice]) -> None:
         try:
             async for message in messages:
                 if message.ByteSize() > MAX_CONTROL_BYTES:
-                    raise ProtocolError(f"Expected control messages of at most {MAX_CONTROL_BYTES} bytes.")
+                    raise ProtocolError(
+                        f"Expected control messages of at most {MAX_CONTROL_BYTES} bytes, got {message.ByteSize()}. "
+                        "Send a larger update with Push."
+                    )
                 await self._handle(session, message)
         except ProtocolError as error:
             session.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
-        except StoreError as error:
-            log.warning("the record cannot be read: %s", error)
-            session.send(pb.FromEdge(later=_later("the record cannot be read")))
+        except (NetworkError, StoreError) as error:
+            log.warning("a device is told to come later: %s", error)
+            session.send(pb.FromEdge(later=_later(str(error))))
+        except Exception:  # our bug; it ends this session and nothing else
+            log.exception("a message of a device could not be handled")
+            session.send(pb.FromEdge(later=_later("the server has failed at this message; it was logged there")))
         finally:
             session.end()
 
-    async def _handle(self, session: _Session, message: pb.FromDevice) -> None:
+    async def _handle(self, session: Session, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
             case "check_in":
                 self._check_in(session, message.check_in)
@@ -272,7 +267,7 @@ class Edge:
             case _:
                 raise ProtocolError("Expected check_in, report, gave_up or ping.")
 
-    def _check_in(self, session: _Session, check_in: pb.CheckIn) -> None:
+    def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
         self._check_ins += 1
         device = check_in.device_id
         if not 0 < len(device.encode()) <= MAX_DEVICE_ID_BYTES:
@@ -295,44 +290,75 @@ class Edge:
             old.end()
         session.device = device
         self._sessions[device] = session
-        self._to_coordinator(lambda c: c.arrived(device))
+        if not session.waiting:  # one who asks again before the answer waits no less
+            session.waiting = True
+            self._to_coordinator(lambda c: c.arrived(device))
 
-    async def _report(self, session: _Session, report: pb.Report) -> None:
-        held, assignment = await self._admit(session, report.token)
+    async def _report(self, session: Session, report: pb.Report) -> None:
+        held, nonce = await self._admit(session, report.token)
         if held is None:
             return
         async with held.lock:
-            for part in report.slices:
-                await self._write(assignment.nonce, held, part.tensor, part.offset, part.data)
-        update = self._update(held)
-        if update.missing:
-            missing = update.missing[:100]
-            return session.send(pb.FromEdge(incomplete=pb.Incomplete(token=report.token, missing=missing)))
-        held.root, held.weight, held.costs = report.root, report.weight, report.costs
-        self._do(self._group.step(g.Offered(assignment.nonce), self._clock.now_s()))
+            if self._group.state(nonce) is not g.Member.JOINED:
+                return  # reported before, and told when the round ends; or the round has ended, and it was told
+            try:
+                update = self._update(held, report.root)
+                for part in report.slices:
+                    await self._write(held, update, part.tensor, part.offset, part.data)
+            except (ProtocolError, UpdateRefused) as error:
+                return self._refuse(nonce, error)
+            if self._group.state(nonce) is not g.Member.JOINED:
+                return  # the round has closed meanwhile, and told it so
+            if missing := update.missing[:100]:
+                return session.send(pb.FromEdge(incomplete=pb.Incomplete(token=report.token, missing=missing)))
+            held.root, held.weight, held.costs = report.root, report.weight, report.costs
+            self._do(self._group.step(g.Offered(nonce), self._clock.now_s()))
 
-    async def _admit(self, session: _Session | None, token: pb.Token) -> tuple[_Held | None, pb.Assignment]:
-        """The token's place in the open group; None (and an answer, where there is a session) if it has none any more."""
+    async def _admit(self, session: Session | None, token: pb.Token) -> tuple[_Held | None, bytes]:
+        """The token's place in the open group; None (and an answer, where there is a session) if it has none any more.
+
+        Raises:
+            ProtocolError: the token is not one of this run, or has expired.
+            NetworkError: no round is open, and none opens soon.
+        """
         assignment = self._read_token(token)
         nonce = assignment.nonce
-        if nonce in self._held and self._group.state(nonce) is not None:
-            held = self._held[nonce]
+        row: TokenRow | None = None
+        if self._place(nonce) is None:
+            await self._until_open()
+            row = await self._coordinator_row(nonce)
+        held = self._place(nonce)
+        if held is None and row is None and self._is_current(assignment):
+            held = self._hold(assignment, token, session)
+            if self._group.state(nonce) is None:
+                return None, nonce  # the group is closing, and has told it so
+        if held is not None:
             held.session = session or held.session
-            return held, assignment
-        row = await self._coordinator_row(nonce)
-        current = self._configuration
-        if row is None and current is not None and assignment.base_version == current.base_version:
-            self._hold(assignment, token, session)
-            if self._group.state(nonce) is not None:
-                return self._held[nonce], assignment
-        if session is not None:
+        elif session is not None:
             session.send(_answer(row, token))
-        return None, assignment
+        return held, nonce
+
+    def _place(self, nonce: bytes) -> _Held | None:
+        return self._held.get(nonce) if self._group.state(nonce) is not None else None
+
+    def _is_current(self, assignment: pb.Assignment) -> bool:
+        current = self._configuration
+        return self._sums is not None and current is not None and assignment.base_version == current.base_version
+
+    async def _until_open(self) -> None:
+        # Between two rounds, and after a restart before the first, nobody can say yet what a token is worth.
+        try:
+            async with asyncio.timeout(OPEN_WAIT_S):
+                await self._is_open.wait()
+        except TimeoutError:
+            raise NetworkError("No round is open at the moment; try again.") from None
 
     def _gave_up(self, message: pb.GaveUp) -> None:
-        assignment = self._read_token(message.token)
+        nonce = self._read_token(message.token).nonce
         log.info("a device gave up in %s: %s", message.stage[:40], message.why[:200])
-        self._do(self._group.step(g.Gone(assignment.nonce, message.why[:200]), self._clock.now_s()))
+        self._do(self._group.step(g.Gone(nonce, message.why[:200]), self._clock.now_s()))
+        if self._group.state(nonce) is None and nonce in self._held:
+            self._forget(self._held[nonce])
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         """The bytes of one blob that the token gives a right to. Raises ProtocolError for any other."""
@@ -360,52 +386,78 @@ class Edge:
         return await asyncio.to_thread(self._blobs.read, hash, offset, size)
 
     async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply:
-        """Takes slices of an update in; says how much of each tensor is here. Raises ProtocolError for wrong ones."""
+        """Takes slices of an update in; says how much of each tensor is here.
+
+        A slice that begins before what is here adds what is new in it: a device that sends again does no harm.
+
+        Raises:
+            ProtocolError: the token is wrong, or the slices are; the update is refused then.
+            NetworkError: not now.
+        """
         held: _Held | None = None
-        nonce, name = b"", ""
+        nonce, name, root = b"", "", ""
         async for part in slices:
             if held is None:
-                held, assignment = await self._admit(None, part.token)
-                nonce = assignment.nonce
-                if held is None:
-                    return pb.PushReply()
+                held, nonce = await self._admit(None, part.token)
+                root = part.root
             name = part.tensor or name
-            async with self._pushes, held.lock:
-                await self._write(nonce, held, name, part.offset, part.data)
-        return pb.PushReply(received=self._update(held).received if held is not None else {})
+            if held is None or not await self._take(held, nonce, root, name, part):
+                break  # the round has closed, or the update is whole: what comes now is for nothing
+        return pb.PushReply(received=await self._received(held, nonce) if held is not None else {})
+
+    async def _take(self, held: _Held, nonce: bytes, root: str, name: str, part: pb.PushSlice) -> bool:
+        async with self._pushes, held.lock:
+            if self._group.state(nonce) is not g.Member.JOINED:
+                return False
+            try:
+                await self._write(held, self._update(held, root), name, part.offset, part.data)
+            except (ProtocolError, UpdateRefused) as error:
+                self._refuse(nonce, error)
+                raise ProtocolError(str(error)) from error
+        return True
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
-        """What became of an assignment, and how much of its update is here."""
+        """What became of an assignment, and how much of its update is here. Raises NetworkError: not now."""
         try:
             assignment = self._read_token(request.token)
         except ProtocolError as error:
             return pb.StatusReply(state=pb.StatusReply.EXPIRED, reason=str(error))
-        row = await self._coordinator_row(assignment.nonce)
+        nonce = assignment.nonce
+        if (held := self._place(nonce)) is not None:
+            received = await self._received(held, nonce)
+            return pb.StatusReply(state=pb.StatusReply.PENDING, received=received)
+        await self._until_open()
+        row = await self._coordinator_row(nonce)
         if row is not None and row.state == "counted":
             return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version)
         if row is not None and row.state == "refused":
             return pb.StatusReply(state=pb.StatusReply.REFUSED, reason=row.reason)
-        current = self._configuration
-        if current is None or assignment.base_version != current.base_version:
+        if not self._is_current(assignment):
             return pb.StatusReply(state=pb.StatusReply.REFUSED, reason="late")
-        held = self._held.get(assignment.nonce)
-        if held is None or held.update is None:
-            return pb.StatusReply(state=pb.StatusReply.UNKNOWN)
-        return pb.StatusReply(state=pb.StatusReply.PENDING, received=held.update.received)
+        return pb.StatusReply(state=pb.StatusReply.UNKNOWN)
+
+    async def _received(self, held: _Held, nonce: bytes) -> dict[str, int]:
+        async with held.lock:
+            if self._group.state(nonce) not in (g.Member.JOINED, None):
+                return {spec.name: spec.size_bytes for spec in self._manifest.update}
+            return held.update.received if held.update is not None else {}
 
     # Between the machine and the world.
 
-    async def _write(self, nonce: bytes, held: _Held, name: str, offset: int, data: bytes) -> None:
+    async def _write(self, held: _Held, update: StagedUpdate, name: str, offset: int, data: bytes) -> None:
         if len(data) > MAX_SLICE_BYTES:
             raise ProtocolError(f"Expected slices of at most {MAX_SLICE_BYTES} bytes, got {len(data)}.")
-        if self._group.state(nonce) is not g.Member.JOINED:
-            return  # closed, or already whole: what comes now is for nothing
-        update = self._update(held)
         self._up_bytes += len(data)
         if len(data) > MAX_INLINE_BYTES:
-            await asyncio.to_thread(update.write, name, offset, data)
+            await _in_thread(update.write, name, offset, data)
         else:
             update.write(name, offset, data)
+        if update.refusal is not None:
+            raise update.refusal  # nothing that follows can make it good
+
+    def _refuse(self, nonce: bytes, error: Exception) -> None:
+        reason = error.reason if isinstance(error, UpdateRefused) else "wrong slices"
+        self._do(self._group.step(g.Checked(nonce, reason, str(error)), self._clock.now_s()))
 
     def _do(self, commands: list[g.Command]) -> None:
         for command in commands:
@@ -413,7 +465,7 @@ class Edge:
                 case g.Check(nonce):
                     self._check(nonce)
                 case g.Add(nonce):
-                    self._spawn(self._add(nonce))
+                    self._add(nonce)
                 case g.Tell():
                     self._tell(command)
                 case g.JoinRound(nonce):
@@ -428,32 +480,44 @@ class Edge:
 
     def _check(self, nonce: bytes) -> None:
         held = self._held[nonce]
-        assert self._sums is not None
+        assert self._sums is not None and held.update is not None
         try:
             refuse_bad_weight(held.weight, self._sums.weight_bound)
-            self._update(held).check(held.root)
+            held.update.check(held.root)
             checked = g.Checked(nonce)
         except UpdateRefused as refusal:
             checked = g.Checked(nonce, refusal.reason, str(refusal))
         self._do(self._group.step(checked, self._clock.now_s()))
 
-    async def _add(self, nonce: bytes) -> None:
+    def _add(self, nonce: bytes) -> None:
         held, sums = self._held[nonce], self._sums
         assert held.update is not None and sums is not None
         if self._manifest.update_bytes > self._limits.memory_bytes:
-            await asyncio.to_thread(sums.add_checked, held.update.pieces(), weight=held.weight)
-        else:
-            sums.add_checked(held.update.pieces(), weight=held.weight)
-        held.update.close()
-        held.update = None
+            self._spawn(self._add_behind(nonce, held, held.update, sums))
+            return
+        self._add_pieces(held, held.update, sums)
+        self._added(nonce, held)
+
+    async def _add_behind(self, nonce: bytes, held: _Held, update: StagedUpdate, sums: Accumulator) -> None:
+        await _in_thread(self._add_pieces, held, update, sums)
+        self._added(nonce, held)
+
+    def _add_pieces(self, held: _Held, update: StagedUpdate, sums: Accumulator) -> None:
+        try:
+            sums.add_checked(update.pieces(), weight=held.weight)
+        except Exception as error:  # half of it may be in the sum: nothing can be done with that any more
+            log.exception("an update could not be added")
+            self._broken = f"an update could not be added: {error}"
+
+    def _added(self, nonce: bytes, held: _Held) -> None:
+        self._forget(held)
         self._costs.add(held.costs, down=self._model.size_bytes, up=self._manifest.update_bytes)
         self._do(self._group.step(g.Added(nonce), self._clock.now_s()))
 
     def _tell(self, tell: g.Tell) -> None:
         held = self._held.get(tell.nonce)
-        if tell.outcome != "counted" and held is not None and held.update is not None:
-            held.update.close()
-            held.update = None
+        if held is not None:
+            self._forget(held)
         self._refused += tell.outcome == "refused"
         self._released += tell.outcome == "released"
         session = held.session if held is not None else None
@@ -468,44 +532,81 @@ class Edge:
             case "released":
                 session.send(pb.FromEdge(released=pb.Released(why=tell.reason, token=held.token)))
 
-    def _hold(self, assignment: pb.Assignment, token: pb.Token, session: _Session | None) -> None:
+    def _hold(self, assignment: pb.Assignment, token: pb.Token, session: Session | None) -> _Held:
         held = self._held.setdefault(assignment.nonce, _Held(assignment.expires_s, token))
-        held.session = session or held.session
+        held.session, held.token = session or held.session, token
+        held.expires_s = max(held.expires_s, assignment.expires_s)
         self._do(self._group.step(g.Joined(assignment.nonce), self._clock.now_s()))
+        return held
 
-    def _update(self, held: _Held) -> StagedUpdate:
+    def _update(self, held: _Held, root: str) -> StagedUpdate:
+        """What is staged of an update; begun here, and begun anew where it is another than before."""
+        if held.update is not None and root and held.root and root != held.root:
+            held.update.close()
+            held.update = None
+        held.root = root or held.root
         if held.update is None:
             assert self._sums is not None
             if sum(h.update is not None for h in self._held.values()) >= self._limits.updates:
-                raise ProtocolError("This Edge holds as many updates as it may; try again later.")
+                raise NetworkError("This Edge holds as many updates as it may; try again later.")
             held.update = StagedUpdate(self._manifest.update, self._sums.fixed, self._limits)
         return held.update
 
+    def _forget(self, held: _Held) -> None:
+        update, held.update = held.update, None
+        if update is None:
+            return
+        if held.lock.locked():
+            self._spawn(_close_behind(update, held.lock))
+        else:
+            update.close()
+
+    def _know(self, token: pb.Token, assignment: pb.Assignment) -> None:
+        if len(self._known) >= MAX_KNOWN_TOKENS:
+            self._known.clear()
+        self._known[token.signature] = (token.signed, assignment)
+
     def _read_token(self, token: pb.Token) -> pb.Assignment:
-        assignment = read_token(token, self._key, wall_s=self._clock.wall_s())
+        signed, assignment = self._known.get(token.signature, (b"", None))
+        if assignment is None or signed != token.signed or assignment.expires_s <= self._clock.wall_s():
+            assignment = read_token(token, self._key, wall_s=self._clock.wall_s())
+            self._know(token, assignment)  # a signature is checked once, not with every call
         if assignment.run != self._run:
             raise ProtocolError("The token is of another run; check in again.")
         return assignment
 
     def _reset(self) -> None:
         self._drop_updates()
-        self._sums, self._group = None, g.ClearGroup()
-        self._group.step(g.Close(), self._clock.now_s())  # between two rounds nothing joins
+        self._sums, self._group = None, _closed_group()
+        if not self._finished:
+            self._is_open.clear()
 
     def _drop_updates(self) -> None:
         for held in self._held.values():
-            if held.update is not None:
-                held.update.close()
+            self._forget(held)
         self._held.clear()
 
     def _allow(self, model: Index) -> None:
         plan = {self._manifest.hash: len(self._manifest.data)} | {p.hash: p.size_bytes for p in self._manifest.programs}
         tensors = {entry.hash: entry.spec.size_bytes for entry in model}
         self._allowed = plan | {model.root: len(model.data)} | tensors
-        self._inline = []
+
+    def _assigned_of(self, configuration: Configuration) -> pb.Assigned:
+        """What all the devices of a round are sent alike."""
+        model = self._model
+        assigned = pb.Assigned(
+            configuration=configuration.to_proto(),
+            plan=self._plan.hash,
+            plan_signature=self._plan.signature,
+            plan_public_key=self._plan.public_key,
+            model=model.root,
+            group="clear",
+            run=self._run,
+        )
         if len(model.data) + model.size_bytes <= MAX_INLINE_BYTES:
             whole = {model.root: model.data} | {e.hash: self._blobs.get(e.hash) for e in model}
-            self._inline = [pb.Blob(hash=hash, data=data) for hash, data in whole.items()]
+            assigned.inline.extend(pb.Blob(hash=hash, data=data) for hash, data in whole.items())
+        return assigned
 
     def _to_coordinator(self, say: Callable[[Coordinator], None]) -> None:
         assert self._coordinator is not None, "connect comes first"
@@ -515,10 +616,32 @@ class Edge:
         assert self._coordinator is not None, "connect comes first"
         return await self._coordinator.token_row(nonce)
 
-    def _spawn(self, work: "asyncio.coroutines._CoroutineLike[None]") -> None:  # type: ignore[name-defined]
-        task = asyncio.ensure_future(work)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _closed_group() -> g.ClearGroup:
+    """Between two rounds nothing joins."""
+    group = g.ClearGroup(most=0)
+    group.step(g.Close(), 0.0)
+    return group
+
+
+async def _in_thread(work: Callable[..., None], *args: object) -> None:
+    """Runs in a thread; one who is cancelled still waits for its end, so that a lock outlives what it guards."""
+    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
+
+
+async def _close_behind(update: StagedUpdate, lock: asyncio.Lock) -> None:
+    async with lock:
+        update.close()
 
 
 def _runtime(info: pb.RuntimeInfo) -> Runtime:

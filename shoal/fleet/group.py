@@ -20,7 +20,7 @@ One member's way::
 from collections import deque
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from shoal.errors import InvalidTransition
 
@@ -47,7 +47,7 @@ class Offered:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What the check of an update found; `reason` is empty where it is good."""
+    """What the check of an update found; `reason` is empty where it is good. A bad one may be found before it is whole."""
 
     nonce: bytes
     reason: str = ""
@@ -136,6 +136,7 @@ class Closed:
 Command = Check | Add | Tell | JoinRound | CountMember | ReleaseMember | Closed
 
 
+@runtime_checkable
 class Group(Protocol):
     """What every mode's group is."""
 
@@ -201,11 +202,12 @@ class ClearGroup:
         return [JoinRound(nonce)]
 
     def _checked(self, nonce: bytes, reason: str, detail: str) -> list[Command]:
-        if self._members.get(nonce) is not Member.OFFERED:
+        if self._members.get(nonce) not in (Member.JOINED, Member.OFFERED):
             return []  # the group closed while it was checked
         if reason:
             del self._members[nonce]
             return [Tell(nonce, "refused", reason=reason, detail=detail), ReleaseMember(nonce)]
+        assert self._members[nonce] is Member.OFFERED, "only what is whole is found good"
         self._members[nonce] = Member.CHECKED
         self._queue.append(nonce)
         return self._add_next()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -70,27 +71,28 @@ class _Servicer(rpc.FleetServicer):
         self._edge = edge
 
     async def Session(self, requests: AsyncIterator[pb.FromDevice], context: Any) -> AsyncIterator[pb.FromEdge]:
-        async for message in self._edge.session(_quiet(requests)):
-            yield message
+        async with aclosing(self._edge.session(_quiet(requests))) as messages:
+            async for message in messages:
+                yield message
 
     async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.Slice]:
         try:
             async for piece in self._edge.pull(request):
                 yield piece
-        except (ProtocolError, StoreError) as error:
+        except (ProtocolError, NetworkError, StoreError) as error:
             await _abort(context, error)
 
     async def Push(self, requests: AsyncIterator[pb.PushSlice], context: Any) -> pb.PushReply:
         try:
             return await self._edge.push(requests)
-        except (ProtocolError, StoreError) as error:
+        except (ProtocolError, NetworkError, StoreError) as error:
             await _abort(context, error)
             raise
 
     async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
         try:
             return await self._edge.status(request)
-        except (ProtocolError, StoreError) as error:
+        except (ProtocolError, NetworkError, StoreError) as error:
             await _abort(context, error)
             raise
 

@@ -258,6 +258,7 @@ class RoundMachine:
                 if self._phase is Phase.DONE:
                     commands.append(Finish())
                 elif self._is_returning(device):
+                    self._waiting.pop(device, None)
                     commands.append(Assign((device,)))
                 else:
                     self._waiting[device] = None
@@ -377,11 +378,8 @@ class RoundMachine:
     def _ready(self) -> list[str]:
         """Waiting devices that may be taken in this version, oldest arrival first."""
         exact = set(self.policy.selection.ids)
-        return [
-            device
-            for device in self._waiting
-            if (not exact or device in exact) and self._nonce(device) not in self._counted
-        ]
+        able = [device for device in self._waiting if not exact or device in exact]
+        return [d for d in able if self._nonce(d) not in self._counted and self._nonce(d) not in self._outstanding]
 
     def _assign(self, ready: list[str], wanted: int) -> list[Command]:
         """Takes `wanted` of those that are ready, at random where there are more."""

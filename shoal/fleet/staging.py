@@ -15,13 +15,13 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-from shoal.errors import ProtocolError, UpdateRefused
+from shoal.errors import ProtocolError, StoreError, UpdateRefused
 from shoal.fixed import CHUNK, FixedPoint, refuse_bad_values
 from shoal.tensors import Entry, Index, TensorSpec, total_bytes
 
@@ -44,7 +44,7 @@ class _Part:
     start: int
     """Where the tensor begins in the update."""
     received: int = 0
-    hasher: "hashlib._Hash | None" = None
+    hasher: "hashlib._Hash" = field(default_factory=hashlib.sha256)
     carry: bytes = b""
     """Bytes of an element that a slice broke off."""
 
@@ -56,11 +56,12 @@ class StagedUpdate:
         self._parts: dict[str, _Part] = {}
         start = 0
         for spec in specs:
-            self._parts[spec.name] = _Part(spec, start, hasher=hashlib.sha256())
+            self._parts[spec.name] = _Part(spec, start)
             start += -(-spec.size_bytes // _BLOCK) * _BLOCK
         self._fixed = fixed
-        self._store = _Memory(start) if total_bytes(specs) <= limits.memory_bytes else _Spool(start)
-        self._refusal: UpdateRefused | None = None
+        self._store = _Memory(start) if total_bytes(specs) <= limits.memory_bytes else _spool(start)
+        self.refusal: UpdateRefused | None = None
+        """Why its values may not be counted, as soon as that is seen."""
 
     @property
     def received(self) -> dict[str, int]:
@@ -73,28 +74,33 @@ class StagedUpdate:
         return [name for name, part in self._parts.items() if part.received < part.spec.size_bytes]
 
     def write(self, name: str, offset: int, data: bytes) -> None:
-        """Takes one slice.
+        """Takes one slice; of one that begins before what is here, only what is new.
 
         Raises:
-            ProtocolError: an unknown tensor, a slice out of order, or more bytes than the tensor has.
+            ProtocolError: an unknown tensor, a slice that leaves a gap, or more bytes than the tensor has.
+            StoreError: the disk is full; what came before is still there.
         """
         part = self._parts.get(name)
         if part is None:
             raise ProtocolError(f"Expected a tensor of the update, got {name[:80]!r}.")
-        if offset != part.received:
+        if offset > part.received:
             raise ProtocolError(f"Expected {name} to go on at byte {part.received}, got a slice at {offset}.")
         if offset + len(data) > part.spec.size_bytes:
             raise ProtocolError(
-                f"Expected {part.spec.size_bytes} bytes of {name}, got a slice up to {offset + len(data)}."
+                f"Expected {part.spec.size_bytes} bytes of {name} {part.spec.dtype}{list(part.spec.shape)}, "
+                f"got a slice up to {offset + len(data)}."
             )
-        assert part.hasher is not None
-        part.hasher.update(data)
-        self._store.write(part.start + offset, data)
-        part.received += len(data)
-        self._look_at(part, data)
+        new = data[part.received - offset :]
+        try:
+            self._store.write(part.start + part.received, new)
+        except OSError as error:
+            raise StoreError(f"An update cannot be spooled: {error}") from error
+        part.hasher.update(new)
+        part.received += len(new)
+        self._look_at(part, new)
 
     def _look_at(self, part: _Part, data: bytes) -> None:
-        if self._refusal is not None:
+        if self.refusal is not None:
             return
         whole = part.carry + data if part.carry else data
         size = part.spec.numpy_dtype.itemsize
@@ -104,17 +110,17 @@ class StagedUpdate:
             values = np.frombuffer(whole, part.spec.numpy_dtype, count=end // size)
             refuse_bad_values(values, self._fixed[part.spec.name], name=part.spec.name)
         except UpdateRefused as refusal:
-            self._refusal = refusal
+            self.refusal = refusal
 
     def check(self, root: str) -> None:
         """Raises UpdateRefused unless the update is whole, within bounds, and has that root."""
         if self.missing:
             raise UpdateRefused(f"Not whole: {', '.join(self.missing[:3])}.", reason="incomplete")
-        entries = [Entry(p.spec, p.hasher.hexdigest()) for p in self._parts.values() if p.hasher is not None]
+        entries = [Entry(p.spec, p.hasher.hexdigest()) for p in self._parts.values()]
         if (actual := Index(tuple(entries)).root) != root:
             raise UpdateRefused(f"Expected root {root[:12]}…, the tensors have {actual[:12]}….", reason="wrong hash")
-        if self._refusal is not None:
-            raise self._refusal
+        if self.refusal is not None:
+            raise self.refusal
 
     def pieces(self) -> Iterator[tuple[str, int, np.ndarray]]:
         """(tensor, first element, values (n,)) in pieces of `fixed.CHUNK` elements."""
@@ -144,21 +150,34 @@ class _Memory:
         self._data = bytearray()
 
 
+def _spool(size: int) -> "_Spool":
+    try:
+        return _Spool(size)
+    except OSError as error:
+        raise StoreError(f"An update cannot be spooled: {error}") from error
+
+
 class _Spool:
     """An unlinked file under a key that only this object has."""
 
     def __init__(self, size: int) -> None:
         self._key = os.urandom(32)
-        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="shoal-")  # noqa: SIM115 (closed by close)
+        # Unbuffered: a write that fails says so at once.
+        self._file: IO[bytes] = tempfile.TemporaryFile(prefix="shoal-", buffering=0)  # noqa: SIM115 (closed by close)
         os.truncate(self._file.fileno(), size)
 
     def write(self, offset: int, data: bytes) -> None:
         self._file.seek(offset)
-        self._file.write(self._crypt(offset, data))
+        encrypted = memoryview(self._crypt(offset, data))
+        while encrypted:
+            encrypted = encrypted[self._file.write(encrypted) :]
 
     def read(self, offset: int, size: int) -> bytes:
         self._file.seek(offset)
-        return self._crypt(offset, self._file.read(size))
+        data = self._file.read(size)
+        if len(data) != size:
+            raise StoreError(f"Expected {size} bytes of a spooled update at {offset}, got {len(data)}.")
+        return self._crypt(offset, data)
 
     def _crypt(self, offset: int, data: bytes) -> bytes:
         # CTR mode is its own inverse. Every byte of the file is written once, so no piece of the key stream is used twice.
