@@ -1,0 +1,110 @@
+"""`shoal device`: plays the users of a population as devices of a fleet, in one process."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli import options
+from shoal.cli.screen import Screen, Stopwatch
+
+EPILOG = options.examples(
+    "shoal device --server 127.0.0.1:8500 --data users/",
+    "shoal device --server 127.0.0.1:8500 --data name:digits --users 100 --first 25 --count 25",
+    "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
+)
+
+
+def device(
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT of the host.")],
+    data: options.Data = "",
+    split: options.Split = "iid",
+    users: options.Users = 20,
+    first: Annotated[int, typer.Option("--first", min=0, help="The first user to play, from 0.")] = 0,
+    count: Annotated[int, typer.Option("--count", min=0, help="How many users to play; 0: all from the first on.")] = 0,
+    id: Annotated[
+        str, typer.Option("--id", help="Name of the device; with several users, what their names begin with.")
+    ] = "",
+    ca: Annotated[
+        Path | None, typer.Option("--ca", help="PEM file of the authority that signed the host's certificate.")
+    ] = None,
+    server_name: Annotated[
+        str, typer.Option("--server-name", help="Name in the host's certificate, if it is another.")
+    ] = "",
+    key: Annotated[
+        str,
+        typer.Option("--key", help="Key whose plans are run, 64 hexadecimal digits; else that of the first plan seen."),
+    ] = "",
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Folder for what devices keep between rounds; else in memory.")
+    ] = None,
+    memory: Annotated[str, typer.Option("--memory", help="Most memory that a plan may take.")] = "8GiB",
+    threads: Annotated[
+        int, typer.Option("--threads", min=0, help="Threads to compute with; 0: one for each core.")
+    ] = 0,
+    patience: Annotated[
+        float, typer.Option("--patience", min=0.0, help="Seconds without any answer from the host before giving up.")
+    ] = 300.0,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
+    ] = False,
+    with_parent: Annotated[
+        bool, typer.Option("--with-parent", help="End when the process that started this one ends.")
+    ] = False,
+    json: options.AsJson = False,
+) -> None:
+    """Take part in training as a device.
+
+    Checks in, trains on your data when asked, and reports the update; the data are never sent. Ends when the run is over. Programs come signed, and run in a child process under limits.
+    """  # fmt: skip
+    from shoal.cli.ending import end_with_parent
+
+    parent = end_with_parent() if with_parent else 0
+    screen, watch = Screen(json=json), Stopwatch()
+    _check_server(server)
+    if not data:
+        raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
+    trusted = _key(key)
+    limit = options_memory(memory)
+    authority = None if ca is None else ca.read_bytes()
+    if server_name and authority is None:
+        raise ValueError("--server-name is for a host with TLS: give its authority with --ca FILE too.")
+    if id and len(id.encode()) > 100:
+        raise ValueError("Expected an --id of at most 100 bytes.")
+
+    from shoal.cli import data_argument, device_process
+
+    population = data_argument.open_data(data, split=split, users=users)
+    chosen = device_process.choose(population, first=first, count=count)
+    watch.lap("data")
+    settings = device_process.Settings(
+        server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
+        state=state, memory_bytes=limit, threads=threads or None, patience_s=patience, in_process=in_process,
+    )  # fmt: skip
+    device_process.run(settings, population, screen=screen, watch=watch, parent=parent)
+
+
+def options_memory(text: str) -> int:
+    """The bytes of --memory."""
+    from shoal.cli.words import parse_size
+
+    made = parse_size(text)
+    if made < 1 << 20:
+        raise ValueError(f"Expected --memory of at least 1MiB, got {text!r}.")
+    return made
+
+
+def _check_server(server: str) -> None:
+    host, _, port = server.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"Expected --server HOST:PORT, got {server!r}.")
+
+
+def _key(text: str) -> bytes | None:
+    try:
+        made = bytes.fromhex(text)
+    except ValueError:
+        made = b"?"
+    if made and len(made) != 32:
+        raise ValueError(f"Expected --key of 64 hexadecimal digits, as `shoal host` prints it, got {text!r}.")
+    return made or None

@@ -1,0 +1,251 @@
+"""What a device process does: one connection, one runner, and an actor for each user that it plays."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from shoal.cli import words
+from shoal.cli.ending import run_until_told
+from shoal.cli.failures import Stopped
+from shoal.cli.screen import Screen, Stopwatch
+from shoal.data.store import Population
+from shoal.errors import DataError, NetworkError, ShoalError
+from shoal.fleet.device import Device
+from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.grpc_link import GrpcLink
+from shoal.plan.child import ChildRunner, probe
+from shoal.plan.manifest import Runtime
+from shoal.plan.plan import Plan
+from shoal.plan.runner import Limits, Runner
+
+log = logging.getLogger("shoal.device")
+
+STATUS_S: Final = 0.5
+LINE_S: Final = 10.0
+"""Between two lines of status where nobody looks on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a process takes part."""
+
+    server: str
+    users: tuple[str, ...]
+    id: str
+    authority: bytes | None
+    server_name: str | None
+    trusted_key: bytes | None
+    state: Path | None
+    memory_bytes: int
+    threads: int | None
+    patience_s: float
+    in_process: bool
+
+    def device_id(self, user: str) -> str:
+        """The name under which a user checks in."""
+        if not self.id:
+            return user
+        return self.id if len(self.users) == 1 else f"{self.id}/{user}"
+
+
+def choose(population: Population, *, first: int, count: int) -> tuple[str, ...]:
+    """The users to play: those with examples, `count` of them (0: all) from number `first` on.
+
+    Raises:
+        DataError: there are not so many.
+    """
+    ids = population.ids[first : first + count] if count else population.ids[first:]
+    if not ids or (count and len(ids) < count):
+        wanted = f"users {first} to {first + count - 1}" if count else f"users from {first} on"
+        raise DataError(f"Expected {wanted} (from 0), the population has {len(population)}.")
+    sizes = population.sizes()
+    chosen = tuple(user for user in ids if sizes[user])
+    if not chosen:
+        raise DataError("None of the users chosen has an example.")
+    return chosen
+
+
+def run(settings: Settings, population: Population, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
+    """Plays the users until the run is over.
+
+    Raises:
+        PlanError: the plan was refused, or cannot be run here.
+        DataError: no user's examples fit the task.
+        NetworkError: the host did not answer for as long as patience lasts.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    told = sum(population.sizes()[user] for user in settings.users)
+    screen.say(f"{words.count(len(settings.users), 'device')}, {words.count(told, 'example')}; host {settings.server}")
+    host = DeviceHost(
+        make_runner=partial(_make_runner, settings), runtime=_runtime(settings), trusted_key=settings.trusted_key,
+        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state,
+    )  # fmt: skip
+    watch.lap("start")
+    crew = _Crew(settings, screen)
+    try:
+        run_until_told(_play(settings, population, host, crew), parent=parent)
+    except Stopped as stopped:
+        raise Stopped(
+            f"stopped; {crew.totals()}. Work that was not counted is done anew: start the same command again to go on.",
+            code=stopped.code,
+        ) from None
+    finally:
+        host.close()
+    watch.lap("run")
+    _tell(settings, crew, host, screen, watch)
+
+
+def _make_runner(settings: Settings, plan: Plan) -> Runner:
+    if settings.in_process:
+        from shoal.plan.jax_runner import JaxRunner
+
+        return JaxRunner(plan)
+    return ChildRunner(plan, Limits(memory_bytes=settings.memory_bytes), settings.threads)
+
+
+def _runtime(settings: Settings) -> Runtime:
+    if settings.in_process:
+        from shoal.plan.stablehlo import this_runtime
+
+        return this_runtime()
+    return probe(threads=settings.threads)
+
+
+async def _play(settings: Settings, population: Population, host: DeviceHost, crew: "_Crew") -> None:
+    link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name)
+    devices = [
+        Device(
+            settings.device_id(user), partial(population.__getitem__, user), link=link, host=host,
+            rng=np.random.default_rng(), on_progress=crew.heard,
+        )
+        for user in settings.users
+    ]  # fmt: skip
+    crew.devices = devices
+    status = asyncio.create_task(crew.watch(lambda: host.down_bytes))
+    playing = [asyncio.create_task(device.run()) for device in devices]
+    try:
+        await _until_over(playing, status)
+    except asyncio.CancelledError:
+        host.close()  # ends a program that is running, so that its devices can end
+        raise
+    finally:
+        for task in (status, *playing):
+            task.cancel()
+        await asyncio.gather(status, *playing, return_exceptions=True)
+        await link.close()
+
+
+async def _until_over(playing: "list[asyncio.Task[None]]", status: "asyncio.Task[None]") -> None:
+    """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all."""
+    waiting: set[asyncio.Task[None]] = set(playing)
+    failed: list[ShoalError] = []
+    while waiting:
+        done, _ = await asyncio.wait({*waiting, status}, return_when=asyncio.FIRST_COMPLETED)
+        if status in done:
+            status.result()
+        for task in done & waiting:
+            waiting.discard(task)
+            error = task.exception()
+            if isinstance(error, DataError):
+                log.warning("a user is left out: %s", error)
+                failed.append(error)
+            elif error is not None:
+                raise error
+    if len(failed) == len(playing):
+        raise failed[0]
+
+
+class _Crew:
+    """What the devices of this process are doing, and how long they did what."""
+
+    def __init__(self, settings: Settings, screen: Screen) -> None:
+        self._settings, self._screen = settings, screen
+        self.devices: list[Device] = []
+        self.seconds: dict[str, float] = {}
+        self._stages: dict[str, tuple[str, float]] = {}
+        self._answered_s = time.monotonic()
+
+    def heard(self, device: Device) -> None:
+        """A device is at another stage."""
+        now_s = time.monotonic()
+        stage, since_s = self._stages.get(device.device_id, ("", now_s))
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now_s - since_s
+        self._stages[device.device_id] = (device.progress.stage, now_s)
+        # "waiting" is said when a check-in is sent, which needs no answer yet; every other stage needs one.
+        if device.progress.stage not in ("reconnecting", "waiting", "connecting"):
+            self._answered_s = now_s
+
+    async def watch(self, down_bytes: Callable[[], int]) -> None:
+        """Shows the status until it is cancelled. Raises NetworkError when patience is at its end."""
+        line_s, told = time.monotonic(), ""
+        while True:
+            await asyncio.sleep(STATUS_S)
+            now_s = time.monotonic()
+            if self._is_alone():
+                self._give_up(now_s)
+            else:
+                self._answered_s = now_s
+            text = f"{self._text()}  down {words.size(down_bytes())}"
+            self._screen.live(text)
+            if now_s - line_s >= LINE_S and text != told and not _is_watched():
+                line_s, told = now_s, text
+                self._screen.say(text)
+
+    def _is_alone(self) -> bool:
+        stages = [device.progress.stage for device in self.devices]
+        return bool(stages) and all(s in ("reconnecting", "connecting", "finished") for s in stages)
+
+    def _give_up(self, now_s: float) -> None:
+        if now_s - self._answered_s > self._settings.patience_s:
+            last = next((d.progress.last_error for d in self.devices if d.progress.last_error), "no answer")
+            raise NetworkError(
+                f"No answer from {self._settings.server} for {words.duration(self._settings.patience_s)} ({last}). Is the host "
+                "running, and are --server and --ca right? The run may also be over."
+            )
+
+    def _text(self) -> str:
+        stages = Counter(device.progress.stage for device in self.devices)
+        doing = ", ".join(f"{number} {stage}" for stage, number in sorted(stages.items()))
+        return f"{doing}  {self.totals()}"
+
+    def totals(self) -> str:
+        """Counts over the devices, in words."""
+        p = [device.progress for device in self.devices]
+        counts = {
+            "counted": sum(x.counted for x in p), "refused": sum(x.refused for x in p),
+            "released": sum(x.released for x in p), "failures": sum(x.failures for x in p),
+        }  # fmt: skip
+        return ", ".join(f"{number} {name}" for name, number in counts.items() if number or name == "counted")
+
+
+def _is_watched() -> bool:
+    import sys
+
+    return sys.stderr.isatty()
+
+
+def _tell(settings: Settings, crew: _Crew, host: DeviceHost, screen: Screen, watch: Stopwatch) -> None:
+    progress = [device.progress for device in crew.devices]
+    told = {stage: s for stage, s in crew.seconds.items() if stage}
+    up = sum(p.up_bytes for p in progress)
+    screen.line(f"the run is over; {words.count(len(progress), 'device')}, updates {crew.totals()}")
+    screen.line(f"where the time went: {words.phases(watch.seconds, total=watch.total)}")
+    screen.line(f"and of the devices, added up: {words.phases(told)}")
+    screen.line(f"came down {words.size(host.down_bytes)}, went up {words.size(up)}")
+    if settings.state is not None:
+        screen.line(f"kept between rounds: {settings.state}")
+    document: dict[str, Any] = {
+        "devices": len(progress), "counted": sum(p.counted for p in progress), "refused": sum(p.refused for p in progress),
+        "released": sum(p.released for p in progress), "failures": sum(p.failures for p in progress),
+        "bytes_down": host.down_bytes, "bytes_up": up, "seconds": dict(watch.seconds), "stage_seconds": told,
+        "total_seconds": watch.total, "state": None if settings.state is None else str(settings.state),
+    }  # fmt: skip
+    screen.document(document)

@@ -1,0 +1,252 @@
+"""What a host process does: begins a run or takes one up, serves it, evaluates its versions, tells how it went."""
+
+import asyncio
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from shoal.aggregate.commit import CallProgram
+from shoal.cli import data_argument, run_folder, words
+from shoal.cli.build_plan import build_in_child
+from shoal.cli.ending import run_until_told
+from shoal.cli.evaluation import Evaluation
+from shoal.cli.failures import Stopped, command_line
+from shoal.cli.run_summary import RunSummary, summarize
+from shoal.cli.screen import Screen, Stopwatch
+from shoal.data.store import Examples
+from shoal.errors import StoreError
+from shoal.fleet.coordinator import Commit
+from shoal.fleet.grpc_server import GrpcServer, Tls
+from shoal.fleet.host import Host, begin_run
+from shoal.fleet.keys import HostKeys
+from shoal.plan.child import ChildRunner
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import load_plan
+from shoal.record.resume import take_up
+from shoal.record.sqlite import open_store
+from shoal.record.store import Store
+
+LINGER_S: Final = 10.0
+"""Longest wait, after the last version, for devices to hear that the run is over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How one run is served."""
+
+    folder: Path
+    run_id: str
+    rounds: int | None
+    """Last version; None: as the run says."""
+    address: str
+    port: int
+    held_out: str
+    ready_file: Path | None
+    make_tls: bool
+    tls_cert: Path | None
+    tls_key: Path | None
+    resumed: bool
+
+    def go_on_with(self) -> str:
+        """The command that takes the run up again."""
+        tls = ["--tls"] if self.make_tls else []
+        own = ["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []
+        held_out = ["--held-out", self.held_out] if self.held_out else []
+        where = ["--address", self.address] if self.address != "127.0.0.1" else []
+        return command_line(
+            ["shoal", "host", "--resume", "--run", self.folder, "--port", self.port, *where, *tls, *own, *held_out]
+        )
+
+
+def begin(
+    task: str, *, rounds: int, seed: int, policy: Mapping[str, Any], run: Path | None, screen: Screen
+) -> tuple[Path, str]:
+    """Builds the plan of TASK and begins a run of it; returns the run's folder and id."""
+    if run is not None:
+        run_folder.new_folder(run, "")  # refused before the work, not after
+    screen.say(f"building the plan of {task}")
+    plan, model = build_in_child(task, seed=seed, policy=policy)
+    folder = run_folder.new_folder(run, plan.manifest.task)
+    signed = plan.sign(HostKeys.load_or_make(folder).signing)
+    store = open_store(folder)
+    try:
+        return folder, begin_run(store, signed, model, kind="host", rounds=rounds, seed=seed)
+    finally:
+        store.close()
+
+
+def run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
+    """Serves the run to its end.
+
+    Raises:
+        Stopped: by Ctrl-C, SIGTERM, or the end of the parent.
+        NetworkError: the port is taken.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    held_out = data_argument.open_held_out(settings.held_out)
+    store = open_store(settings.folder)
+    try:
+        keys, before = HostKeys.load_or_make(settings.folder), summarize(store, settings.run_id)
+        run_until_told(_serve(settings, store, keys, held_out, screen), parent=parent)
+        watch.lap("rounds")
+        _tell(settings, summarize(store, settings.run_id), before, screen, watch)
+    except Stopped as stopped:
+        store.set_status(settings.run_id, "stopped", time_s=None)
+        version = store.last_version(settings.run_id)
+        raise Stopped(f"stopped at version {version}. Go on with: {settings.go_on_with()}", code=stopped.code) from None
+    finally:
+        store.close()
+
+
+async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
+    if settings.resumed:
+        await asyncio.to_thread(take_up, store, settings.run_id, time_s=_now_s())
+    plan = load_plan(store, settings.run_id).plan
+    server_programs = _ServerPrograms(plan)
+    evaluation = _evaluation(settings, store, plan, held_out, screen)
+    rounds = _Rounds(screen, evaluation)
+    host = Host(
+        store, settings.run_id, keys, rounds=settings.rounds, call_program=server_programs.call(), on_commit=rounds
+    )
+    rounds.last_version = host.last_version
+    tls, ca = _tls(settings)
+    server = host.server(address=_joined(settings.address, settings.port), tls=tls)
+    evaluating = asyncio.create_task(evaluation.run()) if evaluation is not None else None
+    try:
+        await server.start()
+        _announce(settings, server.port, ca, keys, screen)
+        await host.run()
+        await _linger(server, host)
+        if evaluation is not None:
+            await _end(evaluating)
+            await evaluation.catch_up()
+    except asyncio.CancelledError:
+        raise
+    except BaseException:
+        store.set_status(settings.run_id, "failed", time_s=_now_s())
+        raise
+    finally:
+        if evaluation is not None:
+            evaluation.close()  # ends a call that is under way, too
+            await _end(evaluating)
+        server_programs.close()
+        await server.close(grace_s=0.5)
+
+
+def _now_s() -> float:
+    import time
+
+    return time.time()
+
+
+async def _end(task: "asyncio.Task[None] | None") -> None:
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _linger(server: GrpcServer, host: Host) -> None:
+    """Until every device has heard that the run is over, and left."""
+    waited_s = 0.0
+    while host.edge.statistics().sessions_now and waited_s < LINGER_S:
+        await asyncio.sleep(0.05)
+        waited_s += 0.05
+
+
+def _evaluation(
+    settings: Settings, store: Store, plan: Plan, held_out: Examples | None, screen: Screen
+) -> Evaluation | None:
+    if held_out is None:
+        return None
+    if not plan.manifest.variants("evaluate"):
+        raise ValueError(f"Task {plan.manifest.task!r} has no `evaluate`, so --held-out has no use: leave it out.")
+    evaluation = Evaluation(
+        store, settings.run_id, plan, held_out,
+        on_metrics=lambda version, metrics: screen.say(f"version {version} evaluated: {words.values(metrics)}"),
+    )  # fmt: skip
+    head = store.last_commit(settings.run_id)
+    known = {row.version for row in store.metrics(settings.run_id) if row.scope == "server"}
+    if head is not None and head.version not in known:
+        evaluation.committed(head)
+    return evaluation
+
+
+class _ServerPrograms:
+    """Runs the plan's server programs in a child process, which is started when the first is called."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._runner = ChildRunner(plan) if plan.manifest.variants("server_step") else None
+
+    def call(self) -> CallProgram | None:
+        return None if self._runner is None else self._runner.call
+
+    def close(self) -> None:
+        if self._runner is not None:
+            self._runner.close()
+
+
+class _Rounds:
+    """A line for each version."""
+
+    def __init__(self, screen: Screen, evaluation: Evaluation | None) -> None:
+        self._screen, self._evaluation, self._watch = screen, evaluation, Stopwatch()
+        self._done = 0
+        self.last_version = 0
+
+    def __call__(self, commit: Commit) -> None:
+        row, self._done = commit.row, self._done + 1
+        left_s = (self.last_version - row.version) * self._watch.total / self._done
+        self._screen.say(
+            f"version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
+            f"{words.count(row.weight, 'example')}  {words.values(commit.metrics)}  {words.duration(commit.seconds)}, "
+            f"{words.duration(left_s)} left"
+        )
+        if self._evaluation is not None:
+            self._evaluation.committed(row)
+
+
+def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:
+    from shoal.fleet import tls
+
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        return tls.read_tls(settings.tls_key, settings.tls_cert), None
+    return tls.load_or_make_tls(settings.folder, address=settings.address) if settings.make_tls else (None, None)
+
+
+def _announce(settings: Settings, port: int, ca: Path | None, keys: HostKeys, screen: Screen) -> None:
+    where = _joined(settings.address, port)
+    line = f"listening on {where}"
+    screen.say(line) if screen.json else print(line, flush=True)
+    reached = where if settings.address not in ("0.0.0.0", "::") else f"THIS-MACHINE:{port}"
+    trusted = [*(["--ca", ca] if ca else []), "--key", keys.public.hex()]
+    screen.say(f"devices: {command_line(['shoal', 'device', '--server', reached, '--data', 'PATH', *trusted])}")
+    screen.say(f"run: {settings.folder}")
+    if settings.ready_file is not None:
+        _write_ready(settings.ready_file, where)
+
+
+def _write_ready(path: Path, where: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(where)
+        partial.replace(path)
+    except OSError as error:
+        raise StoreError(f"Cannot write --ready-file {path}: {error.strerror}.") from error
+
+
+def _joined(address: str, port: int) -> str:
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _tell(settings: Settings, summary: RunSummary, before: RunSummary, screen: Screen, watch: Stopwatch) -> None:
+    spent = summary.seconds_since(before)
+    own = {phase: spent.pop(phase) for phase in ("commit", "evaluate") if phase in spent}
+    screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or 'no metrics'}")
+    screen.line(f"where the time went: {words.phases({**watch.seconds, **own}, total=watch.total)}")
+    screen.line(f"and on the devices: {words.phases(spent)}")
+    screen.line(f"sent down {words.size(summary.bytes_down)}, up {words.size(summary.bytes_up)}")
+    screen.line(f"run: {settings.folder}")
+    screen.document(summary.to_json() | {"folder": str(settings.folder), "total_seconds": watch.total})

@@ -1,0 +1,31 @@
+"""Options that several commands have, and examples under a command's help."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", help="Users' examples: a file, a folder, or name:digits | name:mnist-5k | name:fashion-mnist."
+    ),
+]
+Split = Annotated[
+    str,
+    typer.Option("--split", help="For name:…, how it is dealt out to users: iid, dirichlet:ALPHA or shards:NUMBER."),
+]
+Users = Annotated[int, typer.Option("--users", min=1, help="For name:…, how many users it is dealt out to.")]
+HeldOut = Annotated[
+    str, typer.Option("--held-out", help="Examples to evaluate versions on; name:… means its test part.")
+]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; a new one under runs/ if not given.")]
+TaskName = Annotated[
+    str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute (the attribute of an only task may be left out).")
+]  # fmt: skip
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help."""
+    return "\b\nExamples:\n" + "\n".join(f"  {command}" for command in commands)

@@ -1,0 +1,82 @@
+"""`shoal runs`: what runs there are, and what became of one."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shoal.cli import options, words
+from shoal.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from shoal.cli.run_summary import RunSummary
+    from shoal.record.run import FoundRun
+
+app = typer.Typer(
+    help="List runs, or show one of them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    epilog=options.examples("shoal runs list", "shoal runs show runs/digits"),
+)
+
+LIST_EPILOG = options.examples("shoal runs list", "shoal runs list experiments/ --json")
+SHOW_EPILOG = options.examples("shoal runs show runs/digits", "shoal runs show runs/digits --json")
+
+
+@app.command("list", epilog=LIST_EPILOG)
+def list_runs(
+    root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="A run folder, or a folder of them.")] = Path("runs"),
+    json: options.AsJson = False,
+) -> None:
+    """List the runs in a folder and below it, oldest first."""
+    from shoal.record.run import find_runs
+
+    screen = Screen(json=json)
+    found = find_runs(root, on_error=lambda path, error: screen.say(f"left out {path}: {error}"))
+    made = [_row(run) for run in found]
+    if not made:
+        screen.say(f"There are no runs in {root} yet. `shoal simulate` and `shoal host` make them.")
+    else:
+        columns = ("run", "task", "kind", "status", "versions", "last metrics", "when", "folder")
+        screen.table(columns, [tuple(row.values()) for row in made])
+    screen.document([_document(run) for run in found])
+
+
+@app.command("show", epilog=SHOW_EPILOG)
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or a folder of them: then the newest.")],
+    json: options.AsJson = False,
+) -> None:
+    """Show a run: settings, where it was made, rounds, metrics, and where time and bytes went."""
+    from shoal.cli import run_sections
+    from shoal.record.run import open_run
+
+    screen = Screen(json=json)
+    with open_run(run) as opened:
+        run_sections.show(opened, screen)
+
+
+def _row(found: "FoundRun") -> dict[str, str]:
+    summary = _summary(found)
+    shown = {name: value for name, value in list(summary.metrics.items())[:3]}
+    return {
+        "run": found.run.id, "task": found.run.name, "kind": found.run.kind, "status": found.run.status,
+        "versions": "-" if found.last_version is None else str(found.last_version), "metrics": words.values(shown) or "-",
+        "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(found.run.created_s)), "folder": str(found.path),
+    }  # fmt: skip
+
+
+def _document(found: "FoundRun") -> dict[str, object]:
+    return {**_summary(found).to_json(), "folder": str(found.path), "created_s": found.run.created_s}
+
+
+def _summary(found: "FoundRun") -> "RunSummary":
+    from shoal.cli.run_summary import summarize
+    from shoal.record.sqlite import open_store
+
+    store = open_store(found.path, read_only=True)
+    try:
+        return summarize(store, found.run.id)
+    finally:
+        store.close()

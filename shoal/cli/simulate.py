@@ -1,0 +1,173 @@
+"""`shoal simulate`: trains a task on simulated devices in this process."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from shoal.cli import options, words
+from shoal.cli.failures import Stopped, command_line
+from shoal.cli.screen import Screen, Stopwatch
+
+if TYPE_CHECKING:
+    from shoal.cli.run_summary import RunSummary
+    from shoal.data import Examples, Population
+    from shoal.simulate.engine import RoundResult, Simulation
+
+EPILOG = options.examples(
+    "shoal simulate task.py --data name:digits --split dirichlet:0.3 --users 100 --rounds 10",
+    "shoal simulate examples/one_task.py:task --data users/ --held-out test.npz --rounds 20 --goal 4",
+    "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
+)
+
+
+def simulate(
+    task: Annotated[
+        str, typer.Argument(metavar="[TASK]", help="module:attribute or file.py:attribute; not needed with --resume.")
+    ] = "",
+    data: options.Data = "",
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Versions to commit.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
+    goal: Annotated[
+        int | None, typer.Option("--goal", min=1, help="Updates in a round, instead of the task's.")
+    ] = None,
+    held_out: options.HeldOut = "",
+    split: options.Split = "iid",
+    users: options.Users = 20,
+    evaluate_every: Annotated[
+        int, typer.Option("--evaluate-every", min=1, help="Versions between two evaluations.")
+    ] = 1,
+    run: options.RunFolder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run in --run.")] = False,
+    json: options.AsJson = False,
+) -> None:
+    """Train a task on simulated devices.
+
+    Each round draws members of the population, lets them train one after another by the very programs that a fleet
+    runs, and commits the next version. The run is kept in a folder and can be taken up again.
+    """  # fmt: skip
+    from shoal.cli import data_argument, run_folder
+
+    screen, watch = Screen(json=json), Stopwatch()
+    if not data:
+        raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
+    if resume and (goal or seed):
+        raise ValueError("With --resume --goal and --seed are those of the run: leave them out.")
+    if resume and task:
+        screen.say(f"the run has its own copy of the task: {task} is not read")
+    if not resume and not (task and rounds):
+        raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
+    population = data_argument.open_data(data, split=split, users=users)
+    examples = data_argument.open_held_out(held_out, data_text=data)
+    watch.lap("data")
+    screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
+    if resume:
+        found = run_folder.existing_run(run)
+        folder, run_id = found.path, found.run.id
+    else:
+        folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""
+        watch.lap("plan")
+    go_on = command_line(
+        ["shoal", "simulate", "--data", data, *_changed(split, users, held_out), "--run", folder, "--resume"]
+    )
+    _train(folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on)
+
+
+def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None, screen: Screen) -> Path:
+    """Builds the plan and begins the run; returns its folder."""
+    from shoal.cli import run_folder
+    from shoal.cli.task_argument import load_task
+    from shoal.fleet.host import begin_run
+    from shoal.fleet.keys import HostKeys
+    from shoal.plan.build import build
+    from shoal.record.sqlite import open_store
+    from shoal.simulate.engine import with_goal
+
+    task = load_task(text)
+    folder = run_folder.new_folder(run, task.name)
+    if goal:
+        if goal < task.rounds.minimum_group:
+            screen.say(
+                f"the smallest group is lowered from {task.rounds.minimum_group} to {goal}: fit for simulation only"
+            )
+        task = with_goal(task, goal)
+    built = build(task, seed=seed)
+    plan = built.plan.sign(HostKeys.load_or_make(folder).signing)
+    store = open_store(folder)
+    try:
+        begin_run(store, plan, built.model, kind="simulate", rounds=rounds, seed=seed)
+    finally:
+        store.close()
+    return folder
+
+
+def _train(
+    folder: Path, run_id: str, rounds: int, population: "Population", examples: "Examples | None", evaluate_every: int,
+    screen: Screen, watch: Stopwatch, go_on_with: str,
+) -> None:  # fmt: skip
+    from shoal.cli.run_summary import summarize
+    from shoal.record.sqlite import open_store
+    from shoal.simulate.engine import go_on
+
+    store = open_store(folder)
+    try:
+        run_id = run_id or store.runs()[-1].id
+        first = store.last_version(run_id) or 0
+        last = rounds or int(store.run(run_id).config["rounds"])
+        before, progress = summarize(store, run_id), _Progress(first, last, screen)
+        try:
+            made = go_on(
+                store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every, folder=folder,
+                on_round=progress,
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            version = store.last_version(run_id)
+            raise Stopped(f"stopped at version {version} of {last}. Go on with: {go_on_with}") from None
+        watch.lap("rounds")
+        _tell(summarize(store, run_id), before, made, folder, screen, watch)
+    finally:
+        store.close()
+
+
+def _tell(
+    summary: "RunSummary", before: "RunSummary", made: "Simulation", folder: Path, screen: Screen, watch: Stopwatch
+) -> None:
+    # The members' phases lie within the rounds; what the rounds took beside them is the rest.
+    inside = summary.seconds_since(before)
+    others = {phase: s for phase, s in watch.seconds.items() if phase != "rounds"}
+    rest = {"evaluate and rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
+    last = made.history[-1].metrics if made.history else summary.metrics
+    screen.line(f"{summary.task} version {made.version}: {words.values(dict(last)) or 'no metrics'}")
+    screen.line(f"where the time went: {words.phases({**others, **inside, **rest}, total=watch.total)}")
+    screen.line(f"run: {folder}")
+    document: dict[str, Any] = summary.to_json() | {"folder": str(folder), "total_seconds": watch.total}
+    rounds = [{"version": r.version, "seconds": r.seconds, "metrics": dict(r.metrics)} for r in made.history]
+    screen.document({**document, "rounds": rounds})
+
+
+class _Progress:
+    """A line for each round, with the rate and the time left."""
+
+    def __init__(self, first: int, last: int, screen: Screen) -> None:
+        self._first, self._last, self._screen, self._watch = first, last, screen, Stopwatch()
+        self._slow_s = 0.0  # the first round, with what is done once before it
+        if first >= last:
+            screen.say(f"the run has version {first} of {last} already; ask for more with --rounds")
+        elif first:
+            screen.say(f"going on from version {first}")
+
+    def __call__(self, result: "RoundResult") -> None:
+        done = result.version - self._first
+        self._slow_s = self._slow_s or self._watch.total
+        each = (self._watch.total - self._slow_s) / (done - 1) if done > 1 else result.seconds
+        width = len(str(self._last))
+        self._screen.say(
+            f"round {result.version:{width}}/{self._last}  {words.values(dict(result.metrics))}  "
+            f"{words.duration(result.seconds)}  {1 / max(each, 1e-9):.3g} rounds/s  "
+            f"{words.duration((self._last - result.version) * each)} left"
+        )
+
+
+def _changed(split: str, users: int, held_out: str) -> list[str]:
+    given = [*(["--split", split] if split != "iid" else []), *(["--users", str(users)] if users != 20 else [])]
+    return [*given, *(["--held-out", held_out] if held_out else [])]
