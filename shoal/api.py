@@ -104,7 +104,7 @@ class Model:
         """Writes the tensors as a safetensors file."""
         from safetensors.numpy import save_file
 
-        save_file({name: np.ascontiguousarray(value) for name, value in self.tensors.items()}, str(path))
+        save_file({name: np.asarray(value, order="C") for name, value in self.tensors.items()}, str(path))
 
     def _fields(self, fields: Mapping[str, np.ndarray] | np.ndarray) -> Mapping[str, np.ndarray]:
         if not isinstance(fields, np.ndarray):

@@ -169,4 +169,4 @@ def add(total: np.ndarray, values: np.ndarray, fixed: FixedPoint, *, weight: flo
 
 def read(total: np.ndarray, fixed: FixedPoint, *, divisor: float = 1.0) -> np.ndarray:
     """The float64 value of a sum, divided by `divisor` (the total weight, for a mean)."""
-    return total.astype(np.float64) * fixed.unit / divisor
+    return np.asarray(total.astype(np.float64) * fixed.unit / divisor)

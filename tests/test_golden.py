@@ -51,7 +51,9 @@ def small_manifest() -> Manifest:
     delta = TensorSpec(name="delta/params/w", shape=(2, 3), dtype="float32")
     needs = Runtime(kind="stablehlo", version=(1, 0, 0), platforms=("cpu", "cuda"))
     half = ServerHalf(rounds=RoundPolicy(goal=20), rule=ServerRule(), about=About(purpose="a golden file"))
-    program = Program(name="begin", needs=needs, inputs=(weight,), outputs=(weight,), hash=sha256(b"program"), size_bytes=7)
+    program = Program(
+        name="begin", needs=needs, inputs=(weight,), outputs=(weight,), hash=sha256(b"program"), size_bytes=7
+    )
     return Manifest(
         task="golden",
         programs=(program,),
@@ -126,7 +128,10 @@ def test_record_schema() -> None:
     parts = []
     for table in METADATA.sorted_tables:
         parts.append(str(CreateTable(table).compile(dialect=dialect)).strip())
-        parts += [str(CreateIndex(index).compile(dialect=dialect)) for index in sorted(table.indexes, key=lambda i: str(i.name))]
+        parts += [
+            str(CreateIndex(index).compile(dialect=dialect))
+            for index in sorted(table.indexes, key=lambda i: str(i.name))
+        ]
     hold("record.sql", ("\n".join(parts) + "\n").replace(" \n", "\n").encode())
 
 

@@ -1,0 +1,57 @@
+"""Settings as data: they travel as JSON, and wrong ones are refused with name, value and what is allowed."""
+
+import pytest
+
+import shoal
+from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        RoundPolicy(goal=12, selection=Selection.exact([f"d{i}" for i in range(12)]), late=Late(kind="patch", max_staleness=3)),
+        ServerRule(kind="yogi", learning_rate=0.1),
+        Privacy(delta_bound=8),
+        About(purpose="p", data="d"),
+    ],
+)  # fmt: skip
+def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> None:
+    assert type(setting).from_json(setting.to_json()) == setting
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: RoundPolicy(goal=4), "goal >= minimum_group, got goal=4 minimum_group=8"),
+        (lambda: RoundPolicy(goal=0), "goal > 0"),
+        (lambda: RoundPolicy(over_selection=0.5), "1.0 <= over_selection"),
+        (lambda: RoundPolicy(buffer=2), "buffer=0 or buffer >= minimum_group=8"),
+        (lambda: RoundPolicy(goal=9, selection=Selection.exact(["a"])), "goal=1"),
+        (lambda: Selection(kind="exact"), "ids if and only if"),
+        (lambda: Late(factor=0.0), "0 < factor <= 1"),
+        (lambda: ServerRule(kind="sgd", learning_rate=-1.0), "learning_rate > 0"),
+        (lambda: ServerRule(kind="sgd", momentum=1.0), "momentum < 1"),
+        (lambda: Privacy(noise_multiplier=1.0), "no differential privacy yet"),
+        (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
+    ],
+)
+def test_wrong_ones_are_refused(make: object, text: str) -> None:
+    assert callable(make)
+    with pytest.raises((ValueError, TypeError), match=text.replace("(", r"\(")):
+        make()
+
+
+@pytest.mark.parametrize("value", [None, "x", 1.5, True, [], float("inf")])
+def test_a_peer_s_nonsense_is_refused(value: object) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        RoundPolicy.from_json({**RoundPolicy().to_json(), "goal": value})
+
+
+def test_the_numbers_of_the_paper() -> None:
+    """Bonawitz et al. 2019: "select 1.3 K, wait for K"."""
+    policy = RoundPolicy(goal=20)
+    assert (policy.num_selected, policy.minimum) == (26, 16)
+
+
+def test_server_rules_are_data() -> None:
+    assert shoal.server.adam(0.1).kind == "adam" and shoal.server.sgd(momentum=0.9).momentum == 0.9
