@@ -58,7 +58,7 @@ def step(
 
 def _second_moment(rule: ServerRule, v: np.ndarray, square: np.ndarray) -> np.ndarray:
     if rule.kind == "adagrad":
-        return v + square
+        return np.asarray(v + square)
     if rule.kind == "adam":
         return np.asarray(rule.b2 * v + (1.0 - rule.b2) * square)
     assert rule.kind == "yogi", rule.kind
