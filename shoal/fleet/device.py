@@ -151,6 +151,7 @@ class Device:
             return False
         match message.WhichOneof("kind"):
             case "assigned":
+                self._host.down_bytes += sum(len(blob.data) for blob in message.assigned.inline)
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
                 if self._work is None:
@@ -323,6 +324,7 @@ class Device:
         if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) <= MAX_INLINE_BYTES:
             for name, value in update.sums.items():
                 report.slices.append(pb.PushSlice(tensor=name, data=to_bytes(value)))
+                self.progress.up_bytes += value.nbytes
         return report
 
     async def _push(self, work: _Work) -> None:
