@@ -55,9 +55,23 @@ class Settings:
         tls = ["--tls"] if self.make_tls else []
         own = ["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []
         held_out = ["--held-out", self.held_out] if self.held_out else []
+        rounds = ["--rounds", self.rounds] if self.resumed and self.rounds else []
         where = ["--address", self.address] if self.address != "127.0.0.1" else []
         return command_line(
-            ["shoal", "host", "--resume", "--run", self.folder, "--port", self.port, *where, *tls, *own, *held_out]
+            [
+                "shoal",
+                "host",
+                "--resume",
+                "--run",
+                self.folder,
+                "--port",
+                self.port,
+                *where,
+                *tls,
+                *own,
+                *held_out,
+                *rounds,
+            ]
         )
 
 
@@ -193,12 +207,14 @@ class _Rounds:
 
     def __init__(self, screen: Screen, evaluation: Evaluation | None) -> None:
         self._screen, self._evaluation, self._watch = screen, evaluation, Stopwatch()
-        self._done = 0
+        self._done, self._slow_s = 0, 0.0  # the first one waits for devices to come and compile
         self.last_version = 0
 
     def __call__(self, commit: Commit) -> None:
         row, self._done = commit.row, self._done + 1
-        left_s = (self.last_version - row.version) * self._watch.total / self._done
+        self._slow_s = self._slow_s or self._watch.total
+        each_s = (self._watch.total - self._slow_s) / (self._done - 1) if self._done > 1 else commit.seconds
+        left_s = (self.last_version - row.version) * each_s
         self._screen.say(
             f"version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
             f"{words.count(row.weight, 'example')}  {words.values(commit.metrics)}  {words.duration(commit.seconds)}, "
@@ -243,9 +259,9 @@ def _joined(address: str, port: int) -> str:
 
 def _tell(settings: Settings, summary: RunSummary, before: RunSummary, screen: Screen, watch: Stopwatch) -> None:
     spent = summary.seconds_since(before)
-    own = {phase: spent.pop(phase) for phase in ("commit", "evaluate") if phase in spent}
+    beside = {"commit": spent.pop("commit", 0.0), "evaluate, beside the rounds": spent.pop("evaluate", 0.0)}
     screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or 'no metrics'}")
-    screen.line(f"where the time went: {words.phases({**watch.seconds, **own}, total=watch.total)}")
+    screen.line(f"where the time went: {words.phases({**watch.seconds, **beside}, total=watch.total)}")
     screen.line(f"and on the devices: {words.phases(spent)}")
     screen.line(f"sent down {words.size(summary.bytes_down)}, up {words.size(summary.bytes_up)}")
     screen.line(f"run: {settings.folder}")
