@@ -7,21 +7,25 @@ started, heard and ended in `demo_fleet.py`.
 """
 
 import json as json_format
+import signal
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from rich.console import Console
 
 from shoal.cli.demo_fleet import ChildDied, News, Processes
 from shoal.cli.demo_settings import DemoSettings
-from shoal.cli.failures import INTERRUPTED, command_line
+from shoal.cli.failures import FAILED, INTERRUPTED, TERMINATED, command_line
 from shoal.cli.panel import View, Watch
 from shoal.cli.run_folder import RUNS, new_folder
 from shoal.cli.screen import Stopwatch
 from shoal.errors import DataError
+
+if TYPE_CHECKING:
+    from shoal.data import Dataset
 
 DATA: Final = "demo-data"
 HEAR_S: Final = 0.1
@@ -43,21 +47,22 @@ def run(*, rounds: int | None, folder: Path | None, resume: bool, quick: bool, j
         The exit code.
 
     Raises:
-        ShoalError: no data, a process that died, no demo to go on with.
+        ShoalError: no data, no demo to go on with.
         ValueError: the folder holds a run and `resume` is not set.
     """
     began_s, watch = time.time(), Stopwatch()
+    signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=json)
     chosen = _to_resume(folder) if resume else new_folder(folder, "demo")
     demo = _Demo(chosen, console, watch, began_s=began_s)
     try:
         result = demo.run(DemoSettings.of(rounds=rounds, quick=quick), rounds=rounds)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as told:
         console.print(f"\nStopped. Go on with:\n\n    {_resume_line(chosen)}\n", soft_wrap=True, highlight=False)
-        return INTERRUPTED
-    except ChildDied:
-        console.print(f"\nGo on with: {_resume_line(chosen)}", soft_wrap=True, highlight=False)
-        raise
+        return TERMINATED if told.args else INTERRUPTED
+    except ChildDied as error:
+        console.print(f"\n{error}\n\nGo on with: {_resume_line(chosen)}", soft_wrap=True, highlight=False, markup=False)
+        return FAILED
     if json:
         print(json_format.dumps(result), flush=True)
     return 0
@@ -84,7 +89,7 @@ class _Demo:
                 demo_data.write(found, scratch)
                 self.watch.lap("data")
                 with Processes(self.folder / "logs") as processes:
-                    self._rounds(processes, screen, settings, run_id, found.dataset.name)
+                    self._rounds(processes, screen, settings, run_id, found.dataset)
                     self._evaluate(processes, screen)
                 view.stage = "comparing with central training"
                 passes = self._compare(found, settings, screen)
@@ -110,7 +115,7 @@ class _Demo:
         )  # fmt: skip
 
     def _rounds(
-        self, processes: Processes, screen: Watch, settings: DemoSettings, run_id: str | None, data_name: str
+        self, processes: Processes, screen: Watch, settings: DemoSettings, run_id: str | None, dataset: "Dataset"
     ) -> None:
         """Starts everything and watches until the last version is committed."""
         screen.view.stage = "starting"
@@ -120,7 +125,7 @@ class _Demo:
         for name in names:
             processes.start(name, "shoal.cli.demo_device")
         # The plan is made while the processes import what they need.
-        run_id = run_id or begin(self.folder, settings, data_name)
+        run_id = run_id or begin(self.folder, settings, dataset)
         from shoal.plan.stablehlo import this_runtime
 
         scratch = self.folder.resolve() / DATA
@@ -181,6 +186,9 @@ class _Demo:
             used = sum(commit.weight for commit in store.commits(run_id))
             passes = max(1, round(used / len(found.dataset.train)))
             names = found.population.ids
+            last = store.last_version(run_id)
+            if any(row.version == last for row in store.metrics(run_id, "central/accuracy")):
+                return passes  # a demo that was finished before
             with Comparing(
                 plan, read_model(first.model, store.blobs), population=found.population, train=found.dataset.train,
                 test=found.dataset.test, passes=passes, alone=names[:: len(names) // settings.alone][: settings.alone],
@@ -210,21 +218,21 @@ class _Demo:
         return outcome.to_json(self.folder)
 
 
-def begin(folder: Path, settings: DemoSettings, data_name: str) -> str:
+def begin(folder: Path, settings: DemoSettings, dataset: "Dataset") -> str:
     """Makes plan and initial model and writes the run into the record; returns its id."""
-    from shoal.cli.demo_task import task
+    from shoal.cli.demo_task import task_on
     from shoal.fleet.host import begin_run
     from shoal.fleet.keys import HostKeys
     from shoal.plan.build import build
     from shoal.record.sqlite import open_store
 
     keys = HostKeys.load_or_make(folder)
-    built = build(task.replace(rounds=replace(task.rounds, goal=settings.goal)), seed=settings.seed)
+    built = build(task_on(dataset, goal=settings.goal), seed=settings.seed)
     store = open_store(folder)
     try:
         return begin_run(
             store, built.plan.sign(keys.signing), built.model, kind="host", rounds=settings.rounds, seed=settings.seed,
-            config={"demo": settings.to_json(), "data": data_name},
+            config={"demo": settings.to_json(), "data": dataset.name},
         )  # fmt: skip
     finally:
         store.close()
@@ -271,6 +279,11 @@ def _to_resume(folder: Path | None) -> Path:
 
 def _resume_line(folder: Path) -> str:
     return command_line(["shoal", "demo", "--run", folder, "--resume"])
+
+
+def _terminated(number: int, _: object) -> None:
+    """SIGTERM ends the demo as Ctrl-C does, with another code."""
+    raise KeyboardInterrupt(number)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from shoal.cli.demo_settings import DemoSettings
 from shoal.cli.panel import time_table
 from shoal.cli.words import duration, size
 from shoal.report.card import write_card
-from shoal.report.curves import Line, draw_curves
+from shoal.report.curves import Line, Mark, draw_curves
 from shoal.report.facts import Facts
 from shoal.report.pictures import Shown, draw_pictures, terminal_pictures
 
@@ -67,7 +67,11 @@ def write_files(outcome: Outcome, folder: Path, shown: Sequence[Shown]) -> list[
         if (value := facts.last(name)) is not None
     ]
     title = f"{outcome.data_name} on {settings.devices} devices: test accuracy"
-    curves = draw_curves(facts, folder / "curves.png", title=title, label="federated", lines=lines)
+    version, seconds = outcome.reached_version, outcome.seconds_to_goal
+    mark = None
+    if version is not None and seconds is not None:
+        mark = Mark(version, f"{settings.goal_accuracy:.0%} after {duration(seconds)}")
+    curves = draw_curves(facts, folder / "curves.png", title=title, label="federated", lines=lines, mark=mark)
     pictures = draw_pictures(shown, folder / "pictures.png")
     notes = [
         f"The accuracies in the first rows are on all test pictures. While training went on, versions were evaluated on "
@@ -100,16 +104,19 @@ def show(outcome: Outcome, folder: Path, shown: Sequence[Shown], files: Sequence
         console.print(f"{what + ':':10}{path}", soft_wrap=True, highlight=False)
     console.print(f"{'Run:':10}{folder}", soft_wrap=True, highlight=False)
     console.print("\nUse the model:\n", highlight=False)
-    for line in model_lines(folder):
+    for line in model_lines(folder, outcome.data_name):
         console.print(f"    {line}", soft_wrap=True, highlight=False, markup=False)
 
 
-def model_lines(folder: Path) -> tuple[str, str, str]:
+def model_lines(folder: Path, data_name: str) -> tuple[str, str, str]:
     """The lines of Python that load the model and predict."""
+    images = f'shoal.data.load("{data_name}").test.fields["image"][:10]'
+    if data_name == "digits":
+        images = "np.zeros((10, 28, 28, 1), np.uint8)"  # its own are 8x8: the demo enlarges them
     return (
-        "import shoal",
+        "import numpy as np, shoal" if data_name == "digits" else "import shoal",
         f'model = shoal.load("{folder.as_posix()}")',
-        'print(model.predict(shoal.data.load("fashion-mnist").test.fields["image"][:10]).argmax(-1))',
+        f"print(model.predict({images}).argmax(-1))",
     )
 
 

@@ -111,7 +111,7 @@ async def serve(parent: Parent, order: Mapping[str, Any]) -> None:
         evaluator.put(commit.row)
         parent.tell(kind="commit", version=commit.row.version, seconds=commit.seconds, **commit.metrics)
 
-    host = Host(store, run_id, keys, on_commit=committed)
+    host = Host(store, run_id, keys, rounds=settings.rounds, on_commit=committed)
     server = host.server(address="127.0.0.1:0")
     await server.start()
     main, loop = asyncio.current_task(), asyncio.get_running_loop()

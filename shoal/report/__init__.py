@@ -1,14 +1,16 @@
 """What a run is like, for people: its card, its curves, its pictures. All of it is read from the record."""
 
 from shoal.report.card import write_card
-from shoal.report.curves import Line, draw_curves
+from shoal.report.curves import Line, Mark, draw_curves
 from shoal.report.facts import Facts, Point, Usage, read_facts
-from shoal.report.pictures import draw_pictures, terminal_pictures
+from shoal.report.pictures import Shown, draw_pictures, terminal_pictures
 
 __all__ = [
     "Facts",
     "Line",
+    "Mark",
     "Point",
+    "Shown",
     "Usage",
     "draw_curves",
     "draw_pictures",

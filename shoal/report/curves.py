@@ -34,6 +34,14 @@ class Line:
     value: float
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A version of note: ringed in both pictures, named in the right one."""
+
+    version: int
+    label: str
+
+
 def draw_curves(
     facts: Facts,
     path: Path,
@@ -42,6 +50,7 @@ def draw_curves(
     title: str = "",
     label: str = "federated",
     lines: Sequence[Line] = (),
+    mark: Mark | None = None,
     as_percent: bool | None = None,
 ) -> Path:
     """Draws a metric over rounds (left) and over seconds at work (right).
@@ -52,7 +61,8 @@ def draw_curves(
         metric: its name; the server's by plain name, a cohort's as `train/…`.
         title: above the picture; the task's name if empty.
         label: of the curve.
-        lines: levels to compare with, drawn across.
+        lines: levels to compare with, drawn across; at most three.
+        mark: a version of note.
         as_percent: the values are shares; None: if the metric is called an accuracy.
 
     Raises:
@@ -76,8 +86,13 @@ def draw_curves(
         _panel(axes, places, values, what, lines)
     _scale(left, values, lines, percent=percent)
     left.set_ylabel(metric.replace("/", ", "), color=INK)
-    _name_curve(left, panels[0][1], values, label)
+    _write_under(left, panels[0][1], values, label, at=len(values) // 3)
     _name_lines(right, lines, percent=percent)
+    if mark is not None and mark.version in (versions := [point.version for point in points]):
+        at = versions.index(mark.version)
+        for axes, places, _ in panels:
+            axes.plot(places[at], values[at], "o", markersize=9, markerfacecolor="none", color=INK, zorder=4)
+        _write_under(right, panels[1][1], values, mark.label, at=at, colour=INK)
     figure.suptitle(title or f"{facts.run.name}: {metric}", color=INK, fontsize=13, x=0.01, ha="left")
     figure.savefig(path)
     return path
@@ -90,7 +105,7 @@ def _panel(axes: Any, places: Sequence[float], values: Sequence[float], what: st
     axes.plot(places, values, color=BLUE, linewidth=2, marker="o" if few else "", markersize=3.5, zorder=3)
     axes.set_xlim(0, max(places) * 1.02)
     axes.set_xlabel(what, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     axes.grid(axis="y", color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -111,12 +126,16 @@ def _scale(axes: Any, values: Sequence[float], lines: Sequence[Line], *, percent
     axes.set_ylim(low, high)
 
 
-def _name_curve(axes: Any, places: Sequence[float], values: Sequence[float], label: str) -> None:
-    """Under the curve, a third of the way along: there a rising curve leaves room."""
-    at = len(values) // 3
+def _write_under(
+    axes: Any, places: Sequence[float], values: Sequence[float], text: str, *, at: int, colour: str = BLUE
+) -> None:
+    """Writes from a point to the right, below all of the curve that the text passes under."""
+    reach = places[at] + (max(places) or 1.0) * 0.02 * (len(text) + 2)
+    lowest = min(value for place, value in zip(places, values, strict=True) if places[at] <= place <= reach)
     axes.annotate(
-        label, (places[at], values[at]), xytext=(6, -16), textcoords="offset points", color=BLUE, weight="bold"
-    )
+        text, (places[at], lowest), xytext=(4, -9), textcoords="offset points", color=colour, va="top",
+        weight="bold" if colour == BLUE else "normal", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
 
 
 def _name_lines(axes: Any, lines: Sequence[Line], *, percent: bool) -> None:
@@ -127,6 +146,6 @@ def _name_lines(axes: Any, lines: Sequence[Line], *, percent: bool) -> None:
         value = f"{line.value:.1%}" if percent else f"{line.value:.4g}"
         axes.annotate(
             f"{line.label} {value}", (1.0, line.value), xycoords=("axes fraction", "data"),
-            xytext=(0, -4 if crowded else 4), textcoords="offset points", ha="right", va="top" if crowded else "bottom",
+            xytext=(-2, -4 if crowded else 4), textcoords="offset points", ha="right", va="top" if crowded else "bottom",
             color=colour,
         )  # fmt: skip

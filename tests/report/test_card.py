@@ -1,0 +1,57 @@
+"""The card: everything that About and the record say, and nothing that they do not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from shoal.report.card import card_text, write_card
+from shoal.report.facts import Facts
+
+
+def _section(text: str, title: str) -> str:
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_card_says_what_the_task_says(facts: Facts) -> None:
+    text = card_text(facts)
+    assert text.startswith("# line, version 3\n")
+    assert "Fit a line." in _section(text, "Purpose")
+    assert "Good for nothing else." in _section(text, "Limits")
+    assert "The task does not say." in _section(text, "Licence")
+
+
+def test_the_card_says_how_it_was_trained(facts: Facts) -> None:
+    text = _section(card_text(facts), "How it was trained")
+    assert "simulated devices" in text and "3 rounds were committed, with 6 updates" in text
+    assert "batches of 4, one pass" in text and "2 updates of" in text
+
+
+def test_privacy_is_not_made_up(facts: Facts) -> None:
+    text = _section(card_text(facts), "Privacy")
+    assert "No differential privacy and no secure aggregation were used." in text
+    assert "fewer than 2 updates" in text
+    fleet = replace(facts, run=replace(facts.run, kind="host"))
+    assert "The examples stayed on the devices." in card_text(fleet)
+    assert "stayed" not in text
+
+
+def test_results_and_notes_come_first(facts: Facts) -> None:
+    text = _section(card_text(facts, results=[("central", "90 %")], notes=["On all of it."]), "Results")
+    assert text.index("central") < text.index("accuracy (version 3)")
+    assert "On all of it." in text
+
+
+def test_a_run_without_a_plan_has_a_card(facts: Facts) -> None:
+    bare = replace(facts, manifest=None, run=replace(facts.run, kind="train"), metrics={}, commits=(), version=None)
+    text = card_text(bare)
+    assert "Nothing was measured." in text and "No differential privacy" in text
+    assert "The task does not say." in _section(text, "Data")
+
+
+def test_provenance_names_versions(facts: Facts) -> None:
+    text = _section(card_text(facts), "Provenance")
+    assert "jax " in text and "seed: 0" in text and "None" not in text
+
+
+def test_it_is_written_into_a_folder_or_a_file(facts: Facts, tmp_path: Path) -> None:
+    assert write_card(facts, tmp_path) == tmp_path / "CARD.md"
+    assert write_card(facts, tmp_path / "other.md").read_text() == (tmp_path / "CARD.md").read_text()
