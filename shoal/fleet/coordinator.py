@@ -12,9 +12,9 @@ Guarantees:
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -23,17 +23,32 @@ from shoal.clock import Clock
 from shoal.errors import ShoalError, StoreError
 from shoal.fleet import round as r
 from shoal.fleet.configuration import Configuration, configure
-from shoal.fleet.edge import Edge, GroupResult
+from shoal.fleet.edge import Coordinator as HeardByEdge
+from shoal.fleet.edge import GroupResult
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, TokenRow, UsageRow
+from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
 
 RETRY_S: Final = (0.5, 30.0)
 
 T = TypeVar("T")
+
+
+@runtime_checkable
+class Edge(Protocol):
+    """What the Coordinator says to an Edge."""
+
+    def connect(self, coordinator: HeardByEdge) -> None: ...
+    def open_group(self, configuration: Configuration, model: Index) -> None: ...
+    def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool: ...
+    async def close_group(self) -> GroupResult: ...
+    def committed(self, version: int) -> None: ...
+    def failed(self, why: str) -> None: ...
+    def finish(self, why: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,11 +80,14 @@ class Coordinator:
         rng: np.random.Generator,
         population: str = "default",
         on_commit: Callable[[Commit], None] = lambda commit: None,
+        in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
     ) -> None:
+        """`in_thread` runs what blocks; everything else that it waits for is the Edge's and the clock's."""
+        self._in_thread = in_thread
         self._store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
-        self._policy = manifest.server.rounds
+        self._policy, self._last_version = manifest.server.rounds, last_version
         self._machine = r.RoundMachine(
             self._policy,
             last_version=last_version,
@@ -77,7 +95,8 @@ class Coordinator:
             rng=rng,
         )
         self._events: asyncio.Queue[r.Event] = asyncio.Queue()
-        self._wake_s: float | None = None
+        self.wake_s: float | None = None
+        """When it wants to be woken, if nothing happens before."""
         self._configuration: Configuration | None = None
         self._signed_configuration = b""
         self._opened_s = 0.0
@@ -107,7 +126,8 @@ class Coordinator:
         self._events.put_nowait(r.Released(nonce))
 
     async def token_row(self, nonce: bytes) -> TokenRow | None:
-        return await asyncio.to_thread(self._store.token, self._run, nonce)
+        row: TokenRow | None = await self._in_thread(lambda: self._store.token(self._run, nonce))
+        return row
 
     def stop(self) -> None:
         """Opens no round after this one."""
@@ -117,29 +137,43 @@ class Coordinator:
 
     async def run(self) -> None:
         """Runs rounds until the line has its last version. Raises StoreError if the record cannot be read."""
-        head = await asyncio.to_thread(self._store.last_commit, self._run)
+        await self.take_up()
+        while not self.finished.is_set():
+            await self.step(await self._next_event())
+
+    async def take_up(self) -> None:
+        """Goes on from the last commit, as after a crash."""
+        head = await self._in_thread(lambda: self._store.last_commit(self._run))
         if head is None:
             raise StoreError(f"Run {self._run} has no initial model; it was never begun.")
         self._head = head
-        rounds = await asyncio.to_thread(self._store.rounds, self._run)
+        rounds = await self._in_thread(lambda: self._store.rounds(self._run))
         for row in rounds:
             if row.state == "open":
                 await self._abandon(row, "the host stopped")
-        await self._step(r.Started(head.version, rounds[-1].number if rounds else 0))
-        while not self.finished.is_set():
-            await self._step(await self._next_event())
+        await self._in_thread(lambda: self._store.forget_tokens(self._run, before_s=self._clock.wall_s()))
+        await self.step(r.Started(head.version, rounds[-1].number if rounds else 0))
+
+    def pending(self) -> r.Event | None:
+        """The next event that is there already, or that it is time for one."""
+        if not self._events.empty():
+            return self._events.get_nowait()
+        if self.wake_s is not None and self.wake_s <= self._clock.now_s():
+            self.wake_s = None
+            return r.Tick()
+        return None
 
     async def _next_event(self) -> r.Event:
-        if self._wake_s is None:
-            return await self._events.get()
-        try:
-            async with asyncio.timeout(max(0.0, self._wake_s - self._clock.now_s())):
-                return await self._events.get()
-        except TimeoutError:
-            self._wake_s = None
-            return r.Tick()
+        while (event := self.pending()) is None:
+            delay_s = None if self.wake_s is None else self.wake_s - self._clock.now_s()
+            try:
+                async with asyncio.timeout(delay_s):
+                    return await self._events.get()
+            except TimeoutError:
+                pass  # it is time, or nearly
+        return event
 
-    async def _step(self, event: r.Event) -> None:
+    async def step(self, event: r.Event) -> None:
         """Steps the machine, then carries out its commands; what they answer is stepped at once, in order."""
         pending = [event]
         while pending:
@@ -162,10 +196,12 @@ class Coordinator:
                 await self._abandon(self._round_row(round), reason)
                 return r.Abandoned()
             case r.Finish():
-                self._edge.finish("the run has its last version")
+                assert self._head is not None
+                at_end = self._head.version >= self._last_version
+                self._edge.finish("the run has its last version" if at_end else "the host was asked to stop")
                 self.finished.set()
             case r.WakeAt(time_s):
-                self._wake_s = time_s
+                self.wake_s = time_s
         return None
 
     async def _open(self, round: int, base_version: int) -> r.Event:
@@ -224,7 +260,8 @@ class Coordinator:
         delay_s, longest_s = RETRY_S
         while True:
             try:
-                return await asyncio.to_thread(write)
+                made: T = await self._in_thread(write)
+                return made
             except StoreError as error:
                 log.error("the record cannot be written, trying again in %.1f s: %s", delay_s, error)
                 await self._clock.sleep_until(self._clock.now_s() + delay_s)
@@ -291,6 +328,6 @@ class Coordinator:
     async def _abandon(self, row: RoundRow, reason: str) -> None:
         closed = replace(row, state="abandoned", closed_s=self._clock.wall_s(), reason=reason)
         try:
-            await asyncio.to_thread(self._store.close_round, self._run, closed)
+            await self._in_thread(lambda: self._store.close_round(self._run, closed))
         except StoreError as error:  # the journal of a round that gave nothing is not worth the run
             log.error("round %d could not be closed in the record: %s", row.number, error)

@@ -1,0 +1,207 @@
+"""A task without JAX: plans whose programs do nothing, a runner that adds up what it is fed, hosts and devices around.
+
+An update holds, for every tensor of the model, the mean of the member's `x` in each element; its weight is the number of
+examples. So a test knows what a commit must be.
+"""
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shoal.data.store import Examples
+from shoal.fixed import SumSpec
+from shoal.fleet.device import Device
+from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.host import Host, begin_run
+from shoal.fleet.keys import HostKeys
+from shoal.fleet.link import Link, LocalLink
+from shoal.fleet.staging import Limits
+from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
+from shoal.plan.plan import Plan
+from shoal.plan.runner import Update
+from shoal.policy import About, Privacy, RoundPolicy, Selection, ServerRule
+from shoal.record.memory import MemoryStore
+from shoal.record.store import Store
+from shoal.tensors import Tensors, TensorSpec, sha256
+
+RUNTIME = Runtime(kind="toy", version=(1, 0, 0))
+KEYS = HostKeys(bytes(range(64)))
+ONE = {"params/w": (1,)}
+BATCH = 4
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Makes an ordinary test of an asynchronous one."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **named: Any) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **named), timeout=25))
+
+    return run
+
+
+def exact(*ids: str, **changes: Any) -> RoundPolicy:
+    """Rounds of just these devices."""
+    return RoundPolicy(**{"goal": len(ids), "minimum_group": 1, "selection": Selection.exact(ids), **changes})
+
+
+def plan(policy: RoundPolicy, shapes: Mapping[str, tuple[int, ...]] = ONE, *, dtype: str = "float32") -> Plan:
+    model = tuple(TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
+    deltas = tuple(TensorSpec(name=f"delta/{spec.name}", shape=spec.shape, dtype="float32") for spec in model)
+    half = ServerHalf(rounds=policy, rule=ServerRule(), about=About())
+    batch = (TensorSpec(name="x", shape=(), dtype="float32"),)
+    programs = _programs(model, deltas)
+    manifest = Manifest(
+        task="toy",
+        programs=tuple(programs),
+        broadcast=model,
+        device_state=(),
+        sums=tuple(SumSpec(tensor=spec, bound=256.0, weighted=True) for spec in deltas),
+        metrics=(),
+        batch=batch,
+        training=Training(
+            batch_size=BATCH, steps_per_block=1, epochs=1, max_examples=1024, max_weight=1024, whole_batches=False,
+            drop_remainder=False, evaluate_batch_size=BATCH,
+        ),
+        promises=Promises(minimum_group=policy.minimum_group, privacy=Privacy()),
+        server_hash=sha256(half.data),
+        half=half,
+    )  # fmt: skip
+    return Plan(manifest, {program.hash: program.name.encode() for program in programs}).sign(KEYS.signing)
+
+
+def _programs(model: tuple[TensorSpec, ...], deltas: tuple[TensorSpec, ...]) -> list[Program]:
+    def renamed(prefix: str, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+        return tuple(TensorSpec(name=prefix + s.name, shape=s.shape, dtype=s.dtype) for s in specs)
+
+    feed = (
+        TensorSpec(name="batch/x", shape=(1, BATCH), dtype="float32"),
+        TensorSpec(name="mask", shape=(1, BATCH), dtype="bool"),
+        TensorSpec(name="key", shape=(2,), dtype="uint32"),
+    )
+    report = sorted(
+        (*renamed("sum/", deltas), TensorSpec(name="weight", shape=(), dtype="int32")), key=lambda s: s.name
+    )
+    given = renamed("broadcast/", model)
+    signatures: dict[str, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
+        "begin": (given, ()),
+        "block": (feed, ()),
+        "finish": (given, tuple(report)),
+    }
+    return [
+        Program(
+            name=name, needs=RUNTIME, inputs=inputs, outputs=outputs, hash=sha256(name.encode()), size_bytes=len(name)
+        )
+        for name, (inputs, outputs) in signatures.items()
+    ]
+
+
+class ToyRunner:
+    """A `Runner` of such plans."""
+
+    runtime = RUNTIME
+
+    def __init__(self, plan: Plan) -> None:
+        self.manifest = plan.manifest
+        self.models: dict[str, Tensors] = {}
+        self.values: list[float] = []
+
+    def compile(self) -> float:
+        return 0.0
+
+    def set_model(self, root: str, tensors: Tensors) -> None:
+        self.models = {root: tensors}
+
+    def has_model(self, root: str) -> bool:
+        return root in self.models
+
+    def begin(self, root: str, device_state: Tensors) -> None:
+        self.values = []
+
+    def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
+        self.values += batches["x"][mask].tolist()
+
+    def finish(self) -> Update:
+        mean = float(np.mean(self.values))
+        sums = {s.name: np.full(s.shape, mean, s.numpy_dtype) for s in self.manifest.update}
+        return Update(sums, len(self.values), {}, {"compute": 0.0})
+
+    def evaluate(self, root: str, batch: Tensors, mask: np.ndarray) -> Tensors:
+        raise NotImplementedError
+
+    def predict(self, root: str, batch: Tensors, mask: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+    def call(self, program: str, inputs: Tensors) -> Tensors:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.models.clear()
+
+
+def examples(value: float = 1.0, num: int = 3) -> Examples:
+    return Examples({"x": np.full(num, value, np.float32)})
+
+
+def device(
+    name: str, link: Link, *, value: float = 1.0, host: DeviceHost | None = None, runner: Any = ToyRunner
+) -> Device:
+    """A device whose update is `value` in every element, of weight 3."""
+    return Device(
+        name, lambda: examples(value), link=link, host=host or device_host(runner), rng=np.random.default_rng(0)
+    )
+
+
+def device_host(runner: Callable[[Plan], Any] = ToyRunner) -> DeviceHost:
+    return DeviceHost(make_runner=runner, runtime=RUNTIME)
+
+
+@dataclass
+class Fleet:
+    """A host with its run, and what runs around it."""
+
+    store: Store
+    host: Host
+    tasks: list["asyncio.Task[Any]"] = field(default_factory=list)
+
+    @property
+    def link(self) -> LocalLink:
+        return LocalLink(self.host.edge)
+
+    def start(self, *devices: Device) -> None:
+        self.tasks += [asyncio.create_task(device.run()) for device in devices]
+
+    @property
+    def model(self) -> dict[str, np.ndarray]:
+        commit = self.store.last_commit(self.host.run_id)
+        assert commit is not None
+        return {entry.spec.name: self.store.blobs.view(entry.hash, entry.spec) for entry in commit.model}
+
+    @property
+    def members(self) -> list[int]:
+        return [commit.members for commit in self.store.commits(self.host.run_id)]
+
+
+@asynccontextmanager
+async def fleet(
+    made: Plan, *, rounds: int = 1, store: Store | None = None, limits: Limits | None = None
+) -> AsyncIterator[Fleet]:
+    """A running host in this process; `tasks[0]` ends with its last version."""
+    store = store or MemoryStore()
+    model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
+    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0)
+    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0))
+    running = Fleet(store, host)
+    running.tasks.append(asyncio.create_task(host.run()))
+    try:
+        yield running
+    finally:
+        await host.edge.close()
+        for task in running.tasks:
+            task.cancel()
+        await asyncio.gather(*running.tasks, return_exceptions=True)

@@ -1,0 +1,449 @@
+"""A fleet in virtual time, without sockets, threads or an event loop: a server that may die at any point, and devices.
+
+The Coordinator is the real one: its coroutines are stepped by hand, and at each of its waits anything else may happen.
+Round machine, group, accumulator, server rule and store are the real ones too. Only the Edge is a small one (`TinyEdge`,
+which mirrors what `fleet/edge.py` does with the group's commands), and the devices are scripted: the update of device i
+on version v is always the same, and its weight 2**i, so that a commit's weight says who is in it.
+
+One seed is one history. `point` is where the server may die: before and after each command of a machine and each write.
+Then all that it knew is gone, but for the store.
+"""
+
+import heapq
+import random
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shoal.aggregate.accumulator import Accumulator
+from shoal.aggregate.commit import WeightedMean
+from shoal.fleet import group as g
+from shoal.fleet.configuration import Configuration
+from shoal.fleet.coordinator import Coordinator
+from shoal.fleet.costs import Costs
+from shoal.fleet.edge import GroupResult
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import write_initial_model
+from shoal.policy import RoundPolicy
+from shoal.record.memory import MemoryStore
+from shoal.record.store import RunRow
+from shoal.tensors import Index
+from tests.fleet import toy
+
+RUN = "run"
+TOKEN = toy.KEYS.token
+
+
+class Crash(BaseException):
+    """The server is killed."""
+
+
+class Pause:
+    """Awaited where the real server waits: control goes back to the world."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faults:
+    """How much goes wrong."""
+
+    crash: float = 0.0
+    """Chance at each point that the server dies."""
+    crash_at: int = -1
+    """The one point at which it surely dies."""
+    broken: float = 0.0
+    """Chance that a message breaks its stream instead of arriving."""
+    amnesia: float = 0.0
+    """Chance, with each message that it hears, that a device forgets all."""
+    bad: float = 0.0
+    """Chance that the check finds fault with an update."""
+    stop: float = 0.0
+    """Chance, with each step of the Coordinator, that the host is asked to stop; it is started again."""
+    dead: tuple[str, ...] = ()
+    """Devices that never answer an assignment."""
+
+
+@dataclass
+class TinyDevice:
+    """Checks in, trains, reports, keeps its update until it is counted."""
+
+    world: "World"
+    name: str
+    stream: int = 0
+    nonce: bytes = b""
+    version: int = -1
+    trained: bool = False
+    told_counted: list[tuple[bytes, int]] = field(default_factory=list)
+    finished: bool = False
+
+    def connect(self) -> None:
+        world = self.world
+        if world.server is None:
+            return world.later(self.connect, 3.0)
+        world.num_streams += 1
+        self.stream = world.num_streams
+        self.say("status" if self.trained else "check_in")
+
+    def say(self, what: str) -> None:
+        stream, nonce, version = self.stream, self.nonce, self.version
+        self.world.send(self, lambda edge: edge.hear(self.name, stream, what, nonce, version))
+
+    def broke(self, stream: int) -> None:
+        if stream and stream == self.stream and not self.finished:
+            self.stream = 0
+            self.world.later(self.connect, 2.0)
+
+    def hear(self, stream: int, what: str, nonce: bytes, version: int) -> None:
+        if stream != self.stream or self.finished:
+            return
+        if self.world.chance(self.world.faults.amnesia):
+            self.nonce, self.version, self.trained = b"", -1, False
+            return self.broke(stream)
+        if what == "counted":
+            self.told_counted.append((nonce, version))
+        match what:
+            case "assigned" if nonce != self.nonce:
+                self.nonce, self.version, self.trained = nonce, version, False
+                self.world.later(lambda: self.train(nonce), 5.0)
+            case "finished":
+                self.finished = True
+                self.world.later(self.come_back, 10.0)  # the host may have stopped before the last version
+            case "again":
+                self.broke(stream)
+            case "unknown":
+                self.say("report")
+            case "counted" | "refused" | "released" if nonce == self.nonce:
+                self.nonce, self.version, self.trained = b"", -1, False
+                self.say("check_in")
+
+    def come_back(self) -> None:
+        self.finished = False
+        self.connect()
+
+    def train(self, nonce: bytes) -> None:
+        if nonce == self.nonce and self.name not in self.world.faults.dead:
+            self.trained = True
+            if self.stream:
+                self.say("report")
+
+
+class TinyEdge:
+    """What `fleet.edge.Edge` does between the group and the rest, without bytes."""
+
+    def __init__(self, world: "World") -> None:
+        self.world = world
+        self.coordinator: Any = None
+        self.configuration: Configuration | None = None
+        self.group, self.closed = g.ClearGroup(most=0), True
+        self.sums: Accumulator | None = None
+        self.sessions: dict[str, int] = {}
+        self.of_nonce: dict[bytes, tuple[str, int]] = {}  # device and stream
+        self.work: list[Callable[[], None]] = []  # checks and additions under way
+        self.finished = False
+
+    def connect(self, coordinator: Any) -> None:
+        self.coordinator = coordinator
+
+    def open_group(self, configuration: Configuration, model: Index) -> None:
+        self.world.point()
+        old, self.configuration = self.configuration, configuration
+        if old is None or old.base_version != configuration.base_version or self.sums is None:
+            self.group, self.closed = g.ClearGroup(most=configuration.max_members), False
+            self.sums = configuration.accumulator(self.world.plan.manifest)
+            self.of_nonce.clear()
+
+    def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
+        self.world.point()
+        if device not in self.sessions:
+            return False
+        self.of_nonce[assignment.nonce] = (device, self.sessions[device])
+        self.do(g.Joined(assignment.nonce))
+        self.tell(assignment.nonce, "assigned", assignment.base_version)
+        return True
+
+    async def close_group(self) -> GroupResult:
+        self.do(g.Close())
+        while not self.closed:
+            await Pause()
+        assert self.sums is not None
+        return GroupResult(self.sums, tuple((nonce, 1e9) for nonce in self.group.added), Costs())
+
+    def committed(self, version: int) -> None:
+        self.do(g.Committed(version))
+        self.sums = None
+
+    def failed(self, why: str) -> None:
+        raise AssertionError(why)
+
+    def finish(self, why: str) -> None:
+        self.world.point()
+        self.finished = True
+        for device, stream in self.sessions.items():
+            self.world.reply(device, stream, "finished", b"", 0)
+
+    def do(self, event: Any) -> None:
+        for command in self.group.step(event, self.world.now_s()):
+            self.world.point()
+            match command:
+                case g.Check(nonce):
+                    bad = "bad" if self.world.chance(self.world.faults.bad) else ""
+                    self.work.append(lambda n=nonce, bad=bad: self.do(g.Checked(n, bad)))  # type: ignore[misc]
+                case g.Add(nonce):
+                    self.work.append(lambda n=nonce: self.add(n))  # type: ignore[misc]
+                case g.Tell(nonce, outcome, version):
+                    self.tell(nonce, outcome, version)
+                case g.JoinRound(nonce):
+                    self.coordinator.joined(nonce)
+                case g.CountMember(nonce):
+                    self.coordinator.counted(nonce)
+                case g.ReleaseMember(nonce):
+                    self.coordinator.released(nonce)
+                case g.Closed():
+                    self.closed = True
+            self.world.point()
+
+    def add(self, nonce: bytes) -> None:
+        assert self.sums is not None and self.configuration is not None
+        number = int(self.of_nonce[nonce][0])
+        value = np.full(1, (number + 1) * (self.configuration.base_version + 1), np.float32)
+        self.sums.add({"delta/params/w": value}, weight=1 << number)
+        self.do(g.Added(nonce))
+
+    def tell(self, nonce: bytes, what: str, version: int) -> None:
+        device, stream = self.of_nonce[nonce]
+        self.world.reply(device, stream, what, nonce, version)
+
+    def left(self, device: str, stream: int) -> None:
+        if self.sessions.get(device) == stream:
+            del self.sessions[device]
+            self.coordinator.left(device)
+
+    def hear(self, device: str, stream: int, what: str, nonce: bytes, version: int) -> None:
+        if what == "check_in":
+            old, self.sessions[device] = self.sessions.get(device, 0), stream
+            if old and old != stream:
+                self.world.end_stream(device, old)  # a device has one session
+            if self.finished:
+                return self.world.reply(device, stream, "finished", b"", 0)
+            return self.coordinator.arrived(device)  # type: ignore[no-any-return]
+        if self.sums is None and not self.finished:
+            return self.world.reply(device, stream, "again", nonce, 0)
+        row = self.world.store.token(RUN, nonce)
+        if row is not None:
+            return self.world.reply(device, stream, row.state, nonce, row.version or 0)
+        if self.sums is None or self.configuration is None or version != self.configuration.base_version:
+            return self.world.reply(device, stream, "refused", nonce, 0)
+        if what == "status":
+            return self.world.reply(device, stream, "unknown", nonce, 0)
+        self.of_nonce[nonce] = (device, stream)
+        self.do(g.Joined(nonce))
+        if self.group.state(nonce) is not None:
+            self.do(g.Offered(nonce))
+
+
+class Server:
+    """One life of the server."""
+
+    def __init__(self, world: "World") -> None:
+        self.world, self.edge = world, TinyEdge(world)
+        manifest = world.plan.manifest
+        self.coordinator = Coordinator(
+            store=world.store, run=RUN, manifest=manifest, edge=self.edge, aggregator=WeightedMean(manifest.server.rule),
+            token_key=TOKEN, run_seed=bytes(32), last_version=world.rounds, clock=world,
+            rng=np.random.default_rng(world.rng.getrandbits(32)), in_thread=self.in_thread,
+        )  # fmt: skip
+        self.running: Any = self.coordinator.take_up()
+
+    async def in_thread(self, work: Callable[[], Any]) -> Any:
+        self.world.point()
+        await Pause()
+        result = work()
+        self.world.point()
+        await Pause()
+        return result
+
+    def ready(self) -> list[Callable[[], None]]:
+        busy = self.running is not None or not self.coordinator._events.empty()
+        due = self.coordinator.wake_s is not None and self.coordinator.wake_s <= self.world.now_s()
+        return [*([self.advance] if busy or due else []), *([self.work] if self.edge.work else [])]
+
+    def work(self) -> None:
+        self.edge.work.pop(self.world.rng.randrange(len(self.edge.work)))()
+
+    def advance(self) -> None:
+        if self.world.chance(self.world.faults.stop):
+            self.coordinator.stop()
+        if self.running is None:
+            event = self.coordinator.pending()
+            assert event is not None
+            self.running = self.coordinator.step(event)
+        try:
+            self.running.send(None)
+        except StopIteration:
+            self.running = None
+
+
+class World:
+    """See the module's text."""
+
+    def __init__(self, seed: int, plan: Plan, *, rounds: int, num_devices: int, faults: Faults) -> None:
+        self.rng, self.plan, self.rounds, self.faults = random.Random(seed), plan, rounds, faults
+        self.store = MemoryStore()
+        self.store.create_run(
+            RunRow(id=RUN, name="toy", kind="host", plan_hash="", config={}, provenance={}, status="running", created_s=0.0)
+        )  # fmt: skip
+        write_initial_model(self.store, RUN, plan, {"params/w": np.zeros(1, np.float32)}, time_s=0.0)
+        self.devices = {str(i): TinyDevice(self, str(i)) for i in range(num_devices)}
+        self.server: Server | None = Server(self)
+        self.time_s, self.count, self.points, self.num_streams, self.crashes = 0.0, 0, 0, 0, 0
+        self.soon: list[tuple[float, int, Callable[[], None]]] = []
+        self.arrival_s: dict[object, float] = {}
+        for device in self.devices.values():
+            self.later(device.connect, 1.0)
+
+    # The clock.
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def wall_s(self) -> float:
+        return self.time_s
+
+    async def sleep_until(self, deadline_s: float) -> None:
+        while self.time_s < deadline_s:
+            await Pause()
+
+    # Chance.
+
+    def chance(self, rate: float) -> bool:
+        return rate > 0 and self.rng.random() < rate
+
+    def point(self) -> None:
+        self.points += 1
+        if self.points == self.faults.crash_at or self.chance(self.faults.crash):
+            raise Crash
+
+    # What happens when.
+
+    def later(self, work: Callable[[], None], most_s: float) -> None:
+        self._at(self.time_s + self.rng.uniform(0.0, most_s), work)
+
+    def _at(self, time_s: float, work: Callable[[], None]) -> None:
+        self.count += 1
+        heapq.heappush(self.soon, (time_s, self.count, work))
+
+    def _in_order(self, way: object, work: Callable[[], None]) -> None:
+        arrives_s = max(self.time_s + self.rng.uniform(0.0, 0.5), self.arrival_s.get(way, 0.0))
+        self.arrival_s[way] = arrives_s
+        self._at(arrives_s, work)
+
+    def send(self, device: TinyDevice, work: Callable[[TinyEdge], None]) -> None:
+        server, stream = self.server, device.stream
+
+        def deliver() -> None:
+            if self.server is not server or self.server is None or self.chance(self.faults.broken):
+                if self.server is not None:
+                    self.server.edge.left(device.name, stream)
+                return device.broke(stream)
+            work(self.server.edge)
+
+        self._in_order(("up", stream), deliver)
+
+    def reply(self, name: str, stream: int, what: str, nonce: bytes, version: int) -> None:
+        device = self.devices[name]
+        self._in_order(("down", stream), lambda: device.hear(stream, what, nonce, version))
+
+    def end_stream(self, name: str, stream: int) -> None:
+        self._in_order(("down", stream), lambda: self.devices[name].broke(stream))
+
+    def crash(self) -> None:
+        assert self.server is not None
+        self.crashes += 1
+        if self.server.running is not None:
+            self.server.running.close()
+        self.stop_server()
+
+    def stop_server(self) -> None:
+        self.server = None
+        for device in self.devices.values():  # each hears of it when it does; what is on its way may still arrive
+            self.later(lambda d=device, s=device.stream: d.broke(s), 2.0)  # type: ignore[misc]
+        self.later(self.start, 5.0)
+
+    def start(self) -> None:
+        self.server = Server(self)
+
+    def run(self, *, most_steps: int = 20_000) -> int:
+        """Runs the history to the last version; returns the number of steps."""
+        for step in range(most_steps):
+            server = self.server
+            if server is not None and server.running is None and server.coordinator.finished.is_set():
+                if self.store.last_version(RUN) == self.rounds:
+                    return step
+                self.stop_server()  # it was asked to stop; it is started again
+                continue
+            try:
+                self.rng.choice(self._next())()
+            except Crash:
+                self.crash()
+            self.time_s += self.rng.uniform(0.0, 0.05)
+        raise AssertionError(f"the history does not end: {self}")
+
+    def _next(self) -> list[Callable[[], None]]:
+        while True:
+            ready = self.server.ready() if self.server is not None else []
+            due = [self._pop] if self.soon and self.soon[0][0] <= self.time_s else []
+            if ready or due:
+                return [*ready, *due]
+            wake_s = self.server.coordinator.wake_s if self.server is not None else None
+            times = ([self.soon[0][0]] if self.soon else []) + ([] if wake_s is None else [wake_s])
+            assert times, f"nothing will ever happen again: {self}"
+            self.time_s = max(self.time_s, min(times))
+
+    def __repr__(self) -> str:
+        server = self.server.coordinator.snapshot() if self.server is not None else "no server"
+        devices = [(d.name, d.stream, d.version, d.trained, d.finished) for d in self.devices.values()]
+        return f"at {self.time_s:.1f} s: {server}, {devices}"
+
+    def _pop(self) -> None:
+        heapq.heappop(self.soon)[2]()
+
+    # What is to hold.
+
+    def counted(self, version: int) -> set[int]:
+        """Devices whose update on the version before is in it, by the store's tokens."""
+        found = set()
+        for number in range(len(self.devices)):
+            row = self.store.token(RUN, TOKEN.nonce(RUN, version - 1, str(number)))
+            if row is not None and row.state == "counted":
+                assert row.version == version
+                found.add(number)
+        return found
+
+    def check(self, policy: RoundPolicy) -> None:
+        """Asserts what must hold after any history."""
+        commits = list(self.store.commits(RUN))
+        assert [commit.version for commit in commits] == list(range(self.rounds + 1)), "a line without a gap"
+        for commit in commits[1:]:
+            members = self.counted(commit.version)
+            assert commit.weight == sum(1 << number for number in members), "each once, and nobody else"
+            assert policy.minimum <= commit.members == len(members) <= policy.goal + 1
+            if policy.selection.ids:
+                assert members == set(map(int, policy.selection.ids))
+        for device in self.devices.values():
+            for nonce, version in device.told_counted:
+                row = self.store.token(RUN, nonce)
+                assert row is not None and row.state == "counted" and row.version == version, "told is durable"
+        rounds = self.store.rounds(RUN)
+        assert [row.number for row in rounds] == list(range(1, len(rounds) + 1))
+        assert all(row.state != "open" for row in rounds), "each round was closed"
+
+    @property
+    def final(self) -> str:
+        commit = self.store.last_commit(RUN)
+        assert commit is not None
+        return commit.model.root
