@@ -74,13 +74,13 @@ class Evaluator:
         self._store.add_usage(self._run_id, [UsageRow(round=row.round, phase="evaluate", seconds=seconds, count=1)])
         return metrics
 
-    def finish(self) -> None:
+    def finish(self, parent: Parent) -> None:
         """After the last round: the last version on all test pictures, and the first that really reached the goal."""
         last = self._store.last_commit(self._run_id)
         assert last is not None
         done = {row.version: row.value for row in self._store.metrics(self._run_id, ALL)}
         if last.version not in done:
-            self.measure(last, self._watched, "")
+            parent.tell(kind="evaluated", version=last.version, **self.measure(last, self._watched, ""))
             done[last.version] = self.measure(last, self._test, "test/")["accuracy"]
         watched = {row.version: row.value for row in self._store.metrics(self._run_id, WATCHED)}
         for version in sorted(v for v, value in watched.items() if value >= self._settings.goal_accuracy):
@@ -129,7 +129,7 @@ async def serve(parent: Parent, order: Mapping[str, Any]) -> None:
         await host.run()
         parent.tell(kind="rounds-done")
         await asyncio.gather(*map(_cancelled, watching))
-        await asyncio.to_thread(evaluator.finish)
+        await asyncio.to_thread(evaluator.finish, parent)
         parent.tell(kind="done")
     finally:
         evaluator.close()

@@ -14,14 +14,16 @@ from typing import Final, Self, final
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
-from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from shoal.cli.words import duration, size, sparkline
 
-STAGES: Final = ("connecting", "waiting", "fetching", "queued", "training", "reporting", "reported", "other")
+STAGES: Final = (
+    *("connecting", "reconnecting", "waiting", "fetching", "queued", "training", "reporting", "reported"),
+    *("finished", "other"),
+)
 """Of a device, in order. `reported`: its update is at the server, which has not committed yet."""
 LINE_EVERY: Final = 5
 """Rounds between two lines where there is no terminal."""
@@ -83,6 +85,7 @@ class Watch:
         self.view, self._console = view, console
         self._started_s = time.monotonic()
         self._told = (-1, "")
+        self._spinner = Spinner("dots" if self._unicode else "line")
         self._live: Live | None = None
         if console.is_terminal:
             self._live = Live(console=console, refresh_per_second=8, transient=True, get_renderable=self._panel)
@@ -143,11 +146,15 @@ class Watch:
             text.append(f"   {view.counted}/{view.goal} updates")
         if view.phase and view.left_s is not None:
             text.append(f"   about {duration(view.left_s)} left", "dim")
-        return Spinner("dots" if self._unicode else "line", text)
+        self._spinner.update(text=text)
+        return self._spinner
 
     def _bar(self) -> RenderableType:
         share = self.view.version / self.view.rounds if self.view.share is None else self.view.share
-        return ProgressBar(total=1.0, completed=share, width=self._width() - 4)
+        width = self._width() - 4
+        done = round(min(1.0, share) * width)
+        full, empty = ("━", "─") if self._unicode else ("#", ".")
+        return Text.assemble((full * done, "cyan"), (empty * (width - done), "dim"))
 
     def _facts(self) -> RenderableType:
         view = self.view

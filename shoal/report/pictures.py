@@ -103,4 +103,4 @@ def _told(one: Shown) -> Text:
 
 
 def _truth(one: Shown) -> Text:
-    return Text(("" if one.is_right else f"  is {one.truth}")[:CELLS].ljust(CELLS), "dim")
+    return Text(("" if one.is_right else f"is {one.truth}")[:CELLS].ljust(CELLS), "dim")

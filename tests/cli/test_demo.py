@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -65,9 +66,12 @@ def test_the_panel_fits_and_says_it_all(width: int) -> None:
     view.stage = "training"
     with Watch(view, console):
         pass
-    text = out.getvalue()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", out.getvalue())
     for part in ("training", "round 5 of 30", "7/20", "40 waiting", "50.0%", "2.0 MiB"):
         assert part in text, part
+    starts = [line.strip("│ ").split("  ")[0] for line in text.splitlines()]
+    assert {"accuracy", "devices", "moved"} <= set(starts)
+    assert max(map(len, text.splitlines())) <= min(width, 100)
 
 
 def test_without_a_terminal_there_is_a_line_every_few_rounds() -> None:
