@@ -308,11 +308,6 @@ class _Checks:
         sent = {spec.tensor.name for spec in rule.sums}
         if leaked := [name for name in private if any(s == name or s.endswith(f"/{name}") for s in sent)]:
             raise _Fails(f"the update has private leaf {leaked[0]}.", "Leave it out of the local rule's sums.")
-        if unused := [p for p in self.task.leaves if not any(_matches(s.name, p) for s in rule.broadcast)]:
-            raise _Fails(
-                f"leaves has {unused[0]!r}, which no tensor matches.",
-                f"Tensors: {', '.join(s.name for s in rule.broadcast[:12])}.",
-            )
         return f"{', '.join(private)}: never in an update" if private else "the task has none"
 
     def learns(self) -> str:
@@ -452,12 +447,12 @@ def _far(made: Named, expected: Named) -> str:
 
 def _stepped(model: Tensors, sums: Tensors) -> Tensors:
     """The model after one member's update."""
-    return {
-        name: (value + sums[f"delta/{name}"].astype(value.dtype)).astype(value.dtype)
-        if f"delta/{name}" in sums
-        else value
-        for name, value in model.items()
-    }
+
+    def after(name: str, value: np.ndarray) -> np.ndarray:
+        delta = sums.get(f"delta/{name}")
+        return value if delta is None else np.asarray(value + delta.astype(value.dtype), value.dtype)
+
+    return {name: after(name, value) for name, value in model.items()}
 
 
 def _mean(sums: Tensors, name: str) -> float:
@@ -468,9 +463,3 @@ def _mean(sums: Tensors, name: str) -> float:
 def _metric_names(manifest: Manifest) -> list[str]:
     names = (spec.tensor.name for spec in manifest.sums)
     return [n.removeprefix("metric/").removesuffix("/numerator") for n in names if n.endswith("/numerator")]
-
-
-def _matches(name: str, pattern: str) -> bool:
-    import fnmatch
-
-    return fnmatch.fnmatchcase(name, pattern)

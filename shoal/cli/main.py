@@ -20,10 +20,11 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         print(f"shoal {__version__}")
         raise typer.Exit
+    return wanted
 
 
 @app.callback(epilog=options.examples("shoal demo", "shoal new digits", "shoal doctor"))

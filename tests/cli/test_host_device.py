@@ -1,0 +1,268 @@
+"""`shoal host` and `shoal device`: what they refuse, and as real processes over sockets."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal.record.run import open_run
+from shoal.record.sqlite import open_store
+
+from .conftest import LINE, Process, Shoal, write_users
+
+Start = Callable[..., Process]
+
+
+def last(text: str) -> str:
+    assert "Traceback" not in text, text
+    return text.strip().splitlines()[-1]
+
+
+# What is refused, in this process.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("line.py",), "--rounds"),
+        (("a.py", "b.py", "--rounds", 1), "one task a host"),
+        (("line.py", "--rounds", 1, "--address", "0.0.0.0"), "--tls"),
+        (("line.py", "--rounds", 1, "--tls-cert", "c.pem"), "--tls-key"),
+        (("line.py", "--rounds", 1, "--tls", "--tls-cert", "c", "--tls-key", "k"), "not both"),
+        (("--resume", "--port", 0), "--run"),
+        (("--resume", "--run", "nowhere", "--port", 0), "nowhere"),
+        (("--resume", "--run", "x", "--goal", 3, "--seed", 2), "--goal, --seed"),
+        (("line.py", "--rounds", 1, "--address", "no.such.name.invalid", "--insecure"), "--address"),
+    ],
+)
+def test_a_host_refuses_in_one_line(
+    arguments: tuple[object, ...], expected: str, shoal: Shoal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = shoal("host", *arguments)
+    assert made.code == 1 and made.out == "" and expected in last(made.err), made
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.integration
+def test_a_port_in_use_is_said_before_a_run_is_begun(shoal: Shoal, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        made = shoal("host", "line.py", "--rounds", 1, "--port", port, "--run", tmp_path / "run")
+    assert made.code == 1 and f"127.0.0.1:{port}" in last(made.err) and "--port" in made.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), "--data"),
+        (("--data", "nowhere"), "does not exist"),
+        (("--data", "users", "--key", "abc"), "64 hexadecimal"),
+        (("--data", "users", "--memory", "much"), "4GiB"),
+        (("--data", "users", "--memory", "3"), "1MiB"),
+        (("--data", "users", "--ca", "nothing.pem"), "nothing.pem"),
+        (("--data", "users", "--server-name", "x"), "--ca"),
+        (("--data", "users", "--first", 5, "--count", 3), "users 5 to 7"),
+        (("--data", "users", "--first", 6), "users from 6 on"),
+    ],
+)
+def test_a_device_refuses_in_one_line(
+    arguments: tuple[object, ...], expected: str, shoal: Shoal, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    made = shoal("device", "--server", "127.0.0.1:1", *arguments)
+    assert made.code == 1 and made.out == "" and expected in last(made.err), made
+
+
+@pytest.mark.parametrize("server", ["localhost", "localhost:", "localhost:0", ":80", "localhost:x", "localhost:99999"])
+def test_a_device_needs_host_and_port(server: str, shoal: Shoal) -> None:
+    made = shoal("device", "--server", server, "--data", "users")
+    assert made.code == 1 and "HOST:PORT" in last(made.err)
+
+
+# Real processes.
+
+
+def begin_host(start: Start, place: Path, tmp_path: Path, *options: object) -> tuple[Process, str]:
+    ready = tmp_path / "ready"
+    ready.unlink(missing_ok=True)
+    host = start("host", *options, "--run", tmp_path / "run", "--port", 0, "--ready-file", ready)
+    host.until(ready.exists)
+    return host, ready.read_text()
+
+
+def versions(folder: Path) -> int:
+    store = open_store(folder, read_only=True)
+    try:
+        return store.last_version(store.runs()[-1].id) or 0
+    finally:
+        store.close()
+
+
+def modules_of(process: Process) -> str:
+    """The shared libraries that a process has loaded: a Python that imported JAX has jaxlib's."""
+    return "\n".join(entry.path for entry in psutil.Process(process.popen.pid).memory_maps())
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(180)
+def test_two_device_processes_train_digits_to_the_end(start: Start, tmp_path: Path, shoal: Shoal) -> None:
+    assert shoal("new", tmp_path / "digits.py").code == 0
+    host, address = begin_host(
+        start, tmp_path, tmp_path, tmp_path / "digits.py", "--rounds", 6, "--goal", 8, "--over-selection", 1.0,
+        "--held-out", "name:digits",
+    )  # fmt: skip
+    devices = [
+        start("device", "--server", address, "--data", "name:digits", "--users", 16, "--first", first, "--count", 8)
+        for first in (0, 8)
+    ]
+    host.until(lambda: "version 1/6" in host.text)
+    if sys.platform == "linux":
+        assert all("jaxlib" not in modules_of(process) for process in (host, *devices))
+    assert host.wait() == 0, host.text
+    assert [device.wait() for device in devices] == [0, 0]
+    assert "listening on 127.0.0.1:" in host.text and "where the time went" in host.text
+    assert all("the run is over" in device.text for device in devices)
+    with open_run(tmp_path / "run") as run:
+        assert run.row.status == "finished" and run.store.last_version(run.id) == 6
+        at, accuracy = run.history("accuracy")
+        assert at[-1] == 6 and accuracy[-1] > 0.8
+        assert {row.scope for row in run.store.metrics(run.id, "accuracy")} == {"server"}
+        assert all(row.counted >= 8 for row in run.store.rounds(run.id))
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(180)
+def test_a_killed_host_goes_on_from_the_last_version(start: Start, place: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    host = start("host", place / "line.py", "--rounds", 2000, "--port", port, "--run", tmp_path / "run")
+    host.until(lambda: "listening" in host.text)
+    device = start("device", "--server", f"127.0.0.1:{port}", "--data", place / "users")
+    host.until(lambda: "version    5/2000" in host.text)
+    host.kill()
+    host.wait()
+    reached = versions(tmp_path / "run")
+    assert reached >= 5
+    resumed = start("host", "--resume", "--run", tmp_path / "run", "--port", port, "--rounds", reached + 10)
+    assert resumed.wait() == 0, resumed.text
+    assert device.wait() == 0, device.text
+    with open_run(tmp_path / "run") as run:
+        commits = list(run.store.commits(run.id))
+        assert [commit.version for commit in commits] == list(range(reached + 11))
+        assert run.row.status == "finished"
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(180)
+def test_a_killed_device_does_not_stop_the_others(start: Start, place: Path, tmp_path: Path) -> None:
+    write_users(tmp_path / "users", 6)
+    host, address = begin_host(start, place, tmp_path, place / "line.py", "--rounds", 300, "--reporting-window", 5)
+    lost = start("device", "--server", address, "--data", tmp_path / "users", "--count", 3)
+    start("device", "--server", address, "--data", tmp_path / "users", "--first", 3)
+    host.until(lambda: "version  20/300" in host.text)
+    lost.kill()
+    assert host.wait(120) == 0, host.text
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_host_that_is_told_to_end_says_how_to_go_on(
+    number: int, code: int, start: Start, place: Path, tmp_path: Path
+) -> None:
+    host, address = begin_host(start, place, tmp_path, place / "line.py", "--rounds", 100_000)
+    device = start("device", "--server", address, "--data", place / "users")
+    host.until(lambda: "version      3/" in host.text)
+    host.kill(number)
+    assert host.wait(20) == code, host.text
+    assert "--resume" in last(host.text) and str(tmp_path / "run") in last(host.text)
+    with open_run(tmp_path / "run") as run:
+        assert run.row.status == "stopped"
+    device.kill(number)
+    assert device.wait(20) == code and "start the same command again" in last(device.text), device.text
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_tls_is_made_for_a_run_and_a_stranger_is_not_believed(
+    start: Start, place: Path, tmp_path: Path, shoal: Shoal
+) -> None:
+    host, address = begin_host(start, place, tmp_path, place / "line.py", "--rounds", 3, "--tls")
+    key = host.text.split("--key ")[1].split()[0]
+    ca = tmp_path / "run" / "tls" / "ca.pem"
+    assert (tmp_path / "run" / "tls" / "server.key").stat().st_mode & 0o777 == 0o600
+    plain = shoal("device", "--server", address, "--data", place / "users", "--in-process", "--patience", 1)
+    assert plain.code == 1 and "--ca" in last(plain.err), plain
+    wrong = shoal(
+        "device", "--server", address, "--data", place / "users", "--in-process", "--ca", ca, "--key", "00" * 32
+    )
+    assert wrong.code == 1 and "trusts" in last(wrong.err), wrong
+    right = shoal(
+        "device", "--server", address, "--data", place / "users", "--in-process", "--ca", ca, "--key", key, "--json"
+    )  # fmt: skip
+    assert right.code == 0 and right.json["counted"] >= 9, right
+    assert host.wait(20) == 0, host.text
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_an_optax_server_rule_runs_in_a_child(start: Start, place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    source = LINE.replace('    name="line",', '    name="line",\n    server=optax.adam(0.3),')
+    (tmp_path / "adam.py").write_text(source)
+    host, address = begin_host(start, place, tmp_path, tmp_path / "adam.py", "--rounds", 3)
+    device = shoal("device", "--server", address, "--data", place / "users", "--in-process")
+    assert device.code == 0 and host.wait(20) == 0, (device, host.text)
+    with open_run(tmp_path / "run") as run:
+        assert len(run.store.get_commit(run.id, 3).server_state.specs) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_processes_end_with_their_parent(place: Path, tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    command = [
+        sys.executable, "-m", "shoal.cli.main", "host", str(place / "line.py"), "--rounds", "9", "--port", "0",
+        "--run", str(tmp_path / "run"), "--ready-file", str(ready), "--with-parent",
+    ]  # fmt: skip
+    source = f"import subprocess, time; p = subprocess.Popen({command!r}); print(p.pid, flush=True); time.sleep(60)"
+    with (tmp_path / "log").open("w") as log:
+        parent = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=log, text=True)
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        end_s = time.monotonic() + 40
+        while not ready.exists() and time.monotonic() < end_s:
+            time.sleep(0.05)
+        assert ready.exists(), (tmp_path / "log").read_text()
+        parent.kill()
+        parent.wait()
+        parent.stdout.close()
+        while _lives(pid) and time.monotonic() < end_s + 20:
+            time.sleep(0.05)
+    assert not _lives(pid)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_the_host_imports_no_jax() -> None:
+    source = "import sys, shoal.cli.host_process, shoal.cli.device_process; print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, check=True, env=dict(os.environ)
+    )
+    assert done.stdout.strip() == "False"
