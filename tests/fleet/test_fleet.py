@@ -3,9 +3,7 @@
 import asyncio
 
 import numpy as np
-import pytest
 
-from shoal.policy import RoundPolicy
 from tests.fleet import toy
 
 

@@ -1,0 +1,74 @@
+"""One history of a server that is killed, by seed; many of them: ``python -m tests.fleet.histories exact 0 1000``."""
+
+import functools
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterable
+
+from shoal.policy import RoundPolicy
+from tests.fleet import toy
+from tests.fleet.world import Faults, World
+
+EXACT = toy.exact("0", "1", "2", selection_window_s=20.0, reporting_window_s=30.0)
+UNIFORM = RoundPolicy(
+    goal=3, minimum_group=2, minimum_fraction=0.6, over_selection=1.3, selection_window_s=20.0, reporting_window_s=30.0
+)
+SURPLUS = RoundPolicy(
+    goal=2, minimum_group=2, minimum_fraction=1.0, over_selection=2.0, selection_window_s=20.0, reporting_window_s=30.0
+)
+POLICIES = {"exact": EXACT, "uniform": UNIFORM, "surplus": SURPLUS}
+ROUNDS, NUM_DEVICES = 2, 6
+
+
+@functools.cache
+def plan(name: str) -> object:
+    return toy.plan(POLICIES[name])
+
+
+def history(name: str, seed: int, faults: Faults) -> World:
+    """One history, run to its end and checked."""
+    devices = len(POLICIES[name].selection.ids) or NUM_DEVICES
+    world = World(seed, plan(name), rounds=ROUNDS, num_devices=devices, faults=faults)  # type: ignore[arg-type]
+    world.run()
+    world.check(POLICIES[name])
+    if name == "exact":
+        assert world.final == undisturbed(), "the same bits"
+    return world
+
+
+@functools.cache
+def undisturbed() -> str:
+    world = World(0, plan("exact"), rounds=ROUNDS, num_devices=3, faults=Faults())  # type: ignore[arg-type]
+    world.run()
+    return world.final
+
+
+def any_faults(name: str, seed: int) -> Faults:
+    rng = random.Random(f"faults {name} {seed}")
+    return Faults(
+        crash=rng.choice([0.0, 0.005, 0.02, 0.05]),
+        broken=rng.choice([0.0, 0.02, 0.1]),
+        amnesia=rng.choice([0.0, 0.02, 0.1]),
+        bad=rng.choice([0.0, 0.1]),
+        stop=rng.choice([0.0, 0.0, 0.01]),
+        dead=("5", "2") if name != "exact" and rng.random() < 0.3 else (),
+    )
+
+
+def many(name: str, seeds: Iterable[int]) -> None:
+    begun, count, crashes = time.perf_counter(), 0, 0
+    for count, seed in enumerate(seeds, 1):
+        faults = any_faults(name, seed)
+        try:
+            crashes += history(name, seed, faults).crashes
+        except BaseException as error:
+            error.add_note(f"history({name!r}, {seed}, {faults})")
+            raise
+    print(f"{count} histories, {crashes} crashes, {count / (time.perf_counter() - begun):.0f} histories per second")
+
+
+if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
+    many(sys.argv[1], range(int(sys.argv[2]), int(sys.argv[3])))
