@@ -277,6 +277,7 @@ class Coordinator:
             return Commit(last, group.sums.metrics(), last.created_s - self._opened_s)
         model, server_state = self._aggregator.commit(group.sums, head.model, head.server_state, self._store.blobs)
         now = self._clock.wall_s()
+        time_s = now - self._store.run(self._run).created_s
         row = CommitRow(
             version=head.version + 1,
             model=model,
@@ -297,7 +298,7 @@ class Coordinator:
             ],
             counted=group.counted,
             metrics=[
-                MetricRow(version=head.version, name=f"train/{name}", value=value, scope="cohort", time_s=now)
+                MetricRow(version=head.version, name=f"train/{name}", value=value, scope="cohort", time_s=time_s)
                 for name, value in metrics.items()
             ],
             usage=usage,
