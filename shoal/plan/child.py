@@ -19,6 +19,7 @@ import json
 import sys
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from shoal.plan.child_process import Child, ChildEnded, environment_for
 from shoal.plan.compile_cache import cache_folder
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
-from shoal.plan.runner import Limits, Update
+from shoal.plan.runner import MODELS_HELD, Limits, Update
 from shoal.tensors import Tensors, TensorSpec, check, total_bytes
 
 START_S: Final = 120.0
@@ -80,7 +81,8 @@ class ChildRunner:
         self._child: Child | None = None
         self._runtime: Runtime | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
-        self._is_training = self._is_closed = False
+        self._models: OrderedDict[str, None] = OrderedDict()  # what the child holds, so that it need not be asked
+        self._is_training = self._is_closed = self._is_compiled = False
 
     @property
     def runtime(self) -> Runtime:
@@ -97,27 +99,31 @@ class ChildRunner:
         return child.pid if child is not None and child.is_alive() else None
 
     def compile(self) -> float:
-        return float(self._ask("compile")[0]["seconds"])
+        if self._is_compiled and self.pid is not None:
+            return 0.0
+        seconds = float(self._ask("compile")[0]["seconds"])
+        self._is_compiled = True
+        return seconds
 
     def set_model(self, root: str, tensors: Tensors) -> None:
         check(tensors, self._plan.manifest.broadcast, what="the model")
         self._ask("set_model", tensors, root=root)
+        self._models[root] = None
+        while len(self._models) > MODELS_HELD:
+            self._models.popitem(last=False)
 
     def has_model(self, root: str) -> bool:
-        with self._lock:
-            if self._child is None or not self._child.is_alive():
-                return False
-        try:
-            return bool(self._ask("has_model", root=root)[0]["has"])
-        except ProgramError:  # it has just gone
-            return False
+        return root in self._models and self.pid is not None
 
     def begin(self, root: str, device_state: Tensors) -> None:
         check(device_state, self._plan.manifest.device_state, what="the device state")
+        if not self.has_model(root):
+            raise ProgramError(f"Model {root[:12]}… is not held; hand it over with set_model.", program="begin")
+        self._use(root)
         self._ask("begin", device_state, root=root)
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
-        self._ask("block", {**self._fields(batches), "mask": mask, "key": key})
+        self._ask("block", {**self._fields(batches), "mask": mask, "key": key}, wait=False)
 
     def finish(self) -> Update:
         header, tensors = self._ask("finish")
@@ -128,11 +134,13 @@ class ChildRunner:
         return Update(sums, int(header["weight"]), kept, dict(header["seconds"]), float(header["padding"]))
 
     def evaluate(self, root: str, batch: Tensors, mask: np.ndarray) -> Tensors:
+        self._use(root)
         tensors = self._ask("evaluate", {**self._fields(batch), "mask": mask}, root=root)[1]
         _expect(tensors, self._outputs("evaluate", "metric/"), "evaluate")
         return tensors
 
     def predict(self, root: str, batch: Tensors, mask: np.ndarray) -> np.ndarray:
+        self._use(root)
         tensors = self._ask("predict", {**self._fields(batch), "mask": mask}, root=root)[1]
         _expect(tensors, self._outputs("predict", "output/"), "predict")
         return tensors["prediction"]
@@ -154,13 +162,17 @@ class ChildRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _use(self, root: str) -> None:
+        if root in self._models:
+            self._models.move_to_end(root)  # as the child does: the one that was used last is kept
+
     def _ask(
-        self, call: str, tensors: Mapping[str, np.ndarray] | None = None, **header: str
+        self, call: str, tensors: Mapping[str, np.ndarray] | None = None, *, wait: bool = True, **header: str
     ) -> tuple[dict[str, Any], Tensors]:
         program = header.get("program", call if self._plan.manifest.variants(call) else "")
         with self._lock:
             child = self._ready(program)
-            answer = self._exchange(child, {"call": call, **header}, tensors or {}, program)
+            answer = self._exchange(child, {"call": call, **header}, tensors or {}, program, wait=wait)
             if call in ("begin", "finish"):
                 self._is_training = call == "begin"
             return answer
@@ -202,15 +214,25 @@ class ChildRunner:
         return child
 
     def _exchange(
-        self, child: Child, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], program: str
+        self,
+        child: Child,
+        header: Mapping[str, Any],
+        tensors: Mapping[str, np.ndarray],
+        program: str,
+        *,
+        wait: bool = True,
     ) -> tuple[dict[str, Any], Tensors]:
         try:
             answer, results = child.request(
-                header, tensors, timeout_s=self._limits.seconds, most_bytes=self._most_bytes
+                header, tensors, timeout_s=self._limits.seconds, most_bytes=self._most_bytes, wait=wait
             )
         except ChildEnded as error:
             self._drop()
             raise ProgramError(self._text(str(error), done=f"in {header['call']!r}"), program=program) from error
+        if header["call"] == "begin":
+            child.owed_failure = None  # of a training that was given up
+        elif header["call"] in ("block", "finish"):
+            answer = child.owed_failure or answer
         if answer.get("error") == "plan":
             raise PlanError(answer["message"])
         if "error" in answer:
@@ -218,7 +240,8 @@ class ChildRunner:
         return answer, results
 
     def _drop(self) -> None:
-        self._child, self._is_training = None, False
+        self._child, self._is_training, self._is_compiled = None, False, False
+        self._models.clear()
         if self._finalizer is not None:
             self._finalizer()
             self._finalizer = None

@@ -74,7 +74,7 @@ class Session:
         self._plan_hash = ""
         self._runner: JaxRunner | None = None
         self._calls: dict[str, Callable[[dict[str, Any], Tensors], Answer]] = {
-            "load": self._load, "compile": self._compile, "set_model": self._set_model, "has_model": self._has_model,
+            "load": self._load, "compile": self._compile, "set_model": self._set_model,
             "begin": self._begin, "block": self._block, "finish": self._finish, "evaluate": self._evaluate,
             "predict": self._predict, "call": self._call,
         }  # fmt: skip
@@ -132,9 +132,6 @@ class Session:
     def _set_model(self, header: dict[str, Any], tensors: Tensors) -> Answer:
         self._held.set_model(header["root"], tensors)
         return {}, {}
-
-    def _has_model(self, header: dict[str, Any], _: Tensors) -> Answer:
-        return {"has": self._held.has_model(header["root"])}, {}
 
     def _begin(self, header: dict[str, Any], tensors: Tensors) -> Answer:
         if "train" not in self._seen:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from typing import Any, Final, cast, final
 
@@ -29,6 +29,8 @@ from shoal.plan.check import readable
 from shoal.tensors import Tensors
 
 WATCH_S: Final = 0.1
+MOST_OWED: Final = 4
+"""Answers that a request may run ahead of."""
 """How often memory is looked at where the system has no limit."""
 LAST_WORDS_BYTES: Final = 4096
 
@@ -58,6 +60,8 @@ class Child:
         self._deadline = self._allowed_s = 0.0
         self._memory_bytes = 0  # 0: not watched
         self._why = ""
+        self._owed = 0  # answers that were not waited for
+        self.owed_failure: dict[str, Any] | None = None
         self._is_over = False
         self._failures: list[OSError] = []
         self._last_words = ""
@@ -90,18 +94,28 @@ class Child:
             self._changed.notify_all()
 
     def request(
-        self, header: Mapping[str, Any], tensors: Mapping[str, np.ndarray], *, timeout_s: float, most_bytes: int
+        self,
+        header: Mapping[str, Any],
+        tensors: Mapping[str, np.ndarray],
+        *,
+        timeout_s: float,
+        most_bytes: int,
+        wait: bool = True,
     ) -> tuple[dict[str, Any], Tensors]:
         """Sends one request and waits for its answer.
+
+        Without `wait` it goes on as soon as the request is sent, at most `MOST_OWED` answers ahead: a training of many
+        short blocks then takes one round trip instead of many. The first of those answers that is an error is kept in
+        `owed_failure`.
 
         Raises:
             ChildEnded: there will be no answer; the child is over.
         """
-        return self._within(timeout_s, lambda: self._channel.send(header, tensors), most_bytes)
+        return self._within(timeout_s, lambda: self._channel.send(header, tensors), most_bytes, wait=wait)
 
     def hello(self, *, timeout_s: float) -> dict[str, Any]:
         """The child's first message. Raises ChildEnded."""
-        return self._within(timeout_s, lambda: None, 0)[0]
+        return self._within(timeout_s, lambda: None, 0, wait=True)[0]
 
     def stop(self) -> None:
         """Ends the child, now. May be called at any time, any number of times."""
@@ -109,11 +123,22 @@ class Child:
         if threading.current_thread() is not self._keeper:
             self._keeper.join()
 
-    def _within(self, timeout_s: float, send: Any, most_bytes: int) -> tuple[dict[str, Any], Tensors]:
-        self._set_deadline(timeout_s)
+    def _within(
+        self, timeout_s: float, send: Callable[[], None], most_bytes: int, *, wait: bool
+    ) -> tuple[dict[str, Any], Tensors]:
+        answer: tuple[dict[str, Any], Tensors] = ({}, {})
         try:
+            self._set_deadline(timeout_s)
             send()
-            tensors, header = self._channel.receive(most_bytes=most_bytes)
+            self._owed += 1
+            while self._owed > (0 if wait else MOST_OWED):
+                self._set_deadline(timeout_s)
+                tensors, header = self._channel.receive(most_bytes=most_bytes)
+                self._owed -= 1
+                if wait and not self._owed:
+                    answer = (header, tensors)
+                elif "error" in header:
+                    self.owed_failure = self.owed_failure or header
         except ProtocolError as error:
             self._end(f"did not speak as it should: {error}")
             raise ChildEnded(self._story()) from error
@@ -121,7 +146,7 @@ class Child:
             raise ChildEnded(self._story()) from error
         finally:
             self._set_deadline(0.0)
-        return header, tensors
+        return answer
 
     def _set_deadline(self, timeout_s: float) -> None:
         with self._changed:

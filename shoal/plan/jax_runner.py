@@ -8,7 +8,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,11 +16,9 @@ import numpy as np
 from shoal.errors import PlanError, ProgramError
 from shoal.plan.manifest import Program, Runtime
 from shoal.plan.plan import Plan
-from shoal.plan.runner import Update
+from shoal.plan.runner import MODELS_HELD, Update
 from shoal.plan.stablehlo import load_program, struct, this_runtime
 from shoal.tensors import Tensors, check
-
-MODELS_HELD: Final = 2
 
 
 class JaxRunner:

@@ -6,12 +6,15 @@ Whatever a program raises, and whatever kills the process that runs it, reaches 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
 
 from shoal.plan.manifest import Runtime
 from shoal.tensors import Tensors
+
+MODELS_HELD: Final = 2
+"""Models that a runner keeps; of more, the one that was used longest ago is forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +70,10 @@ class Runner(Protocol):
         ...
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
-        """Takes a few steps. batches: field -> (k, B, …); mask: (k, B) bool; key: (2,) uint32."""
+        """Takes a few steps. batches: field -> (k, B, …); mask: (k, B) bool; key: (2,) uint32.
+
+        It may return before they are done; a failure is raised by a later block or by `finish`.
+        """
         ...
 
     def finish(self) -> Update:
