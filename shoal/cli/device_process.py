@@ -29,6 +29,8 @@ from shoal.plan.runner import Limits, Runner
 log = logging.getLogger("shoal.device")
 
 STATUS_S: Final = 0.5
+GRACE_S: Final = 3.0
+"""For the others, once a device has heard that the run is over."""
 LINE_S: Final = 10.0
 """Between two lines of status where nobody looks on."""
 
@@ -144,11 +146,17 @@ async def _play(settings: Settings, population: Population, host: DeviceHost, cr
 
 
 async def _until_over(playing: "list[asyncio.Task[None]]", status: "asyncio.Task[None]") -> None:
-    """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all."""
+    """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all.
+
+    Once one has heard that the run is over, the others need not: they may be looking for a host that has gone.
+    """
     waiting: set[asyncio.Task[None]] = set(playing)
     failed: list[ShoalError] = []
+    grace_s: float | None = None
     while waiting:
-        done, _ = await asyncio.wait({*waiting, status}, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({*waiting, status}, return_when=asyncio.FIRST_COMPLETED, timeout=grace_s)
+        if not done:
+            return
         if status in done:
             status.result()
         for task in done & waiting:
@@ -159,6 +167,8 @@ async def _until_over(playing: "list[asyncio.Task[None]]", status: "asyncio.Task
                 failed.append(error)
             elif error is not None:
                 raise error
+            else:
+                grace_s = GRACE_S
     if len(failed) == len(playing):
         raise failed[0]
 

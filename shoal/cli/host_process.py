@@ -31,6 +31,9 @@ from shoal.record.store import Store
 
 LINGER_S: Final = 10.0
 """Longest wait, after the last version, for devices to hear that the run is over."""
+QUIET_S: Final = 1.0
+"""So long without any device, and nobody is expected: one that lost its connection tries again within it, mostly."""
+POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +166,12 @@ async def _end(task: "asyncio.Task[None] | None") -> None:
 
 
 async def _linger(server: GrpcServer, host: Host) -> None:
-    """Until every device has heard that the run is over, and left."""
-    waited_s = 0.0
-    while host.edge.statistics().sessions_now and waited_s < LINGER_S:
-        await asyncio.sleep(0.05)
-        waited_s += 0.05
+    """Until every device has heard that the run is over and left, and none has come for a while."""
+    waited_s = quiet_s = 0.0
+    while quiet_s < QUIET_S and waited_s < LINGER_S:
+        await asyncio.sleep(POLL_S)
+        waited_s += POLL_S
+        quiet_s = 0.0 if host.edge.statistics().sessions_now else quiet_s + POLL_S
 
 
 def _evaluation(

@@ -25,7 +25,7 @@ def test_without_data_random_examples_are_taken(place: Path, shoal: Shoal) -> No
 
 
 def test_a_bad_task_fails_with_the_reason(tmp_path: Path, place: Path, shoal: Shoal) -> None:
-    (tmp_path / "bad.py").write_text(LINE.replace("return jnp.square(", "return -jnp.square("))
+    (tmp_path / "bad.py").write_text(LINE.replace("optax.sgd(0.05)", "optax.sgd(-0.05)"))
     made = shoal("check", tmp_path / "bad.py", "--data", place / "users")
     assert made.code == 1 and made.err.strip().splitlines()[-1] == "shoal: task line fails: learns.", made
     assert "learning rate" in next(line for line in made.out.splitlines() if line.startswith("fail"))
