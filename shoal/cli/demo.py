@@ -9,10 +9,12 @@ started, heard and ended in `demo_fleet.py`.
 import json as json_format
 import signal
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Final, Self, final
 
 from rich.console import Console
 
@@ -51,15 +53,21 @@ def run(*, rounds: int | None, folder: Path | None, resume: bool, quick: bool, j
         ValueError: the folder holds a run and `resume` is not set.
     """
     began_s, watch = time.time(), Stopwatch()
-    signal.signal(signal.SIGTERM, _terminated)
     console = Console(stderr=json)
     chosen = _to_resume(folder) if resume else new_folder(folder, "demo")
-    demo = _Demo(chosen, console, watch, began_s=began_s)
+    with _Told() as told:
+        demo = _Demo(chosen, console, watch, told, began_s=began_s)
+        return _ended(demo, DemoSettings.of(rounds=rounds, quick=quick), rounds=rounds, json=json)
+
+
+def _ended(demo: "_Demo", settings: DemoSettings, *, rounds: int | None, json: bool) -> int:
+    """Runs the demo, says how it ended, returns the exit code."""
+    console, chosen = demo.console, demo.folder
     try:
-        result = demo.run(DemoSettings.of(rounds=rounds, quick=quick), rounds=rounds)
-    except KeyboardInterrupt as told:
+        result = demo.run(settings, rounds=rounds)
+    except KeyboardInterrupt:
         console.print(f"\nStopped. Go on with:\n\n    {_resume_line(chosen)}\n", soft_wrap=True, highlight=False)
-        return TERMINATED if told.args else INTERRUPTED
+        return TERMINATED if demo.told.number == signal.SIGTERM else INTERRUPTED
     except ChildDied as error:
         console.print(f"\n{error}\n\nGo on with: {_resume_line(chosen)}", soft_wrap=True, highlight=False, markup=False)
         return FAILED
@@ -69,11 +77,46 @@ def run(*, rounds: int | None, folder: Path | None, resume: bool, quick: bool, j
 
 
 @final
+class _Told:
+    """Ctrl-C and SIGTERM: the first is a KeyboardInterrupt, further ones do not disturb the end.
+
+    A library may swallow the exception (one raised in the middle of an import, or where Python calls back); therefore
+    `check`, in every loop that waits.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[int, Any] = {}
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a signal has come."""
+        if self.number:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._tell)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _tell(self, number: int, _: object) -> None:
+        is_first, self.number = not self.number, number
+        if is_first:
+            raise KeyboardInterrupt
+
+
+@final
 class _Demo:
     """One demo, from its data to its report."""
 
-    def __init__(self, folder: Path, console: Console, watch: Stopwatch, *, began_s: float) -> None:
-        self.folder, self.console, self.watch, self.began_s = folder, console, watch, began_s
+    def __init__(self, folder: Path, console: Console, watch: Stopwatch, told: _Told, *, began_s: float) -> None:
+        self.folder, self.console, self.watch, self.told, self.began_s = folder, console, watch, told, began_s
 
     def run(self, settings: DemoSettings, *, rounds: int | None) -> dict[str, Any]:
         from shoal.cli import demo_data
@@ -96,6 +139,7 @@ class _Demo:
                 self.watch.lap("compare")
         finally:
             demo_data.remove(scratch)
+        self.told.check()
         return self._report(found, settings, passes)
 
     def _found(self, settings: DemoSettings, rounds: int | None) -> tuple[str | None, DemoSettings, tuple[str, ...]]:
@@ -158,6 +202,7 @@ class _Demo:
         """
         heard_s = time.monotonic()
         while True:
+            self.told.check()
             screen.changed()
             news = processes.news(timeout_s=HEAR_S)
             if news is None:
@@ -196,6 +241,7 @@ class _Demo:
             ) as comparing:  # fmt: skip
 
                 def waiting() -> None:
+                    self.told.check()
                     screen.view.share = comparing.share
                     screen.changed()
 
@@ -279,11 +325,6 @@ def _to_resume(folder: Path | None) -> Path:
 
 def _resume_line(folder: Path) -> str:
     return command_line(["shoal", "demo", "--run", folder, "--resume"])
-
-
-def _terminated(number: int, _: object) -> None:
-    """SIGTERM ends the demo as Ctrl-C does, with another code."""
-    raise KeyboardInterrupt(number)
 
 
 def main() -> None:

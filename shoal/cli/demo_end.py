@@ -170,9 +170,9 @@ def _parts(outcome: Outcome) -> list[tuple[str, float, str]]:
 
 def _device_seconds(outcome: Outcome) -> list[tuple[str, float, str]]:
     usage = outcome.facts.usage
-    padding = usage["padding"].seconds if "padding" in usage else 0.0
     notes = {
-        "compute": f"training steps, of which {padding:.1f} s on padding",
+        "compute": "training steps",
+        "padding": "the part of compute that went into filling up batches",
         "compile": "the plan's programs, or loading them from the cache",
         "data": "reading and batching examples",
         "wait": "for their turn: a process trains one device at a time",

@@ -1,5 +1,6 @@
 """The demo: what it shows, and, as real processes, that it trains, stops, goes on, and leaves nothing behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -128,6 +129,18 @@ def test_a_child_ends_when_it_is_told_nothing(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
 
 
+def test_a_ctrl_c_that_is_swallowed_is_not_lost() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with demo._Told() as told:
+        told.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as an import in the middle of which it comes may do
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # a second one does not disturb the end
+        with pytest.raises(KeyboardInterrupt):
+            told.check()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 def test_there_must_be_a_demo_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no demo to go on with"):
@@ -226,6 +239,12 @@ def test_a_quick_demo_trains_and_reports(started: list[Started], tmp_path: Path)
     assert _gone(family, within_s=2.0)
     for part in ("Where the time went", "compute", "wire", "shoal.load(", "✓"):
         assert part in out
+    store = open_store(tmp_path / "run", read_only=True)
+    try:
+        times = [row.time_s for row in store.metrics(store.runs()[0].id)]
+    finally:
+        store.close()
+    assert times and 0.0 < min(times) <= max(times) < 60.0, "seconds since the run was created"
     assert "No differential privacy and no secure aggregation" in (tmp_path / "run" / "CARD.md").read_text()
 
 
