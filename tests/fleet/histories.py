@@ -58,15 +58,17 @@ def any_faults(name: str, seed: int) -> Faults:
 
 
 def many(name: str, seeds: Iterable[int]) -> None:
-    begun, count, crashes = time.perf_counter(), 0, 0
-    for count, seed in enumerate(seeds, 1):
+    begun, crashes, seeds = time.perf_counter(), 0, list(seeds)
+    for seed in seeds:
         faults = any_faults(name, seed)
         try:
             crashes += history(name, seed, faults).crashes
         except BaseException as error:
             error.add_note(f"history({name!r}, {seed}, {faults})")
             raise
-    print(f"{count} histories, {crashes} crashes, {count / (time.perf_counter() - begun):.0f} histories per second")
+    print(
+        f"{len(seeds)} histories, {crashes} crashes, {len(seeds) / (time.perf_counter() - begun):.0f} histories per second"
+    )
 
 
 if __name__ == "__main__":

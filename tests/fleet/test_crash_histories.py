@@ -37,7 +37,7 @@ def test_histories_with_types_checked(name: str) -> None:
 
 def apart(name: str, first: int, last: int) -> None:
     command = [sys.executable, "-m", "tests.fleet.histories", name, str(first), str(last)]
-    made = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    made = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     print(name, made.stdout)
     assert made.returncode == 0, made.stderr[-4000:]
 

@@ -19,15 +19,16 @@ from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.link import Link, LocalLink
+from shoal.fleet.link import Link, LocalLink, Stream
 from shoal.fleet.staging import Limits
+from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Update
 from shoal.policy import About, Privacy, RoundPolicy, Selection, ServerRule
 from shoal.record.memory import MemoryStore
 from shoal.record.store import Store
-from shoal.tensors import Tensors, TensorSpec, sha256
+from shoal.tensors import Index, Tensors, TensorSpec, sha256, to_bytes
 
 RUNTIME = Runtime(kind="toy", version=(1, 0, 0))
 KEYS = HostKeys(bytes(range(64)))
@@ -205,3 +206,50 @@ async def fleet(
         for task in running.tasks:
             task.cancel()
         await asyncio.gather(*running.tasks, return_exceptions=True)
+
+
+class Peer:
+    """One who speaks the protocol by hand."""
+
+    def __init__(self, stream: Stream, name: str = "peer") -> None:
+        self.stream, self.name = stream, name
+
+    async def say(self, **kind: Any) -> None:
+        await self.stream.send(pb.FromDevice(**kind))
+
+    async def hear(self) -> tuple[str, Any]:
+        """The next message: its kind and itself."""
+        message = await asyncio.wait_for(self.stream.receive(), timeout=10)
+        kind = message.WhichOneof("kind")
+        assert kind is not None
+        return kind, getattr(message, kind)
+
+    async def check_in(self, **changes: Any) -> None:
+        runtime = pb.RuntimeInfo(kind=RUNTIME.kind, version=RUNTIME.version, calling_convention=9, platforms=["cpu"])
+        await self.say(check_in=pb.CheckIn(**{"device_id": self.name, "runtime": runtime, **changes}))
+
+    async def assigned(self) -> pb.Assigned:
+        """Checks in and waits for the assignment."""
+        await self.check_in()
+        kind, message = await self.hear()
+        assert kind == "assigned", (kind, message)
+        return message  # type: ignore[no-any-return]
+
+
+@asynccontextmanager
+async def peer(link: Link, name: str = "peer") -> AsyncIterator[Peer]:
+    async with link.session() as stream:
+        yield Peer(stream, name)
+
+
+def update(made: Plan, value: float = 1.0, **tensors: np.ndarray) -> Tensors:
+    """An update of the plan's tensors; some may be given."""
+    return {s.name: tensors.get(s.name, np.full(s.shape, value, s.numpy_dtype)) for s in made.manifest.update}
+
+
+def report(token: pb.Token, sums: Tensors, *, inline: bool = True, **changes: Any) -> pb.Report:
+    """The report of an update, of weight 3."""
+    made = pb.Report(**{"token": token, "root": Index.of(sums).root, "weight": 3, **changes})
+    if inline and "slices" not in changes:
+        made.slices.extend(pb.PushSlice(tensor=name, data=to_bytes(value)) for name, value in sums.items())
+    return made
