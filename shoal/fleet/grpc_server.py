@@ -4,9 +4,10 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.edge import Edge
@@ -14,6 +15,8 @@ from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.fleet.wire import fleet_pb2_grpc as rpc
 
 log = logging.getLogger("shoal.edge")
+
+M = TypeVar("M")
 
 MAX_MESSAGE_BYTES: Final = 2 << 20
 OPTIONS: Final = [
@@ -84,7 +87,7 @@ class _Servicer(rpc.FleetServicer):
 
     async def Push(self, requests: AsyncIterator[pb.PushSlice], context: Any) -> pb.PushReply:
         try:
-            return await self._edge.push(requests)
+            return await self._edge.push(_parsed(requests))
         except (ProtocolError, NetworkError, StoreError) as error:
             await _abort(context, error)
             raise
@@ -102,10 +105,18 @@ async def _abort(context: Any, error: Exception) -> None:
     await context.abort(code, str(error)[:1000])
 
 
-async def _quiet(requests: AsyncIterator[pb.FromDevice]) -> AsyncIterator[pb.FromDevice]:
-    # A device that vanishes, or that sends what cannot be parsed, ends its own stream and nothing else.
+async def _parsed(requests: AsyncIterator[M]) -> AsyncIterator[M]:
     try:
         async for request in requests:
+            yield request
+    except DecodeError as error:
+        raise ProtocolError(f"Expected messages of shoal.fleet.v1, got other bytes: {error}.") from error
+
+
+async def _quiet(requests: AsyncIterator[pb.FromDevice]) -> AsyncIterator[pb.FromDevice]:
+    # A device that vanishes ends its own stream and nothing else.
+    try:
+        async for request in _parsed(requests):
             yield request
     except grpc.RpcError as error:
         log.debug("a session broke: %s", error)

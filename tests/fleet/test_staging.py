@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -42,17 +43,16 @@ def whole(update: StagedUpdate) -> dict[str, bytes]:
 @pytest.mark.parametrize("limits", [IN_MEMORY, SPOOLED], ids=["memory", "spool"])
 @given(cuts=st.lists(st.integers(0, 2800)), data=st.data())
 def test_any_slices_that_leave_no_gap_make_the_update(limits: Limits, cuts: list[int], data: st.DataObject) -> None:
-    update = staged(limits)
-    bytes_a, at = to_bytes(VALUES["a"]), 0
-    for end in [*sorted(cuts), 2800]:
-        start = data.draw(st.integers(max(0, at - 50), at))  # some of it is sent again
-        update.write("a", start, bytes_a[start:end])
-        at = max(at, end)
-    assert update.missing == ["b"]
-    update.write("b", 0, to_bytes(VALUES["b"]))
-    update.check(ROOT)
-    assert whole(update) == {name: to_bytes(value) for name, value in VALUES.items()}
-    update.close()
+    with closing(staged(limits)) as update:
+        bytes_a, at = to_bytes(VALUES["a"]), 0
+        for end in [*sorted(cuts), 2800]:
+            start = data.draw(st.integers(max(0, at - 50), at))  # some of it is sent again
+            update.write("a", start, bytes_a[start:end])
+            at = max(at, end)
+        assert update.missing == ["b"]
+        update.write("b", 0, to_bytes(VALUES["b"]))
+        update.check(ROOT)
+        assert whole(update) == {name: to_bytes(value) for name, value in VALUES.items()}
 
 
 def test_a_slice_that_is_refused_changes_nothing() -> None:

@@ -1,0 +1,178 @@
+"""The same fleet over real sockets, with and without TLS; noise on the port; a proxy that cuts connections."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import numpy as np
+import pytest
+
+from shoal.errors import NetworkError, ProtocolError
+from shoal.fleet.grpc_link import GrpcLink
+from shoal.fleet.grpc_server import GrpcServer, Tls
+from shoal.fleet.tls import make_tls
+from shoal.fleet.wire import fleet_pb2 as pb
+from tests.fleet import toy
+from tests.fleet.test_fleet import BIG, DELTA, FLOAT, stream_of
+
+pytestmark = pytest.mark.integration
+
+
+@asynccontextmanager
+async def served(fleet: toy.Fleet, *, tls: Tls | None = None) -> AsyncIterator[GrpcServer]:
+    server = fleet.host.server(address="127.0.0.1:0", tls=tls)
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.close(grace_s=0.2)
+
+
+@asynccontextmanager
+async def linked(port: int, ca: bytes | None = None) -> AsyncIterator[GrpcLink]:
+    link = GrpcLink(f"127.0.0.1:{port}", ca=ca)
+    try:
+        yield link
+    finally:
+        await link.close()
+
+
+@pytest.mark.parametrize("with_tls", [False, True], ids=["plain", "tls"])
+@toy.in_loop
+async def test_devices_train_a_model_over_sockets(with_tls: bool) -> None:
+    key, chain, ca = make_tls(["127.0.0.1"])
+    tls = Tls(key, chain) if with_tls else None
+    async with toy.fleet(toy.plan(toy.exact("a", "b"), BIG), rounds=2) as fleet, served(fleet, tls=tls) as server:
+        async with linked(server.port, ca if with_tls else None) as link:
+            fleet.start(toy.device("a", link, value=1.0), toy.device("b", link, value=3.0))
+            await asyncio.gather(*fleet.tasks)
+        np.testing.assert_array_equal(fleet.model["params/big"], np.full(700_000, 4.0, np.float32))
+
+
+@toy.in_loop
+async def test_noise_on_the_port_harms_nobody() -> None:
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet, served(fleet) as server:
+        noises = [
+            os.urandom(5000),
+            b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+            b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + os.urandom(900),
+            b"",
+        ]
+        for noise in noises:
+            reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            writer.write(noise)
+            writer.write_eof()
+            with_answer = await asyncio.wait_for(reader.read(1 << 16), timeout=5)
+            assert len(with_answer) < 1 << 16
+            writer.close()
+        async with linked(server.port) as link:
+            fleet.start(toy.device("a", link))
+            await asyncio.gather(*fleet.tasks)
+
+
+@pytest.mark.parametrize("method", ["Session", "Push", "Pull", "Status"])
+@toy.in_loop
+async def test_messages_that_are_none_end_their_own_call(method: str) -> None:
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet, served(fleet) as server, linked(server.port) as link:
+        path, noise = f"/shoal.fleet.v1.Fleet/{method}", b"\xff\xff\xff\xff"
+        match method:
+            case "Session":
+                call = link._channel.stream_stream(path, response_deserializer=pb.FromEdge.FromString)(iter([noise]))
+                answer = await asyncio.wait_for(call.read(), timeout=10)
+                assert answer.refused.reason == "protocol" and "got other bytes" in answer.refused.detail
+                assert await call.read() is grpc.aio.EOF
+            case "Push":
+                call = link._channel.stream_unary(path)(iter([noise]))
+            case "Pull":
+                call = link._channel.unary_stream(path)(noise)
+            case _:
+                call = link._channel.unary_unary(path)(noise)
+        code = await asyncio.wait_for(call.code(), timeout=10)
+        assert code is not None
+        assert method != "Push" or code is grpc.StatusCode.INVALID_ARGUMENT
+        fleet.start(toy.device("a", link))
+        await asyncio.gather(*fleet.tasks)
+
+
+@toy.in_loop
+async def test_what_is_wrong_arrives_as_one_line() -> None:
+    made = toy.plan(toy.exact("peer"))
+    async with toy.fleet(made) as fleet, served(fleet) as server, linked(server.port) as link, toy.peer(link) as peer:
+        token = (await peer.assigned()).token
+        for call in (
+            link.push(stream_of(pb.PushSlice(tensor=DELTA, data=FLOAT))),
+            link.push(stream_of(pb.PushSlice(token=token, tensor="x", data=FLOAT))),
+        ):
+            with pytest.raises(ProtocolError, match=r"Expected a tensor|not one of this Coordinator's"):
+                await call
+        with pytest.raises(ProtocolError, match="no part of the plan"):
+            async for _ in link.pull(pb.PullRequest(token=token, hash="0" * 64)):
+                pass
+        with pytest.raises(NetworkError, match="larger than max"):
+            await link.push(stream_of(pb.PushSlice(token=token, tensor=DELTA, data=bytes(3 << 20))))
+
+
+@toy.in_loop
+async def test_a_port_that_is_taken_is_said() -> None:
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet, served(fleet) as server:
+        second = fleet.host.server(address=f"127.0.0.1:{server.port}")
+        with pytest.raises(NetworkError, match="the port is in use"):
+            await second.start()
+
+
+class Proxy:
+    """Forwards to a port; cuts a connection after so many bytes from the device, a few times."""
+
+    def __init__(self, port: int, *, after: int, times: int) -> None:
+        self.port, self.after, self.times = port, after, times
+        self.tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> int:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0)
+        port: int = self.server.sockets[0].getsockname()[1]
+        return port
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.port)
+        tasks = {
+            asyncio.create_task(self.forward(reader, up_writer, cut=True)),
+            asyncio.create_task(self.forward(up_reader, writer, cut=False)),
+        }
+        self.tasks |= tasks
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        writer.close()
+        up_writer.close()
+
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, cut: bool) -> None:
+        passed = 0
+        while data := await reader.read(1 << 16):
+            passed += len(data)
+            if cut and self.times and passed > self.after:
+                self.times -= 1
+                return
+            writer.write(data)
+            await writer.drain()
+
+
+@toy.in_loop
+async def test_connections_that_are_cut_lose_no_work() -> None:
+    made = toy.plan(toy.exact("a"), BIG)
+    async with toy.fleet(made) as fleet, served(fleet) as server:
+        proxy = Proxy(server.port, after=1_000_000, times=2)
+        async with proxy as port, linked(port) as link:
+            fleet.start(toy.device("a", link))
+            await asyncio.gather(*fleet.tasks)
+        assert proxy.times == 0
+        again = fleet.host.edge.statistics().up_bytes - made.manifest.update_bytes
+        assert 0 <= again <= 1 << 20, "only what was on its way is sent again"
