@@ -45,7 +45,13 @@ class Goal:
         return {"<=": value <= float(limit), ">=": value >= float(limit), "<": value < float(limit)}[sign]
 
     def to_json(self, name: str) -> dict[str, Any]:
-        made: dict[str, Any] = {"id": self.id, "what": self.what, "value": self.value, "bound": self.bound, "met": self.met}
+        made: dict[str, Any] = {
+            "id": self.id,
+            "what": self.what,
+            "value": self.value,
+            "bound": self.bound,
+            "met": self.met,
+        }
         if self.met is None:
             made |= {"why": self.why or "it needs the full run", "last_full": last_full(name, self.id)}
         if self.judged is not None:
