@@ -36,7 +36,7 @@ class Net(nnx.Module):
 
 
 task = shoal.Task.from_flax(
-    lambda rngs: Net(rngs),
+    Net,
     name="one-task",
     loss="softmax_cross_entropy",
     batch={"image": ((12, 12, 1), "uint8"), "sensor": ((), "int32"), "label": ((), "int32")},

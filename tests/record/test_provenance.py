@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shoal.record.provenance import provenance
-from shoal.record.provenance import tell_command
+from shoal.record.provenance import provenance, tell_command
 
 
 def test_it_says_what_made_a_result() -> None:
