@@ -9,7 +9,7 @@ from typing import Any, Self
 class DemoSettings:
     """The settings of one demo."""
 
-    rounds: int = 30
+    rounds: int = 40
     """Versions to commit."""
     devices: int = 100
     """Devices in all."""

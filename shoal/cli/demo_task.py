@@ -4,6 +4,10 @@ Measured on one core of an x86-64 server at batches of 20: this net takes 990 st
 same with 5x5 kernels in front 640, the usual one of two convolutions with max-pooling and a dense layer 190. Strided
 convolutions do without the pooling, whose gradient is what costs. Two steps a block: four compile 15 % longer and are
 no faster, and more of the last block is padding.
+
+Rules, in simulation (100 devices, Dirichlet(0.3), 20 a round; accuracy over the last rounds of 40, rounds to 80 %):
+two local passes and momentum 0.5 at the server 86.4 %, 4; one pass and momentum 0.7, 85.0 %, 10; one pass and FedAdam at
+0.01, 85.3 %, 10; after 30 rounds, one pass and plain averaging 83.1 %, 8.
 """
 
 from dataclasses import replace
