@@ -80,7 +80,7 @@ class RoundPolicy:
     """Least share of the goal with which a round may still commit when its window ends."""
     minimum_group: int = MINIMUM_GROUP
     """Fewest updates in a sum that anybody sees."""
-    selection_window_s: float = 120.0
+    selection_window_s: float = 10.0
     """Longest wait for enough devices before a round starts with fewer (if they can reach the minimum)."""
     reporting_window_s: float = 300.0
     """Longest wait for updates after the last device was selected."""
