@@ -5,7 +5,8 @@ weighted by examples. No blocks, no plan, no fixed point, no padding: only the o
 with the engine, so that the results can be compared to rounding.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,25 @@ from shoal.local import named, seed_key
 from shoal.plan.train import member_randomness
 from shoal.task import Task, Tree, Variables
 
+LocalStep = Callable[[Tree, Tree, Tree, dict[str, jax.Array], jax.Array], tuple[Tree, Tree, Tree]]
+"""(params, state, optimizer state, batch, key) -> the first three after one step"""
+
 
 def reference_rounds(
     task: Task, members: Mapping[str, Examples], cohorts: Sequence[Sequence[str]], *, run_seed: bytes, seed: int
 ) -> dict[str, np.ndarray]:
     """Trains for `len(cohorts)` rounds and returns the last model by name. Server rule: the plain mean."""
     variables = task.variables(jax.random.key(seed))
+    # The batch has as many rows as there are examples: nothing is padded here.
+    local_step: LocalStep = jax.jit(partial(_local_step, task))
     private: dict[str, Variables] = {}
     for version, cohort in enumerate(cohorts):
         reached, weights = [], []
         for member in cohort:
             start = _with_private(task, variables, private.get(member))
-            after, weight = _client_update(task, start, members[member], round_seed(run_seed, version), member)
+            after, weight = _client_update(
+                task, local_step, start, members[member], round_seed(run_seed, version), member
+            )
             private[member] = after
             reached.append(after)
             weights.append(weight)
@@ -38,7 +46,9 @@ def reference_rounds(
     return {name: np.asarray(value) for name, value in sorted(flat.items())}
 
 
-def _client_update(task: Task, start: Variables, examples: Examples, seed: bytes, member: str) -> tuple[Variables, int]:
+def _client_update(
+    task: Task, local_step: LocalStep, start: Variables, examples: Examples, seed: bytes, member: str
+) -> tuple[Variables, int]:
     randomness = member_randomness(seed, member)
     params, state = start
     opt = task.local.optimizer.init(params)
@@ -50,16 +60,21 @@ def _client_update(task: Task, start: Variables, examples: Examples, seed: bytes
             size = len(next(iter(chosen.values())))
             batch = {name: jnp.asarray(chosen[name]) for name in task.batch} | {"mask": jnp.ones(size, bool)}
             key = jax.random.fold_in(seed_key(randomness.key), step)
-
-            def objective(params: Tree, state: Tree = state, batch: dict[str, jax.Array] = batch, key: jax.Array = key):  # type: ignore[no-untyped-def]
-                result = task.losses(params, state, batch, key)
-                return jnp.mean(result.per_example), result.state
-
-            gradient, state = jax.grad(objective, has_aux=True)(params)
-            updates, opt = task.local.optimizer.update(gradient, opt, params)
-            params = optax.apply_updates(params, updates)
+            params, state, opt = local_step(params, state, opt, batch, key)
             step, count = step + 1, count + size
     return Variables(params, state), count
+
+
+def _local_step(
+    task: Task, params: Tree, state: Tree, opt: Tree, batch: dict[str, jax.Array], key: jax.Array
+) -> tuple[Tree, Tree, Tree]:
+    def objective(params: Tree) -> tuple[jax.Array, Tree]:
+        result = task.losses(params, state, batch, key)
+        return jnp.mean(result.per_example), result.state
+
+    gradient, state = jax.grad(objective, has_aux=True)(params)
+    updates, opt = task.local.optimizer.update(gradient, opt, params)
+    return optax.apply_updates(params, updates), state, opt
 
 
 def _with_private(task: Task, broadcast: Variables, own: Variables | None) -> Variables:

@@ -1,0 +1,160 @@
+"""The mission as a test: `examples/one_task.py` as a plain loop, in simulation, on a fleet in one process, over sockets.
+
+The last three hold the same bits: they run the plan's own programs one member at a time and close a round with the same
+code. The plain loop shares nothing with them but the order of examples and the keys, and agrees to rounding.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import shoal
+from examples.one_task import population, task
+from shoal.fleet.device import Device
+from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.grpc_link import GrpcLink
+from shoal.fleet.host import Host, begin_run, run_seed
+from shoal.fleet.keys import HostKeys
+from shoal.fleet.link import Link, LocalLink
+from shoal.plan.build import Built, build
+from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.plan import Plan
+from shoal.plan.stablehlo import this_runtime
+from shoal.policy import Selection
+from shoal.record.memory import MemoryStore
+from shoal.simulate.engine import go_on
+from shoal.simulate.reference import reference_rounds
+from shoal.task import Task
+from shoal.tensors import Tensors
+
+ROUNDS, SEED = 2, 5
+MEMBERS = tuple(f"member-{i}" for i in range(4))
+KEYS = HostKeys(bytes(range(64)))
+
+
+def with_exact(chosen: Task) -> Task:
+    """The same four members in every round, so that every way does the same."""
+    return chosen.replace(rounds=replace(chosen.rounds, goal=4, minimum_group=4, selection=Selection.exact(MEMBERS)))
+
+
+class Ways:
+    """One task, built once; each way of running it returns the last model."""
+
+    def __init__(self, chosen: Task) -> None:
+        self.task = with_exact(chosen)
+        self.built: Built = build(self.task, seed=SEED)
+        self.plan: Plan = self.built.plan.sign(KEYS.signing)
+        self.members = population()
+        self.runner = JaxRunner(self.plan)  # of the devices, and of the server's programs: compiled once
+
+    def plain_loop(self) -> dict[str, np.ndarray]:
+        members = {name: self.members[name] for name in MEMBERS}
+        return reference_rounds(self.task, members, [MEMBERS] * ROUNDS, run_seed=run_seed(SEED), seed=SEED)
+
+    def simulated(self) -> Tensors:
+        store, run_id = self.begin()
+        return go_on(store, run_id, self.members).model
+
+    def on_a_fleet(self, linked: "Callable[[Host], AbstractAsyncContextManager[Link]]") -> Tensors:
+        store, run_id = self.begin()
+        asyncio.run(self._serve(Host(store, run_id, KEYS, call_program=self.runner.call), linked))
+        commit = store.last_commit(run_id)
+        assert commit is not None and commit.version == ROUNDS
+        return {entry.spec.name: store.blobs.view(entry.hash, entry.spec) for entry in commit.model}
+
+    def begin(self) -> tuple[MemoryStore, str]:
+        store = MemoryStore()
+        return store, begin_run(store, self.plan, self.built.model, kind="host", rounds=ROUNDS, seed=SEED)
+
+    async def _serve(self, host: Host, linked: "Callable[[Host], AbstractAsyncContextManager[Link]]") -> None:
+        running = asyncio.create_task(host.run())
+        async with linked(host) as link:
+            shared = DeviceHost(make_runner=lambda plan: self.runner, runtime=this_runtime())
+            devices = [
+                Device(name, lambda n=name: self.members[n], link=link, host=shared, rng=np.random.default_rng(0))
+                for name in MEMBERS
+            ]
+            await asyncio.wait_for(asyncio.gather(running, *(device.run() for device in devices)), timeout=50)
+        await host.edge.close()
+
+
+@asynccontextmanager
+async def in_one_process(host: Host) -> AsyncIterator[Link]:
+    yield LocalLink(host.edge)
+
+
+@asynccontextmanager
+async def over_sockets(host: Host) -> AsyncIterator[Link]:
+    server = host.server(address="127.0.0.1:0")
+    await server.start()
+    link = GrpcLink(f"127.0.0.1:{server.port}")
+    yield link
+    await link.close()
+    await server.close(grace_s=0.2)
+
+
+def same_bits(one: Tensors, other: Tensors) -> None:
+    assert list(one) == list(other)
+    for name, value in one.items():
+        np.testing.assert_array_equal(value, other[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def ways() -> Ways:
+    return Ways(task)
+
+
+@pytest.fixture(scope="module")
+def simulated(ways: Ways) -> Tensors:
+    return ways.simulated()
+
+
+def test_the_model_learns_something(ways: Ways, simulated: Tensors) -> None:
+    assert not np.array_equal(simulated["params/conv/kernel"], ways.built.model["params/conv/kernel"])
+    assert "params/head/bias" in simulated, "the private leaf keeps its first value on the server"
+    np.testing.assert_array_equal(simulated["params/head/bias"], ways.built.model["params/head/bias"])
+
+
+def test_simulation_agrees_with_the_plain_loop(ways: Ways, simulated: Tensors) -> None:
+    reference = ways.plain_loop()
+    assert sorted(reference) == sorted(simulated)
+    for name, value in simulated.items():
+        np.testing.assert_allclose(value, reference[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_fleet_in_one_process_gives_the_bits_of_the_simulation(ways: Ways, simulated: Tensors) -> None:
+    same_bits(ways.on_a_fleet(in_one_process), simulated)
+
+
+@pytest.mark.integration
+def test_a_fleet_over_sockets_gives_the_bits_of_the_simulation(ways: Ways, simulated: Tensors) -> None:
+    same_bits(ways.on_a_fleet(over_sockets), simulated)
+
+
+def small_init(key: jax.Array) -> dict[str, jax.Array]:
+    return {"w": 0.01 * jax.random.normal(key, (144, 4))}
+
+
+def small_loss(params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
+    flat = batch["image"].reshape(-1, 144).astype("float32") / 255.0
+    return optax.softmax_cross_entropy_with_integer_labels(flat @ params["w"], batch["label"])
+
+
+@pytest.mark.parametrize(
+    "server", [shoal.server.adam(0.02), optax.adam(0.02)], ids=["adam as data", "adam as a program"]
+)
+def test_other_server_rules_give_the_same_bits_too(server: Any) -> None:
+    small = shoal.Task(
+        name="small", init=small_init, loss=small_loss, batch={"image": ((12, 12, 1), "uint8"), "label": ((), "int32")},
+        local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, epochs=1, steps_per_block=1),
+        rounds=shoal.RoundPolicy(goal=4, minimum_group=4), server=server,
+    )  # fmt: skip
+    ways = Ways(small)
+    same_bits(ways.on_a_fleet(in_one_process), ways.simulated())
