@@ -26,7 +26,7 @@ from shoal.plan.manifest import Manifest
 from shoal.tensors import Index, Tensors, to_bytes
 
 MODEL_MB = 200
-SLICE_BYTES = 256 << 10
+SLICE_BYTES = 64 << 10
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:

@@ -18,6 +18,7 @@ from shoal.data.store import Examples
 from shoal.fleet.coordinator import Commit
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
+from shoal.fleet.memory import use_one_arena
 from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -156,6 +157,7 @@ async def _report(parent: Parent, host: Host) -> None:
 
 def main() -> None:
     """Serves one run, as the first order says."""
+    use_one_arena()
     parent = Parent()
     try:
         asyncio.run(serve(parent, parent.order()))

@@ -33,7 +33,7 @@ from shoal.tensors import Index, to_bytes
 
 log = logging.getLogger("shoal.device")
 
-SLICE_BYTES: Final = 256 << 10
+SLICE_BYTES: Final = 64 << 10  # four of them are in the memory of the server for each device that sends
 MAX_INLINE_BYTES: Final = 24 << 10
 BACK_OFF_S: Final = (0.1, 20.0)
 REFUSED_DELAY_S: Final = 0.5
@@ -91,6 +91,8 @@ class Device:
         self._on_progress = on_progress
         self._work: _Work | None = None
         self._producing: asyncio.Task[None] | None = None
+        self._failures = 0
+        """Streams that broke since the last assignment: each makes the next pause longer."""
         self.progress = Progress()
 
     async def run(self) -> None:
@@ -106,16 +108,14 @@ class Device:
             await self._drop_work()
 
     async def _run(self) -> None:
-        failures = 0
         while True:
-            connected_s = self._host.clock.now_s()
             try:
                 async with self._link.session() as stream:
                     if await self._serve(stream):
                         self._say("finished")
                         return
             except (NetworkError, ProtocolError) as error:
-                failures = 0 if self._host.clock.now_s() - connected_s > 10.0 else failures + 1
+                self._failures += 1
                 self.progress.last_error = str(error)
                 self.progress.failures += 1
                 if isinstance(error, ProtocolError):
@@ -123,7 +123,7 @@ class Device:
                     await self._drop_work()
                 self._say("reconnecting")
                 first, longest = BACK_OFF_S
-                await self._pause(min(longest, first * 2**failures))
+                await self._pause(min(longest, first * 2 ** min(self._failures, 20)))
 
     async def _serve(self, stream: Stream) -> bool:
         """One stream; True when the run is over. Work goes on over streams that break."""
@@ -151,6 +151,7 @@ class Device:
             return False
         match message.WhichOneof("kind"):
             case "assigned":
+                self._failures = 0  # the Edge is there and wants something
                 self._host.down_bytes += sum(len(blob.data) for blob in message.assigned.inline)
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
@@ -158,6 +159,7 @@ class Device:
                     self._work = _Work(message.assigned, message.assigned.run)
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted":
+                self._failures = 0
                 self._settle()
                 await self._check_in(stream)
             case "refused":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from google.protobuf.message import DecodeError
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.clock import Clock
@@ -385,8 +386,10 @@ class Edge:
             return self._model.data[offset : offset + size]
         return await asyncio.to_thread(self._blobs.read, hash, offset, size)
 
-    async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply:
-        """Takes slices of an update in; says how much of each tensor is here.
+    async def push(self, slices: AsyncIterator[bytes]) -> pb.PushReply:
+        """Takes slices of an update in, each a serialized `PushSlice`; says how much of each tensor is here.
+
+        Those that wait for their turn are not parsed yet: with many devices pushing at once that is what memory goes to.
 
         A slice that begins before what is here adds what is new in it: a device that sends again does no harm.
 
@@ -396,17 +399,19 @@ class Edge:
         """
         held: _Held | None = None
         nonce, name, root = b"", "", ""
-        async for part in slices:
-            if held is None:
-                held, nonce = await self._admit(None, part.token)
-                root = part.root
-            name = part.tensor or name
-            if held is None or not await self._take(held, nonce, root, name, part):
-                break  # the round has closed, or the update is whole: what comes now is for nothing
+        async for data in slices:
+            async with self._pushes:
+                part = _parsed(data)
+                if held is None:
+                    held, nonce = await self._admit(None, part.token)
+                    root = part.root
+                name = part.tensor or name
+                if held is None or not await self._take(held, nonce, root, name, part):
+                    break  # the round has closed, or the update is whole: what comes now is for nothing
         return pb.PushReply(received=await self._received(held, nonce) if held is not None else {})
 
     async def _take(self, held: _Held, nonce: bytes, root: str, name: str, part: pb.PushSlice) -> bool:
-        async with self._pushes, held.lock:
+        async with held.lock:
             if self._group.state(nonce) is not g.Member.JOINED:
                 return False
             try:
@@ -642,6 +647,13 @@ async def _in_thread(work: Callable[..., None], *args: object) -> None:
 async def _close_behind(update: StagedUpdate, lock: asyncio.Lock) -> None:
     async with lock:
         update.close()
+
+
+def _parsed(data: bytes) -> pb.PushSlice:
+    try:
+        return pb.PushSlice.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError(f"Expected a slice, got {len(data)} bytes that are none.") from error
 
 
 def _runtime(info: pb.RuntimeInfo) -> Runtime:

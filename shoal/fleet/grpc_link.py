@@ -1,5 +1,6 @@
 """A device's way to an Edge over gRPC. Many devices of a process share one connection."""
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -13,6 +14,8 @@ from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.fleet.wire import fleet_pb2_grpc as rpc
 
 CALL_TIMEOUT_S: Final = 60.0
+_ENDED: Final = (grpc.aio.UsageError, asyncio.InvalidStateError)
+"""What grpc raises, as it happens to notice it, where a call has ended under its user."""
 _FINAL: Final = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED}
 
 
@@ -83,7 +86,7 @@ class _GrpcStream:
             await self._call.write(message)
         except grpc.RpcError as error:
             raise _translated(error) from error
-        except grpc.aio.UsageError as error:  # the call has ended under the writer
+        except _ENDED as error:  # under the writer
             raise NetworkError("The stream has ended.") from error
 
     async def receive(self) -> pb.FromEdge:
@@ -91,7 +94,7 @@ class _GrpcStream:
             message = await self._call.read()
         except grpc.RpcError as error:
             raise _translated(error) from error
-        except grpc.aio.UsageError as error:
+        except _ENDED as error:
             raise NetworkError("The stream has ended.") from error
         if message is grpc.aio.EOF:
             raise NetworkError("The Edge ended the session.")

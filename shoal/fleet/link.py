@@ -51,7 +51,7 @@ class LocalLink:
         return self._edge.pull(request)
 
     async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply:
-        return await self._edge.push(slices)
+        return await self._edge.push(_serialized(slices))
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
         return await self._edge.status(request)
@@ -78,3 +78,8 @@ class _LocalStream:
     async def close(self) -> None:
         if isinstance(self._incoming, AsyncGenerator):
             await self._incoming.aclose()
+
+
+async def _serialized(slices: AsyncIterator[pb.PushSlice]) -> AsyncIterator[bytes]:
+    async for part in slices:
+        yield part.SerializeToString()
