@@ -50,7 +50,7 @@ async def lives(folder: Path, run_id: str, port: int) -> int:
     devices = [toy.device(name, link, value=value) for name, value in VALUES.items()]
     tasks = [asyncio.create_task(device.run()) for device in devices]
     for _ in range(KILLS):
-        await one_life(folder, run_id, port, 10**6, kill_after_s=rng.uniform(0.0, 2.0))
+        await one_life(folder, run_id, port, 10**6, kill_after_s=rng.uniform(0.0, 1.5))
         assert not any(task.done() for task in tasks), [task.exception() for task in tasks if task.done()]
     with contextlib.closing(open_store(folder)) as store:
         last = (store.last_version(run_id) or 0) + 5
