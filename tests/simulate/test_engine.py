@@ -1,0 +1,85 @@
+"""The engine: a run that was interrupted and taken up has the bits of one that was not."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import shoal
+from shoal.errors import DataError
+from shoal.fleet.host import run_seed
+from shoal.policy import Selection
+from shoal.record.memory import MemoryStore
+from shoal.simulate.engine import go_on, simulate
+from shoal.simulate.reference import reference_rounds
+
+
+def init(key: jax.Array) -> dict[str, jax.Array]:
+    return {"w": 0.1 * jax.random.normal(key, (3, 2)), "b": jnp.zeros(2)}
+
+
+def loss(params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
+    out = batch["x"] @ params["w"] + params["b"][None, :]
+    return optax.softmax_cross_entropy_with_integer_labels(out, batch["y"])
+
+
+def task(**changes: Any) -> shoal.Task:
+    settings: dict[str, Any] = {
+        "name": "small", "init": init, "loss": loss, "batch": {"x": ((3,), "float32"), "y": ((), "int32")},
+        "local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, epochs=2, steps_per_block=2),
+        "rounds": shoal.RoundPolicy(goal=3, minimum_group=3), "server": shoal.server.adam(0.05),
+    }  # fmt: skip
+    return shoal.Task(**{**settings, **changes})
+
+
+def population(num: int = 6) -> shoal.data.Population:
+    rng = np.random.default_rng(0)
+    return shoal.data.Population.from_arrays(
+        {
+            f"m{i}": {
+                "x": rng.normal(size=(5 + i, 3)).astype(np.float32),
+                "y": rng.integers(0, 2, 5 + i).astype(np.int32),
+            }
+            for i in range(num)
+        }
+    )
+
+
+def test_a_run_taken_up_has_the_bits_of_one_that_was_not_interrupted() -> None:
+    through, halted = MemoryStore(), MemoryStore()
+    whole = simulate(task(), population(), rounds=4, store=through, seed=3)
+
+    class Halt(Exception):
+        pass
+
+    def after_two(result: Any) -> None:
+        if result.version == 2:
+            raise Halt
+
+    with pytest.raises(Halt):
+        simulate(task(), population(), rounds=4, store=halted, seed=3, on_round=after_two)
+    run_id = halted.runs()[0].id
+    assert halted.run(run_id).status == "failed" and halted.last_version(run_id) == 2
+    resumed = go_on(halted, run_id, population())
+    assert [r.members for r in whole.history[2:]] == [r.members for r in resumed.history]
+    for name, value in whole.model.items():
+        np.testing.assert_array_equal(resumed.model[name], value, err_msg=name)
+
+
+def test_the_engine_agrees_with_the_readable_loop() -> None:
+    ids = ("m0", "m3", "m4")
+    rounds = shoal.RoundPolicy(goal=3, minimum_group=3, selection=Selection.exact(ids))
+    chosen = task(rounds=rounds, server=shoal.server.sgd())
+    fast = simulate(chosen, population(), rounds=3, store=MemoryStore(), seed=1).model
+    members = {name: population()[name] for name in ids}
+    slow = reference_rounds(chosen, members, [ids] * 3, run_seed=run_seed(1), seed=1)
+    for name, value in fast.items():
+        np.testing.assert_allclose(value, slow[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_too_few_members_are_said() -> None:
+    with pytest.raises(DataError, match="at least 3 members"):
+        simulate(task(), population(2), rounds=1, store=MemoryStore())
