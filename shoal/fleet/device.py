@@ -292,8 +292,7 @@ class Device:
             self._say("training")
             work.training = True
             try:
-                compile_s = await asyncio.to_thread(prepared.runner.compile)
-                update = await asyncio.to_thread(self._train_now, work, prepared)
+                compile_s, update = await asyncio.to_thread(self._train_now, work, prepared)
             finally:
                 work.training = False
         costs = pb.Costs(
@@ -307,10 +306,11 @@ class Device:
         )
         return prepared, update, costs
 
-    def _train_now(self, work: _Work, prepared: Prepared) -> Update:
+    def _train_now(self, work: _Work, prepared: Prepared) -> tuple[float, Update]:
+        compile_s = prepared.runner.compile()
         if not prepared.runner.has_model(work.assigned.model):
             raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
-        return train(
+        update = train(
             prepared.runner,
             prepared.manifest,
             work.assigned.model,
@@ -320,6 +320,7 @@ class Device:
             member=self.device_id,
             should_stop=lambda: work.stopped,
         )
+        return compile_s, update
 
     def _report_of(self, update: Update, manifest: Manifest, token: pb.Token) -> pb.Report:
         report = pb.Report(token=token, root=Index.of(update.sums, manifest.update).root, weight=update.weight)

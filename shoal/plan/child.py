@@ -120,7 +120,9 @@ class ChildRunner:
         if not self.has_model(root):
             raise ProgramError(f"Model {root[:12]}… is not held; hand it over with set_model.", program="begin")
         self._use(root)
-        self._ask("begin", device_state, root=root)
+        # What a training that was given up still owes must not be taken for an answer to this one.
+        child = self._child
+        self._ask("begin", device_state, wait=child is not None and child.owes, root=root)
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
         self._ask("block", {**self._fields(batches), "mask": mask, "key": key}, wait=False)

@@ -28,6 +28,8 @@ from shoal.plan.channel import Channel
 from shoal.plan.check import readable
 from shoal.tensors import Tensors
 
+LOOK_S: Final = 1.0
+"""How often the keeper looks at the deadline."""
 WATCH_S: Final = 0.1
 MOST_OWED: Final = 4
 """Answers that a request may run ahead of."""
@@ -113,6 +115,11 @@ class Child:
         """
         return self._within(timeout_s, lambda: self._channel.send(header, tensors), most_bytes, wait=wait)
 
+    @property
+    def owes(self) -> bool:
+        """Whether there are answers that were not waited for."""
+        return self._owed > 0
+
     def hello(self, *, timeout_s: float) -> dict[str, Any]:
         """The child's first message. Raises ChildEnded."""
         return self._within(timeout_s, lambda: None, 0, wait=True)[0]
@@ -152,7 +159,8 @@ class Child:
         with self._changed:
             self._allowed_s = timeout_s
             self._deadline = time.monotonic() + timeout_s if timeout_s else 0.0
-            self._changed.notify_all()
+            if 0.0 < timeout_s < LOOK_S:  # else the keeper sees it in time by itself; waking it costs each request
+                self._changed.notify_all()
 
     def _end(self, why: str) -> None:
         with self._changed:
@@ -201,11 +209,9 @@ class Child:
         self._channel = Channel(cast(FileIO, process.stdout), cast(FileIO, process.stdin))
         return process
 
-    def _pause_s(self) -> float | None:
-        if not self._deadline:  # no request: nothing runs in the child
-            return None
-        left_s = max(0.0, self._deadline - time.monotonic())
-        return min(left_s, WATCH_S) if self._memory_bytes else left_s
+    def _pause_s(self) -> float:
+        most_s = WATCH_S if self._memory_bytes else LOOK_S
+        return min(most_s, max(0.0, self._deadline - time.monotonic())) if self._deadline else most_s
 
     def _look(self) -> None:
         if self._deadline and time.monotonic() >= self._deadline:
