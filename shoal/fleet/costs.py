@@ -15,16 +15,16 @@ class Costs:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.padding = self.joules = 0.0
-        self.down_bytes = self.up_bytes = self.members = 0
+        self.members = 0
+        self.down_bytes = self.up_bytes = 0
+        """What the Edge sent and took in: devices of one process share what they fetch."""
 
-    def add(self, costs: pb.Costs, *, down: int, up: int) -> None:
+    def add(self, costs: pb.Costs) -> None:
         """Adds one member's."""
         for phase in PHASES:
             self.seconds[phase] += _sane(getattr(costs, f"{phase}_s"))
         self.padding += _sane(costs.padding) * _sane(costs.compute_s)
         self.joules += _sane(costs.joules)
-        self.down_bytes += down
-        self.up_bytes += up
         self.members += 1
 
     def rows(self, round: int) -> list[UsageRow]:

@@ -130,6 +130,7 @@ class Edge:
         self._finished = ""
         self._check_ins = self._counted = self._refused = self._released = 0
         self._down_bytes = self._up_bytes = 0
+        self._bytes_before = (0, 0)
 
     def connect(self, coordinator: Coordinator) -> None:
         """Whom to tell of arrivals and members. Called once, before the first session."""
@@ -174,6 +175,7 @@ class Edge:
         message.assigned.token.CopyFrom(token)
         message.assigned.expires_s = assignment.expires_s
         message.assigned.server_time_s = self._clock.wall_s()
+        self._down_bytes += sum(len(blob.data) for blob in self._assigned.inline)
         session.send(message)
         return True
 
@@ -189,6 +191,9 @@ class Edge:
         if self._broken:
             raise StoreError(f"The sum of the group is broken: {self._broken}")
         counted = tuple((nonce, self._held[nonce].expires_s) for nonce in self._group.added)
+        down, up = self._bytes_before
+        self._costs.down_bytes, self._costs.up_bytes = self._down_bytes - down, self._up_bytes - up
+        self._bytes_before = (self._down_bytes, self._up_bytes)
         return GroupResult(self._sums, counted, self._costs)
 
     def committed(self, version: int) -> None:
@@ -516,7 +521,7 @@ class Edge:
 
     def _added(self, nonce: bytes, held: _Held) -> None:
         self._forget(held)
-        self._costs.add(held.costs, down=self._model.size_bytes, up=self._manifest.update_bytes)
+        self._costs.add(held.costs)
         self._do(self._group.step(g.Added(nonce), self._clock.now_s()))
 
     def _tell(self, tell: g.Tell) -> None:

@@ -131,6 +131,7 @@ class Host:
 
     async def run(self) -> None:
         """Runs the rounds to the last version and writes the run's end into the record."""
+        self.store.set_status(self.run_id, "running", time_s=None)
         try:
             await self.coordinator.run()
         except asyncio.CancelledError:

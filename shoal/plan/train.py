@@ -155,6 +155,11 @@ def evaluate(runner: Runner, manifest: Manifest, root: str, examples: Examples) 
 
 def predict(runner: Runner, manifest: Manifest, root: str, fields: Mapping[str, np.ndarray]) -> np.ndarray:
     """Predictions (N, …) for examples (N, …); fields that a prediction does not need may be missing."""
+    known = [spec.name for spec in manifest.batch]
+    if not set(fields) & set(known):
+        raise DataError(
+            f"Expected fields of task {manifest.task!r} ({', '.join(known)}), got {', '.join(fields) or 'none'}."
+        )
     size = manifest.training.evaluate_batch_size
     num = len(next(iter(fields.values())))
     missing = {s.name: np.zeros((num, *s.shape), s.numpy_dtype) for s in manifest.batch if s.name not in fields}
