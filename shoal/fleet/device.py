@@ -53,6 +53,16 @@ class _Work:
     report: pb.Report | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Trained:
+    """What the worker gives back."""
+
+    update: Update
+    started_s: float
+    """When it was the device's turn (`time.perf_counter`)."""
+    compile_s: float
+
+
 @dataclass
 class Progress:
     """What a device has done; for the command line."""
@@ -287,40 +297,43 @@ class Device:
         await host.ensure_model(assigned, prepared, self._link)
         fetched = time.perf_counter()
         self._say("queued")
-        async with host.training:
-            started = time.perf_counter()
-            self._say("training")
-            work.training = True
-            try:
-                compile_s, update = await asyncio.to_thread(self._train_now, work, prepared)
-            finally:
-                work.training = False
+        loop = asyncio.get_running_loop()
+        trained = await loop.run_in_executor(host.worker, self._train_now, work, prepared)
         costs = pb.Costs(
-            compute_s=update.seconds.get("compute", 0.0),
-            compile_s=compile_s,
-            data_s=update.seconds.get("data", 0.0),
-            wait_s=started - fetched,
+            compute_s=trained.update.seconds.get("compute", 0.0),
+            compile_s=trained.compile_s,
+            data_s=trained.update.seconds.get("data", 0.0),
+            wait_s=trained.started_s - fetched,
             wire_s=fetched - begun,
-            padding=update.padding,
-            examples=update.weight,
+            padding=trained.update.padding,
+            examples=trained.update.weight,
         )
-        return prepared, update, costs
+        return prepared, trained.update, costs
 
-    def _train_now(self, work: _Work, prepared: Prepared) -> tuple[float, Update]:
-        compile_s = prepared.runner.compile()
+    def _train_now(self, work: _Work, prepared: Prepared) -> _Trained:
+        """In the worker's thread, when it is this device's turn."""
+        started_s = time.perf_counter()
+        if work.stopped:
+            raise DeviceError("The training was stopped before it began.", stage="train")
         if not prepared.runner.has_model(work.assigned.model):
             raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
-        update = train(
-            prepared.runner,
-            prepared.manifest,
-            work.assigned.model,
-            self._examples(),
-            self._host.state(work.run, self.device_id, prepared.manifest),
-            seed=work.assigned.configuration.seed,
-            member=self.device_id,
-            should_stop=lambda: work.stopped,
-        )
-        return compile_s, update
+        work.training = True
+        self.progress.stage = "training"
+        try:
+            compile_s = prepared.runner.compile()
+            update = train(
+                prepared.runner,
+                prepared.manifest,
+                work.assigned.model,
+                self._examples(),
+                self._host.state(work.run, self.device_id, prepared.manifest),
+                seed=work.assigned.configuration.seed,
+                member=self.device_id,
+                should_stop=lambda: work.stopped,
+            )
+        finally:
+            work.training = False
+        return _Trained(update, started_s, compile_s)
 
     def _report_of(self, update: Update, manifest: Manifest, token: pb.Token) -> pb.Report:
         report = pb.Report(token=token, root=Index.of(update.sums, manifest.update).root, weight=update.weight)

@@ -7,6 +7,7 @@ fetched once for each version. Trainings run one after another: a process is one
 import asyncio
 import logging
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
@@ -54,7 +55,8 @@ class DeviceHost:
     state_folder: Path | None = None
     """Where device state is kept over restarts; None: in memory."""
     clock: Clock = field(default_factory=SystemClock)
-    training: asyncio.Lock = field(default_factory=asyncio.Lock)
+    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "shoal-training"))
+    """What calls the runners: one training follows the other without waiting for the event loop."""
     down_bytes: int = 0
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
@@ -113,8 +115,8 @@ class DeviceHost:
         for entry in index:
             data = await self.fetch(assigned, entry.hash, link, most=entry.spec.size_bytes)
             tensors[entry.spec.name] = from_bytes(data, entry.spec)
-        async with self.training:
-            await asyncio.to_thread(prepared.runner.set_model, assigned.model, tensors)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self.worker, prepared.runner.set_model, assigned.model, tensors)
 
     async def _shared(self, futures: "dict[str, asyncio.Future[V]]", key: str) -> V:
         future = futures[key]
@@ -187,6 +189,7 @@ class DeviceHost:
 
     def close(self) -> None:
         """Ends every runner."""
+        self.worker.shutdown(wait=False, cancel_futures=True)
         for future in self._plans.values():
             if future.done() and not future.cancelled() and future.exception() is None:
                 future.result().runner.close()

@@ -15,10 +15,10 @@ Guarantees:
 
 import json
 import os
-import queue
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -33,6 +33,8 @@ from shoal.tensors import Tensors
 if TYPE_CHECKING:
     from shoal.plan.jax_runner import JaxRunner
 
+WATCH_PARENT_S: Final = 0.5
+"""How often it looks whether the process that started it is there."""
 COMPILER_BYTES: Final = 256 << 20
 """Memory that compiling may take beyond what the runtime takes when idle; no part of a plan's allowance."""
 REQUEST_BYTES: Final = 1 << 30
@@ -48,14 +50,12 @@ def main(arguments: list[str]) -> None:
     channel = Channel.of_standard_streams()
     _die_with_parent()
     _limit_process(settings)
-    requests: queue.Queue[tuple[Tensors, dict[str, Any]]] = queue.Queue(maxsize=1)
     most_bytes = settings["memory_bytes"] + REQUEST_BYTES
-    # A thread of its own reads, so that the end of the parent is seen in the middle of a long program too.
-    threading.Thread(target=_read, args=(channel, requests, most_bytes), daemon=True).start()
+    threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
     session = Session(settings)
     channel.send(session.hello())
     while True:
-        tensors, header = requests.get()
+        tensors, header = _next_request(channel, most_bytes)
         answer, results = session.answer(header, tensors)
         channel.send(answer, results)
 
@@ -186,15 +186,29 @@ def _feed(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, Tensors]:
     return tensors["mask"], tensors.get("key", np.zeros(2, np.uint32)), fields
 
 
-def _read(channel: Channel, requests: "queue.Queue[tuple[Tensors, dict[str, Any]]]", most_bytes: int) -> None:
+def _next_request(channel: Channel, most_bytes: int) -> tuple[Tensors, dict[str, Any]]:
     try:
-        while True:
-            requests.put(channel.receive(most_bytes=most_bytes))
+        return channel.receive(most_bytes=most_bytes)
     except EOFError:  # the parent closed the pipe or is gone: nobody wants an answer any more
         os._exit(0)
     except BaseException as error:
         print(f"The request could not be read: {error!r}", file=sys.stderr, flush=True)
         os._exit(3)
+
+
+def _watch_parent(parent: int) -> None:
+    # The pipe's end is seen only between two requests; this sees the parent's in the middle of a long program too.
+    while _is_there(parent):
+        time.sleep(WATCH_PARENT_S)
+    os._exit(0)
+
+
+def _is_there(parent: int) -> bool:
+    if sys.platform == "win32":  # where a process keeps the number of a parent that is gone
+        import psutil
+
+        return psutil.pid_exists(parent)
+    return os.getppid() == parent
 
 
 def _die_with_parent() -> None:
