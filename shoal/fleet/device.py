@@ -101,6 +101,7 @@ class Device:
         self._on_progress = on_progress
         self._work: _Work | None = None
         self._producing: asyncio.Task[None] | None = None
+        self._checked_in: Stream | None = None
         self._failures = 0
         """Streams that broke since the last assignment: each makes the next pause longer."""
         self.progress = Progress()
@@ -171,14 +172,14 @@ class Device:
             case "counted":
                 self._failures = 0
                 self._settle()
-                await self._check_in(stream)
+                await self._stay(stream)
             case "refused":
                 await self._refused(message.refused.reason, message.refused.detail)
                 await self._check_in(stream)
             case "released":
                 self.progress.released += 1
                 await self._drop_work()
-                await self._check_in(stream)
+                await self._stay(stream)
             case "incomplete" if work is not None and work.report is not None:
                 await self._push(work)
                 await stream.send(pb.FromDevice(report=work.report))
@@ -233,8 +234,16 @@ class Device:
                 return await stream.send(pb.FromDevice(report=work.report))
         await self._check_in(stream)
 
+    async def _stay(self, stream: Stream) -> None:
+        """Waits for the next assignment: without a word where it has checked in on this stream."""
+        if self._checked_in is stream:
+            self._say("waiting")
+        else:
+            await self._check_in(stream)
+
     async def _check_in(self, stream: Stream) -> None:
         self._say("waiting")
+        self._checked_in = stream
         check_in = pb.CheckIn(
             population="default",
             device_id=self.device_id,
@@ -242,6 +251,7 @@ class Device:
             software="shoal",
             codecs=["float32"],
             memory_bytes=self._host.limits.memory_bytes,
+            stay=True,
         )
         await stream.send(pb.FromDevice(check_in=check_in))
 

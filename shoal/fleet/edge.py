@@ -296,9 +296,13 @@ class Edge:
             old.end()
         session.device = device
         self._sessions[device] = session
+        session.stays = check_in.stay
+        self._wait(session)
+
+    def _wait(self, session: Session) -> None:
         if not session.waiting:  # one who asks again before the answer waits no less
             session.waiting = True
-            self._to_coordinator(lambda c: c.arrived(device))
+            self._to_coordinator(lambda c: c.arrived(session.device))
 
     async def _report(self, session: Session, report: pb.Report) -> None:
         held, nonce = await self._admit(session, report.token)
@@ -541,6 +545,8 @@ class Edge:
                 session.send(pb.FromEdge(refused=answer))
             case "released":
                 session.send(pb.FromEdge(released=pb.Released(why=tell.reason, token=held.token)))
+        if tell.outcome != "refused" and session.stays and self._sessions.get(session.device) is session:
+            self._wait(session)
 
     def _hold(self, assignment: pb.Assignment, token: pb.Token, session: Session | None) -> _Held:
         held = self._held.setdefault(assignment.nonce, _Held(assignment.expires_s, token))

@@ -20,7 +20,7 @@ class RuntimeInfo(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., version: _Optional[_Iterable[int]] = ..., calling_convention: _Optional[int] = ..., platforms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckIn(_message.Message):
-    __slots__ = ("population", "tasks", "device_id", "runtime", "software", "codecs", "memory_bytes", "held", "device_class", "credential")
+    __slots__ = ("population", "tasks", "device_id", "runtime", "software", "codecs", "memory_bytes", "held", "device_class", "credential", "stay")
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class CheckIn(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     DEVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
+    STAY_FIELD_NUMBER: _ClassVar[int]
     population: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
     device_id: str
@@ -41,7 +42,8 @@ class CheckIn(_message.Message):
     held: _containers.RepeatedScalarFieldContainer[str]
     device_class: str
     credential: bytes
-    def __init__(self, population: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., device_id: _Optional[str] = ..., runtime: _Optional[_Union[RuntimeInfo, _Mapping]] = ..., software: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., device_class: _Optional[str] = ..., credential: _Optional[bytes] = ...) -> None: ...
+    stay: bool
+    def __init__(self, population: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., device_id: _Optional[str] = ..., runtime: _Optional[_Union[RuntimeInfo, _Mapping]] = ..., software: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., device_class: _Optional[str] = ..., credential: _Optional[bytes] = ..., stay: _Optional[bool] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("signed", "signature")
