@@ -18,7 +18,7 @@ from shoal.data.store import Examples
 from shoal.fleet.coordinator import Commit
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.memory import use_one_arena
+from shoal.fleet.process import use_one_arena
 from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan

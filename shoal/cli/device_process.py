@@ -21,6 +21,7 @@ from shoal.errors import DataError, NetworkError, ShoalError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.grpc_link import GrpcLink
+from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
@@ -84,6 +85,7 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
         NetworkError: the host did not answer for as long as patience lasts.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    switch_threads_often()
     told = sum(population.sizes()[user] for user in settings.users)
     screen.say(f"{words.count(len(settings.users), 'device')}, {words.count(told, 'example')}; host {settings.server}")
     host = DeviceHost(

@@ -22,7 +22,7 @@ from shoal.fleet.coordinator import Commit
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.memory import use_one_arena
+from shoal.fleet.process import switch_threads_often, use_one_arena
 from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -105,6 +105,7 @@ def run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) ->
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     use_one_arena()
+    switch_threads_often()
     held_out = data_argument.open_held_out(settings.held_out)
     store = open_store(settings.folder)
     try:
