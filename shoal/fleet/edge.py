@@ -23,6 +23,7 @@ from shoal.fixed import refuse_bad_weight
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
+from shoal.fleet.offer import MAX_INLINE_BYTES, Offer
 from shoal.fleet.session import Session
 from shoal.fleet.staging import Limits, StagedUpdate
 from shoal.fleet.token import read_token
@@ -35,8 +36,6 @@ from shoal.tensors import Index
 log = logging.getLogger("shoal.edge")
 
 MAX_CONTROL_BYTES: Final = 64 << 10
-MAX_INLINE_BYTES: Final = 32 << 10
-SLICE_BYTES: Final = 256 << 10
 MAX_SLICE_BYTES: Final = 1 << 20
 MAX_DEVICE_ID_BYTES: Final = 200
 MAX_SESSIONS: Final = 20_000
@@ -122,8 +121,7 @@ class Edge:
         self._broken = ""
         self._sums: Accumulator | None = None
         self._costs = Costs()
-        self._model = Index(())
-        self._allowed: dict[str, int] = {}
+        self._offer = Offer(plan, Index(()), blobs)
         self._assigned = pb.Assigned()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pushes = asyncio.Semaphore(4)
@@ -158,9 +156,8 @@ class Edge:
             self._group, self._closed = g.ClearGroup(most=configuration.max_members), asyncio.Event()
             self._sums, self._costs, self._broken = configuration.accumulator(self._manifest), Costs(), ""
             self._drop_updates()
-            self._model = model
-            self._allow(model)
-        self._assigned = self._assigned_of(configuration)
+            self._offer = Offer(self._plan, model, self._blobs)
+        self._assigned = self._offer.assigned(configuration, run=self._run)
         self._is_open.set()
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
@@ -175,7 +172,7 @@ class Edge:
         message.assigned.token.CopyFrom(token)
         message.assigned.expires_s = assignment.expires_s
         message.assigned.server_time_s = self._clock.wall_s()
-        self._down_bytes += sum(len(blob.data) for blob in self._assigned.inline)
+        self._down_bytes += self._offer.inline_bytes
         session.send(message)
         return True
 
@@ -373,27 +370,9 @@ class Edge:
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         """The bytes of one blob that the token gives a right to. Raises ProtocolError for any other."""
         self._read_token(request.token)
-        total = self._allowed.get(request.hash)
-        if total is None:
-            raise ProtocolError(f"Blob {request.hash[:12]!r} is no part of the plan or of the open round's model.")
-        if request.ids:
-            raise ProtocolError("Pulling single rows of a table is not served by this version; pull the whole tensor.")
-        if request.offset > total:
-            raise ProtocolError(f"Expected an offset of at most {total}, got {request.offset}.")
-        end = min(total, request.offset + request.credit) if request.credit else total
-        offset = request.offset
-        while offset < end or offset == request.offset:
-            data = await self._read_blob(request.hash, offset, min(SLICE_BYTES, end - offset))
-            self._down_bytes += len(data)
-            yield pb.Slice(offset=offset, data=data, total=total)
-            offset += len(data)
-            if not data:
-                break
-
-    async def _read_blob(self, hash: str, offset: int, size: int) -> bytes:
-        if hash == self._model.root:  # an index is a row of the record, not a blob
-            return self._model.data[offset : offset + size]
-        return await asyncio.to_thread(self._blobs.read, hash, offset, size)
+        async for piece in self._offer.pull(request):
+            self._down_bytes += len(piece.data)
+            yield piece
 
     async def push(self, slices: AsyncIterator[bytes]) -> pb.PushReply:
         """Takes slices of an update in, each a serialized `PushSlice`; says how much of each tensor is here.
@@ -601,28 +580,6 @@ class Edge:
         for held in self._held.values():
             self._forget(held)
         self._held.clear()
-
-    def _allow(self, model: Index) -> None:
-        plan = {self._manifest.hash: len(self._manifest.data)} | {p.hash: p.size_bytes for p in self._manifest.programs}
-        tensors = {entry.hash: entry.spec.size_bytes for entry in model}
-        self._allowed = plan | {model.root: len(model.data)} | tensors
-
-    def _assigned_of(self, configuration: Configuration) -> pb.Assigned:
-        """What all the devices of a round are sent alike."""
-        model = self._model
-        assigned = pb.Assigned(
-            configuration=configuration.to_proto(),
-            plan=self._plan.hash,
-            plan_signature=self._plan.signature,
-            plan_public_key=self._plan.public_key,
-            model=model.root,
-            group="clear",
-            run=self._run,
-        )
-        if len(model.data) + model.size_bytes <= MAX_INLINE_BYTES:
-            whole = {model.root: model.data} | {e.hash: self._blobs.get(e.hash) for e in model}
-            assigned.inline.extend(pb.Blob(hash=hash, data=data) for hash, data in whole.items())
-        return assigned
 
     def _to_coordinator(self, say: Callable[[Coordinator], None]) -> None:
         assert self._coordinator is not None, "connect comes first"
