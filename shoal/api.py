@@ -8,7 +8,6 @@ from typing import Self
 
 import numpy as np
 
-from shoal.aggregate.commit import read_model
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
 from shoal.plan.jax_runner import JaxRunner
@@ -17,6 +16,7 @@ from shoal.plan.run_plan import load_plan
 from shoal.plan.train import evaluate, predict
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
+from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.engine import RoundResult, Simulation
 from shoal.simulate.engine import simulate as run_simulation
 from shoal.task import Task
@@ -127,7 +127,7 @@ class Model:
             commit = store.last_commit(found.run.id) if version is None else store.get_commit(found.run.id, version)
             if commit is None:
                 raise DataError(f"Run {found.run.id} in {found.path} has no model yet.")
-            tensors = {name: np.array(value) for name, value in read_model(commit.model, store.blobs).items()}
+            tensors = {name: np.array(value) for name, value in view_tensors(store.blobs, commit.model).items()}
         finally:
             store.close()
         runner = JaxRunner(plan)

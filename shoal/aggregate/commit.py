@@ -137,16 +137,3 @@ def _only(sums: Accumulator, prefix: str) -> Accumulator:
     chosen = object.__new__(Accumulator)
     chosen.__dict__.update(sums.__dict__, totals={n: t for n, t in sums.totals.items() if n.startswith(prefix)})
     return chosen
-
-
-def write_model(tensors: Mapping[str, np.ndarray], specs: tuple[TensorSpec, ...], blobs: Blobs) -> Index:
-    """Writes a model's tensors as blobs and returns their index."""
-    check(tensors, specs, what="the model")
-    for spec in specs:
-        blobs.put(tensors[spec.name].tobytes())
-    return Index.of(tensors, specs)
-
-
-def read_model(index: Index, blobs: Blobs) -> Tensors:
-    """The tensors of an index, memory-mapped where blobs are on disk."""
-    return {entry.spec.name: blobs.view(entry.hash, entry.spec) for entry in index}

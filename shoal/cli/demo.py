@@ -220,10 +220,10 @@ class _Demo:
 
     def _compare(self, found: Any, settings: DemoSettings, screen: Watch) -> int:
         """Trains centrally and alone, and writes what that gave into the record; returns the passes."""
-        from shoal.aggregate.commit import read_model
         from shoal.cli.demo_compare import Comparing
         from shoal.plan.run_plan import load_plan
         from shoal.record.run import open_run
+        from shoal.record.tensor_blobs import view_tensors
 
         with open_run(self.folder, read_only=False) as record:
             store, run_id = record.store, record.id
@@ -235,7 +235,7 @@ class _Demo:
             if any(row.version == last for row in store.metrics(run_id, "central/accuracy")):
                 return passes  # a demo that was finished before
             with Comparing(
-                plan, read_model(first.model, store.blobs), population=found.population, train=found.dataset.train,
+                plan, view_tensors(store.blobs, first.model), population=found.population, train=found.dataset.train,
                 test=found.dataset.test, passes=passes, alone=names[:: len(names) // settings.alone][: settings.alone],
                 alone_passes=settings.alone_passes, seed=settings.seed,
             ) as comparing:  # fmt: skip

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
-from shoal.aggregate.commit import read_model
 from shoal.cli.demo_child import Parent
 from shoal.cli.demo_settings import DemoSettings
 from shoal.data.disk import open_population
@@ -26,6 +25,7 @@ from shoal.plan.train import evaluate
 from shoal.record.resume import take_up
 from shoal.record.sqlite import open_store
 from shoal.record.store import CommitRow, EventRow, MetricRow, Store, UsageRow
+from shoal.record.tensor_blobs import view_tensors
 
 TELL_S: Final = 0.2
 WATCHED, ALL = "accuracy", "test/accuracy"
@@ -63,7 +63,7 @@ class Evaluator:
         begun = time.perf_counter()
         root = row.model.root
         if not self._runner.has_model(root):
-            self._runner.set_model(root, read_model(row.model, self._store.blobs))
+            self._runner.set_model(root, view_tensors(self._store.blobs, row.model))
         metrics = dict(evaluate(self._runner, self._plan.manifest, root, examples))
         time_s = time.time() - self._created_s
         rows = [

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from typing import final
 
-from shoal.aggregate.commit import read_model
 from shoal.data.store import Examples
 from shoal.errors import ShoalError
 from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.train import evaluate
 from shoal.record.store import CommitRow, MetricRow, Store, UsageRow
+from shoal.record.tensor_blobs import view_tensors
 
 log = logging.getLogger("shoal.host")
 
@@ -67,7 +67,7 @@ class Evaluation:
         begun_s = time.perf_counter()
         root = row.model.root
         if not self._runner.has_model(root):
-            self._runner.set_model(root, read_model(row.model, self._store.blobs))
+            self._runner.set_model(root, view_tensors(self._store.blobs, row.model))
         metrics = evaluate(self._runner, self._plan.manifest, root, self._held_out)
         took_s, time_s = time.perf_counter() - begun_s, time.time() - self._created_s
         self._store.log(

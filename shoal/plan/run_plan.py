@@ -7,6 +7,7 @@ from typing import Any
 from shoal.errors import StoreError
 from shoal.plan.plan import Plan
 from shoal.record.store import CommitRow, RunRow, Store
+from shoal.record.tensor_blobs import put_tensors
 from shoal.tensors import Index, Tensors, check
 
 
@@ -40,8 +41,7 @@ def load_plan(store: Store, run_id: str) -> RunPlan:
 def write_initial_model(store: Store, run_id: str, plan: Plan, model: Tensors, *, time_s: float) -> CommitRow:
     """Commits version 0."""
     check(model, plan.manifest.broadcast, what="the initial model")
-    store.blobs.put_all([value.tobytes() for value in model.values()])
-    index = Index.of(model, plan.manifest.broadcast)
+    index = put_tensors(store.blobs, model, plan.manifest.broadcast)
     row = CommitRow(
         version=0, model=index, server_state=Index(()), round=0, members=0, weight=0, created_s=time_s
     )  # fmt: skip

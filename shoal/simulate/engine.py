@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.aggregate.commit import WeightedMean, read_model
+from shoal.aggregate.commit import WeightedMean
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, StoreError
 from shoal.fleet.configuration import Configuration, configure
@@ -27,6 +27,7 @@ from shoal.plan.run_plan import load_plan
 from shoal.plan.train import evaluate, train
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
+from shoal.record.tensor_blobs import view_tensors
 from shoal.task import Task
 from shoal.tensors import Tensors
 
@@ -128,11 +129,11 @@ def go_on(
             history.append(engine.round(evaluated))
             on_round(history[-1])
     except BaseException as error:
-        status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-        store.set_status(run_id, "stopped" if status == "stopped" else "failed", time_s=time.time())
+        stopped = isinstance(error, KeyboardInterrupt)
+        store.set_status(run_id, "stopped" if stopped else "failed", time_s=time.time())
         raise
     store.set_status(run_id, "finished", time_s=time.time())
-    model = read_model(engine.head.model, store.blobs)
+    model = view_tensors(store.blobs, engine.head.model)
     return Simulation(run_id, folder, model, engine.head.version, tuple(history))
 
 
@@ -161,9 +162,7 @@ class _Engine:
         number, version = self.next_round, self.head.version
         configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
         members = self.select(configuration)
-        root = self.head.model.root
-        if not self.runner.has_model(root):
-            self.runner.set_model(root, read_model(self.head.model, self.store.blobs))
+        root = self._hand_over()
         sums = configuration.accumulator(self.manifest)
         seconds: dict[str, float] = {}
         for member in members:
@@ -190,6 +189,13 @@ class _Engine:
         metrics |= self.evaluate(held_out) if held_out is not None else {}
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
+    def _hand_over(self) -> str:
+        """Makes the runner hold the head; returns its root."""
+        root = self.head.model.root
+        if not self.runner.has_model(root):
+            self.runner.set_model(root, view_tensors(self.store.blobs, self.head.model))
+        return root
+
     def select(self, configuration: Configuration) -> tuple[str, ...]:
         """The cohort: the exact ids, or drawn at random from the run's seed and the version."""
         policy = self.manifest.server.rounds
@@ -201,9 +207,7 @@ class _Engine:
 
     def evaluate(self, held_out: Examples) -> dict[str, float]:
         """The task's metrics of the head on held-out examples, also into the record."""
-        root = self.head.model.root
-        if not self.runner.has_model(root):
-            self.runner.set_model(root, read_model(self.head.model, self.store.blobs))
+        root = self._hand_over()
         metrics = dict(evaluate(self.runner, self.manifest, root, held_out))
         self.store.log(self.run_id, self._metric_rows(self.head.version, metrics, "server"))
         return metrics

@@ -9,13 +9,14 @@ import pytest
 from shoal import server
 from shoal.aggregate import commit as module
 from shoal.aggregate.accumulator import Accumulator
-from shoal.aggregate.commit import WeightedMean, read_model, write_model
+from shoal.aggregate.commit import WeightedMean
 from shoal.errors import QuorumNotReached
 from shoal.fixed import SumSpec
 from shoal.policy import ServerRule
 from shoal.record.memory import MemoryStore
 from shoal.record.sqlite import open_store
 from shoal.record.store import Blobs
+from shoal.record.tensor_blobs import put_tensors, view_tensors
 from shoal.tensors import Index, TensorSpec
 
 RULES = [server.sgd(), server.sgd(0.5, momentum=0.9), server.adagrad(0.1), server.adam(0.1), server.yogi(0.1)]
@@ -43,7 +44,7 @@ def summed(size: int) -> Accumulator:
 
 
 def initial(blobs: Blobs, size: int) -> Index:
-    return write_model({s.name: np.ones(s.shape, np.float32) for s in specs(size)}, specs(size), blobs)
+    return put_tensors(blobs, {s.name: np.ones(s.shape, np.float32) for s in specs(size)}, specs(size))
 
 
 def two_commits(rule: ServerRule, size: int = 1000) -> list[str]:
@@ -65,7 +66,7 @@ def test_statistics_take_the_mean_and_what_is_not_averaged_stays() -> None:
     blobs, sums = MemoryStore().blobs, summed(10)
     before = initial(blobs, 10)
     after, _ = WeightedMean(server.adam(0.1)).commit(sums, before, Index(()), blobs)
-    model = read_model(after, blobs)
+    model = view_tensors(blobs, after)
     fixed = sums.fixed["delta/state/mean"]
     mean = sums.totals["delta/state/mean"] * fixed.unit / sums.weight
     np.testing.assert_allclose(model["state/mean"], 1.0 + mean, rtol=1e-6)
