@@ -37,6 +37,8 @@ from shoal.plan.plan import Plan
 from shoal.plan.runner import MODELS_HELD, Limits, Update
 from shoal.tensors import Tensors, TensorSpec, check, total_bytes
 
+WHOLE_BYTES: Final = 32 << 10
+"""A training of no more data is sent in one message."""
 START_S: Final = 120.0
 """Longest start of a child; importing JAX from a cold disk takes its time."""
 LOCK_WAIT_S: Final = 60.0
@@ -81,6 +83,7 @@ class ChildRunner:
         self._child: Child | None = None
         self._runtime: Runtime | None = None
         self._finalizer: weakref.finalize[Any, Any] | None = None
+        self._steps: list[tuple[dict[str, str], Tensors]] = []  # of a training that is not sent yet
         self._models: OrderedDict[str, None] = OrderedDict()  # what the child holds, so that it need not be asked
         self._is_training = self._is_closed = self._is_compiled = False
 
@@ -120,15 +123,22 @@ class ChildRunner:
         if not self.has_model(root):
             raise ProgramError(f"Model {root[:12]}… is not held; hand it over with set_model.", program="begin")
         self._use(root)
-        # What a training that was given up still owes must not be taken for an answer to this one.
-        child = self._child
-        self._ask("begin", device_state, wait=child is not None and child.owes, root=root)
+        self._steps = [({"call": "begin", "root": root}, dict(device_state))]
+        self._send_if_large()
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
-        self._ask("block", {**self._fields(batches), "mask": mask, "key": key}, wait=False)
+        fed = {**self._fields(batches), "mask": mask, "key": key}
+        if self._steps:
+            self._steps.append(({"call": "block"}, fed))
+            self._send_if_large()
+        else:
+            self._ask("block", fed, wait=False)
 
     def finish(self) -> Update:
-        header, tensors = self._ask("finish")
+        if self._steps:
+            header, tensors = self._ask_whole()
+        else:
+            header, tensors = self._ask("finish")
         manifest = self._plan.manifest
         sums, kept = _under("sum/", tensors), _under("device_state/", tensors)
         _expect(sums, manifest.update, "finish")
@@ -163,6 +173,24 @@ class ChildRunner:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _send_if_large(self) -> None:
+        """A short training is sent whole, by `finish`; a longer one is on its way from here on."""
+        if sum(value.nbytes for _, tensors in self._steps for value in tensors.values()) <= WHOLE_BYTES:
+            return
+        steps, self._steps = self._steps, []
+        for header, tensors in steps:
+            # What a training that was given up still owes must not be taken for an answer to this one.
+            child = self._child
+            owes = header["call"] == "begin" and child is not None and child.owes
+            self._ask(header.pop("call"), tensors, wait=owes, **header)
+
+    def _ask_whole(self) -> tuple[dict[str, Any], Tensors]:
+        steps, self._steps = self._steps, []
+        if not self.has_model(steps[0][0]["root"]):
+            raise ProgramError(self._text("ended while nothing ran in it"), program="begin")
+        tensors = {f"{n}/{name}": value for n, (_, given) in enumerate(steps) for name, value in given.items()}
+        return self._ask("train", tensors, root=steps[0][0]["root"], blocks=str(len(steps) - 1))
 
     def _use(self, root: str) -> None:
         if root in self._models:
@@ -231,7 +259,7 @@ class ChildRunner:
         except ChildEnded as error:
             self._drop()
             raise ProgramError(self._text(str(error), done=f"in {header['call']!r}"), program=program) from error
-        if header["call"] == "begin":
+        if header["call"] in ("begin", "train"):
             child.owed_failure = None  # of a training that was given up
         elif header["call"] in ("block", "finish"):
             answer = child.owed_failure or answer

@@ -75,7 +75,7 @@ class Session:
         self._runner: JaxRunner | None = None
         self._calls: dict[str, Callable[[dict[str, Any], Tensors], Answer]] = {
             "load": self._load, "compile": self._compile, "set_model": self._set_model,
-            "begin": self._begin, "block": self._block, "finish": self._finish, "evaluate": self._evaluate,
+            "begin": self._begin, "block": self._block, "finish": self._finish, "train": self._train, "evaluate": self._evaluate,
             "predict": self._predict, "call": self._call,
         }  # fmt: skip
 
@@ -150,6 +150,16 @@ class Session:
         kept = {f"device_state/{name}": value for name, value in update.device_state.items()}
         header = {"weight": update.weight, "seconds": dict(update.seconds), "padding": update.padding}
         return header, sums | kept
+
+    def _train(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        steps: list[Tensors] = [{} for _ in range(int(header["blocks"]) + 1)]
+        for name, value in tensors.items():
+            number, _, rest = name.partition("/")
+            steps[int(number)][rest] = value
+        self._begin(header, steps[0])
+        for fed in steps[1:]:
+            self._block({}, fed)
+        return self._finish({}, {})
 
     def _evaluate(self, header: dict[str, Any], tensors: Tensors) -> Answer:
         mask, _, batch = _feed(tensors)
