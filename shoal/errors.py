@@ -15,7 +15,8 @@ Callers' mistakes are `ValueError` or `TypeError`; our own bugs are `assert`. Wh
         InvalidTransition       an event that the machine's state does not allow
         QuorumNotReached        too few devices reported
       UpdateRefused             an update that may not be counted (reason)
-      StoreError                the run store cannot do it (newer schema, full disk, missing blob)
+      StoreError                the run store cannot do it (newer schema, missing blob)
+        StoreUnavailable        not now: the disk is full or fails, or another process writes: try again
       MissingExtra              an optional library is needed
 """
 
@@ -86,6 +87,10 @@ class UpdateRefused(ShoalError):
 
 class StoreError(ShoalError):
     """The run store cannot do what was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The disk is full or fails, or another process has been writing; nothing was lost, trying again is right."""
 
 
 class MissingExtra(ShoalError):

@@ -61,6 +61,7 @@ def from_flax(
     Raises:
         ValueError: an unknown loss or field.
     """
+    module = _made(module)
     if isinstance(loss, str) and loss not in LOSSES:
         raise ValueError(f"Expected loss to be one of {' | '.join(LOSSES)} or a function, got loss={loss!r}.")
     if labels not in batch:
@@ -119,6 +120,13 @@ def _field(name: str) -> Callable[[Batch], Any]:
         return value.astype(jnp.float32) / 255.0 if value.dtype == jnp.uint8 else value
 
     return read
+
+
+def _made(module: Any) -> Any:
+    from flax import linen
+
+    is_class = isinstance(module, type) and issubclass(module, linen.Module)
+    return module() if is_class else module
 
 
 def _is_linen(module: Any) -> bool:

@@ -22,6 +22,7 @@ from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.plan.train import evaluate
+from shoal.record.lock import only_writer
 from shoal.record.resume import take_up
 from shoal.record.sqlite import open_store
 from shoal.record.store import CommitRow, EventRow, MetricRow, Store, UsageRow
@@ -160,7 +161,9 @@ def main() -> None:
     use_one_arena()
     parent = Parent()
     try:
-        asyncio.run(serve(parent, parent.order()))
+        order = parent.order()
+        with only_writer(Path(order["folder"])):
+            asyncio.run(serve(parent, order))
     except asyncio.CancelledError:
         raise SystemExit(1) from None
 

@@ -226,14 +226,15 @@ class _Crew:
     def _text(self) -> str:
         stages = Counter(device.progress.stage for device in self.devices)
         doing = ", ".join(f"{number} {stage}" for stage, number in sorted(stages.items()))
-        return f"{doing}  {self.totals()}"
+        last = next((d.progress.last_error for d in self.devices if d.progress.stage == "reconnecting"), "")
+        return f"{doing}  {self.totals()}" + (f"  (last: {last[:160]})" if last else "")
 
     def totals(self) -> str:
         """Counts over the devices, in words."""
         p = [device.progress for device in self.devices]
         counts = {
             "counted": sum(x.counted for x in p), "refused": sum(x.refused for x in p),
-            "released": sum(x.released for x in p), "failures": sum(x.failures for x in p),
+            "released": sum(x.released for x in p), "tries that failed": sum(x.failures for x in p),
         }  # fmt: skip
         return ", ".join(f"{number} {name}" for name, number in counts.items() if number or name == "counted")
 

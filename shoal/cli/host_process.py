@@ -26,6 +26,7 @@ from shoal.fleet.process import switch_threads_often, use_one_arena
 from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
+from shoal.record.lock import only_writer
 from shoal.record.resume import take_up
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store
@@ -102,7 +103,13 @@ def run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) ->
     Raises:
         Stopped: by Ctrl-C, SIGTERM, or the end of the parent.
         NetworkError: the port is taken.
+        StoreError: another process writes this run.
     """
+    with only_writer(settings.folder):
+        _run(settings, screen=screen, watch=watch, parent=parent)
+
+
+def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     use_one_arena()
     switch_threads_often()

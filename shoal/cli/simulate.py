@@ -70,7 +70,12 @@ def simulate(
     go_on = command_line(
         ["shoal", "simulate", "--data", data, *_changed(split, users, held_out), "--run", folder, "--resume"]
     )
-    _train(folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on)
+    from shoal.record.lock import only_writer
+
+    with only_writer(folder):
+        _train(
+            folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on, asked=bool(held_out)
+        )  # fmt: skip
 
 
 def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None, screen: Screen) -> Path:
@@ -103,9 +108,10 @@ def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None
 
 def _train(
     folder: Path, run_id: str, rounds: int, population: "Population", examples: "Examples | None", evaluate_every: int,
-    screen: Screen, watch: Stopwatch, go_on_with: str,
+    screen: Screen, watch: Stopwatch, go_on_with: str, *, asked: bool,
 ) -> None:  # fmt: skip
     from shoal.cli.run_summary import summarize
+    from shoal.plan.run_plan import load_plan
     from shoal.record.sqlite import open_store
     from shoal.simulate.engine import go_on
 
@@ -114,6 +120,9 @@ def _train(
         run_id = run_id or store.runs()[-1].id
         first = store.last_version(run_id) or 0
         last = rounds or int(store.run(run_id).config["rounds"])
+        if examples is not None and not asked and not load_plan(store, run_id).plan.manifest.variants("evaluate"):
+            screen.say("the task has no evaluate: versions are not evaluated on the test part of the data")
+            examples = None
         before, progress = summarize(store, run_id), _Progress(first, last, screen)
         try:
             made = go_on(

@@ -20,7 +20,7 @@ import numpy as np
 
 from shoal.aggregate.commit import Aggregator
 from shoal.clock import Clock
-from shoal.errors import ShoalError, StoreError
+from shoal.errors import ShoalError, StoreError, StoreUnavailable
 from shoal.fleet import round as r
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.edge import Coordinator as HeardByEdge
@@ -236,16 +236,24 @@ class Coordinator:
     async def _commit(self, round: int, reason: str) -> r.Event:
         try:
             group = await self._edge.close_group()
-            self._drop_group_events()
+        except StoreError as error:  # an addition broke off: the sum is of no use
+            return self._failed(error)
+        self._drop_group_events()
+        try:
             commit = await self._durably(lambda: self._write_commit(group, round, reason))
+        except StoreError:
+            raise  # the record is not what this host takes it for: it must not go on
         except ShoalError as error:
-            self._drop_group_events()
-            self._edge.failed(str(error))
-            return r.Failed(str(error))
+            return self._failed(error)
         self._head = commit.row
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
         return r.Committed(commit.row.version)
+
+    def _failed(self, error: ShoalError) -> r.Event:
+        self._drop_group_events()
+        self._edge.failed(str(error))
+        return r.Failed(str(error))
 
     def _drop_group_events(self) -> None:
         # What the closed group said and was not stepped yet is in its result; stepped later it would be taken for the
@@ -256,13 +264,13 @@ class Coordinator:
                 self._events.put_nowait(event)
 
     async def _durably(self, write: Callable[[], T]) -> T:
-        """Writes to the record, again and again while it cannot be written: nothing that was counted is given up."""
+        """Writes to the record, again and again while the disk does not let it: nothing that was counted is given up."""
         delay_s, longest_s = RETRY_S
         while True:
             try:
                 made: T = await self._in_thread(write)
                 return made
-            except StoreError as error:
+            except StoreUnavailable as error:
                 log.error("the record cannot be written, trying again in %.1f s: %s", delay_s, error)
                 await self._clock.sleep_until(self._clock.now_s() + delay_s)
                 delay_s = min(2 * delay_s, longest_s)

@@ -35,8 +35,9 @@ log = logging.getLogger("shoal.device")
 
 SLICE_BYTES: Final = 64 << 10  # four of them are in the memory of the server for each device that sends
 MAX_INLINE_BYTES: Final = 24 << 10
-BACK_OFF_S: Final = (0.1, 20.0)
+BACK_OFF_S: Final = (0.1, 5.0)
 REFUSED_DELAY_S: Final = 0.5
+REFUSED_LONGEST_S: Final = 60.0
 PUSH_TRIES: Final = 6
 
 
@@ -102,6 +103,7 @@ class Device:
         self._work: _Work | None = None
         self._producing: asyncio.Task[None] | None = None
         self._checked_in: Stream | None = None
+        self._refusals = 0
         self._failures = 0
         """Streams that broke since the last assignment: each makes the next pause longer."""
         self.progress = Progress()
@@ -169,8 +171,8 @@ class Device:
                 if self._work is None:
                     self._work = _Work(message.assigned, message.assigned.run)
                     self._producing = asyncio.create_task(self._produce(self._work))
-            case "counted":
-                self._failures = 0
+            case "counted" if self._producing is None:
+                self._failures = self._refusals = 0
                 self._settle()
                 await self._stay(stream)
             case "refused":
@@ -207,12 +209,14 @@ class Device:
 
     async def _refused(self, reason: str, detail: str) -> None:
         self.progress.refused += 1
-        self.progress.last_error = f"{reason}: {detail}"
-        log.info("%s: refused: %s", self.device_id, self.progress.last_error)
+        self._refusals += 1
+        told, self.progress.last_error = self.progress.last_error, f"{reason}: {detail}"
+        if told != self.progress.last_error:
+            log.warning("%s: refused: %s", self.device_id, self.progress.last_error)
         await self._drop_work()
         if reason == "protocol":
             raise ProtocolError(detail)
-        await self._pause(REFUSED_DELAY_S)
+        await self._pause(min(REFUSED_LONGEST_S, REFUSED_DELAY_S * 2.0**self._refusals))
 
     async def _resume(self, stream: Stream) -> None:
         """On a new stream: first what became of the update in hand, if there is one."""

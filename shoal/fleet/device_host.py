@@ -76,7 +76,8 @@ class DeviceHost:
         data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
         manifest = Manifest.parse(data)
         unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
-        unproven.verify(self._trust(assigned.plan_public_key))
+        unproven.verify(self.trusted_key if self.trusted_key is not None else unproven.public_key)
+        self._trust(unproven.public_key)
         check_plan(manifest, self.limits)
         chosen = manifest.pick(self.runtime)
         programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in DEVICE_PROGRAMS}
@@ -92,11 +93,10 @@ class DeviceHost:
             )
         return await self.fetch(assigned, program.hash, link, most=program.size_bytes)
 
-    def _trust(self, key: bytes) -> bytes:
+    def _trust(self, key: bytes) -> None:
         if self.trusted_key is None:
             self.trusted_key = key
-            log.info("trusting plans signed by %s from now on (first seen)", key.hex())
-        return self.trusted_key
+            log.warning("trusting plans signed by %s from now on: the first seen (name one with --key)", key.hex())
 
     async def ensure_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link) -> None:
         """Makes the runner hold the assignment's model; devices that need the same one wait for one transfer."""

@@ -199,7 +199,7 @@ class Edge:
         self._reset()
 
     def failed(self, why: str) -> None:
-        """The group's sum could not be used; its members may report again."""
+        """The group's sum could not be used; its members are told, and train anew."""
         for nonce in self._group.added:
             self._tell(g.Tell(nonce, "refused", reason="failed", detail=why))
         self._reset()
@@ -290,6 +290,10 @@ class Edge:
             raise ProtocolError("A session serves one device.")
         old = self._sessions.get(device)
         if old is not None and old is not session:
+            log.warning("device %s checked in on another stream; the old one is ended", device)
+            old.send(
+                _refused("replaced", f"Another device has checked in as {device!r}. Give each an --id of its own.")
+            )
             old.end()
         session.device = device
         self._sessions[device] = session
@@ -450,6 +454,7 @@ class Edge:
 
     def _refuse(self, nonce: bytes, error: Exception) -> None:
         reason = error.reason if isinstance(error, UpdateRefused) else "wrong slices"
+        log.warning("an update was refused: %s", error)
         self._do(self._group.step(g.Checked(nonce, reason, str(error)), self._clock.now_s()))
 
     def _do(self, commands: list[g.Command]) -> None:
@@ -479,6 +484,7 @@ class Edge:
             held.update.check(held.root)
             checked = g.Checked(nonce)
         except UpdateRefused as refusal:
+            log.warning("an update was refused: %s", refusal)
             checked = g.Checked(nonce, refusal.reason, str(refusal))
         self._do(self._group.step(checked, self._clock.now_s()))
 
@@ -634,6 +640,10 @@ def _runtime(info: pb.RuntimeInfo) -> Runtime:
         calling_convention=info.calling_convention,
         platforms=tuple(info.platforms),
     )
+
+
+def _refused(reason: str, detail: str) -> pb.FromEdge:
+    return pb.FromEdge(refused=pb.Refused(reason=reason, detail=detail))
 
 
 def _later(why: str) -> pb.Later:

@@ -391,8 +391,8 @@ class RoundMachine:
         return [Assign(chosen)] if chosen else []
 
     def _draw(self, ready: list[str], wanted: int) -> list[str]:
-        if not 0 < wanted < len(ready):
-            return ready if wanted > 0 else []
+        if wanted <= 0:
+            return []
         # One whose update was refused would send the same again: it comes after all others.
         fresh = [device for device in ready if self._nonce(device) not in self._gave_way]
         again = [device for device in ready if self._nonce(device) in self._gave_way]

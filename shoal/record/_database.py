@@ -13,7 +13,7 @@ from typing import Any, Final, final
 
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, exc
 
-from shoal.errors import StoreError
+from shoal.errors import StoreError, StoreUnavailable
 
 BUSY_TIMEOUT_S: Final = 30.0
 """How long a writer waits for another process's transaction."""
@@ -138,8 +138,10 @@ def explain(error: Any, path: Path) -> StoreError:
     name = str(getattr(error, "sqlite_errorname", ""))
     if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
         todo = "No space left, or the disk fails. Nothing was lost; free space (or check the disk) and try again."
+        return StoreUnavailable(f"The record {path} says: {error}. {todo}")
     elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         todo = f"Another process has been writing for {BUSY_TIMEOUT_S:.0f} s. End it, or try again."
+        return StoreUnavailable(f"The record {path} says: {error}. {todo}")
     elif name.startswith("SQLITE_READONLY"):
         todo = "The file cannot be written. Check its permissions and those of its folder."
     elif name.startswith("SQLITE_CANTOPEN"):

@@ -19,7 +19,7 @@ from typing import Final, final
 
 import numpy as np
 
-from shoal.errors import StoreError
+from shoal.errors import StoreError, StoreUnavailable
 from shoal.tensors import TensorSpec, sha256
 
 _FULL: Final = (ENOSPC, EDQUOT, EFBIG)
@@ -76,7 +76,7 @@ def disk(path: Path) -> Iterator[None]:
             text = f"No space left to write {path}: {error.strerror}. Nothing was lost; free space and try again."
         else:
             text = f"Reading or writing {path} failed: {error.strerror}. Check the disk and the folder's permissions."
-        raise StoreError(text) from error
+        raise StoreUnavailable(text) from error
 
 
 @final

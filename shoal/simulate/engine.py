@@ -15,7 +15,7 @@ import numpy as np
 
 from shoal.aggregate.commit import WeightedMean
 from shoal.data.store import Examples, Population
-from shoal.errors import DataError, StoreError
+from shoal.errors import DataError, StoreError, UpdateRefused
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
@@ -117,11 +117,14 @@ def go_on(
             f"Run {run_id} cannot be resumed: its members keep state ({len(found.plan.manifest.device_state)} tensors) "
             "that this version of the simulator holds in memory only. Start it anew."
         )
-    engine = _Engine(store, run_id, found.plan, population, seed=int(found.config["seed"]), head=taken.last)
-    engine.next_round = taken.next_round
     last = int(found.config["rounds"]) if rounds is None else rounds
     history = []
     try:
+        _enough_members(found.plan.manifest, population)
+        if held_out is not None and not found.plan.manifest.variants("evaluate"):
+            raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
+        engine = _Engine(store, run_id, found.plan, population, seed=int(found.config["seed"]), head=taken.last)
+        engine.next_round = taken.next_round
         while engine.head.version < last:
             evaluated = (
                 held_out if (engine.head.version + 1) % evaluate_every == 0 or engine.head.version + 1 == last else None
@@ -150,7 +153,6 @@ class _Engine:
         self.next_round = 1
         self.aggregator = WeightedMean(plan.manifest.server.rule, call=self.runner.call)
         self.compile_s = self.runner.compile()
-        _enough_members(plan.manifest, population)
 
     @property
     def manifest(self) -> Manifest:
@@ -166,11 +168,14 @@ class _Engine:
         sums = configuration.accumulator(self.manifest)
         seconds: dict[str, float] = {}
         for member in members:
-            update = train(
-                self.runner, self.manifest, root, self.population[member], self.states.get(member),
-                seed=configuration.seed, member=member,
-            )  # fmt: skip
-            sums.add(update.sums, weight=update.weight)
+            try:
+                update = train(
+                    self.runner, self.manifest, root, self.population[member], self.states.get(member),
+                    seed=configuration.seed, member=member,
+                )  # fmt: skip
+                sums.add(update.sums, weight=update.weight)
+            except (DataError, UpdateRefused, ValueError) as error:
+                raise DataError(f"Member {member!r} cannot be used: {error} Mend its data, or leave it out.") from error
             if update.device_state:
                 self.states[member] = update.device_state
             for phase, value in update.seconds.items():

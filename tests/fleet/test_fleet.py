@@ -360,6 +360,8 @@ async def test_a_device_has_one_session_the_newest() -> None:
         await old.assigned()
         async with toy.peer(fleet.link) as new:
             again = await new.assigned()
+            kind, told = await old.hear()
+            assert kind == "refused" and told.reason == "replaced" and "--id" in told.detail
             with pytest.raises(NetworkError):
                 await old.hear()
             assert again.token.signed
