@@ -4,9 +4,10 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from shoal.cli import words
 from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
-from shoal.data.store import Population
+from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError, ShoalError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
@@ -29,6 +30,8 @@ from shoal.plan.runner import Limits, Runner
 
 log = logging.getLogger("shoal.device")
 
+KEPT_BYTES: Final = 256 << 20
+"""Examples of all users together that are kept in memory between rounds."""
 STATUS_S: Final = 0.5
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
@@ -123,11 +126,20 @@ def _runtime(settings: Settings) -> Runtime:
     return probe(threads=settings.threads)
 
 
+def _kept_if_small(population: Population, users: Sequence[str]) -> Callable[[str], Examples]:
+    """How a user's examples are had: read once where all of them together are small, else anew for each round."""
+    sizes, spec = population.sizes(), population.spec()
+    each = sum(prod(shape) * np.dtype(dtype).itemsize for shape, dtype in spec.values())
+    read = population.__getitem__
+    return cache(read) if sum(sizes[user] for user in users) * each <= KEPT_BYTES else read
+
+
 async def _play(settings: Settings, population: Population, host: DeviceHost, crew: "_Crew") -> None:
     link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name)
+    examples_of = _kept_if_small(population, settings.users)
     devices = [
         Device(
-            settings.device_id(user), partial(population.__getitem__, user), link=link, host=host,
+            settings.device_id(user), partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), on_progress=crew.heard,
         )
         for user in settings.users
