@@ -17,9 +17,10 @@ def only_writer(folder: Path) -> Iterator[None]:
     """Holds the run folder's lock while the block runs.
 
     Raises:
-        StoreError: another process holds it.
+        StoreError: another process holds it, or there is no such folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        raise StoreError(f"Expected a run folder, got {folder}, which does not exist. `shoal runs list` shows runs.")
     path = folder / FILE_NAME
     with path.open("a+", encoding="ascii") as file:
         try:
