@@ -116,7 +116,7 @@ def test_a_child_that_dies_is_told_with_its_last_lines(tmp_path: Path) -> None:
     with Processes(tmp_path) as processes:
         processes.start("server", "shoal.cli.demo_server")
         processes.order("server", folder="nowhere")
-        with pytest.raises(ChildDied, match=r"(?s)'server' ended with code 1.*KeyError"):
+        with pytest.raises(ChildDied, match=r"(?s)'server' ended with code 1.*does not exist"):
             while True:
                 processes.news(timeout_s=20.0)
 
