@@ -1,6 +1,6 @@
 """The demo as a stranger runs it: `shoal demo`, a server and four device processes on Fashion-MNIST.
 
-D1 is the time from the start of the server to the first commit with 80 % test accuracy, compilation included; D2 the
+D1 is the time from the start of the command to the first commit with 80 % test accuracy, data and compilation included; D2 the
 distance to central training of the same net with as many passes over the pooled data.
 """
 

@@ -249,8 +249,3 @@ def _prefix(values: Named, prefix: str) -> Named:
 
 def _strip(values: Named) -> Named:
     return {name.split("/", 1)[1]: value for name, value in values.items()}
-
-
-def model_shapes(task: Task) -> Any:
-    """Shapes of the task's variables; `shoal check` prints them."""
-    return model_shape(task)

@@ -15,7 +15,6 @@ Invariants (tests cite them by number):
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -285,10 +284,3 @@ class Store(Protocol):
     def journal(self, run_id: str, events: Sequence[EventRow]) -> None: ...
     def events(self, run_id: str) -> Sequence[EventRow]: ...
     def close(self) -> None: ...
-
-
-@runtime_checkable
-class OpensStore(Protocol):
-    """How a store is opened: a folder that holds `record.sqlite` and `blobs/`."""
-
-    def __call__(self, folder: Path) -> Store: ...
