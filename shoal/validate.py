@@ -5,7 +5,7 @@ Traceback (most recent call last):
 ValueError: Expected clip_norm > 0, got clip_norm=-1.0.
 """
 
-from collections.abc import Collection, Hashable
+from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields
 from functools import cache
 from math import isfinite
@@ -49,38 +49,47 @@ def types(instance: object) -> None:
     number. Understood are int (no bool), float (any finite number), bool, str,
     bytes, None, Literal, unions of them, tuples `tuple[T, ...]`, mappings, and classes.
     """
-    for name, hint in _hints(cast(Hashable, type(instance))).items():
+    for name, (hint, is_one) in _fields(cast(Hashable, type(instance))).items():
         value = getattr(instance, name)
-        if type(value) is hint and hint is not float:
-            continue  # most of them, and this is on the way of every message
-        if not _is_a(value, hint):
+        if not is_one(value):
             text = getattr(hint, "__name__", None) or str(hint)
             raise TypeError(f"Expected {name} of {type(instance).__name__} to be {text}, got {repr(value)[:80]}.")
 
 
+Check = Callable[[Any], bool]
+
+
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _fields(cls: Any) -> dict[str, tuple[Any, Check]]:
+    """The fields with their hints and checks: looked at once a class, as this is on the way of every message."""
     hints = get_type_hints(cls)
-    return {field.name: hints[field.name] for field in fields(cls)}
+    return {field.name: (hints[field.name], _check(hints[field.name])) for field in fields(cls)}
 
 
-def _is_a(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
+def _check(hint: Any) -> Check:
+    origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
-        return True
-    if hint is int:
-        return type(value) is int
+        return lambda value: True
+    if hint in (int, bool):  # no bool is an int here
+        return lambda value: type(value) is hint
     if hint is float:
-        return type(value) in (int, float) and isfinite(value)
+        return lambda value: type(value) in (int, float) and isfinite(value)
     if origin is Literal:
-        return any(type(value) is type(allowed) and value == allowed for allowed in get_args(hint))
+        return lambda value: any(type(value) is type(allowed) and value == allowed for allowed in inner)
     if origin in (Union, UnionType):
-        return any(_is_a(value, option) for option in get_args(hint))
+        options = [_check(option) for option in inner]
+        return lambda value: any(is_one(value) for is_one in options)
     if origin is tuple:
-        inner, *rest = get_args(hint)
-        if rest == [Ellipsis]:
-            return type(value) is tuple and all(_is_a(item, inner) for item in value)
-        return type(value) is tuple and len(value) == 1 + len(rest) and all(map(_is_a, value, (inner, *rest)))
+        return _tuple_check(inner)
     if origin is not None:
-        return isinstance(value, origin)
-    return isinstance(value, type(None) if hint is None else hint)
+        return lambda value: isinstance(value, origin)
+    return lambda value: isinstance(value, type(None) if hint is None else hint)
+
+
+def _tuple_check(inner: tuple[Any, ...]) -> Check:
+    checks = [_check(hint) for hint in inner if hint is not Ellipsis]
+    if inner[1:] == (Ellipsis,):
+        return lambda value: type(value) is tuple and all(map(checks[0], value))
+    return lambda value: (
+        type(value) is tuple and len(value) == len(checks) and all(c(v) for c, v in zip(checks, value, strict=True))
+    )

@@ -12,7 +12,7 @@ Guarantees:
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
@@ -81,9 +81,10 @@ class Coordinator:
         population: str = "default",
         on_commit: Callable[[Commit], None] = lambda commit: None,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
+        beside: Callable[[Coroutine[Any, Any, None]], Awaitable[None]] = asyncio.ensure_future,
     ) -> None:
-        """`in_thread` runs what blocks; everything else that it waits for is the Edge's and the clock's."""
-        self._in_thread = in_thread
+        """`in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
+        self._in_thread, self._beside = in_thread, beside
         self._store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
@@ -100,6 +101,8 @@ class Coordinator:
         self._configuration: Configuration | None = None
         self._signed_configuration = b""
         self._opened_s = 0.0
+        self._journaled: Awaitable[None] | None = None
+        """The open round's row, on its way into the record: training need not wait for it, what ends the round does."""
         self._head: CommitRow | None = None
         self.finished = asyncio.Event()
         edge.connect(self)
@@ -138,8 +141,12 @@ class Coordinator:
     async def run(self) -> None:
         """Runs rounds until the line has its last version. Raises StoreError if the record cannot be read."""
         await self.take_up()
-        while not self.finished.is_set():
-            await self.step(await self._next_event())
+        try:
+            while not self.finished.is_set():
+                await self.step(await self._next_event())
+        finally:
+            if isinstance(self._journaled, asyncio.Future):  # the run was cancelled within a round
+                self._journaled.cancel()
 
     async def take_up(self) -> None:
         """Goes on from the last commit, as after a crash."""
@@ -193,6 +200,7 @@ class Coordinator:
                 return await self._commit(round, reason)
             case r.AbandonRound(round, reason):
                 log.warning("round %d abandoned: %s", round, reason)
+                await self._until_journaled()
                 await self._abandon(self._round_row(round), reason)
                 return r.Abandoned()
             case r.Finish():
@@ -211,9 +219,17 @@ class Coordinator:
         self._signed_configuration = hashlib.sha256(
             self._configuration.to_proto().SerializeToString(deterministic=True)
         ).digest()
-        await self._durably(lambda: self._store.open_round(self._run, self._round_row(round)))
+        self._journaled = self._beside(self._journal(self._round_row(round)))
         self._edge.open_group(self._configuration, self._head.model)
         return r.Opened()
+
+    async def _journal(self, row: RoundRow) -> None:
+        await self._durably(lambda: self._store.open_round(self._run, row))
+
+    async def _until_journaled(self) -> None:
+        journaled, self._journaled = self._journaled, None
+        if journaled is not None:
+            await journaled
 
     def _assign(self, device: str) -> None:
         assert self._configuration is not None and self._head is not None
@@ -239,6 +255,7 @@ class Coordinator:
         except StoreError as error:  # an addition broke off: the sum is of no use
             return self._failed(error)
         self._drop_group_events()
+        await self._until_journaled()
         try:
             commit = await self._durably(lambda: self._write_commit(group, round, reason))
         except StoreError:

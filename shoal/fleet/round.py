@@ -134,7 +134,7 @@ Event = Started | Opened | Arrived | Left | Joined | Counted | Released | Failed
 
 @dataclass(frozen=True, slots=True)
 class OpenRound:
-    """Write the round into the record, then say `Opened`."""
+    """Begin to write the round into the record, make a group, then say `Opened`. The row comes before the round's end."""
 
     round: int
     base_version: int
@@ -325,6 +325,7 @@ class RoundMachine:
 
     def _finish(self) -> list[Command]:
         self._enter(Phase.DONE, None)
+        self._waiting.clear()  # they are told, too
         return [Finish()]
 
     def _abandon(self, reason: str) -> list[Command]:

@@ -11,7 +11,7 @@ Then all that it knew is gone, but for the store.
 
 import heapq
 import random
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,6 +246,24 @@ class TinyEdge:
             self.do(g.Offered(nonce))
 
 
+class Beside:
+    """What the Coordinator has begun and will wait for later: it goes on whenever the world lets it."""
+
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self.work, self.done = work, False
+        self.advance()
+
+    def advance(self) -> None:
+        try:
+            self.work.send(None)
+        except StopIteration:
+            self.done = True
+
+    def __await__(self) -> Generator[None, None, None]:
+        while not self.done:
+            yield
+
+
 class Server:
     """One life of the server."""
 
@@ -255,8 +273,9 @@ class Server:
         self.coordinator = Coordinator(
             store=world.store, run=RUN, manifest=manifest, edge=self.edge, aggregator=WeightedMean(manifest.server.rule),
             token_key=TOKEN, run_seed=bytes(32), last_version=world.rounds, clock=world,
-            rng=np.random.default_rng(world.rng.getrandbits(32)), in_thread=self.in_thread,
+            rng=np.random.default_rng(world.rng.getrandbits(32)), in_thread=self.in_thread, beside=self.start_beside,
         )  # fmt: skip
+        self.beside: list[Beside] = []
         self.running: Any = self.coordinator.take_up()
 
     async def in_thread(self, work: Callable[[], Any]) -> Any:
@@ -267,10 +286,19 @@ class Server:
         await Pause()
         return result
 
+    def start_beside(self, work: Coroutine[Any, Any, None]) -> "Beside":
+        self.beside.append(Beside(work))
+        return self.beside[-1]
+
     def ready(self) -> list[Callable[[], None]]:
+        self.beside = [work for work in self.beside if not work.done]
         busy = self.running is not None or not self.coordinator._events.empty()
         due = self.coordinator.wake_s is not None and self.coordinator.wake_s <= self.world.now_s()
-        return [*([self.advance] if busy or due else []), *([self.work] if self.edge.work else [])]
+        return [
+            *([self.advance] if busy or due else []),
+            *([self.work] if self.edge.work else []),
+            *(w.advance for w in self.beside),
+        ]
 
     def work(self) -> None:
         self.edge.work.pop(self.world.rng.randrange(len(self.edge.work)))()
