@@ -9,9 +9,10 @@ Cost: hashing reads each byte once (SHA-256, 1-2 GB/s with hardware support).
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import isfinite, prod
 from typing import Any, Final, Literal, Self
 
@@ -36,6 +37,7 @@ DTYPES: Final[dict[str, np.dtype[Any]]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }  # fmt: skip
 """Every element type that may cross a boundary."""
+_DTYPE_NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
 MAX_NAME_BYTES: Final = 512
 MAX_RANK: Final = 16
@@ -101,12 +103,20 @@ class TensorSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Raises ValueError, KeyError or TypeError for anything that `to_json` would not have written."""
-        return cls(**{**data, "shape": tuple(data["shape"])})
+        fields = {key: value for key, value in data.items() if key != "shape"}
+        return cls._of_fields(*data["shape"], **fields)
+
+    @classmethod
+    @lru_cache(maxsize=4096, typed=True)
+    def _of_fields(cls, *shape: Any, **fields: Any) -> Self:
+        """The same few specs are read with every message: each is checked once."""
+        return cls(shape=shape, **fields)
 
     @classmethod
     def of(cls, name: str, array: Any) -> Self:
         """The spec of an array, or of anything with `shape` and `dtype`."""
-        return cls(name=name, shape=tuple(int(size) for size in array.shape), dtype=np.dtype(array.dtype).name)
+        dtype = np.dtype(array.dtype)
+        return cls._of_fields(*map(int, array.shape), name=name, dtype=_DTYPE_NAMES.get(dtype) or dtype.name)
 
 
 def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
@@ -157,9 +167,12 @@ def sha256(data: bytes | bytearray | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+_HASH: Final = re.compile("[0-9a-f]{64}")
+
+
 def check_hash(value: object) -> None:
     """Raises ValueError unless it is a hexadecimal SHA-256: then it is also safe as a file's name."""
-    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+    if not isinstance(value, str) or not _HASH.fullmatch(value):
         raise ValueError(f"Expected a hexadecimal SHA-256, got {repr(value)[:80]}.")
 
 
@@ -169,7 +182,7 @@ PARSE_ERRORS: Final = (ValueError, KeyError, TypeError, AttributeError, Recursio
 
 def parse_json(data: bytes) -> Any:
     """Strict JSON: NaN, infinities and numbers too large for a float are refused with ValueError."""
-    return json.loads(data, parse_constant=_refuse_number, parse_float=_finite)
+    return _DECODER.decode(data.decode())
 
 
 def _refuse_number(text: str) -> float:
@@ -181,9 +194,13 @@ def _finite(text: str) -> float:
     return value if isfinite(value) else _refuse_number(text)
 
 
+_DECODER: Final = json.JSONDecoder(parse_constant=_refuse_number, parse_float=_finite)
+_ENCODER: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def canonical_json(value: object) -> bytes:
     """JSON with sorted keys and no spaces: equal values give equal bytes. NaN and infinities are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _ENCODER.encode(value).encode()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from shoal.errors import (
 from shoal.fleet.device_host import DeviceHost, Prepared
 from shoal.fleet.link import Link, Stream
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.manifest import Manifest, Runtime
+from shoal.plan.manifest import Runtime
 from shoal.plan.runner import Update
 from shoal.plan.train import train
 from shoal.tensors import Index, to_bytes
@@ -59,6 +59,8 @@ class _Trained:
     """What the worker gives back."""
 
     update: Update
+    root: str
+    """Of its sums."""
     started_s: float
     """When it was the device's turn (`time.perf_counter`)."""
     compile_s: float
@@ -295,15 +297,21 @@ class Device:
 
     async def _produce(self, work: _Work) -> None:
         """One assignment, from the plan to an update that is ready to be reported."""
-        prepared, work.update, costs = await self._train(work)
+        trained, costs = await self._train(work)
         self._say("reporting")
         begun = time.perf_counter()
-        work.report = self._report_of(work.update, prepared.manifest, work.assigned.token)
-        work.report.costs.CopyFrom(costs)
+        work.update = trained.update
+        work.report = pb.Report(
+            token=work.assigned.token,
+            root=trained.root,
+            weight=trained.update.weight,
+            slices=self._inline(trained.update),
+            costs=costs,
+        )
         await self._push(work)
         work.report.costs.wire_s += time.perf_counter() - begun
 
-    async def _train(self, work: _Work) -> tuple[Prepared, Update, pb.Costs]:
+    async def _train(self, work: _Work) -> tuple[_Trained, pb.Costs]:
         host, assigned = self._host, work.assigned
         begun = time.perf_counter()
         self._say("fetching")
@@ -322,7 +330,7 @@ class Device:
             padding=trained.update.padding,
             examples=trained.update.weight,
         )
-        return prepared, trained.update, costs
+        return trained, costs
 
     def _train_now(self, work: _Work, prepared: Prepared) -> _Trained:
         """In the worker's thread, when it is this device's turn."""
@@ -347,15 +355,14 @@ class Device:
             )
         finally:
             work.training = False
-        return _Trained(update, started_s, compile_s)
+        return _Trained(update, Index.of(update.sums, prepared.manifest.update).root, started_s, compile_s)
 
-    def _report_of(self, update: Update, manifest: Manifest, token: pb.Token) -> pb.Report:
-        report = pb.Report(token=token, root=Index.of(update.sums, manifest.update).root, weight=update.weight)
-        if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) <= MAX_INLINE_BYTES:
-            for name, value in update.sums.items():
-                report.slices.append(pb.PushSlice(tensor=name, data=to_bytes(value)))
-                self.progress.up_bytes += value.nbytes
-        return report
+    def _inline(self, update: Update) -> list[pb.PushSlice]:
+        """A small update, which goes with its report."""
+        if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) > MAX_INLINE_BYTES:
+            return []
+        self.progress.up_bytes += sum(value.nbytes for value in update.sums.values())
+        return [pb.PushSlice(tensor=name, data=to_bytes(value)) for name, value in update.sums.items()]
 
     async def _push(self, work: _Work) -> None:
         """Sends what the Edge does not have yet of the update; goes on where a broken push ended."""
