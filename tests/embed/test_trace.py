@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.embed import Trace
+from shoal.errors import DataError
+
+TRACE = Trace.of([[0, 2], [], [2], [1, 2, 0]], 4)
+
+
+def test_parts_lie_in_time_order():
+    first, second = TRACE.split(0.5, 0.5)
+    assert first.indptr.tolist() == [0, 2, 2]
+    assert second.ids.tolist() == [2, 1, 2, 0]
+    assert sum(len(part) for part in TRACE.split(1, 1, 1)) == len(TRACE)
+
+
+def test_counts_names_and_transpose():
+    assert TRACE.counts().tolist() == [2, 1, 3, 0]
+    assert TRACE.renamed(np.array([3, 2, 1, 0])).counts().tolist() == [0, 3, 1, 2]
+    starts, queries = TRACE.transposed()
+    assert starts.tolist() == [0, 2, 3, 6, 6]
+    assert queries.tolist() == [0, 3, 3, 0, 2, 3]
+
+
+def test_it_is_saved(tmp_path: Path):
+    TRACE.save(tmp_path / "t.npz")
+    again = Trace.load(tmp_path / "t.npz", num_rows=4)
+    assert again.ids.tolist() == TRACE.ids.tolist()
+    assert Trace.load(tmp_path / "t.npz").num_rows == 3
+    with pytest.raises(DataError, match="from 0 to 1"):
+        Trace.load(tmp_path / "t.npz", num_rows=2)
+    with pytest.raises(DataError, match="nothing"):
+        Trace.load(tmp_path / "nothing.npz")
+
+
+def test_bad_traces_are_refused():
+    with pytest.raises(ValueError, match="rise from 0 to 1"):
+        Trace(np.array([0, 2]), np.array([0]), 1)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        Trace(np.array([0, 1]), np.array([2]), 2)
