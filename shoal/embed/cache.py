@@ -39,8 +39,8 @@ LRU, S3_FIFO, W_TINYLFU = 0, 1, 2
 POLICY, CAPACITY, GHOSTS, GHOST_AT, FIRST_ROOM, SECOND_ROOM, THIRD_ROOM, HAS_SKETCH, COUNTED, COUNT_LIMIT, DUEL = range(
     11
 )
-HAS_EVICTED: Final = 11
-LISTS: Final = 12
+HAS_EVICTED, GHOSTS_HELD, GHOST_OLDEST = 11, 12, 13
+LISTS: Final = 14
 """Then, for each list: newest entry, oldest entry, length."""
 FREE, FIRST, SECOND, THIRD = 0, 1, 2, 3
 HEAD_SIZE: Final = LISTS + 3 * 4
@@ -52,6 +52,8 @@ MOST_FREQUENT: Final = 127
 S3_SMALL, S3_GHOST, S3_MOVE = 0.10, 0.90, 2
 WINDOW, PROBATION = 0.01, 0.2
 SAMPLE: Final = 32
+GHOST_RING: Final = 2
+"""Places in the ring for each ghost: what is taken out leaves holes."""
 
 
 class State(NamedTuple):
@@ -62,7 +64,7 @@ class State(NamedTuple):
     buckets: np.ndarray
     """(buckets,) int32: entry by hash of its id, linear probing; -1 where empty."""
     id_of: np.ndarray
-    """(capacity + ghosts,) int32: id of each entry and ghost; -1 where empty."""
+    """(capacity + ring of ghosts,) int32: id of each entry and ghost; -1 where empty."""
     older: np.ndarray
     """(capacity,) int32: the next older entry of the same list, -1 at the end."""
     newer: np.ndarray
@@ -106,9 +108,9 @@ class Cache:
     def bytes_per_entry(policy: str, *, duel: bool = False) -> float:
         """Bytes of index, links, counters, ghosts and sketch for one vector held."""
         validate.one_of(POLICIES, policy=policy)
-        ids = 1 + (S3_GHOST if policy == "s3-fifo" else 0.0)
+        ghosts = S3_GHOST if policy == "s3-fifo" else 0.0
         sketch = SKETCH_PER_ENTRY if duel or policy == "w-tinylfu" else 0
-        return ids * (4 * BUCKETS_PER_ID + 4) + 4 + 4 + 1 + sketch
+        return 4 * BUCKETS_PER_ID * (1 + ghosts) + 4 * (1 + GHOST_RING * ghosts) + 4 + 4 + 1 + sketch
 
     @classmethod
     def capacity_of(cls, budget_bytes: float, vector_bytes: int, policy: str, *, duel: bool = False) -> int:
@@ -131,7 +133,7 @@ def _new_state(policy: int, capacity: int, duel: bool) -> State:
     return State(
         head=head,
         buckets=np.full(int(np.ceil(BUCKETS_PER_ID * (capacity + num_ghosts))) + 1, -1, np.int32),
-        id_of=np.full(capacity + num_ghosts, -1, np.int32),
+        id_of=np.full(capacity + GHOST_RING * num_ghosts, -1, np.int32),
         older=np.arange(-1, capacity - 1, dtype=np.int32),
         newer=np.append(np.arange(1, capacity, dtype=np.int32), np.int32(-1)).astype(np.int32),
         mark=np.zeros(capacity, np.int8),
@@ -352,22 +354,31 @@ def _evict(state: State, entry: int) -> None:
 
 @compiled
 def _remember(state: State, id: int) -> None:
-    """Puts an id into the ring of ghosts, over the oldest."""
+    """Puts an id into the ring of ghosts. The oldest leave: above `GHOSTS` of them, or where the ring comes round."""
     head = state.head
     if head[GHOSTS] == 0:
         return
+    ring = len(state.id_of) - head[CAPACITY]
+    while head[GHOSTS_HELD] >= head[GHOSTS] or (head[GHOSTS_HELD] > 0 and head[GHOST_AT] == head[GHOST_OLDEST]):
+        oldest = head[CAPACITY] + head[GHOST_OLDEST]
+        if state.id_of[oldest] >= 0:
+            _forget(state, oldest)
+        head[GHOST_OLDEST] = (head[GHOST_OLDEST] + 1) % ring
+    if head[GHOSTS_HELD] == 0:
+        head[GHOST_OLDEST] = head[GHOST_AT]
     ghost = head[CAPACITY] + head[GHOST_AT]
-    if state.id_of[ghost] >= 0:
-        _forget(state, ghost)
     state.id_of[ghost] = id
     _insert_index(state, id, ghost)
-    head[GHOST_AT] = (head[GHOST_AT] + 1) % head[GHOSTS]
+    head[GHOSTS_HELD] += 1
+    head[GHOST_AT] = (head[GHOST_AT] + 1) % ring
 
 
 @compiled
 def _forget(state: State, ghost: int) -> None:
+    """Takes a ghost out and leaves a hole in the ring."""
     _delete_index(state, state.id_of[ghost])
     state.id_of[ghost] = -1
+    state.head[GHOSTS_HELD] -= 1
 
 
 @compiled
@@ -424,13 +435,14 @@ def _delete_index(state: State, id: int) -> None:
 
 @compiled
 def _count(state: State, id: int) -> None:
-    """One more access of the id in the sketch; all counters are halved from time to time."""
+    """One more access of the id: its least counters rise; all counters are halved from time to time."""
     head, sketch = state.head, state.sketch
+    least = _frequency(state, id)
     hashed = (id + 1) * 0x9E3779B1 & 0xFFFFFFFF
     for _ in range(SKETCH_HASHES):
         hashed = ((hashed ^ hashed >> 15) * 0x85EBCA6B + 0x27D4EB2F) & 0xFFFFFFFF
         at = hashed * len(sketch) >> 32
-        if sketch[at] < MOST_FREQUENT:
+        if sketch[at] <= least < MOST_FREQUENT:
             sketch[at] += 1
     head[COUNTED] += 1
     if head[COUNTED] >= head[COUNT_LIMIT]:

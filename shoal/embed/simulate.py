@@ -1,0 +1,143 @@
+"""Replays a trace over a layout and a cache, and counts block reads: the figure that all placements are judged by.
+
+No bytes move: a block read is counted, and the cache is told what came with it. A query's vectors are looked up
+together; its misses are read together (`choose_blocks`); then prefetched vectors enter the cache, and after them those
+that were asked for. Time: 10-30 M lookups/s where all hit, some 3 M where most miss.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shoal.embed._compiled import compiled
+from shoal.embed.cache import Cache, State, admit, probe, touch, was_prefetched
+from shoal.embed.choose import Copies, choose_blocks, copies_of
+from shoal.embed.layout import Layout
+from shoal.embed.trace import Trace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What a replay counted."""
+
+    num_queries: int
+    lookups: int
+    """Distinct ids, query by query."""
+    hits: int
+    block_reads: int
+    prefetched: int
+    """Vectors that entered the cache though nobody had asked for them."""
+    prefetch_hits: int
+    """Of these, how many were asked for before they left."""
+    reads: np.ndarray
+    """(queries,) int32: block reads of each query."""
+    is_miss: np.ndarray
+    """(lookups of the trace,) bool: what was missed. A second mention in one query is none."""
+
+    @property
+    def reads_per_query(self) -> float:
+        return self.block_reads / max(1, self.num_queries)
+
+    @property
+    def miss_ratio(self) -> float:
+        return 1 - self.hits / max(1, self.lookups)
+
+
+def replay(trace: Trace, layout: Layout, cache: Cache, depth: np.ndarray | None = None, *, skip: int = 0) -> Replay:
+    """Replays the trace; the cache goes on from where it is.
+
+    Args:
+        depth: (num_blocks,) how many vectors at the head of a read block are offered to the cache; none by default.
+        skip: queries at the head that warm the cache and are not counted.
+    """
+    depth = np.zeros(layout.num_blocks, np.int32) if depth is None else depth.astype(np.int32)
+    reads, is_miss = np.zeros(len(trace), np.int32), np.zeros(trace.num_lookups, np.bool_)
+    counters = np.zeros(4, np.int64)
+    ids = layout.ids_of().astype(np.int32)
+    _replay(
+        cache.state,
+        copies_of(layout),
+        ids,
+        depth,
+        trace.indptr,
+        trace.ids,
+        trace.num_rows,
+        skip,
+        reads,
+        is_miss,
+        counters,
+    )
+    lookups, hits, prefetched, prefetch_hits = map(int, counters)
+    return Replay(
+        num_queries=len(trace) - skip,
+        lookups=lookups,
+        hits=hits,
+        block_reads=int(reads[skip:].sum()),
+        prefetched=prefetched,
+        prefetch_hits=prefetch_hits,
+        reads=reads[skip:],
+        is_miss=is_miss,
+    )
+
+
+@compiled
+def _replay(
+    state: State,
+    copies: Copies,
+    ids_of: np.ndarray,
+    depth: np.ndarray,
+    indptr: np.ndarray,
+    ids: np.ndarray,
+    num_rows: int,
+    skip: int,
+    reads: np.ndarray,
+    is_miss: np.ndarray,
+    counters: np.ndarray,
+) -> None:
+    last_query = np.full(num_rows, -1, np.int64)
+    longest = 1
+    for query in range(len(indptr) - 1):
+        longest = max(longest, indptr[query + 1] - indptr[query])
+    missing, chosen = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    for query in range(len(indptr) - 1):
+        if query == skip:
+            counters[:] = 0
+        num_missing = 0
+        for at in range(indptr[query], indptr[query + 1]):
+            id = ids[at]
+            if last_query[id] == query:
+                continue
+            last_query[id] = query
+            counters[0] += 1
+            entry = probe(state, id)
+            if entry >= 0:
+                counters[1] += 1
+                counters[3] += was_prefetched(state, entry)
+                touch(state, entry)
+            else:
+                is_miss[at] = True
+                missing[num_missing] = id
+                num_missing += 1
+        if num_missing == 0:
+            continue
+        reads[query] = choose_blocks(copies, missing, num_missing, chosen)
+        for i in range(num_missing):
+            block = chosen[i]
+            is_first = True
+            for j in range(i):
+                is_first = is_first and chosen[j] != block
+            if not is_first:
+                continue
+            for slot in range(depth[block]):
+                id = ids_of[block, slot]
+                if id >= 0 and last_query[id] != query and probe(state, id) < 0:
+                    counters[2] += admit(state, id, True) >= 0
+        for i in range(num_missing):
+            if probe(state, missing[i]) < 0:
+                admit(state, missing[i], False)
+
+
+def misses(trace: Trace, replayed: Replay) -> Trace:
+    """The trace of what was missed: each query's misses, empty queries kept."""
+    kept = np.concatenate([[0], np.cumsum(replayed.is_miss)])
+    return Trace(kept[trace.indptr], trace.ids[replayed.is_miss], trace.num_rows)
