@@ -1,0 +1,271 @@
+"""What is written when rows change: rows that change often rest in memory, the others go to delta blocks; then tidying.
+
+An update makes one `Change`. Its rows are parted:
+
+1. Rows that already rest in memory, or lie in a delta block (so they change a second time), rest in memory while there is
+   room: the journal takes their bytes, no block is written.
+2. The others fill whole delta blocks, neighbours in the placement beside each other; what does not fill a block rests in
+   memory too.
+3. Where memory is full, the rows longest unchanged leave it for delta blocks, a quarter at a time.
+
+Tidying (`compact`) makes one `Change` within a number of blocks:
+
+1. Delta blocks without a live row are freed: that costs no write.
+2. HOME blocks with many rows elsewhere are written anew, whole; first those where a write saves most reads: rows elsewhere
+   times reads of the block since the last time.
+3. Where free blocks run short, sparse delta blocks are merged.
+4. Where the free blocks are worn (written well beyond the mean), the least worn HOME blocks change places with them.
+
+Write amplification of an update: 1.03 for rows of 128 B (a row's number in the journal), plus tidying, which the budget
+limits.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Final
+
+import numpy as np
+
+from shoal.embed import checksum, kernel
+from shoal.embed.blockfile import aligned
+from shoal.embed.changes import Change
+from shoal.embed.space import DELTA, HOME
+from shoal.embed.table import ABSENT, Table
+
+SPARE: Final = 0.10
+"""Part of a file's blocks that tidying keeps free."""
+FEWEST_AWAY: Final = 1 / 8
+"""A HOME block is written anew only with so many of its rows elsewhere."""
+WEAR_SLACK: Final = 4.0
+"""Writes beyond the mean from which a free block counts as worn."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """A change whose blocks are written, and what `Table.apply` needs beside it."""
+
+    change: Change
+    values: np.ndarray
+    """Values of the DELTA blocks' rows, in the order of `change.members`."""
+    written_bytes: int
+
+
+def update(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
+    """Writes the blocks of an update; nothing of it is visible yet.
+
+    Args:
+        ids: (n,) int64, each once, in range.
+        rows: (n, words) uint32.
+    """
+    if table.mirror is not None:
+        change = Change(table=table.record.name, row_ids=ids.astype(np.int32), rows=rows)
+        return Step(change, np.empty((0, table.codec.words), np.uint32), 0)
+    rests = _rests(table, ids)
+    cold_ids, cold_rows = ids[~rests], rows[~rests]
+    evicted = _evicted(table, int((rests & (table.view.where[ids] >= ABSENT)).sum()), ids)
+    cold_ids = np.concatenate([cold_ids, evicted])
+    cold_rows = np.concatenate([cold_rows, table.view.resident[-2 - table.view.where[evicted]]])
+    order = np.argsort(_neighbourhood(table, cold_ids), kind="stable")
+    cold_ids, cold_rows = cold_ids[order], cold_rows[order]
+    full = len(cold_ids) // table.slots_per_block * table.slots_per_block
+    room = (
+        len(table.resident_id)
+        - table.num_resident
+        + len(evicted)
+        - int((rests & (table.view.where[ids] >= ABSENT)).sum())
+    )
+    if len(cold_ids) - full > room:
+        full = len(cold_ids)
+    step = _delta_blocks(table, cold_ids[:full], cold_rows[:full])
+    change = replace(
+        step.change,
+        row_ids=np.concatenate([ids[rests], cold_ids[full:]]).astype(np.int32),
+        rows=np.concatenate([rows[rests], cold_rows[full:]]),
+    )
+    return Step(change, step.values, step.written_bytes)
+
+
+def _rests(table: Table, ids: np.ndarray) -> np.ndarray:
+    """Which of the rows rest in memory from now on: (n,) bool."""
+    where = table.view.where[ids].astype(np.int64)
+    already = where < ABSENT
+    again = np.zeros(len(ids), bool)
+    stored = where >= 0
+    again[stored] = table.space.kind[where[stored] // table.slots_per_block] == DELTA
+    most = len(table.resident_id) // 2  # the rest is room for what is left of a block, and for rows hotter than these
+    chosen = np.flatnonzero(again)[:most]
+    made: np.ndarray = already.copy()
+    made[chosen] = True
+    return made
+
+
+def _evicted(table: Table, coming: int, but: np.ndarray) -> np.ndarray:
+    """Rows that leave memory for delta blocks so that `coming` more find room: (n,) int64, none that is updated now."""
+    free = len(table.resident_id) - table.num_resident
+    if coming + table.slots_per_block <= free:
+        return np.empty(0, np.int64)
+    count = max(coming + table.slots_per_block - free, len(table.resident_id) // 4)
+    held = np.flatnonzero(table.resident_id >= 0)
+    held = held[~np.isin(table.resident_id[held], but)]
+    oldest = held[np.argsort(table.resident_stamp[held], kind="stable")][:count]
+    made: np.ndarray = table.resident_id[oldest].astype(np.int64)
+    return made
+
+
+def _neighbourhood(table: Table, ids: np.ndarray) -> np.ndarray:
+    """(n,) int64: equal or near for rows that the placement put together."""
+    where: np.ndarray = table.view.where[ids].astype(np.int64)
+    resident = where < ABSENT
+    where[resident] = table.resident_home[-2 - where[resident]]
+    return where
+
+
+def _delta_blocks(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
+    size = table.slots_per_block
+    members = np.full((-(-len(ids) // size), size), -1, np.int32)
+    members.reshape(-1)[: len(ids)] = ids
+    filled = np.zeros((members.size, table.codec.words), np.uint32)
+    filled[: len(ids)] = rows
+    step = write_blocks(
+        table, members, filled.reshape(*members.shape, table.codec.words), np.full(len(members), DELTA, np.uint8)
+    )
+    return Step(step.change, rows, step.written_bytes)
+
+
+def write_blocks(
+    table: Table,
+    members: np.ndarray,
+    rows: np.ndarray,
+    kinds: np.ndarray,
+    *,
+    replaces: np.ndarray | None = None,
+    offered: np.ndarray | None = None,
+) -> Step:
+    """Writes blocks to free places, durably: `members` (b, K) int32, `rows` (b, K, words) uint32."""
+    table.make_room(len(members))
+    with table.lock:
+        blocks = table.space.take(len(members)).astype(np.int64)
+    try:
+        data = aligned(len(blocks) * table.record.block_bytes).reshape(len(blocks), table.record.block_bytes)
+        data[:, : table.slots_per_block * table.codec.row_bytes] = rows.reshape(
+            len(blocks), table.slots_per_block * table.codec.words
+        ).view(np.uint8)
+        if len(blocks):
+            table.file.write(blocks, data)
+            table.file.sync()
+        table.space.wrote(blocks)
+    except BaseException:
+        undo(table, blocks)
+        raise
+    change = Change(
+        table=table.record.name,
+        blocks=blocks,
+        kinds=kinds,
+        offered=np.zeros(len(blocks), np.int16) if offered is None else offered,
+        sums=checksum.of_blocks(data.view(np.uint64), blocks),
+        members=members,
+        replaces=np.full(len(blocks), -1, np.int64) if replaces is None else replaces,
+        rows=np.empty((0, table.codec.words), np.uint32),
+    )
+    return Step(change, np.empty((0, table.codec.words), np.uint32), len(blocks) * table.record.block_bytes)
+
+
+def undo(table: Table, blocks: np.ndarray) -> None:
+    """Frees blocks that were taken for a change that does not come."""
+    with table.lock:
+        table.space.give_back(blocks)
+
+
+def compact(table: Table, most_blocks: int, *, everything: bool = False) -> Step | None:
+    """Writes the blocks of one step of tidying, `most_blocks` at most; None where there is nothing to do.
+
+    `everything`: also HOME blocks with a single row elsewhere.
+    """
+    if table.mirror is not None:
+        return None
+    kinds, size = table.space.kind, table.slots_per_block
+    deltas = np.flatnonzero(kinds == DELTA)
+    live = kernel.live_rows(table.view, size, deltas)
+    dead = deltas[live == 0]
+    homes = _homes_to_write(table, most_blocks, everything)
+    worn = _worn_homes(table, most_blocks - len(homes), homes)
+    homes = np.concatenate([homes, worn])
+    merged = _sparse_deltas(table, deltas, live, most_blocks - len(homes), homes)
+    if not len(homes) and not len(merged) and not len(dead):
+        return None
+    table.view.read_count[:] //= 2
+    return _write_step(table, homes, merged, dead)
+
+
+def _homes_to_write(table: Table, most: int, everything: bool) -> np.ndarray:
+    size = table.slots_per_block
+    homes = np.flatnonzero(table.space.kind == HOME)
+    away = _rows_away(table, homes)
+    fewest = 1 if everything else max(1, int(FEWEST_AWAY * size))
+    score = away * (1.0 + table.view.read_count[homes])
+    chosen = np.flatnonzero(away >= fewest)
+    return homes[chosen[np.argsort(-score[chosen], kind="stable")][: max(0, most)]]
+
+
+def _rows_away(table: Table, homes: np.ndarray) -> np.ndarray:
+    """(n,) int64: rows of each HOME block whose value is in a delta block."""
+    size = table.slots_per_block
+    slots = homes[:, None] * size + np.arange(size)
+    ids = table.view.id_at[slots]
+    where = table.view.where[np.maximum(ids, 0)]
+    moved = (ids >= 0) & (where >= 0) & (where != slots)
+    moved &= table.space.kind[np.maximum(where, 0) // size] == DELTA
+    away: np.ndarray = moved.sum(axis=1)
+    return away
+
+
+def _worn_homes(table: Table, most: int, chosen: np.ndarray) -> np.ndarray:
+    """HOME blocks that were written little, to be moved to free blocks that were written much."""
+    with table.lock:
+        free = np.flatnonzero(table.space._is_free)
+    wear = table.space.wear
+    if not len(free) or most <= 0 or wear[free].min() < wear.mean() + WEAR_SLACK:
+        return np.empty(0, np.int64)
+    homes = np.setdiff1d(np.flatnonzero(table.space.kind == HOME), chosen)
+    return homes[np.argsort(wear[homes], kind="stable")][: min(most, len(free))].astype(np.int64)
+
+
+def _sparse_deltas(table: Table, deltas: np.ndarray, live: np.ndarray, most: int, homes: np.ndarray) -> np.ndarray:
+    """Delta blocks to merge into fewer, where free blocks run short."""
+    if most <= 0 or table.space.num_free >= SPARE * table.space.num_blocks:
+        return np.empty(0, np.int64)
+    sparse = deltas[(live > 0) & (live <= table.slots_per_block // 2)]
+    rows = live[(live > 0) & (live <= table.slots_per_block // 2)]
+    order = np.argsort(rows, kind="stable")
+    fits = np.cumsum(rows[order]) <= most * table.slots_per_block
+    return sparse[order[fits]].astype(np.int64)
+
+
+def _write_step(table: Table, homes: np.ndarray, merged: np.ndarray, dead: np.ndarray) -> Step:
+    size = table.slots_per_block
+    members = table.view.id_at[homes[:, None] * size + np.arange(size)]
+    moving = _live_ids(table, merged)
+    moving = moving[~np.isin(moving, members)]
+    moving = moving[np.argsort(_neighbourhood(table, moving), kind="stable")]
+    delta_members = np.full((-(-len(moving) // size), size), -1, np.int32)
+    delta_members.reshape(-1)[: len(moving)] = moving
+    all_members = np.concatenate([members, delta_members])
+    held = all_members >= 0
+    rows = np.zeros((*all_members.shape, table.codec.words), np.uint32)
+    rows[held] = table.stored_rows(all_members[held].astype(np.int64))
+    kinds = np.repeat(np.array([HOME, DELTA], np.uint8), [len(members), len(delta_members)])
+    replaces = np.concatenate([homes, np.full(len(delta_members), -1)]).astype(np.int64)
+    offered = np.zeros(len(kinds), np.int16)
+    offered[: len(homes)] = table.view.offered[homes]
+    step = write_blocks(table, all_members, rows, kinds, replaces=replaces, offered=offered)
+    freed = np.unique(np.concatenate([homes, merged, dead])).astype(np.int64)
+    change = Change(
+        **{**{name: getattr(step.change, name) for name in step.change.__dataclass_fields__}, "freed": freed}
+    )
+    return Step(change, rows[len(members) :][held[len(members) :]], step.written_bytes)
+
+
+def _live_ids(table: Table, blocks: np.ndarray) -> np.ndarray:
+    slots = (blocks[:, None] * table.slots_per_block + np.arange(table.slots_per_block)).reshape(-1)
+    ids = table.view.id_at[slots].astype(np.int64)
+    made: np.ndarray = ids[(ids >= 0) & (table.view.where[np.maximum(ids, 0)] == slots)]
+    return made

@@ -1,0 +1,180 @@
+"""What a caller says of a table, checks of what callers pass, and how memory is first shared out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from shoal import validate
+from shoal.embed.blockfile import block_bytes_for
+from shoal.embed.codec import DTYPES, Codec, Dtype
+from shoal.embed.manifest import TableRecord, Tier
+
+_UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_SMALL: Final = 32
+"""A table below a 32nd of the memory is put there whole: no cache could save as many reads with so little."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableSpec:
+    """One table of a store."""
+
+    rows: int
+    """Ids are 0 to rows - 1; below 2**31 - 2."""
+    dim: int
+    """Values of a vector."""
+    dtype: Dtype = "float32"
+    """How a vector is kept: float32, float16, or int8 with a scale and an offset a row."""
+    tier: Tier = "auto"
+    """`dram`: all rows in memory. `block`: in blocks behind a cache. `auto`: by size now, by lookups a byte in `retrain`."""
+    policy: str = "s3-fifo"
+    """Eviction of the cache: lru | s3-fifo | w-tinylfu."""
+    admission: str = "threshold"
+    """Which offered rows of a read block enter the cache: all that a `retrain` offers (`threshold`), or those that are asked
+    for more often than the row that they would drive out (`duel`)."""
+    shadow: bool = False
+    """Keep an int8 copy of all rows in memory, for lookups with a deadline."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.between(1, 2**31 - 3, rows=self.rows)
+        validate.one_of(DTYPES, dtype=self.dtype)
+        validate.one_of(("auto", "dram", "block"), tier=self.tier)
+        validate.one_of(("lru", "s3-fifo", "w-tinylfu"), policy=self.policy)
+        validate.one_of(("threshold", "duel"), admission=self.admission)
+        Codec(self.dim, self.dtype)
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all rows, encoded."""
+        return self.rows * Codec(self.dim, self.dtype).row_bytes
+
+    @property
+    def shadow_bytes(self) -> int:
+        return self.rows * Codec(self.dim, "int8").row_bytes if self.shadow else 0
+
+
+def parse_bytes(size: str | int, what: str) -> int:
+    """`512MB`, `4GiB` or a number of bytes."""
+    if isinstance(size, str):
+        text = size.strip().lower().replace(" ", "")
+        digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
+        unit = _UNITS.get(text[len(digits) :])
+        try:
+            size = int(float(digits) * unit) if unit else 0
+        except ValueError:
+            size = 0
+        if size < 1:
+            raise ValueError(f"Expected {what} as a size like 512MB, 4GiB or bytes, got {text!r}.")
+    validate.positive(**{what: size})
+    return size
+
+
+def first_records(tables: Mapping[str, TableSpec], dram_bytes: int) -> list[TableRecord]:
+    """The tables with their tiers and their parts of the memory, before anything is known of lookups.
+
+    Raises:
+        ValueError: what must be in memory does not fit.
+    """
+    if not tables:
+        raise ValueError("Expected at least one table, got none.")
+    reasons = _tiers(tables, dram_bytes)
+    must = sum(tables[name].size_bytes for name in reasons) + sum(spec.shadow_bytes for spec in tables.values())
+    if must > dram_bytes:
+        raise ValueError(
+            f"Expected dram to hold the tables of tier dram and the shadows, {must} bytes, got {dram_bytes}. "
+            "Give more, or put tables in blocks."
+        )
+    rest = dram_bytes - must
+    block_bytes = sum(spec.size_bytes for name, spec in tables.items() if name not in reasons)
+    return [
+        _record(name, spec, reasons.get(name), int(rest * spec.size_bytes / max(1, block_bytes)))
+        for name, spec in tables.items()
+    ]
+
+
+def _tiers(tables: Mapping[str, TableSpec], dram_bytes: int) -> dict[str, str]:
+    """The tables that are put in memory, and why."""
+    reasons = {name: "asked for" for name, spec in tables.items() if spec.tier == "dram"}
+    free = dram_bytes - sum(spec.shadow_bytes for spec in tables.values())
+    free -= sum(tables[name].size_bytes for name in reasons)
+    auto = sorted((spec.size_bytes, name) for name, spec in tables.items() if spec.tier == "auto")
+    if sum(size for size, _ in auto) <= free and all(spec.tier != "block" for spec in tables.values()):
+        return reasons | {name: f"all tables fit in {dram_bytes} bytes" for _, name in auto}
+    for size, name in auto:
+        if size <= dram_bytes // _SMALL and size <= free:
+            reasons[name] = f"its {size} bytes are less than a {_SMALL}nd of the memory"
+            free -= size
+    return reasons
+
+
+def _record(name: str, spec: TableSpec, reason: str | None, cache_bytes: int) -> TableRecord:
+    return TableRecord(
+        name=name,
+        rows=spec.rows,
+        dim=spec.dim,
+        dtype=spec.dtype,
+        tier="block" if reason is None else "dram",
+        reason=reason or ("asked for" if spec.tier == "block" else "larger than the memory that is left"),
+        asked=spec.tier,
+        cache_bytes=cache_bytes if reason is None else spec.size_bytes,
+        policy=spec.policy,
+        admission=spec.admission,
+        threshold=0,
+        shadow=spec.shadow,
+        block_bytes=block_bytes_for(Codec(spec.dim, spec.dtype).row_bytes),
+        state="",
+        state_hash="",
+    )
+
+
+def ids_of(ids: Any, table: str) -> np.ndarray:
+    """Ids as (n,) int64. Raises TypeError or ValueError for what are no ids; their range is checked when they are used."""
+    array = np.asarray(ids)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(
+            f"Expected ids of table {table!r} to be integers, got {array.dtype}. Convert them, for example with .astype(int)."
+        )
+    if array.ndim != 1:
+        raise ValueError(f"Expected ids of table {table!r} in one dimension, got shape {array.shape}. Flatten them.")
+    if array.dtype == np.uint64 and array.size and array.max() > 2**63 - 1:
+        raise ValueError(f"Expected ids of table {table!r} below 2**63, got {array.max()}.")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def refuse_bad_update(record: TableRecord, ids: np.ndarray, vectors: np.ndarray) -> None:
+    """Raises ValueError unless each id is in range and there once, with a vector of the right size."""
+    if vectors.ndim != 2 or vectors.shape != (len(ids), record.dim):
+        raise ValueError(
+            f"Expected vectors of shape ({len(ids)}, {record.dim}) for table {record.name!r}, got {vectors.shape}."
+        )
+    if vectors.dtype.kind != "f":
+        raise TypeError(f"Expected vectors of table {record.name!r} to be floats, got {vectors.dtype}.")
+    if not len(ids):
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= record.rows:
+        raise ValueError(
+            f"Expected ids of table {record.name!r} from 0 to {record.rows - 1}, got {low if low < 0 else high}."
+        )
+    ordered = np.sort(ids)
+    twice = ordered[1:][ordered[1:] == ordered[:-1]]
+    if len(twice):
+        raise ValueError(
+            f"Expected each id of an update of table {record.name!r} once, got {int(twice[0])} more than once. Add up the "
+            "changes of an id, or keep its last vector."
+        )
+
+
+def offsets_of(offsets: Any, num_ids: int) -> np.ndarray:
+    """Where bags begin, (bags,) int64. Raises ValueError unless they rise from 0 to at most the number of ids."""
+    made = ids_of(offsets, "offsets")
+    if len(made) and (made[0] != 0 or made[-1] > num_ids or np.any(np.diff(made) < 0)):
+        raise ValueError(
+            f"Expected offsets to rise from 0 to at most {num_ids} ids, got {made[:3]} … {made[-1]}. Bag b is "
+            "ids[offsets[b]:offsets[b + 1]]; equal neighbours make an empty bag."
+        )
+    if not len(made) and num_ids:
+        raise ValueError(f"Expected at least one offset for {num_ids} ids, got none.")
+    return made

@@ -1,0 +1,564 @@
+"""One table of a store while it is open: its arrays, its cache, its lookups, and how a change is applied to it.
+
+It writes no file: `deltas.py` makes changes and writes their blocks, `store.py` journals them and owns the files' names.
+
+A row is in exactly one of these places (`View.where`):
+
+    ABSENT     never written: it reads as zeros
+    a slot     of a HOME block (as the placement put it) or of a DELTA block (it changed since)
+    resident   it changed often: the newest value is in memory and in the journal
+
+A table of tier `dram` has all rows in `mirror` besides; its blocks and journal are only what it is opened from.
+
+Guarantees:
+    (1) A lookup gives for each row a value that was committed when it began or since; never part of one.
+    (2) A block whose checksum is wrong is never used: its rows come from a copy, or the error names block and rows.
+    (3) No lookup waits for a disk while it holds the lock.
+"""
+
+import threading
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final, final
+
+import numpy as np
+
+from shoal.embed import checksum, kernel, reads
+from shoal.embed.blockfile import BlockFile
+from shoal.embed.cache import Cache, drop, probe
+from shoal.embed.changes import Change
+from shoal.embed.codec import Codec
+from shoal.embed.kernel import Plan, View
+from shoal.embed.manifest import TableRecord
+from shoal.embed.space import DELTA, HOME, Space
+from shoal.embed.tail import Tail
+from shoal.errors import StoreError
+from shoal.tensors import Tensors
+
+ABSENT: Final = -1
+MOST_SLOTS: Final = 2**31 - 2
+
+
+@dataclass(slots=True)
+class Counters:
+    """What lookups did; only ever rises."""
+
+    queries: int = 0
+    lookups: int = 0
+    """Ids asked for."""
+    hits: int = 0
+    """Of them found in memory: in the cache, among the rows that rest there, or never written."""
+    resident_hits: int = 0
+    """Of these, rows that rest there because they change often."""
+    block_reads: int = 0
+    read_bytes: int = 0
+    prefetched: int = 0
+    """Rows that entered the cache because a neighbour was asked for."""
+    hedged_reads: int = 0
+    """Reads of a copy because the first was late."""
+    approximate: int = 0
+    """Rows given in low precision because a deadline struck."""
+    damaged_blocks: int = 0
+    """Blocks found damaged or unreadable."""
+    rescued_rows: int = 0
+    """Rows of such blocks that were served from a copy."""
+
+
+@final
+class Table:
+    """An open table. `lock` guards its arrays; one writer at a time, by the store's lock."""
+
+    def __init__(self, record: TableRecord, folder: Path, state: Tensors, lanes: reads.Lanes, **options: Any) -> None:
+        """`options`: read_only, direct, tail."""
+        self.record, self.codec, self.path = record, record.codec, folder / record.blocks
+        self.slots_per_block = record.block_bytes // self.codec.row_bytes
+        self.lock = threading.Lock()
+        self.file = BlockFile(
+            self.path,
+            record.block_bytes,
+            read_only=options.get("read_only", False),
+            direct=options.get("direct", True),
+        )
+        self.lanes, self.tail = lanes, options.get("tail") or Tail()
+        self.counters, self.damaged = Counters(), set[int]()
+        self._take_state(state)
+        self._make_cache()
+        self.mirror: np.ndarray | None = None
+        if record.tier == "dram":
+            self.mirror = self._load_mirror()
+        self.shadow_codec = Codec(record.dim, "int8")
+        self.shadow: np.ndarray | None = None
+
+    def _take_state(self, state: Tensors) -> None:
+        self.sums = state["sums"].copy()
+        self.space = Space(state["kind"].copy(), state["wear"].copy())
+        capacity = max(self.resident_capacity, len(state["resident_ids"]))
+        self.view = View(
+            where=state["where"].copy(),
+            id_at=state["id_at"].copy(),
+            cached=np.empty((0, self.codec.words), np.uint32),
+            resident=np.zeros((capacity, self.codec.words), np.uint32),
+            offered=state["offered"].copy(),
+            read_count=np.zeros(len(self.sums), np.uint32),
+            replica_ids=state["replica_ids"].copy(),
+            replica_slots=state["replica_slots"].copy(),
+            replica_valid=state["replica_valid"].copy(),
+        )
+        self.resident_id = np.full(capacity, -1, np.int32)
+        self.resident_home = np.full(capacity, -1, np.int32)
+        """The slot that a resident row was in: who are its neighbours."""
+        self.resident_stamp = np.zeros(capacity, np.int64)
+        self.changes = 0
+        """Changes applied: the time by which hot rows are told from others."""
+        self._free_resident = list(range(capacity - 1, -1, -1))
+        self.changed = np.zeros(self.record.rows if self.record.tier == "dram" else 0, bool)
+        """Rows of a table in memory whose block is out of date."""
+        self._pending = (state["resident_ids"].copy(), state["resident_rows"].copy())
+
+    def _make_cache(self) -> None:
+        duel = self.record.admission == "duel"
+        words, rows = self.codec.words, self.record.rows
+        budget = self.record.cache_bytes - self.view.resident.nbytes
+        self.capacity = 0
+        if self.record.tier == "block" and budget > 0:
+            self.capacity = min(rows, Cache.capacity_of(budget, self.codec.row_bytes, self.record.policy, duel=duel))
+        self.cache = Cache(self.record.policy, max(1, self.capacity), rows, duel=duel)
+        self.view = self.view._replace(cached=np.zeros((max(1, self.capacity), words), np.uint32))
+
+    @property
+    def resident_capacity(self) -> int:
+        """Rows that may rest in memory because they change often: a tenth of the table's memory."""
+        if self.record.tier == "dram":
+            return 0
+        return min(
+            self.record.rows, max(2 * self.slots_per_block, self.record.cache_bytes // 10 // self.codec.row_bytes)
+        )
+
+    @property
+    def num_resident(self) -> int:
+        return len(self.resident_id) - len(self._free_resident)
+
+    def _load_mirror(self) -> np.ndarray:
+        """All rows, from the blocks."""
+        mirror = np.zeros((self.record.rows, self.codec.words), np.uint32)
+        for first in range(0, self.record.rows, 1 << 16):
+            ids = np.arange(first, min(first + (1 << 16), self.record.rows))
+            mirror[ids] = self.stored_rows(ids)
+        return mirror
+
+    def restore_resident(self) -> None:
+        """Puts the rows that rested in memory when the state was written where they were."""
+        ids, rows = self._pending
+        if len(ids):
+            self.apply(Change(table=self.record.name, row_ids=ids, rows=rows))
+        self._pending = (ids[:0], rows[:0])
+
+    # Reading.
+
+    def rows_of(self, ids: np.ndarray, *, deadline_s: float | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+        """The encoded rows of ids (n,) int64 and, with a deadline, which of them are approximate.
+
+        Raises:
+            ValueError: an id is out of range.
+            StoreError: a block is damaged and a row has no copy.
+        """
+        out = np.empty((len(ids), self.codec.words), np.uint32)
+        if self.mirror is not None:
+            with self.lock:
+                self._refuse_range(ids, kernel.gather(self.mirror, ids, out))
+                self._count(len(ids), len(ids), 0)
+            return out, None
+        missed = np.empty(len(ids), np.int64)
+        entries = np.empty(len(ids), np.int32)
+        with self.lock:
+            count, resident = kernel.probe_rows(self.cache.state, self.view, ids, out, entries, missed)
+            self._refuse_range(ids, -1 - count if count < 0 else -1)
+            self._count(len(ids), len(ids) - count, resident)
+            if not count:
+                return out, None
+            plan = kernel.plan_reads(self.view, self.slots_per_block, ids, missed[:count])
+            epoch = self.space.enter()
+        try:
+            return out, self._fetch(ids, out, plan, deadline_s)
+        finally:
+            with self.lock:
+                self.space.leave(epoch)
+
+    def _refuse_range(self, ids: np.ndarray, place: int) -> None:
+        if place >= 0:
+            raise ValueError(
+                f"Expected ids of table {self.record.name!r} from 0 to {self.record.rows - 1}, got {ids[place]} "
+                f"at place {place}. Map unknown ids to a row of their own."
+            )
+
+    def _count(self, lookups: int, hits: int, resident: int) -> None:
+        self.counters.queries += 1
+        self.counters.lookups += lookups
+        self.counters.hits += hits
+        self.counters.resident_hits += resident
+
+    def _fetch(self, ids: np.ndarray, out: np.ndarray, plan: Plan, deadline_s: float | None) -> np.ndarray | None:
+        """Reads a plan's blocks, a lane's depth at a time, and gives them to request and cache."""
+        approximate = None if deadline_s is None else np.zeros(len(ids), bool)
+        lane = self.lanes.take(self.sums)
+        if deadline_s is not None and not lane.is_queue:
+            self.lanes.give_back(lane)
+            raise StoreError(
+                f"Expected no deadline, got {deadline_s} s: this system reads with threads (no Linux AIO), which cannot be "
+                "left waiting. Look up without a deadline."
+            )
+        try:
+            for begin in range(0, len(plan.blocks), lane.depth):
+                end = min(begin + lane.depth, len(plan.blocks))
+                if (self.tail.hedge or deadline_s is not None) and lane.is_queue:
+                    late = self.tail.read(self, lane, plan, begin, end, ids, out, deadline_s)
+                    if approximate is not None:
+                        approximate[late] = True
+                else:
+                    lane.read(self.file.fd, plan.blocks[begin:end], self.sums)
+                    kernel.scatter(lane.queue, plan, begin, end, self.slots_per_block, out)
+                self._take_in(lane, ids, out, plan, begin, end)
+        finally:
+            self.lanes.give_back(lane)
+        return approximate
+
+    def _take_in(self, lane: reads.Lane, ids: np.ndarray, out: np.ndarray, plan: Plan, begin: int, end: int) -> None:
+        status = lane.queue.status[: end - begin]
+        bad = np.flatnonzero((status == reads.DAMAGED) | (status == reads.FAILED))
+        with self.lock:
+            self.counters.block_reads += end - begin
+            self.counters.read_bytes += (end - begin) * self.record.block_bytes
+            self.counters.prefetched += kernel.admit_round(
+                self.cache.state,
+                self.view,
+                lane.queue,
+                plan,
+                begin,
+                end,
+                self.slots_per_block,
+                ids,
+                self.capacity,
+            )
+        for place in bad.tolist():
+            self._rescue(ids, out, plan, begin + place)
+
+    def _rescue(self, ids: np.ndarray, out: np.ndarray, plan: Plan, index: int) -> None:
+        """Serves the rows of a bad block from a second read, or from a copy."""
+        block = int(plan.blocks[index])
+        mine = slice(plan.starts[index], plan.starts[index + 1])
+        again = self._try_block(block)
+        if again is None:
+            with self.lock:
+                if block not in self.damaged:
+                    self.damaged.add(block)
+                    self.counters.damaged_blocks += 1
+        for place, slot in zip(plan.places[mine].tolist(), plan.slots[mine].tolist(), strict=True):
+            row = again[slot % self.slots_per_block] if again is not None else self._copy_of(int(ids[place]), block)
+            if row is None:
+                wanted = sorted({int(i) for i in ids[plan.places[mine]]})
+                raise StoreError(
+                    f"Block {block} of {self.path} is damaged or cannot be read, and row {int(ids[place])} of table "
+                    f"{self.record.name!r} has no copy (asked for: {wanted[:5]}). Write these rows again with update, "
+                    "or restore the file from a copy."
+                )
+            out[place] = row
+
+    def _try_block(self, block: int) -> np.ndarray | None:
+        """The rows in a block, (slots, words), or None where it is damaged."""
+        try:
+            data = self.file.read(np.array([block]))[0]
+        except StoreError:
+            return None
+        words = data.view(np.uint64)
+        if int(checksum.of_words(words, np.uint64(block))) != int(self.sums[block]):
+            return None
+        return self._slots(data)
+
+    def _slots(self, block: np.ndarray) -> np.ndarray:
+        used = self.slots_per_block * self.codec.row_bytes
+        rows: np.ndarray = block[:used].view(np.uint32)
+        return rows.reshape(self.slots_per_block, self.codec.words)
+
+    def _copy_of(self, id: int, but: int) -> Any:
+        """A row's present value from anywhere but one block."""
+        with self.lock:
+            where = int(self.view.where[id])
+            entry = probe(self.cache.state, id) if self.capacity else -1
+            if where < ABSENT:
+                return self.view.resident[-2 - where].copy()
+            if entry >= 0:
+                return self.view.cached[entry].copy()
+            r = slice(*np.searchsorted(self.view.replica_ids, [id, id + 1]))
+            slots = [where, *self.view.replica_slots[r][self.view.replica_valid[r] > 0].tolist()]
+        for slot in slots:
+            if slot >= 0 and slot // self.slots_per_block != but:
+                rows = self._try_block(slot // self.slots_per_block)
+                if rows is not None:
+                    with self.lock:
+                        self.counters.rescued_rows += 1
+                    return rows[slot % self.slots_per_block].copy()
+        return None
+
+    def low_precision(self, ids: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Stand-ins for rows that did not come in time: from the int8 copy, else the mean of those that did."""
+        if self.shadow is not None:
+            return self.codec.encode(self.shadow_codec.decode(self.shadow[ids[places]]))
+        others = np.setdiff1d(np.arange(len(ids)), places)
+        if not len(others):
+            return np.zeros((len(places), self.codec.words), np.uint32)
+        mean = self.codec.decode(np.ascontiguousarray(out[others])).mean(axis=0, keepdims=True)
+        return np.repeat(self.codec.encode(mean), len(places), axis=0)
+
+    def make_shadow(self) -> None:
+        """Fills the int8 copy of all rows from the blocks."""
+        self.shadow = np.zeros((self.record.rows, self.shadow_codec.words), np.uint32)
+        for first in range(0, self.record.rows, 1 << 16):
+            ids = np.arange(first, min(first + (1 << 16), self.record.rows))
+            self.shadow[ids] = self.shadow_codec.encode(self.codec.decode(self.stored_rows(ids)))
+
+    def stored_rows(self, ids: np.ndarray) -> np.ndarray:
+        """The present values of rows (n, words), past the cache: for the writer, which alone may call it.
+
+        Raises StoreError where a block is damaged and a row has no copy.
+        """
+        if self.mirror is not None:
+            copied: np.ndarray = self.mirror[ids]
+            return copied
+        out = np.zeros((len(ids), self.codec.words), np.uint32)
+        where = self.view.where[ids].astype(np.int64)
+        resident = where < ABSENT
+        out[resident] = self.view.resident[-2 - where[resident]]
+        order = np.argsort(where, kind="stable")
+        order = order[where[order] >= 0]
+        blocks = where[order] // self.slots_per_block
+        for start in range(0, len(order), 1 << 14):
+            part = slice(start, start + (1 << 14))
+            self._read_rows(ids, order[part], blocks[part], where, out)
+        return out
+
+    def _read_rows(
+        self, ids: np.ndarray, order: np.ndarray, blocks: np.ndarray, where: np.ndarray, out: np.ndarray
+    ) -> None:
+        unique, index = np.unique(blocks, return_inverse=True)
+        data = self.file.read(unique)
+        sound = checksum.of_blocks(data.view(np.uint64), unique) == self.sums[unique]
+        used = self.slots_per_block * self.codec.row_bytes
+        rows = data[:, :used].view(np.uint32).reshape(len(unique), self.slots_per_block, self.codec.words)
+        out[order] = rows[index, where[order] % self.slots_per_block]
+        for i in order[~sound[index]].tolist():
+            row = self._copy_of(int(ids[i]), int(where[i]) // self.slots_per_block)
+            if row is None:
+                raise StoreError(
+                    f"Block {int(where[i]) // self.slots_per_block} of {self.path} is damaged and row {int(ids[i])} of "
+                    f"table {self.record.name!r} has no copy. Write it again with update, or restore the file."
+                )
+            out[i] = row
+
+    # Changing. The caller is the writer; `lock` is taken here.
+
+    def apply(self, change: Change, values: np.ndarray | None = None) -> None:
+        """Makes a journalled change the table's state.
+
+        Args:
+            values: (rows in `members`, words) the values of the DELTA blocks' members, in order, for copies in the cache;
+                not needed where nothing is cached.
+        """
+        with self.lock:
+            self.changes += 1
+            if len(change.blocks):
+                self._grow_to(int(change.blocks.max()) + 1)
+            if len(change.blocks):
+                self._apply_blocks(change, values)  # first: it makes room in memory for the rows
+            self._apply_rows(change.row_ids, change.rows)
+            self._forget_members(change.freed)
+            self.space.retire(change.freed)
+
+    def _apply_rows(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        if not len(ids):
+            return
+        if self.mirror is not None:
+            self.mirror[ids] = rows
+            self.changed[ids] = True
+            return
+        where = self.view.where[ids]
+        new = where >= ABSENT
+        while len(self._free_resident) < int(new.sum()):
+            self._more_resident()
+        taken = [self._free_resident.pop() for _ in range(int(new.sum()))]
+        self.resident_id[taken], self.resident_home[taken] = ids[new], where[new]
+        self.view.where[ids[new]] = -2 - np.array(taken, np.int32)
+        places = -2 - self.view.where[ids]
+        self.view.resident[places] = rows
+        self.resident_stamp[places] = self.changes
+        self._invalidate_replicas(ids)
+        for id in ids[new].tolist():
+            drop(self.cache.state, id)
+
+    def _more_resident(self) -> None:
+        """Only a replay of a store with other settings comes here."""
+        old = len(self.resident_id)
+        more = max(old, 64)
+        self.view = self.view._replace(
+            resident=np.concatenate([self.view.resident, np.zeros((more, self.codec.words), np.uint32)])
+        )
+        self.resident_id = np.append(self.resident_id, np.full(more, -1, np.int32))
+        self.resident_home = np.append(self.resident_home, np.full(more, -1, np.int32))
+        self.resident_stamp = np.append(self.resident_stamp, np.zeros(more, np.int64))
+        self._free_resident = [*range(old + more - 1, old - 1, -1), *self._free_resident]
+
+    def _apply_blocks(self, change: Change, values: np.ndarray | None) -> None:
+        slots = change.blocks[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
+        replaced = change.replaces >= 0
+        self._move_replicas(change.replaces[replaced], change.blocks[replaced])
+        self._leave_home(change.members[(change.kinds == HOME) & ~replaced])
+        self.view.id_at[slots.reshape(-1)] = change.members.reshape(-1)
+        held = change.members >= 0
+        held[replaced] &= self._is_home(change.replaces[replaced], change.members[replaced])
+        stays = np.zeros(held.shape, bool)
+        at_home = change.kinds == HOME
+        stays[at_home] = self.view.where[np.maximum(change.members[at_home], 0)] < ABSENT
+        stays &= held
+        self.resident_home[-2 - self.view.where[change.members[stays]]] = slots[stays]
+        ids = change.members[held & ~stays]
+        self._release(ids)
+        self.view.where[ids] = slots[held & ~stays]
+        self.sums[change.blocks] = change.sums
+        self.view.offered[change.blocks] = change.offered
+        self.space.use(change.blocks, change.kinds)
+        self.damaged.difference_update(change.blocks.tolist())
+        is_delta = change.kinds == DELTA
+        self._invalidate_replicas(change.members[is_delta][change.members[is_delta] >= 0])
+        if values is not None and self.capacity:
+            delta_ids = change.members[is_delta]
+            kernel.refresh_cached(self.cache.state, self.view, delta_ids[delta_ids >= 0].astype(np.int64), values)
+
+    def _leave_home(self, members: np.ndarray) -> None:
+        """Rows that get another HOME block are taken off the list of their present one."""
+        if members.size:
+            slots = np.flatnonzero(np.isin(self.view.id_at, members[members >= 0]))
+            slots = slots[self.space.kind[slots // self.slots_per_block] == HOME]
+            self.view.id_at[np.setdiff1d(slots, self.view.replica_slots)] = -1
+
+    def _is_home(self, old: np.ndarray, members: np.ndarray) -> np.ndarray:
+        """Which members of replaced HOME blocks are at home there, and not a replica: (b, K)."""
+        made = np.ones(members.shape, bool)
+        if len(self.view.replica_ids):
+            slots = old[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
+            moved = np.isin(slots, self._moved_from)
+            made &= ~moved
+        return made
+
+    def _move_replicas(self, old: np.ndarray, new: np.ndarray) -> None:
+        """Replicas in rewritten blocks go along, with fresh values."""
+        self._moved_from = np.empty(0, np.int64)
+        if not len(self.view.replica_ids) or not len(old):
+            return
+        block_of = dict(zip(old.tolist(), new.tolist(), strict=True))
+        blocks = self.view.replica_slots // self.slots_per_block
+        moved = np.flatnonzero(np.isin(blocks, old))
+        self._moved_from = self.view.replica_slots[moved].astype(np.int64)
+        to = np.array([block_of[b] for b in blocks[moved].tolist()], np.int64)
+        self.view.replica_slots[moved] = to * self.slots_per_block + self._moved_from % self.slots_per_block
+        self.view.replica_valid[moved] = 1
+
+    def _invalidate_replicas(self, ids: np.ndarray) -> None:
+        if len(self.view.replica_ids) and len(ids):
+            self.view.replica_valid[np.isin(self.view.replica_ids, ids)] = 0
+
+    def _release(self, ids: np.ndarray) -> None:
+        """Rows that leave the memory of hot rows."""
+        where = self.view.where[ids]
+        places = (-2 - where[where < ABSENT]).tolist()
+        self.resident_id[places] = -1
+        self._free_resident.extend(places)
+
+    def _forget_members(self, blocks: np.ndarray) -> None:
+        if len(blocks):
+            slots = blocks[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
+            self.view.id_at[slots.reshape(-1)] = -1
+
+    def _grow_to(self, num_blocks: int) -> None:
+        """Arrays for a file that has grown."""
+        more = num_blocks - len(self.sums)
+        if more <= 0:
+            return
+        self.space.grow(num_blocks)
+        self.sums = np.append(self.sums, np.zeros(more, np.uint64))
+        self.view = self.view._replace(
+            id_at=np.append(self.view.id_at, np.full(more * self.slots_per_block, -1, np.int32)),
+            offered=np.append(self.view.offered, np.zeros(more, np.int16)),
+            read_count=np.append(self.view.read_count, np.zeros(more, np.uint32)),
+        )
+
+    def become(self, record: TableRecord, state: Tensors, blocks: np.ndarray, old: np.ndarray, *, is_new: bool) -> None:
+        """The table was written anew and that is committed: `state` says where, `old` blocks are no longer needed.
+
+        The cache stays as it is unless its settings changed: values are the same wherever they lie. Where they are new
+        (`is_new`), it begins empty.
+        """
+        with self.lock:
+            same = not is_new and replace(record, state="", state_hash="", reason="") == replace(
+                self.record, state="", state_hash="", reason=""
+            )
+            counts, space = self.view.read_count, self.space
+            cache, cached, capacity = self.cache, self.view.cached, self.capacity
+            self.record = record
+            self._take_state(state)
+            self.view = self.view._replace(read_count=counts)
+            self.space = space
+            space.use(blocks, np.full(len(blocks), HOME, np.uint8))
+            space.retire(old)
+            if same:
+                self.cache, self.capacity = cache, capacity
+                self.view = self.view._replace(cached=cached)
+            else:
+                self._make_cache()
+            self.damaged.clear()
+            self.mirror = None
+        self.mirror = self._load_mirror() if record.tier == "dram" else None
+
+    def make_room(self, count: int) -> None:
+        """Grows the file until `count` blocks are free. Raises StoreUnavailable, with nothing changed, on a full disk."""
+        with self.lock:
+            target = self.space.missing(count)
+        if target * self.slots_per_block > MOST_SLOTS:
+            raise StoreError(f"Table {self.record.name!r} needs more than {MOST_SLOTS} slots. Split it in two.")
+        if target:
+            self.file.grow(target)
+            with self.lock:
+                self._grow_to(target)
+
+    def state(self) -> Tensors:
+        """All that the table is opened from, beside its blocks."""
+        if self.mirror is None:
+            held = np.flatnonzero(self.resident_id >= 0)
+            ids, rows = self.resident_id[held], self.view.resident[held]
+            where = self.view.where.copy()
+            where[ids] = self.resident_home[held]
+        else:
+            ids = np.flatnonzero(self.changed).astype(np.int32)
+            rows, where = self.mirror[ids], self.view.where
+        return {
+            "where": where,
+            "id_at": self.view.id_at,
+            "sums": self.sums,
+            "kind": self.space.kind,
+            "wear": self.space.wear,
+            "offered": self.view.offered,
+            "replica_ids": self.view.replica_ids,
+            "replica_slots": self.view.replica_slots,
+            "replica_valid": self.view.replica_valid,
+            "resident_ids": ids,
+            "resident_rows": rows,
+        }
+
+    @property
+    def map_bytes(self) -> int:
+        """Memory that says where rows are: it is beside the DRAM that caches are given."""
+        view, space = self.view, self.space
+        arrays = (view.where, view.id_at, view.offered, view.read_count, view.replica_ids, view.replica_slots)
+        return sum(a.nbytes for a in (*arrays, self.sums, space.kind, space.wear))
+
+    def close(self) -> None:
+        self.lanes.close(self.sums)
+        self.file.close()
