@@ -81,10 +81,10 @@ class Codec:
         if self.dtype == "float32":
             return np.zeros(len(vectors), np.float32)
         if self.dtype == "float16":
-            return np.maximum(top * np.float32(2**-11), np.float32(2**-25))
+            return np.asarray(np.maximum(top * np.float32(2**-11), np.float32(2**-25)))
         span = vectors.max(axis=1) - vectors.min(axis=1)
         # Half a step; the offset's rounding (relative 2^-11); a step's own rounding is seen by the quantiser.
-        return span * np.float32(0.51 / 255) + (top + span) * np.float32(2**-10) + np.float32(2**-16)
+        return np.asarray(span * np.float32(0.51 / 255) + (top + span) * np.float32(2**-10) + np.float32(2**-16))
 
     def _quantise(self, vectors: np.ndarray, rows: np.ndarray) -> None:
         low = vectors.min(axis=1, initial=np.inf)

@@ -332,8 +332,7 @@ class EmbeddingStore:
         return {name: one.result() for name, one in waiting.items()}
 
     def _table(self, name: str) -> Table:
-        if not self._is_open:
-            raise StoreError(f"The store {self.folder} is closed. Open it again.")
+        self._check_open()
         if name not in self._tables:
             raise ValueError(f"Expected a table of {', '.join(sorted(self._tables))}, got {name!r}.")
         return self._tables[name]
@@ -499,8 +498,11 @@ class EmbeddingStore:
     def _check_writable(self) -> None:
         if self.read_only:
             raise StoreError(f"{self.folder} was opened for reading only. Open it without read_only to write.")
+        self._check_open()
+
+    def _check_open(self) -> None:
         if not self._is_open:
-            raise StoreError(f"The store {self.folder} is closed. Open it again.")
+            raise StoreError(f"The store {self.folder} is closed, or a write failed at its very end. Open it again.")
 
     def _commit(self, table: Table, step: Step) -> None:
         """Journals a change whose blocks are written, then makes it visible."""
@@ -576,7 +578,12 @@ class EmbeddingStore:
             budget_bytes=self._budget.available(now_s),
             budget_wall_s=now_s,
         )
-        made, written = _commit_files(self.folder, manifest, states)
+        try:
+            made, written = _commit_files(self.folder, manifest, states)
+        except StoreError:
+            if _is_committed(self.folder, manifest.epoch + 1):  # it has its name, but perhaps not for ever
+                self._is_open = False
+            raise
         assert self._journal is not None
         self._journal.close()
         self._journal = Journal(self.folder / made.journal, sequence=0, end=0)
@@ -605,15 +612,15 @@ class EmbeddingStore:
     def close(self) -> None:
         """Ends the store's threads and closes its files. All that was committed is on the disk already."""
         with self._writing:
-            if self._is_open:
-                self._is_open = False
-                self._release()
+            self._is_open = False
+            self._release()
 
     def _release(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
         for table in self._tables.values():
             table.close()
+        self._tables = {}
         journal = getattr(self, "_journal", None)
         if journal is not None:
             journal.close()
@@ -693,9 +700,15 @@ def _commit_files(folder: Path, manifest: Manifest, states: Mapping[str, Tensors
         manifest = replace(manifest, epoch=epoch, journal=journal.name, tables=tuple(records))
         return manifest, written + manifest.write(folder)
     except StoreError:
-        for path in made:
-            path.unlink(missing_ok=True)
+        if not _is_committed(folder, epoch):
+            for path in made:
+                path.unlink(missing_ok=True)
         raise
+
+
+def _is_committed(folder: Path, epoch: int) -> bool:
+    """Whether the manifest in the folder is that of the epoch, durably or not."""
+    return (folder / NAME).exists() and Manifest.read(folder).epoch == epoch
 
 
 def _statistics_of(table: Table) -> TableStatistics:

@@ -37,6 +37,8 @@ from shoal.tensors import Tensors
 
 ABSENT: Final = -1
 MOST_SLOTS: Final = 2**31 - 2
+_FIXED_BYTES: Final = 512
+"""What a cache takes whatever its size."""
 
 
 @dataclass(slots=True)
@@ -118,7 +120,7 @@ class Table:
     def _make_cache(self) -> None:
         duel = self.record.admission == "duel"
         words, rows = self.codec.words, self.record.rows
-        budget = self.record.cache_bytes - self.view.resident.nbytes
+        budget = self.record.cache_bytes - self.view.resident.nbytes - _FIXED_BYTES
         self.capacity = 0
         if self.record.tier == "block" and budget > 0:
             self.capacity = min(rows, Cache.capacity_of(budget, self.codec.row_bytes, self.record.policy, duel=duel))
