@@ -444,7 +444,8 @@ class EmbeddingStore:
                 trace = {next(iter(self._tables)): trace}
             for name in trace:
                 self._table(name)
-            return training.retrain(self, dict(trace), **options)
+            learned: dict[str, Any] = training.retrain(self, dict(trace), **options)
+            return learned
 
     def compact(self, *, most_blocks: int | None = None) -> int:
         """Tidies up at once, whatever the budget says; returns the blocks written. By default until nothing is left to do."""

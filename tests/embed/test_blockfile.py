@@ -80,7 +80,7 @@ def test_a_file_system_without_o_direct_is_flagged(tmp_path: Path, monkeypatch: 
         return real(path, flags, *rest, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    file, data, sums = filled(tmp_path)
+    file, data, _ = filled(tmp_path)
     assert not file.direct
     np.testing.assert_array_equal(file.read(np.array([5])), data[[5]])
     file.close()

@@ -111,7 +111,7 @@ def test_bags(tmp_path: Path) -> None:
         ):
             with pytest.raises(ValueError, match=text):
                 store.lookup_bags("items", ids, wrong)
-        with pytest.raises(ValueError, match="mode to be one of max | mean | sum"):
+        with pytest.raises(ValueError, match="mode to be one of max"):
             store.lookup_bags("items", ids, offsets, "median")
 
 
@@ -253,5 +253,5 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     store.close()
     with pytest.raises(StoreError, match="is closed"):
         store.lookup("items", [1])
-    with pytest.raises(StoreError, match="There is an embedding store in .* already"):
+    with pytest.raises(StoreError, match=r"There is an embedding store in .* already"):
         EmbeddingStore.create(tmp_path, {"a": TableSpec(rows=1, dim=1)})
