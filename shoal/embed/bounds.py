@@ -1,10 +1,10 @@
 """What no cache and no layout can beat, and what is nearly out of reach: the marks against which policies are read.
 
-    Belady: the fewest misses of any cache of vectors without prefetch; it knows the future (Belady, 1966). A vector that
-    would be the first to be forgotten is not taken in (bypass).
-    Ideal packing: with Belady's cache, each query reads its misses in blocks that hold nothing else: ceil(misses / vectors
-    a block). No layout has such blocks for all queries at once. It is no bound for a cache that prefetches across
-    queries, only a mark; what is asked for the first time costs a read even here.
+Belady: the fewest misses of any cache of vectors without prefetch; it knows the future (Belady, 1966). A vector that
+would be the first to be forgotten is not taken in (bypass).
+Ideal packing: with Belady's cache, each query reads its misses in blocks that hold nothing else: ceil(misses / vectors
+a block). No layout has such blocks for all queries at once. It is no bound for a cache that prefetches across
+queries, only a mark; what is asked for the first time costs a read even here.
 """
 
 import heapq
@@ -23,7 +23,7 @@ def belady(trace: Trace, capacity: int) -> np.ndarray:
 def ideal_reads(trace: Trace, is_miss: np.ndarray, vectors_per_block: int) -> np.ndarray:
     """Block reads of each query, (queries,), if its misses were packed as tightly as can be."""
     missed = np.concatenate([[0], np.cumsum(is_miss)])[trace.indptr]
-    return -(-np.diff(missed) // vectors_per_block)
+    return np.asarray(-(-np.diff(missed) // vectors_per_block))
 
 
 @compiled

@@ -10,11 +10,16 @@ Policies:
         2023, FIFO queues are all you need for cache eviction, SOSP.
     w-tinylfu: a window LRU of 1 %, a segmented LRU behind a duel of sketched frequencies. Einziger, Friedman and
         Manes, 2017, TinyLFU, arXiv 1512.00727. As in libCacheSim: only hits in the main part and departures from the window
-        are counted beside insertions, and the sketch is halved after 32 hits an entry.
+        are counted beside insertions, but the sketch is halved
+        after 10 counts an entry (as in the paper) and only its least counters rise.
 
 What comes with a block that was read for another vector is *prefetched*. Which of it is offered is the caller's matter
 (`prefetch.py`); where the state says *duel*, an offered vector enters only if its sketched frequency beats that of
 the vector that would be evicted for it.
+
+Where the state says *read-aware*, the cache is told what a vector costs when it is missing, which is a read only if no
+other vector of its block is missing too: a hit whose block is read anyway is not counted (`spare` instead of `touch`), and
+of g vectors that one read brought, each is taken in with probability 1/g (`is_worth`). Ours; no paper has it.
 
 Memory: `Cache.bytes_per_entry` counts all of it: index, links, counters, ghosts, sketch.
 
@@ -39,8 +44,8 @@ LRU, S3_FIFO, W_TINYLFU = 0, 1, 2
 POLICY, CAPACITY, GHOSTS, GHOST_AT, FIRST_ROOM, SECOND_ROOM, THIRD_ROOM, HAS_SKETCH, COUNTED, COUNT_LIMIT, DUEL = range(
     11
 )
-HAS_EVICTED, GHOSTS_HELD, GHOST_OLDEST = 11, 12, 13
-LISTS: Final = 14
+HAS_EVICTED, GHOSTS_HELD, GHOST_OLDEST, READ_AWARE, DRAWN = 11, 12, 13, 14, 15
+LISTS: Final = 16
 """Then, for each list: newest entry, oldest entry, length."""
 FREE, FIRST, SECOND, THIRD = 0, 1, 2, 3
 HEAD_SIZE: Final = LISTS + 3 * 4
@@ -51,7 +56,7 @@ SKETCH_HASHES: Final = 4
 MOST_FREQUENT: Final = 127
 S3_SMALL, S3_GHOST, S3_MOVE = 0.10, 0.90, 2
 WINDOW, PROBATION = 0.01, 0.2
-SAMPLE: Final = 32
+SAMPLE: Final = 10
 GHOST_RING: Final = 2
 """Places in the ring for each ghost: what is taken out leaves holes."""
 
@@ -79,17 +84,22 @@ class State(NamedTuple):
 class Cache:
     """An empty cache of `capacity` vectors of a table of `num_rows`."""
 
-    def __init__(self, policy: str, capacity: int, num_rows: int, *, duel: bool = False) -> None:
+    def __init__(
+        self, policy: str, capacity: int, num_rows: int, *, duel: bool = False, read_aware: bool = False
+    ) -> None:
         """Args:
         policy: lru | s3-fifo | w-tinylfu.
         capacity: vectors, at least 1.
         num_rows: ids are 0 to num_rows - 1; below 2**31.
         duel: prefetched vectors must beat the victim's frequency. Adds a sketch where the policy has none.
+        read_aware: count what a miss costs in reads, not misses.
         """
         validate.one_of(POLICIES, policy=policy)
         validate.between(1, 2**31 - 1, capacity=capacity, num_rows=num_rows)
         self.policy, self.capacity, self.num_rows, self.duel = policy, capacity, num_rows, duel
+        self.read_aware = read_aware
         self.state = _new_state(POLICIES[policy], capacity, duel)
+        self.state.head[READ_AWARE] = read_aware
 
     def __len__(self) -> int:
         return self.capacity - int(self.state.head[LISTS + 2])
@@ -167,6 +177,25 @@ def touch(state: State, entry: int) -> None:
             _move(state, entry, of)
     else:
         _promote(state, entry)
+
+
+@compiled
+def spare(state: State, entry: int) -> None:
+    """Tells a read-aware policy that the entry was asked for, though its block was read anyway: it saved nothing."""
+    if state.head[READ_AWARE]:
+        state.mark[entry] &= ~4
+    else:
+        touch(state, entry)
+
+
+@compiled
+def is_worth(state: State, group: int) -> bool:
+    """Whether to admit one of `group` vectors that were missing and came with one read; a draw, from the state's own."""
+    head = state.head
+    if not head[READ_AWARE] or group <= 1 or head[LISTS + 2] > 0:
+        return True
+    head[DRAWN] = (head[DRAWN] * 1103515245 + 12345) & 0x7FFFFFFF
+    return bool((head[DRAWN] >> 8) * group < 1 << 23)
 
 
 @compiled

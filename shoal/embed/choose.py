@@ -60,6 +60,15 @@ def choose_blocks(copies: Copies, missing: np.ndarray, num_missing: int, chosen:
 
 
 @compiled
+def is_read(copies: Copies, id: int, chosen: np.ndarray, num_missing: int) -> bool:
+    """Whether a block that holds the vector is among those chosen."""
+    for i in range(num_missing):  # noqa: SIM110 (Numba compiles no generator expression)
+        if _holds(copies, id, chosen[i]):
+            return True
+    return False
+
+
+@compiled
 def _num_replicas(copies: Copies, id: int) -> int:
     if len(copies.bounds) == 1:
         return 0

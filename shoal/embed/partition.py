@@ -26,8 +26,8 @@ from shoal import validate
 from shoal.embed._compiled import compiled
 from shoal.embed.trace import Trace
 
-MOST_PINS: Final = 64
-"""Powers of 1 - p/s beyond this many vectors of a query on one side are read from a longer table as needed."""
+MOST_LOOKED_AT: Final = 4096
+"""Pins that are looked at to find a vector's mate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Settings:
     """Share of good swaps that are left out in a round."""
     stop: float = 1e-4
     """A split ends when a round moves less than this share of its vectors."""
+    multilevel: bool = False
+    """Not in the paper: pair up vectors before a split, split the pairs of pairs, and refine level by level."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,10 +85,11 @@ def partition(
     local[order] = np.arange(len(order), dtype=np.int32)
     weight = np.ones(len(trace), np.float32) if weights is None else weights.astype(np.float32)
     edges = _without_small(trace.indptr, local[trace.ids], weight)
-    found = _Search(settings, vectors_per_block, is_warm=start is not None, progress=progress, size=len(order))
+    full = -(-len(order) // vectors_per_block) * vectors_per_block
+    found = _Search(settings, vectors_per_block, progress, size=full, is_warm=start is not None)
     with ThreadPoolExecutor(threads) as pool:
-        found.place(np.arange(len(order), dtype=np.int32), edges, 0, pool if threads > 1 else None, threads)
-    return np.concatenate([order[found.order], unseen])
+        found.place(np.arange(full, dtype=np.int32), edges, 0, pool if threads > 1 else None, threads)
+    return np.concatenate([order[_without_holes(found.order, len(order), vectors_per_block)], unseen])
 
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -99,9 +102,10 @@ class _Search:
 
     settings: Settings
     vectors_per_block: int
-    is_warm: bool
     progress: Callable[[float], None] | None
     size: int
+    """Slots: the vectors, and as many holes as fill the last block."""
+    is_warm: bool
 
     def __post_init__(self) -> None:
         self.order = np.empty(self.size, np.int64)
@@ -135,14 +139,108 @@ class _Search:
     def _side(
         self, size: int, left_size: int, edges: Edges, first_slot: int, left_blocks: int, right_blocks: int
     ) -> np.ndarray:
-        longest = int(np.diff(edges[0]).max()) + 1
+        """Which half each vector goes to, (size,) of 0 and 1."""
         settings = self.settings
+        longest = int(np.diff(edges[0]).max()) + 1
         powers = [(1 - settings.p / blocks) ** np.arange(longest + 1.0) for blocks in (left_blocks, right_blocks)]
-        side = np.zeros(size, np.int8)
-        side[left_size:] = 1
         rng = np.random.default_rng([settings.seed, first_slot, size])
-        _bisect(*edges, side, np.array(powers, np.float32), settings.iterations, settings.skip, settings.stop, rng)
-        return side
+        levels, pair_of = [edges], list[np.ndarray]()
+        unit = self.vectors_per_block if settings.multilevel and not self.is_warm else 1
+        while unit % 2 == 0 and len(levels[-1][0]) > 1:
+            unit //= 2
+            pair_of.append(_pairs(*levels[-1], size >> len(pair_of), rng.permutation(size >> len(pair_of))))
+            levels.append(_without_small(levels[-1][0], *_contracted(*levels[-1], pair_of[-1])))
+        side = np.zeros(size >> len(pair_of), np.int8)
+        side[left_size >> len(pair_of) :] = 1
+        while True:
+            here = levels.pop()
+            _bisect(*here, side, np.array(powers, np.float32), settings.iterations, settings.skip, settings.stop, rng)
+            if not pair_of:
+                return side
+            side = side[pair_of.pop()]
+
+
+def _without_holes(order: np.ndarray, num: int, vectors_per_block: int) -> np.ndarray:
+    """The order without its holes (numbers from `num` on): the block with most of them comes last and fills the others."""
+    blocks = order.reshape(-1, vectors_per_block)
+    last = int(np.argmax((blocks >= num).sum(1)))
+    slots = np.concatenate([blocks[:last], blocks[last + 1 :], blocks[last : last + 1]]).reshape(-1)
+    spare = slots[-vectors_per_block:]
+    spare = spare[spare < num]
+    head = slots[:-vectors_per_block].copy()
+    holes = np.flatnonzero(head >= num)
+    head[holes] = spare[: len(holes)]
+    return np.concatenate([head, spare[len(holes) :]])
+
+
+@compiled
+def _pairs(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, size: int, order: np.ndarray) -> np.ndarray:
+    """Pairs up vectors that share queries, heaviest first by a greedy pass in `order`; who is left over, by chance.
+
+    Returns:
+        (size,) int64: the number of each vector's pair, 0 to size / 2 - 1.
+    """
+    starts = np.zeros(size + 1, np.int64)
+    for at in range(len(pins)):
+        starts[pins[at] + 1] += 1
+    for vector in range(size):
+        starts[vector + 1] += starts[vector]
+    queries, filled = np.empty(len(pins), np.int32), starts[:-1].copy()
+    for query in range(len(indptr) - 1):
+        for at in range(indptr[query], indptr[query + 1]):
+            queries[filled[pins[at]]] = query
+            filled[pins[at]] += 1
+    pair_of, number = np.full(size, -1, np.int64), 0
+    score, touched = np.zeros(size, np.float32), np.empty(size, np.int64)
+    for vector in order:
+        if pair_of[vector] >= 0:
+            continue
+        num_touched, looked_at = 0, 0
+        for at in range(starts[vector], starts[vector + 1]):
+            query = queries[at]
+            begin, end = indptr[query], indptr[query + 1]
+            for other in pins[begin:end]:
+                if other != vector and pair_of[other] < 0:
+                    if score[other] == 0:
+                        touched[num_touched] = other
+                        num_touched += 1
+                    score[other] += weights[query] / (end - begin - 1)
+            looked_at += end - begin
+            if looked_at > MOST_LOOKED_AT:
+                break
+        best = -1
+        for i in range(num_touched):
+            if best < 0 or score[touched[i]] > score[best]:
+                best = touched[i]
+        for i in range(num_touched):
+            score[touched[i]] = 0
+        if best >= 0:
+            pair_of[vector] = pair_of[best] = number
+            number += 1
+    waiting = -1
+    for vector in order:
+        if pair_of[vector] < 0:
+            if waiting < 0:
+                waiting = vector
+            else:
+                pair_of[vector] = pair_of[waiting] = number
+                number += 1
+                waiting = -1
+    return pair_of
+
+
+@compiled
+def _contracted(
+    indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, pair_of: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The pins as pairs; a second pin of a pair in one query becomes -1."""
+    last, made = np.full(len(pair_of) // 2 + 1, -1, np.int64), np.empty(len(pins), np.int32)
+    for query in range(len(indptr) - 1):
+        for at in range(indptr[query], indptr[query + 1]):
+            pair = pair_of[pins[at]]
+            made[at] = pair if last[pair] != query else -1
+            last[pair] = query
+    return made, weights
 
 
 @compiled

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from shoal.embed._compiled import compiled
-from shoal.embed.cache import Cache, State, admit, probe, touch, was_prefetched
-from shoal.embed.choose import Copies, choose_blocks, copies_of
+from shoal.embed.cache import Cache, State, admit, is_worth, probe, spare, touch, was_prefetched
+from shoal.embed.choose import Copies, choose_blocks, copies_of, is_read
 from shoal.embed.layout import Layout
 from shoal.embed.trace import Trace
 
@@ -98,11 +98,11 @@ def _replay(
     longest = 1
     for query in range(len(indptr) - 1):
         longest = max(longest, indptr[query + 1] - indptr[query])
-    missing, chosen = np.empty(longest, np.int64), np.empty(longest, np.int64)
+    missing, chosen, hit = np.empty(longest, np.int64), np.empty(longest, np.int64), np.empty(longest, np.int64)
     for query in range(len(indptr) - 1):
         if query == skip:
             counters[:] = 0
-        num_missing = 0
+        num_missing, num_hits = 0, 0
         for at in range(indptr[query], indptr[query + 1]):
             id = ids[at]
             if last_query[id] == query:
@@ -113,28 +113,45 @@ def _replay(
             if entry >= 0:
                 counters[1] += 1
                 counters[3] += was_prefetched(state, entry)
-                touch(state, entry)
+                hit[num_hits] = entry
+                num_hits += 1
             else:
                 is_miss[at] = True
                 missing[num_missing] = id
                 num_missing += 1
-        if num_missing == 0:
-            continue
-        reads[query] = choose_blocks(copies, missing, num_missing, chosen)
+        if num_missing:
+            reads[query] = choose_blocks(copies, missing, num_missing, chosen)
+        for i in range(num_hits):
+            if is_read(copies, state.id_of[hit[i]], chosen, num_missing):
+                spare(state, hit[i])
+            else:
+                touch(state, hit[i])
         for i in range(num_missing):
-            block = chosen[i]
-            is_first = True
-            for j in range(i):
-                is_first = is_first and chosen[j] != block
-            if not is_first:
-                continue
-            for slot in range(depth[block]):
-                id = ids_of[block, slot]
-                if id >= 0 and last_query[id] != query and probe(state, id) < 0:
-                    counters[2] += admit(state, id, True) >= 0
+            if _is_first(chosen, i):
+                counters[2] += _prefetch(state, ids_of[chosen[i]], depth[chosen[i]], last_query, query)
         for i in range(num_missing):
-            if probe(state, missing[i]) < 0:
+            group = np.sum(chosen[:num_missing] == chosen[i])
+            if probe(state, missing[i]) < 0 and is_worth(state, group):
                 admit(state, missing[i], False)
+
+
+@compiled
+def _is_first(chosen: np.ndarray, i: int) -> bool:
+    for j in range(i):  # noqa: SIM110 (Numba compiles no generator expression)
+        if chosen[j] == chosen[i]:
+            return False
+    return True
+
+
+@compiled
+def _prefetch(state: State, ids: np.ndarray, depth: int, last_query: np.ndarray, query: int) -> int:
+    """Offers the head of a block to the cache, but for what the query asked for; returns how many entered."""
+    entered = 0
+    for slot in range(depth):
+        id = ids[slot]
+        if id >= 0 and last_query[id] != query and probe(state, id) < 0:
+            entered += admit(state, id, True) >= 0
+    return entered
 
 
 def misses(trace: Trace, replayed: Replay) -> Trace:
