@@ -41,20 +41,23 @@ class Plan:
 
 def place(
     trace: Trace, vectors_per_block: int, new_cache: Callable[[], Cache], plan: Plan | None = None,
-    *, threads: int = 1, progress: Progress | None = None,
+    *, first: Layout | None = None, threads: int = 1, progress: Progress | None = None,
 ) -> Layout:  # fmt: skip
     """The layout for a trace and a cache of the kind that will stand before it.
 
     Args:
         new_cache: makes an empty cache; called once a round.
+        first: where it begins, if a placement blind to the cache has been made and found good; else it is made
+            here, and id order kept where it does not carry over to queries that it was not learnt from.
         progress: is told the share done.
     """
     plan = plan or Plan()
-    if is_patternless(trace, vectors_per_block, plan.partition):
-        return Layout.in_id_order(trace.num_rows, vectors_per_block).hot_first(trace.counts())
-    tell = progress or (lambda share: None)
-    parts = plan.rounds + 2
-    layout = Layout.from_order(partition(trace, vectors_per_block, plan.partition, threads=threads), vectors_per_block)
+    if first is None:
+        if is_patternless(trace, vectors_per_block, plan.partition):
+            return Layout.in_id_order(trace.num_rows, vectors_per_block).hot_first(trace.counts())
+        order = partition(trace, vectors_per_block, plan.partition, threads=threads)
+        first = Layout.from_order(order, vectors_per_block)
+    layout, tell, parts = first, progress or (lambda share: None), plan.rounds + 2
     tell(1 / parts)
     for number in range(plan.rounds):
         missed = misses(trace, replay(trace, layout, new_cache()))
