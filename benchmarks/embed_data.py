@@ -24,6 +24,8 @@ class Case:
     """The first half: placement learns from it."""
     tune: Trace
     """A fifth: thresholds and policies are chosen on it, and it warms caches before the test."""
+    before: Trace
+    """The last two fifths of training, to warm caches, and the tuning part."""
     both: Trace
     """The tuning part and the test, which are replayed one after the other."""
 
@@ -34,14 +36,16 @@ class Case:
     def permuted(self) -> "Case":
         """The same queries with ids at random."""
         new_of = np.random.default_rng(7).permutation(self.rows)
-        parts = (part.renamed(new_of) for part in (self.train, self.tune, self.both))
+        parts = (part.renamed(new_of) for part in (self.train, self.tune, self.before, self.both))
         return Case(self.name + " permuted", self.is_real, *parts)
 
 
 def case(name: str, trace: Trace, *, is_real: bool = False) -> Case:
     """Splits a trace 50 : 20 : 30."""
     train, tune, test = trace.split(0.5, 0.2, 0.3)
-    return Case(name, is_real, train, tune, trace.slice(len(train), len(train) + len(tune) + len(test)))
+    begin = len(train)
+    before = trace.slice(begin - 2 * begin // 5, begin + len(tune))
+    return Case(name, is_real, train, tune, before, trace.slice(begin, begin + len(tune) + len(test)))
 
 
 def real_trace() -> Trace | None:

@@ -57,7 +57,7 @@ def _case(one: Case, shares: Sequence[float]) -> list[dict[str, Any]]:
     at_random = Layout.at_random(one.rows, PER_BLOCK, seed=0)
     shp = Layout.from_order(partition(one.train, PER_BLOCK, Settings(iterations=20)), PER_BLOCK).hot_first(counts)
     copied = replicate_seeds(shp, one.train, SPACE)
-    levels = Settings(multilevel=True)
+    levels = Plan().partition
     is_plain = is_patternless(one.train, PER_BLOCK, levels)
     first = Layout.from_order(partition(one.train, PER_BLOCK, levels), PER_BLOCK)
     found = []
@@ -104,12 +104,12 @@ def _new_cache(one: Case, budget: float) -> Callable[[], Cache]:
 
 
 def _best(one: Case, layout: Layout, settings: Sequence[Setting], budget: float) -> Setting:
-    """The setting with fewest reads on the tuning part, its first third warming up."""
+    """The setting with fewest reads on the tuning part, after the part of training just before it has warmed the cache."""
     counts, reads = one.train.counts(), []
     for setting in settings:
         cache = setting.cache(setting.capacity(budget, VECTOR_BYTES), one.rows)
         depth = depth_above(layout, counts, setting.threshold)
-        reads.append(replay(one.tune, layout, cache, depth, skip=len(one.tune) // 3).block_reads)
+        reads.append(replay(one.before, layout, cache, depth, skip=len(one.before) - len(one.tune)).block_reads)
     best = int(np.argmin(reads))
     plain = next((i for i, setting in enumerate(settings) if setting == Setting(policy="lru")), best)
     return settings[best if reads[best] < (1 - LEAST_GAIN) * reads[plain] else plain]

@@ -9,9 +9,9 @@ Policies:
     s3-fifo: a small FIFO of a tenth, a main FIFO with 2-bit counters, ghosts of what left the small one. Yang et al.,
         2023, FIFO queues are all you need for cache eviction, SOSP.
     w-tinylfu: a window LRU of 1 %, a segmented LRU behind a duel of sketched frequencies. Einziger, Friedman and
-        Manes, 2017, TinyLFU, arXiv 1512.00727. As in libCacheSim: only hits in the main part and departures from the window
-        are counted beside insertions, but the sketch is halved
-        after 10 counts an entry (as in the paper) and only its least counters rise.
+        Manes, 2017, TinyLFU, arXiv 1512.00727. The sketch has 8 bytes an
+        entry, 4 hashes, raises only its least counters, and is halved after 10 counts an entry. As in libCacheSim a
+        vector is counted once more when it leaves the window, and the window takes what the main part has not.
 
 What comes with a block that was read for another vector is *prefetched*. Which of it is offered is the caller's matter
 (`prefetch.py`); where the state says *duel*, an offered vector enters only if its sketched frequency beats that of
@@ -75,7 +75,7 @@ class State(NamedTuple):
     newer: np.ndarray
     """(capacity,) int32: the next newer."""
     mark: np.ndarray
-    """(capacity,) int8: the entry's list (2 bits), was prefetched and not used since (1), frequency (the rest)."""
+    """(capacity,) uint8: the entry's list (2 bits), was prefetched and not used since (1), frequency (the rest)."""
     sketch: np.ndarray
     """(sketch counters,) int8: count-min sketch of access counts; (1,) without one."""
 
@@ -146,7 +146,7 @@ def _new_state(policy: int, capacity: int, duel: bool) -> State:
         id_of=np.full(capacity + GHOST_RING * num_ghosts, -1, np.int32),
         older=np.arange(-1, capacity - 1, dtype=np.int32),
         newer=np.append(np.arange(1, capacity, dtype=np.int32), np.int32(-1)).astype(np.int32),
-        mark=np.zeros(capacity, np.int8),
+        mark=np.zeros(capacity, np.uint8),
         sketch=np.zeros(max(SKETCH_HASHES, SKETCH_PER_ENTRY * capacity) if has_sketch else 1, np.int8),
     )
 
@@ -166,13 +166,13 @@ def touch(state: State, entry: int) -> None:
     """Tells the policy that the entry was asked for."""
     head, mark = state.head, state.mark
     mark[entry] &= ~4
-    if head[HAS_SKETCH] and (head[POLICY] != W_TINYLFU or mark[entry] & 3 != FIRST):
+    if head[HAS_SKETCH]:
         _count(state, state.id_of[entry])
     if head[POLICY] == S3_FIFO:
-        if mark[entry] < 0x78:
+        if mark[entry] < 0xF8:
             mark[entry] += 8
-    elif head[POLICY] == LRU or mark[entry] & 3 != SECOND:
-        of = int(mark[entry]) & 3
+    elif head[POLICY] == LRU or int(np.int64(mark[entry])) & 3 != SECOND:
+        of = int(np.int64(mark[entry])) & 3
         if head[LISTS + 3 * of] != entry:
             _move(state, entry, of)
     else:
@@ -282,16 +282,16 @@ def _evict_s3_fifo(state: State) -> None:
     while True:
         if head[LISTS + 8] > head[SECOND_ROOM] or head[LISTS + 5] == 0:
             entry = head[LISTS + 7]
-            frequency = int(mark[entry]) >> 3
+            frequency = int(np.int64(mark[entry])) >> 3
             if frequency == 0:
                 _evict(state, entry)
                 return
-            mark[entry] = (mark[entry] & 7) | ((min(frequency, 3) - 1) << 3)
+            mark[entry] = (int(np.int64(mark[entry])) & 7) | ((min(frequency, 3) - 1) << 3)
             _move(state, entry, SECOND)
         else:
             while head[LISTS + 5] > 0:
                 entry = head[LISTS + 4]
-                if int(mark[entry]) >> 3 < S3_MOVE:
+                if int(np.int64(mark[entry])) >> 3 < S3_MOVE:
                     id = state.id_of[entry]
                     _evict(state, entry)
                     _remember(state, id)
@@ -349,7 +349,7 @@ def _promote(state: State, entry: int) -> None:
 def _move(state: State, entry: int, to: int) -> None:
     """Takes the entry out of its list and makes it the newest of list `to`."""
     head, older, newer, mark = state.head, state.older, state.newer, state.mark
-    base = LISTS + 3 * (int(mark[entry]) & 3)
+    base = LISTS + 3 * (int(np.int64(mark[entry])) & 3)
     before, after = older[entry], newer[entry]
     if after >= 0:
         older[after] = before

@@ -28,6 +28,8 @@ from shoal.embed.trace import Trace
 
 MOST_LOOKED_AT: Final = 4096
 """Pins that are looked at to find a vector's mate."""
+MOST_WORK: Final = 1500
+"""Pins that passes over all blocks look at in all, for each pin."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,8 @@ class Settings:
     """A split ends when a round moves less than this share of its vectors."""
     multilevel: bool = False
     """Not in the paper: pair up vectors before a split, split the pairs of pairs, and refine level by level."""
+    passes: int = 0
+    """Not in the paper: passes of swaps between any two blocks after the last split, on plain fanout."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,7 +93,10 @@ def partition(
     found = _Search(settings, vectors_per_block, progress, size=full, is_warm=start is not None)
     with ThreadPoolExecutor(threads) as pool:
         found.place(np.arange(full, dtype=np.int32), edges, 0, pool if threads > 1 else None, threads)
-    return np.concatenate([order[_without_holes(found.order, len(order), vectors_per_block)], unseen])
+    placed = _without_holes(found.order, len(order), vectors_per_block)
+    if settings.passes and len(edges[0]) > 1:
+        placed = _refined(placed, edges, vectors_per_block, settings)
+    return np.concatenate([order[placed], unseen])
 
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -173,13 +180,106 @@ def _without_holes(order: np.ndarray, num: int, vectors_per_block: int) -> np.nd
     return np.concatenate([head, spare[len(holes) :]])
 
 
+def _refined(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings) -> np.ndarray:
+    """The order after swaps between any two full blocks."""
+    slot_of = np.empty(len(order), np.int64)
+    slot_of[order] = np.arange(len(order))
+    starts, queries = _by_vector(edges[0], edges[1], len(order))
+    rng = np.random.default_rng([settings.seed, len(order)])
+    work = MOST_WORK * len(edges[1])
+    for _ in range(settings.passes):
+        visits = rng.permutation(len(order))
+        swaps, work = _swap_anywhere(*edges, starts, queries, order, slot_of, vectors_per_block, visits, work)
+        if swaps < settings.stop * len(order) or work <= 0:
+            break
+    return order
+
+
 @compiled
-def _pairs(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, size: int, order: np.ndarray) -> np.ndarray:
-    """Pairs up vectors that share queries, heaviest first by a greedy pass in `order`; who is left over, by chance.
+def _swap_anywhere(
+    indptr: np.ndarray,
+    pins: np.ndarray,
+    weights: np.ndarray,
+    starts: np.ndarray,
+    queries: np.ndarray,
+    order: np.ndarray,
+    slot_of: np.ndarray,
+    size: int,
+    visits: np.ndarray,
+    work: int,
+) -> tuple[int, int]:
+    """One pass: each vector goes to the block that gains most, if one of its vectors can come back and both gain.
 
     Returns:
-        (size,) int64: the number of each vector's pair, 0 to size / 2 - 1.
+        The swaps made, and the work (pins looked at) that is left.
     """
+    full = len(order) // size
+    present, last = np.zeros(full + 1, np.float32), np.full(full + 1, -1, np.int64)
+    touched, is_mine = np.empty(full + 1, np.int64), np.full(len(indptr), -1, np.int64)
+    swaps, stamp = 0, 0
+    for visit in range(len(visits)):
+        if work <= 0:
+            break
+        vector = visits[visit]
+        home = slot_of[vector] // size
+        if home == full:
+            continue
+        stays, num_touched = np.float32(0), 0
+        for at in range(starts[vector], starts[vector + 1]):
+            query = queries[at]
+            is_mine[query] = vector
+            alone = True
+            stamp += 1
+            work -= indptr[query + 1] - indptr[query]
+            for other in pins[indptr[query] : indptr[query + 1]]:
+                block = slot_of[other] // size
+                if block == home:
+                    alone = alone and other == vector
+                elif last[block] != stamp:
+                    last[block] = stamp
+                    if present[block] == 0:
+                        touched[num_touched] = block
+                        num_touched += 1
+                    present[block] += weights[query]
+            if not alone:
+                stays += weights[query]
+        best, best_gain = -1, np.float32(0)
+        for i in range(num_touched):
+            gain = (
+                present[touched[i]] - stays
+            )  # of the queries, those that already read there, less those that stay here
+            if gain > best_gain and touched[i] < full:
+                best, best_gain = touched[i], gain
+            present[touched[i]] = 0
+        if best < 0:
+            continue
+        partner, partner_gain = -1, np.float32(1e-4)
+        for slot in range(best * size, best * size + size):
+            gain = best_gain
+            for at in range(starts[order[slot]], starts[order[slot] + 1]):
+                query = queries[at]
+                here, there = 0, 0
+                work -= indptr[query + 1] - indptr[query]
+                for other in pins[indptr[query] : indptr[query + 1]]:
+                    block = slot_of[other] // size
+                    here += block == home
+                    there += block == best
+                if is_mine[query] == vector:  # both are in it: a swap changes nothing
+                    gain -= weights[query] * ((here == 1) + 0)
+                else:
+                    gain += weights[query] * ((there == 1) - (here == 0) * 1)
+            if gain > partner_gain:
+                partner, partner_gain = order[slot], gain
+        if partner >= 0:
+            slot_of[vector], slot_of[partner] = slot_of[partner], slot_of[vector]
+            order[slot_of[vector]], order[slot_of[partner]] = vector, partner
+            swaps += 1
+    return swaps, work
+
+
+@compiled
+def _by_vector(indptr: np.ndarray, pins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """By vector instead of by query: `queries[starts[v]:starts[v + 1]]` name vector v."""
     starts = np.zeros(size + 1, np.int64)
     for at in range(len(pins)):
         starts[pins[at] + 1] += 1
@@ -190,6 +290,17 @@ def _pairs(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, size: int,
         for at in range(indptr[query], indptr[query + 1]):
             queries[filled[pins[at]]] = query
             filled[pins[at]] += 1
+    return starts, queries
+
+
+@compiled
+def _pairs(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, size: int, order: np.ndarray) -> np.ndarray:
+    """Pairs up vectors that share queries, heaviest first by a greedy pass in `order`; who is left over, by chance.
+
+    Returns:
+        (size,) int64: the number of each vector's pair, 0 to size / 2 - 1.
+    """
+    starts, queries = _by_vector(indptr, pins, size)
     pair_of, number = np.full(size, -1, np.int64), 0
     score, touched = np.zeros(size, np.float32), np.empty(size, np.int64)
     for vector in order:

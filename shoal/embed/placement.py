@@ -27,7 +27,7 @@ Progress = Callable[[float], None]
 class Plan:
     """How `place` works."""
 
-    partition: Settings = field(default_factory=lambda: Settings(multilevel=True))
+    partition: Settings = field(default_factory=lambda: Settings(multilevel=True, passes=2))
     rounds: int = 2
     """Times that the misses are placed anew; 0 is placement blind to the cache."""
     queries_weight: float = 0.1

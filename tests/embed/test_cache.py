@@ -121,7 +121,7 @@ def test_hits_are_those_of_the_plain_policy(policy, oracle, capacity):
 
 def test_the_sketch_keeps_the_frequent_against_a_scan():
     held = Cache("w-tinylfu", 100, 10_000)
-    for id in [*(list(range(50)) * 20), *range(1000, 9000)]:
+    for id in [*(list(range(50)) * 20), *range(1000, 1400)]:
         entry = probe(held.state, id)
         if entry >= 0:
             touch(held.state, entry)
@@ -151,3 +151,22 @@ def test_bad_settings_are_refused():
         Cache("fifo", 1, 1)
     with pytest.raises(ValueError, match="capacity"):
         Cache("lru", 0, 1)
+
+
+def test_a_read_aware_cache_counts_what_a_miss_costs():
+    held = Cache("s3-fifo", 10, 100, read_aware=True)
+    assert cache.is_worth(held.state, 5)  # there is room
+    for id in range(10):
+        admit(held.state, id, False)
+    assert cache.is_worth(held.state, 1)
+    assert sum(cache.is_worth(held.state, 4) for _ in range(4000)) == pytest.approx(1000, rel=0.15)
+    entry = probe(held.state, 3)
+    before = int(held.state.mark[entry])
+    cache.spare(held.state, entry)
+    assert int(held.state.mark[entry]) == before
+    for _ in range(100):
+        touch(held.state, entry)
+    assert int(held.state.mark[entry]) >> 3 == 31
+    plain = Cache("s3-fifo", 1, 100)
+    admit(plain.state, 0, False)
+    assert cache.is_worth(plain.state, 9)
