@@ -1,12 +1,13 @@
 """The one door to Numba: machine code for plain functions over flat arrays, without the GIL, kept on disk.
 
 Numba notices that a kept function's own file has changed, but not that a function which it calls, from another file, has:
-code for an old layout of arrays would run on new ones. So what is kept is marked with a hash of all files that hold such
-functions.
+code for an old layout of arrays would run on new ones. So what is kept is marked with a hash of its own file and of
+those of this package that it imports.
 """
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -27,18 +28,25 @@ def compiled(function: F) -> F:
     plain = inspect.unwrap(function)
     made: Any = numba.njit(plain, cache=True, nogil=True, error_model="numpy")
     try:
-        made._cache._cache_file._source_stamp = (made._cache._cache_file._source_stamp, _sources())
+        made._cache._cache_file._source_stamp = (made._cache._cache_file._source_stamp, _sources(plain.__module__))
     except AttributeError:  # another Numba than we know: rather compile each time than run what is out of date
         made = numba.njit(plain, nogil=True, error_model="numpy")
     return cast(F, made)
 
 
 @cache
-def _sources() -> str:
-    """A hash of the files in this package that hold compiled functions."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        data = path.read_bytes()
-        if b"compiled" in data:
-            digest.update(data)
+def _sources(module: str) -> str:
+    """A hash of a module of this package and of those that it imports, and so on."""
+    digest, waiting, seen = hashlib.sha256(), [module], set[str]()
+    while waiting:
+        name = waiting.pop()
+        path = Path(__file__).parent.joinpath(*name.split(".")[2:]).with_suffix(".py")
+        if name not in seen and path.exists():
+            seen.add(name)
+            text = path.read_text(encoding="utf-8")
+            waiting += re.findall(r"^from (shoal\.embed\.[\w.]+) import", text, re.MULTILINE)
+            for names in re.findall(r"^from shoal\.embed import (.+)$", text, re.MULTILINE):
+                waiting += [f"shoal.embed.{one}" for one in re.findall(r"\w+", names)]
+    for name in sorted(seen):
+        digest.update(Path(__file__).parent.joinpath(*name.split(".")[2:]).with_suffix(".py").read_bytes())
     return digest.hexdigest()

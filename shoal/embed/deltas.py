@@ -59,20 +59,13 @@ def update(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
     if table.mirror is not None:
         change = Change(table=table.record.name, row_ids=ids.astype(np.int32), rows=rows)
         return Step(change, np.empty((0, table.codec.words), np.uint32), 0)
-    rests = _rests(table, ids)
+    rests, evicted, room = _parted(table, ids)
     cold_ids, cold_rows = ids[~rests], rows[~rests]
-    evicted = _evicted(table, int((rests & (table.view.where[ids] >= ABSENT)).sum()), ids)
     cold_ids = np.concatenate([cold_ids, evicted])
     cold_rows = np.concatenate([cold_rows, table.view.resident[-2 - table.view.where[evicted]]])
     order = np.argsort(_neighbourhood(table, cold_ids), kind="stable")
     cold_ids, cold_rows = cold_ids[order], cold_rows[order]
     full = len(cold_ids) // table.slots_per_block * table.slots_per_block
-    room = (
-        len(table.resident_id)
-        - table.num_resident
-        + len(evicted)
-        - int((rests & (table.view.where[ids] >= ABSENT)).sum())
-    )
     if len(cold_ids) - full > room:
         full = len(cold_ids)
     step = _delta_blocks(table, cold_ids[:full], cold_rows[:full])
@@ -84,31 +77,24 @@ def update(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
     return Step(change, step.values, step.written_bytes)
 
 
-def _rests(table: Table, ids: np.ndarray) -> np.ndarray:
-    """Which of the rows rest in memory from now on: (n,) bool."""
+def _parted(table: Table, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Which rows rest in memory from now on (n,) bool; which leave it for that (m,) int64; how many more would fit then."""
+    capacity, reserve = table.resident_capacity, table.slots_per_block
     where = table.view.where[ids].astype(np.int64)
-    already = where < ABSENT
+    rests = where < ABSENT
     again = np.zeros(len(ids), bool)
-    stored = where >= 0
-    again[stored] = table.space.kind[where[stored] // table.slots_per_block] == DELTA
-    most = len(table.resident_id) // 2  # the rest is room for what is left of a block, and for rows hotter than these
-    chosen = np.flatnonzero(again)[:most]
-    made: np.ndarray = already.copy()
-    made[chosen] = True
-    return made
-
-
-def _evicted(table: Table, coming: int, but: np.ndarray) -> np.ndarray:
-    """Rows that leave memory for delta blocks so that `coming` more find room: (n,) int64, none that is updated now."""
-    free = len(table.resident_id) - table.num_resident
-    if coming + table.slots_per_block <= free:
-        return np.empty(0, np.int64)
-    count = max(coming + table.slots_per_block - free, len(table.resident_id) // 4)
-    held = np.flatnonzero(table.resident_id >= 0)
-    held = held[~np.isin(table.resident_id[held], but)]
-    oldest = held[np.argsort(table.resident_stamp[held], kind="stable")][:count]
-    made: np.ndarray = table.resident_id[oldest].astype(np.int64)
-    return made
+    again[where >= 0] = table.space.kind[where[where >= 0] // table.slots_per_block] == DELTA
+    # Half of the memory at a time: the rest is for rows that are hotter than these, and for what does not fill a block.
+    coming = np.flatnonzero(again)[: max(0, min(capacity // 2, capacity - int(rests.sum()) - reserve))]
+    rests[coming] = True
+    total = table.num_resident + len(coming)
+    evicted = np.empty(0, np.int64)
+    if total + reserve > capacity:
+        held = np.flatnonzero(table.resident_id >= 0)
+        held = held[~np.isin(table.resident_id[held], ids)]
+        oldest = held[np.argsort(table.resident_stamp[held], kind="stable")]
+        evicted = table.resident_id[oldest[: max(total + reserve - capacity, capacity // 4)]].astype(np.int64)
+    return rests, evicted, capacity - total + len(evicted)
 
 
 def _neighbourhood(table: Table, ids: np.ndarray) -> np.ndarray:
