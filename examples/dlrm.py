@@ -207,7 +207,7 @@ def main() -> None:
     data = movielens()
     print(f"{len(data.click):,} ratings, {data.click.mean():.1%} clicks; rows: {data.rows}")
     for rows_of in ("store", "memory") if chosen.rows_of == "both" else (chosen.rows_of,):
-        with tempfile.TemporaryDirectory(dir=".") as folder:
+        with tempfile.TemporaryDirectory() as folder:
             made = run(data, rows_of, Path(folder) / "store", epochs=chosen.epochs)
         print(f"rows in {rows_of}: " + ", ".join(f"{name} {value:.5g}" for name, value in made.items()))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from shoal import __version__
-from shoal.cli import check, demo_command, device, doctor, host, new, options, predict, runs, simulate
+from shoal.cli import check, demo_command, device, doctor, embed, host, new, options, predict, runs, simulate
 from shoal.cli.failures import ShoalGroup
 
 app = typer.Typer(
@@ -50,6 +50,7 @@ for _name, _function, _epilog in (
     ("predict", predict.predict, predict.EPILOG),
 ):
     app.command(_name, epilog=_epilog)(_function)
+app.add_typer(embed.app, name="embed")
 app.add_typer(runs.app, name="runs")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 

@@ -1,7 +1,7 @@
 """What a store learns from a trace: where rows should lie, which cache each table should have, how much memory it should get.
 
-1. *Placement.* A table's rows are partitioned on the first 70 % of its queries, in the end on what a cache misses of them:
-   hot rows hit wherever they lie.
+1. *Placement.* A table's rows are placed by the first 70 % of its queries, above all by what a cache misses of them: hot rows
+   hit wherever they lie (`placement.py`).
 2. *Cache.* On the other 30 %, replays tell the block reads of each eviction and each offer of neighbours, at several sizes:
    the table's curve. "No neighbours" is always among them, so prefetch is off where it does not pay.
 3. *Memory.* It is shared out by the curves' convex hulls: always to the table where the next byte saves most reads. The last
@@ -23,6 +23,7 @@ from shoal import validate
 from shoal.embed.cache import Cache
 from shoal.embed.layout import Layout
 from shoal.embed.partition import Settings, partition
+from shoal.embed.placement import Plan, place
 from shoal.embed.simulate import misses, replay
 from shoal.embed.trace import Trace
 from shoal.errors import DataError
@@ -35,6 +36,8 @@ SIZES: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Parts of a table in memory at which its curve is measured."""
 THRESHOLDS: Final = (0, 2, 5, 10, 20)
 """Neighbours are offered to the cache if they were asked for more often than this."""
+TYPICAL: Final = 0.05
+"""Part of the rows that the cache holds whose misses placement is trained on."""
 RESIDENT: Final = 0.1
 """Part of a table's memory that is for rows that change often (see `Table.resident_capacity`)."""
 
@@ -73,6 +76,7 @@ def retrain(
     most_blocks: int | None = None,
     policies: tuple[str, ...] = ("s3-fifo", "w-tinylfu", "lru"),
     settings: Settings | None = None,
+    space: float = 0.0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """See the module. The caller holds the store's writer.
@@ -81,6 +85,7 @@ def retrain(
         most_blocks: write so many blocks of each table at most, those that save most reads; memory stays as it is.
         policies: evictions to choose from.
         settings: of the partitioner.
+        space: further copies of rows, as a part of the rows: they save reads, and serve when a block is late or damaged.
         progress: is told what is being done.
 
     Returns:
@@ -91,13 +96,15 @@ def retrain(
         DataError: a trace has too few queries to learn from, or rows that the table has not.
     """
     say = progress or (lambda text: None)
-    settings = settings or Settings(multilevel=True)
+    settings = settings or Plan().partition
     for name, trace in traces.items():
         _check(store, name, trace)
     if most_blocks is not None:
         validate.positive(most_blocks=most_blocks)
         return {name: _move(store, name, trace, most_blocks, settings, say) for name, trace in traces.items()}
-    learned = {name: learn(store._tables[name], trace, policies, settings, say) for name, trace in traces.items()}
+    learned = {
+        name: learn(store._tables[name], trace, policies, settings, space, say) for name, trace in traces.items()
+    }
     say("sharing out the memory")
     total = sum(store._tables[name].record.cache_bytes for name in learned)
     shares = share_out({name: _allowed(store._tables[name], one.curve) for name, one in learned.items()}, total)
@@ -112,16 +119,18 @@ def _check(store: "EmbeddingStore", name: str, trace: Trace) -> None:
         raise DataError(f"Expected a trace of table {name!r} with at least 10 queries, got {len(trace)}.")
 
 
-def learn(table: "Table", trace: Trace, policies: tuple[str, ...], settings: Settings, say: Progress) -> Learned:
+def learn(
+    table: "Table", trace: Trace, policies: tuple[str, ...], settings: Settings, space: float, say: Progress
+) -> Learned:
     """Placement and curve of one table; changes nothing."""
     record, size = table.record, table.slots_per_block
     trace = Trace(trace.indptr, trace.ids, record.rows)
     train, tune = trace.split(0.7, 0.3)
     say(f"{record.name}: placing {record.rows:,} rows by {len(train):,} queries")
-    order = partition(_what_misses(train, record.rows, size), size, settings)
-    order = _seen_first(order, train)
     heat = train.counts()
-    layout = Layout.from_order(order, size).hot_first(heat)
+    plan = Plan(partition=settings, space=space)
+    small = max(size, int(TYPICAL * record.rows))
+    layout = place(train, size, lambda: Cache("s3-fifo", small, record.rows), plan).hot_first(heat)
     warm = train.slice(max(0, len(train) - 2 * len(tune)), len(train))
     both = _joined(warm, tune)
     say(f"{record.name}: replaying {len(tune):,} queries at {len(SIZES)} sizes")
@@ -131,12 +140,6 @@ def learn(table: "Table", trace: Trace, policies: tuple[str, ...], settings: Set
     capacity = max(1, table.capacity)
     now = replay(both, present, Cache(record.policy, capacity, record.rows), skip=len(warm))
     return Learned(layout=layout, curve=_falling(points), present_reads=float(now.block_reads), queries=len(tune))
-
-
-def _what_misses(train: Trace, rows: int, slots_per_block: int) -> Trace:
-    """What a cache of 2 % misses of the training part, whose rows lie in order of id."""
-    cache = Cache("s3-fifo", max(slots_per_block, rows // 50), rows)
-    return misses(train, replay(train, Layout.in_id_order(rows, slots_per_block), cache))
 
 
 def _seen_first(order: np.ndarray, train: Trace) -> np.ndarray:

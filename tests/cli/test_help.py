@@ -32,6 +32,7 @@ def examples(help_text: str) -> list[str]:
 def test_the_commands_of_the_design_are_there() -> None:
     assert {" ".join(path) for path in ALL} == {
         "", "demo", "new", "check", "simulate", "host", "device", "predict", "doctor", "runs", "runs list", "runs show",
+        "embed", "embed inspect", "embed place", "embed replay", "embed tune",
     }  # fmt: skip
 
 
@@ -46,7 +47,7 @@ def test_help_has_examples_of_options_that_exist(path: tuple[str, ...], shoal: S
         assert words[0] == "shoal"
         named = next(ALL[tuple(words[1:n])] for n in (3, 2) if tuple(words[1:n]) in ALL)
         options = {option for parameter in named.params for option in parameter.opts}
-        given = set(re.findall(r"(?<!\S)--[a-z-]+", example))
+        given = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]*", example))
         assert given <= options, f"{example}: {given - options}"
         assert path == tuple(words[1 : len(path) + 1]), f"an example of another command: {example}"
 
