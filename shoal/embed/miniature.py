@@ -1,9 +1,10 @@
 """Small caches that stand for large ones: a table's block reads over DRAM, for many settings, at a few per cent of the work.
 
-A cache of C vectors is emulated by one of R C vectors over the R-th part of the *blocks*, chosen by a hash of the block; all
+A cache of C vectors is emulated by one of R C vectors over the R-th part of the *blocks*; all
 vectors of a kept block are kept, all others leave their queries. (Sampling vectors, as one does for caches without blocks,
-would part block-mates, and neither a shared read nor a prefetch would be seen.) Reads are scaled back by what the sample holds of
-the blocks that the queries touch, as SHARDS-adj does for lookups. After a re-placement a sample is drawn anew.
+would part block-mates, and neither a shared read nor a prefetch would be seen.) Reads are scaled back by 1/R: what the sample
+has too few or too many of are accesses to the hottest blocks, which are hits (SHARDS-adj). After a re-placement a sample is
+drawn anew.
 
 References: Waldspurger, Saemundsson, Ahmad and Park, 2017, Cache modeling and optimization using miniature simulations,
 USENIX ATC; Eisenman et al., 2019, Bandana, arXiv 1811.05922, section on miniature caches.
@@ -73,24 +74,20 @@ class Sample:
 
 
 def sample_blocks(trace: Trace, layout: Layout, rate: float, *, seed: int = 0) -> Sample:
-    """Keeps a share of the blocks, by hash, and what the queries ask of them.
+    """Keeps a share of the blocks and what the queries ask of them.
 
-    Replicas are left out of the choice: a vector is kept with its home block.
+    Blocks are taken evenly down the order of how often they are asked for, from a start that `seed` draws: a hash alone
+    errs by the luck of the hottest. Replicas are left out of the choice: a vector is kept with its home block.
     """
     validate.between(1e-6, 1, rate=rate)
-    blocks = np.arange(layout.num_blocks, dtype=np.uint64) + np.uint64(seed * 0x9E3779B9)
-    hashed = (blocks * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)
-    hashed = (hashed ^ (hashed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB) >> np.uint64(32)
-    is_kept = hashed < np.uint64(rate * 2**32)
+    heat = np.bincount(layout.block_of[trace.ids], minlength=layout.num_blocks)
+    steps = np.floor((np.arange(layout.num_blocks + 1) + np.random.default_rng(seed).random() / rate) * rate)
+    is_kept = np.zeros(layout.num_blocks, bool)
+    is_kept[np.argsort(-heat, kind="stable")] = np.diff(steps) > 0
     if not is_kept.any():
-        is_kept[np.argmin(hashed)] = True
-    touched = np.unique(
-        np.repeat(np.arange(len(trace)), np.diff(trace.indptr)) * layout.num_blocks + layout.block_of[trace.ids]
-    )
-    in_sample = int(is_kept[touched % layout.num_blocks].sum())
-    return Sample(
-        float(is_kept.mean()), len(touched) / max(1, in_sample), kept(trace, is_kept[layout.block_of[trace.ids]])
-    )
+        is_kept[np.argmax(heat)] = True
+    share = float(is_kept.mean())
+    return Sample(share, 1 / share, kept(trace, is_kept[layout.block_of[trace.ids]]))
 
 
 def rate_for(capacity: int, *, entries: int = 300) -> float:

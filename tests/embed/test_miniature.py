@@ -1,0 +1,60 @@
+import numpy as np
+import pytest
+
+from shoal.embed import Layout
+from shoal.embed.generator import TableKind, generate
+from shoal.embed.miniature import Setting, prefetch_pays, rate_for, read_curve, sample_blocks
+from shoal.embed.partition import Settings, partition
+from shoal.embed.placement import depth_above
+from shoal.embed.simulate import replay
+
+
+@pytest.fixture(scope="module")
+def placed():
+    trace = generate(TableKind(name="small", rows=6000, mean_bag=10, compulsory=0.1, cold=0.1, epochs=1, seed=3)).trace
+    counts = trace.counts()
+    return trace, counts, Layout.from_order(partition(trace, 32, Settings()), 32).hot_first(counts)
+
+
+def test_a_sample_keeps_whole_blocks(placed):
+    trace, _, layout = placed
+    sample = sample_blocks(trace, layout, 0.3)
+    assert len(sample.trace) == len(trace)
+    assert sample.rate == pytest.approx(0.3, abs=0.02)
+    kept = set(layout.block_of[sample.trace.ids].tolist())
+    of_kept = np.isin(layout.block_of[trace.ids], list(kept))
+    assert of_kept.sum() == sample.trace.num_lookups
+    assert set(layout.block_of[sample_blocks(trace, layout, 0.3, seed=1).trace.ids].tolist()) != kept
+
+
+def test_the_whole_is_a_sample_of_itself(placed):
+    trace, _, layout = placed
+    sample = sample_blocks(trace, layout, 1.0)
+    setting = Setting(policy="lru")
+    assert sample.reads(layout, setting.cache(100, 6000)) == replay(trace, layout, setting.cache(100, 6000)).block_reads
+
+
+@pytest.mark.parametrize("setting", [Setting(policy="s3-fifo"), Setting(policy="lru", threshold=20)])
+def test_a_miniature_foretells_the_full_cache(placed, setting):
+    trace, counts, layout = placed
+    curve = read_curve(trace, layout, counts, [1200 * 150.0], 128, settings=[setting], entries=600)
+    capacity = setting.capacity(1200 * 150.0, 128)
+    assert rate_for(capacity, entries=600) < 0.7
+    depth = depth_above(layout, counts, setting.threshold)
+    full = replay(trace, layout, setting.cache(capacity, 6000), depth).block_reads
+    assert curve.reads[0] == pytest.approx(full, rel=0.06)
+
+
+def test_a_curve_falls_and_picks_the_better(placed):
+    trace, counts, layout = placed
+    settings = [Setting(policy="lru"), Setting(policy="s3-fifo", read_aware=True)]
+    curve = read_curve(trace, layout, counts, [2e4, 1e5, 4e5], 128, settings=settings)
+    assert curve.reads[0] > curve.reads[1] > curve.reads[2]
+    assert curve.settings[1] == settings[1]
+
+
+def test_prefetch_breaks_even():
+    assert prefetch_pays(0, 0, 10_000)
+    assert prefetch_pays(1000, 0, 10)
+    assert prefetch_pays(1000, 100, 10_000)
+    assert not prefetch_pays(1000, 10, 10_000)
