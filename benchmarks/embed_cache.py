@@ -109,7 +109,7 @@ def _miniature(found: Sequence[Case]) -> list[dict[str, Any]]:
                         ).block_reads
                     )
                 )
-                rate = rate_for(capacity)
+                rate = rate_for(capacity, layout.num_blocks)
                 sample = sample_blocks(one.both, layout, rate)
                 small = setting.cache(max(1, round(capacity * sample.rate)), one.rows)
                 predicted.append(sample.reads(layout, small, depth, skip=len(one.tune)))

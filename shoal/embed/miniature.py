@@ -90,10 +90,10 @@ def sample_blocks(trace: Trace, layout: Layout, rate: float, *, seed: int = 0) -
     return Sample(share, 1 / share, kept(trace, is_kept[layout.block_of[trace.ids]]))
 
 
-def rate_for(capacity: int, *, entries: int = 300) -> float:
-    """The least share of blocks at which a miniature of the cache has enough entries to be trusted."""
-    validate.positive(capacity=capacity, entries=entries)
-    return min(1.0, max(0.001, entries / capacity))
+def rate_for(capacity: int, num_blocks: int, *, entries: int = 300, blocks: int = 500) -> float:
+    """The least share of blocks at which a miniature has enough entries, and sees enough blocks, to be trusted."""
+    validate.positive(capacity=capacity, num_blocks=num_blocks, entries=entries, blocks=blocks)
+    return min(1.0, max(0.001, entries / capacity, blocks / num_blocks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +149,8 @@ def _reads(
     skip: int,
     seed: int,
 ) -> float:
-    sample = sample_blocks(trace, layout, rate_for(capacity, entries=entries), seed=seed)
+    rate = rate_for(capacity, layout.num_blocks, entries=entries)
+    sample = sample_blocks(trace, layout, rate, seed=seed)
     small = max(1, round(capacity * sample.rate))
     depth = depth_above(layout, counts, setting.threshold)
     return sample.reads(layout, setting.cache(small, trace.num_rows), depth, skip=skip)
