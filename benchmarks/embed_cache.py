@@ -57,7 +57,9 @@ def _parity(found: Sequence[Case]) -> list[dict[str, Any]]:
     for one in found:
         ids = one.both.ids
         for share in (0.01, 0.05, 0.20):
-            capacity = max(20, int(share * len(np.unique(ids))))
+            capacity = max(
+                100, int(share * len(np.unique(ids)))
+            )  # below 100 its W-TinyLFU has no window and keeps nothing
             for policy, name in RIVALS.items():
                 ours = _misses(Cache(policy, capacity, one.rows).state, ids) / len(ids)
                 theirs = _their_misses(

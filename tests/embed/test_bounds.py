@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -6,6 +7,8 @@ from shoal.embed import Layout, Trace
 from shoal.embed.bounds import belady, ideal_reads
 from shoal.embed.cache import POLICIES, Cache
 from shoal.embed.simulate import replay
+
+pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
 
 
 def plain_belady(ids, capacity):

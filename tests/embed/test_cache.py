@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from shoal.embed import cache
 from shoal.embed.cache import Cache, admit, drop, probe, touch, was_prefetched
 
+pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
+
 
 def check(held: Cache) -> None:
     """The invariants of the module."""

@@ -8,6 +8,8 @@ from shoal.embed.partition import Settings, partition
 from shoal.embed.placement import depth_above
 from shoal.embed.simulate import replay
 
+pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
+
 
 @pytest.fixture(scope="module")
 def placed():

@@ -16,6 +16,8 @@ from shoal.embed.placement import Plan, by_values, depth_above, is_patternless, 
 from shoal.embed.replicate import lonely, replicate_residual, replicate_seeds
 from shoal.embed.simulate import misses, replay
 
+pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
+
 OURS = Settings(multilevel=True, passes=2)
 
 

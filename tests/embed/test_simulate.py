@@ -12,6 +12,8 @@ from shoal.embed.cache import POLICIES, Cache
 from shoal.embed.choose import choose_blocks, copies_of, is_read
 from shoal.embed.simulate import misses, replay
 
+pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
+
 
 def lru_reads(queries, layout, capacity, depth):
     """The paper's cache in plain Python: reads of each query."""
