@@ -44,6 +44,8 @@ class Change:
     """(b,) int64: the HOME block whose rows and replicas move here place by place; -1 where none.
 
     A HOME block that replaces none takes its rows from wherever they were at home."""
+    fresh: np.ndarray = field(default_factory=_ids)
+    """(h,) int32: rows that get a new value by being written into a HOME block: copies elsewhere are out of date."""
     freed: np.ndarray = field(default_factory=_numbers)
     """(f,) int64: blocks that nobody needs any more (those replaced included)."""
 
@@ -61,4 +63,4 @@ class Change:
             raise StoreError(f"A record of the journal is no change of a table: {error}.") from error
 
 
-_ARRAYS = ("row_ids", "rows", "blocks", "kinds", "offered", "sums", "members", "replaces", "freed")
+_ARRAYS = ("row_ids", "rows", "blocks", "kinds", "offered", "sums", "members", "replaces", "fresh", "freed")

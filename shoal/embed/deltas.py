@@ -4,9 +4,10 @@ An update makes one `Change`. Its rows are parted:
 
 1. Rows that already rest in memory, or lie in a delta block (so they change a second time), rest in memory while there is
    room: the journal takes their bytes, no block is written.
-2. The others fill whole delta blocks, neighbours in the placement beside each other; what does not fill a block rests in
+2. Where the write budget allows, HOME blocks of which much has changed are written anew, whole.
+3. The others fill whole delta blocks, neighbours in the placement beside each other; what does not fill a block rests in
    memory too.
-3. Where memory is full, the rows longest unchanged leave it for delta blocks, a quarter at a time.
+4. Where memory is full, the rows longest unchanged leave it for delta blocks, a quarter at a time.
 
 Tidying (`compact`) makes one `Change` within a number of blocks:
 
@@ -45,16 +46,17 @@ class Step:
 
     change: Change
     values: np.ndarray
-    """Values of the DELTA blocks' rows, in the order of `change.members`."""
+    """Values of the blocks' rows, in the order of `change.members`, empty slots left out."""
     written_bytes: int
 
 
-def update(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
+def update(table: Table, ids: np.ndarray, rows: np.ndarray, *, spare_blocks: float = 0.0) -> Step:
     """Writes the blocks of an update; nothing of it is visible yet.
 
     Args:
         ids: (n,) int64, each once, in range.
         rows: (n, words) uint32.
+        spare_blocks: what may be written beyond the rows themselves, so that some go home at once.
     """
     if table.mirror is not None:
         change = Change(table=table.record.name, row_ids=ids.astype(np.int32), rows=rows)
@@ -63,18 +65,47 @@ def update(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
     cold_ids, cold_rows = ids[~rests], rows[~rests]
     cold_ids = np.concatenate([cold_ids, evicted])
     cold_rows = np.concatenate([cold_rows, table.view.resident[-2 - table.view.where[evicted]]])
-    order = np.argsort(_neighbourhood(table, cold_ids), kind="stable")
-    cold_ids, cold_rows = cold_ids[order], cold_rows[order]
-    full = len(cold_ids) // table.slots_per_block * table.slots_per_block
-    if len(cold_ids) - full > room:
-        full = len(cold_ids)
-    step = _delta_blocks(table, cold_ids[:full], cold_rows[:full])
+    homes = _homes_that_pay(table, cold_ids, spare_blocks)
+    goes_home = np.isin(table.home[cold_ids] // table.slots_per_block, homes) & (table.home[cold_ids] >= 0)
+    delta_ids, delta_rows = cold_ids[~goes_home], cold_rows[~goes_home]
+    order = np.argsort(table.home[delta_ids], kind="stable")  # neighbours in the placement beside each other
+    delta_ids, delta_rows = delta_ids[order], delta_rows[order]
+    full = len(delta_ids) // table.slots_per_block * table.slots_per_block
+    if len(delta_ids) - full > room:
+        full = len(delta_ids)
+    new_ids = np.concatenate([cold_ids[goes_home], delta_ids[:full]])
+    new_rows = np.concatenate([cold_rows[goes_home], delta_rows[:full]])
+    step = _write_step(table, homes, delta_ids[:full], new_ids, new_rows, _no_blocks())
     change = replace(
         step.change,
-        row_ids=np.concatenate([ids[rests], cold_ids[full:]]).astype(np.int32),
-        rows=np.concatenate([rows[rests], cold_rows[full:]]),
+        row_ids=np.concatenate([ids[rests], delta_ids[full:]]).astype(np.int32),
+        rows=np.concatenate([rows[rests], delta_rows[full:]]),
+        fresh=cold_ids[goes_home].astype(np.int32),
     )
     return Step(change, step.values, step.written_bytes)
+
+
+def _no_blocks() -> np.ndarray:
+    return np.empty(0, np.int64)
+
+
+def _homes_that_pay(table: Table, ids: np.ndarray, spare_blocks: float) -> np.ndarray:
+    """HOME blocks that are written anew with their changed rows in them, instead of these going to delta blocks.
+
+    Such a write costs the rows that have not changed. Taken are those that bring most rows home for it, weighed by reads of the
+    block, until `spare_blocks` are spent.
+    """
+    size = table.slots_per_block
+    with_home = table.home[ids][table.home[ids] >= 0]
+    if spare_blocks < 1 or not len(with_home):
+        return _no_blocks()
+    homes, changed = np.unique(with_home // size, return_counts=True)
+    cost = 1.0 - changed / size + 1e-3
+    gain = (changed + _rows_away(table, homes)) * (1.0 + table.view.read_count[homes])
+    order = np.argsort(-gain / cost, kind="stable")
+    order = order[: int(np.searchsorted(np.cumsum(cost[order]), spare_blocks, side="right"))]
+    made: np.ndarray = np.sort(homes[order]).astype(np.int64)
+    return made
 
 
 def _parted(table: Table, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -95,26 +126,6 @@ def _parted(table: Table, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]
         oldest = held[np.argsort(table.resident_stamp[held], kind="stable")]
         evicted = table.resident_id[oldest[: max(total + reserve - capacity, capacity // 4)]].astype(np.int64)
     return rests, evicted, capacity - total + len(evicted)
-
-
-def _neighbourhood(table: Table, ids: np.ndarray) -> np.ndarray:
-    """(n,) int64: equal or near for rows that the placement put together."""
-    where: np.ndarray = table.view.where[ids].astype(np.int64)
-    resident = where < ABSENT
-    where[resident] = table.resident_home[-2 - where[resident]]
-    return where
-
-
-def _delta_blocks(table: Table, ids: np.ndarray, rows: np.ndarray) -> Step:
-    size = table.slots_per_block
-    members = np.full((-(-len(ids) // size), size), -1, np.int32)
-    members.reshape(-1)[: len(ids)] = ids
-    filled = np.zeros((members.size, table.codec.words), np.uint32)
-    filled[: len(ids)] = rows
-    step = write_blocks(
-        table, members, filled.reshape(*members.shape, table.codec.words), np.full(len(members), DELTA, np.uint8)
-    )
-    return Step(step.change, rows, step.written_bytes)
 
 
 def write_blocks(
@@ -179,7 +190,11 @@ def compact(table: Table, most_blocks: int, *, everything: bool = False) -> Step
     if not len(homes) and not len(merged) and not len(dead):
         return None
     table.view.read_count[:] //= 2
-    return _write_step(table, homes, merged, dead)
+    moving = _live_ids(table, merged)
+    moving = moving[~np.isin(table.home[moving] // size, homes) | (table.home[moving] < 0)]
+    moving = moving[np.argsort(table.home[moving], kind="stable")]
+    none = np.empty((0, table.codec.words), np.uint32)
+    return _write_step(table, homes, moving, _no_blocks(), none, np.concatenate([merged, dead]))
 
 
 def _homes_to_write(table: Table, most: int, everything: bool) -> np.ndarray:
@@ -226,28 +241,38 @@ def _sparse_deltas(table: Table, deltas: np.ndarray, live: np.ndarray, most: int
     return sparse[order[fits]].astype(np.int64)
 
 
-def _write_step(table: Table, homes: np.ndarray, merged: np.ndarray, dead: np.ndarray) -> Step:
+def _write_step(
+    table: Table, homes: np.ndarray, moving: np.ndarray, new_ids: np.ndarray, new_rows: np.ndarray, freed: np.ndarray
+) -> Step:
+    """Writes HOME blocks anew and rows `moving` to delta blocks, in this order; values are the present ones but for `new_ids`."""
     size = table.slots_per_block
     members = table.view.id_at[homes[:, None] * size + np.arange(size)]
-    moving = _live_ids(table, merged)
-    moving = moving[~np.isin(moving, members)]
-    moving = moving[np.argsort(_neighbourhood(table, moving), kind="stable")]
     delta_members = np.full((-(-len(moving) // size), size), -1, np.int32)
     delta_members.reshape(-1)[: len(moving)] = moving
     all_members = np.concatenate([members, delta_members])
     held = all_members >= 0
+    held_ids = all_members[held].astype(np.int64)
+    values = _values(table, held_ids, new_ids, new_rows)
     rows = np.zeros((*all_members.shape, table.codec.words), np.uint32)
-    rows[held] = table.stored_rows(all_members[held].astype(np.int64))
+    rows[held] = values
     kinds = np.repeat(np.array([HOME, DELTA], np.uint8), [len(members), len(delta_members)])
     replaces = np.concatenate([homes, np.full(len(delta_members), -1)]).astype(np.int64)
     offered = np.zeros(len(kinds), np.int16)
     offered[: len(homes)] = table.view.offered[homes]
     step = write_blocks(table, all_members, rows, kinds, replaces=replaces, offered=offered)
-    freed = np.unique(np.concatenate([homes, merged, dead])).astype(np.int64)
-    change = Change(
-        **{**{name: getattr(step.change, name) for name in step.change.__dataclass_fields__}, "freed": freed}
-    )
-    return Step(change, rows[len(members) :][held[len(members) :]], step.written_bytes)
+    gone = np.unique(np.concatenate([homes, freed])).astype(np.int64)
+    return Step(replace(step.change, freed=gone), values, step.written_bytes)
+
+
+def _values(table: Table, ids: np.ndarray, new_ids: np.ndarray, new_rows: np.ndarray) -> np.ndarray:
+    """The values of rows (n, words): of `new_ids` those of `new_rows`, of the others the present ones."""
+    order = np.argsort(new_ids, kind="stable")
+    at = np.minimum(np.searchsorted(new_ids[order], ids), max(0, len(new_ids) - 1))
+    is_new = new_ids[order][at] == ids if len(new_ids) else np.zeros(len(ids), bool)
+    made = np.empty((len(ids), table.codec.words), np.uint32)
+    made[~is_new] = table.stored_rows(ids[~is_new])
+    made[is_new] = new_rows[order[at[is_new]]]
+    return made
 
 
 def _live_ids(table: Table, blocks: np.ndarray) -> np.ndarray:

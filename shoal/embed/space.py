@@ -74,6 +74,7 @@ class Space:
 
     def use(self, blocks: np.ndarray, kinds: np.ndarray) -> None:
         """A change that writes to these blocks is committed."""
+        self._reclaim()  # when a journal is replayed, a block may have been retired before: later it must not count as free
         self.kind[blocks] = kinds
         self._is_free[blocks] = False
 

@@ -168,10 +168,10 @@ class EmbeddingStore:
         Args:
             path: a folder; it is made, and must hold no store.
             tables: name -> what it is.
-            dram: memory for caches, rows that change often, tables kept whole; where rows are (about 9 bytes a row of tables
+            dram: memory for caches, rows that change often, tables kept whole; where rows are (about 13 bytes a row of tables
                 in blocks) comes on top.
             writes_per_day: the write budget in capacities a day.
-            capacity: of the drive; by default that of the store's own blocks.
+            capacity: of the drive; no more than the store's own blocks counts, which is also the default: only they wear.
             options: as of `open`.
 
         Raises:
@@ -280,8 +280,9 @@ class EmbeddingStore:
                 path.unlink(missing_ok=True)
 
     def _capacity(self) -> int:
+        """What the budget counts by: no more than the store's own blocks, as wear spreads over these only."""
         own = sum(table.space.num_blocks * table.record.block_bytes for table in self._tables.values())
-        return self._manifest.capacity_bytes or max(own, 1 << 20)
+        return min(self._manifest.capacity_bytes or own, own) or 1
 
     # Reading.
 
@@ -371,7 +372,8 @@ class EmbeddingStore:
             if not len(wanted):
                 return
             rows = opened.codec.encode(values)
-            self._commit(opened, deltas.update(opened, wanted, rows))
+            spare = self._spare_blocks(opened, rows.nbytes) if self._options["tidy"] else 0.0
+            self._commit(opened, deltas.update(opened, wanted, rows, spare_blocks=spare))
             if opened.shadow is not None:
                 opened.shadow[wanted] = opened.shadow_codec.encode(values)
             if self._options["tidy"]:
@@ -520,6 +522,11 @@ class EmbeddingStore:
         self._budget.resize(self._capacity())
         self._budget.available(self._clock.wall_s())
         self._budget.spend(num_bytes)
+
+    def _spare_blocks(self, table: Table, needed_bytes: int) -> float:
+        """What the budget leaves beside an update, in blocks; half of it, as more updates may come."""
+        left = self._budget.available(self._clock.wall_s()) - 1.1 * needed_bytes
+        return min(_TIDY_BLOCKS, max(0.0, left / 2 / table.record.block_bytes))
 
     def _tidy(self, table: Table) -> None:
         room = self._budget.available(self._clock.wall_s()) / 2  # the rest is for what users change next

@@ -110,12 +110,21 @@ class Table:
         self.resident_home = np.full(capacity, -1, np.int32)
         """The slot that a resident row was in: who are its neighbours."""
         self.resident_stamp = np.zeros(capacity, np.int64)
+        self.home = self._homes()
+        """(rows,) int32: each row's slot in a HOME block, where its placement is; -1 where it has none."""
         self.changes = 0
         """Changes applied: the time by which hot rows are told from others."""
         self._free_resident = list(range(capacity - 1, -1, -1))
         self.changed = np.zeros(self.record.rows if self.record.tier == "dram" else 0, bool)
         """Rows of a table in memory whose block is out of date."""
         self._pending = (state["resident_ids"].copy(), state["resident_rows"].copy())
+
+    def _homes(self) -> np.ndarray:
+        made = np.full(self.record.rows, -1, np.int32)
+        slots = np.flatnonzero(np.repeat(self.space.kind == HOME, self.slots_per_block) & (self.view.id_at >= 0))
+        slots = np.setdiff1d(slots, self.view.replica_slots, assume_unique=True)
+        made[self.view.id_at[slots]] = slots
+        return made
 
     def _make_cache(self) -> None:
         duel = self.record.admission == "duel"
@@ -362,8 +371,8 @@ class Table:
         """Makes a journalled change the table's state.
 
         Args:
-            values: (rows in `members`, words) the values of the DELTA blocks' members, in order, for copies in the cache;
-                not needed where nothing is cached.
+            values: (rows in `members`, words) the values of the blocks' members, in order, for copies in the cache; not
+                needed where nothing is cached.
         """
         with self.lock:
             self.changes += 1
@@ -411,6 +420,7 @@ class Table:
     def _apply_blocks(self, change: Change, values: np.ndarray | None) -> None:
         slots = change.blocks[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
         replaced = change.replaces >= 0
+        self._invalidate_replicas(change.fresh)
         self._move_replicas(change.replaces[replaced], change.blocks[replaced])
         self._leave_home(change.members[(change.kinds == HOME) & ~replaced])
         self.view.id_at[slots.reshape(-1)] = change.members.reshape(-1)
@@ -421,6 +431,8 @@ class Table:
         stays[at_home] = self.view.where[np.maximum(change.members[at_home], 0)] < ABSENT
         stays &= held
         self.resident_home[-2 - self.view.where[change.members[stays]]] = slots[stays]
+        homes = held & at_home[:, None]
+        self.home[change.members[homes]] = slots[homes]
         ids = change.members[held & ~stays]
         self._release(ids)
         self.view.where[ids] = slots[held & ~stays]
@@ -431,15 +443,13 @@ class Table:
         is_delta = change.kinds == DELTA
         self._invalidate_replicas(change.members[is_delta][change.members[is_delta] >= 0])
         if values is not None and self.capacity:
-            delta_ids = change.members[is_delta]
-            kernel.refresh_cached(self.cache.state, self.view, delta_ids[delta_ids >= 0].astype(np.int64), values)
+            ids = change.members[change.members >= 0].astype(np.int64)
+            kernel.refresh_cached(self.cache.state, self.view, ids, values)
 
     def _leave_home(self, members: np.ndarray) -> None:
         """Rows that get another HOME block are taken off the list of their present one."""
-        if members.size:
-            slots = np.flatnonzero(np.isin(self.view.id_at, members[members >= 0]))
-            slots = slots[self.space.kind[slots // self.slots_per_block] == HOME]
-            self.view.id_at[np.setdiff1d(slots, self.view.replica_slots)] = -1
+        slots = self.home[members[members >= 0]]
+        self.view.id_at[slots[slots >= 0]] = -1
 
     def _is_home(self, old: np.ndarray, members: np.ndarray) -> np.ndarray:
         """Which members of replaced HOME blocks are at home there, and not a replica: (b, K)."""
@@ -558,7 +568,15 @@ class Table:
     def map_bytes(self) -> int:
         """Memory that says where rows are: it is beside the DRAM that caches are given."""
         view, space = self.view, self.space
-        arrays = (view.where, view.id_at, view.offered, view.read_count, view.replica_ids, view.replica_slots)
+        arrays = (
+            view.where,
+            self.home,
+            view.id_at,
+            view.offered,
+            view.read_count,
+            view.replica_ids,
+            view.replica_slots,
+        )
         return sum(a.nbytes for a in (*arrays, self.sums, space.kind, space.wear))
 
     def close(self) -> None:

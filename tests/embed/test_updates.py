@@ -222,6 +222,21 @@ def test_a_block_that_is_being_read_is_not_free() -> None:
     space.leave(later)
 
 
+def test_a_replayed_store_knows_which_blocks_are_free(tmp_path: Path) -> None:
+    """A block that one change retired and a later one wrote is in use, also when both are replayed."""
+    rng, values = np.random.default_rng(0), vectors()
+    with small_store(tmp_path, tidy=False) as store:
+        for _ in range(8):
+            change(store, values, rng, 300)
+            store.compact()
+        free = store.statistics().tables["items"].free_blocks
+    with EmbeddingStore.open(tmp_path) as store:
+        assert store.statistics().tables["items"].free_blocks == free
+        for _ in range(8):
+            change(store, values, rng, 300)
+            check(store, values)
+
+
 def test_a_long_journal_is_folded_into_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shoal.embed.store._JOURNAL_BYTES", 50_000)
     rng, values = np.random.default_rng(0), vectors()
