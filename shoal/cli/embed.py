@@ -264,7 +264,7 @@ def _draw(curves: dict[tuple[str, str], list[tuple[float, float]]], case: _Case,
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{case.name}: {case.rows:,} rows of {case.row_bytes} B, {case.per_block} a block")
-    figure.axes[1].legend(fontsize=7.5)
+    figure.axes[1].legend(fontsize=7.5, handlelength=3.5)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

@@ -36,7 +36,7 @@ SPARE: Final = 0.10
 """Part of a file's blocks that tidying keeps free."""
 FEWEST_AWAY: Final = 1 / 8
 """A HOME block is written anew only with so many of its rows elsewhere."""
-WEAR_SLACK: Final = 4.0
+WEAR_SLACK: Final = 1.0
 """Writes beyond the mean from which a free block counts as worn."""
 
 
@@ -103,6 +103,7 @@ def _homes_that_pay(table: Table, ids: np.ndarray, spare_blocks: float) -> np.nd
     cost = 1.0 - changed / size + 1e-3
     gain = (changed + _rows_away(table, homes)) * (1.0 + table.view.read_count[homes])
     order = np.argsort(-gain / cost, kind="stable")
+    order = order[changed[order] + _rows_away(table, homes[order]) >= FEWEST_AWAY * size]
     order = order[: int(np.searchsorted(np.cumsum(cost[order]), spare_blocks, side="right"))]
     made: np.ndarray = np.sort(homes[order]).astype(np.int64)
     return made
