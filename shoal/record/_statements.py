@@ -25,6 +25,15 @@ CLOSE_ROUND: Final = Prepared(
     [column.name for column in ROUNDS.columns if not column.primary_key],
 )
 ALL_GROUPS: Final = select(GROUPS).where(GROUPS.c.run_id == _RUN).order_by(GROUPS.c.number)
+_OLD: Final = (GROUPS.c.run_id == _RUN, GROUPS.c.version.is_not(None), GROUPS.c.base_version < bindparam("before"))
+OLD_SUMS: Final = select(GROUPS.c.sums_root).where(*_OLD, GROUPS.c.sums_root != "")
+FORGET_SUMS: Final = update(GROUPS).where(*_OLD).values(sums_root="")
+SUMS_NAMED: Final = select(GROUPS.c.sums_root).distinct()
+WAITING_NONCES: Final = (
+    select(TOKENS.c.nonce)
+    .join(GROUPS, (GROUPS.c.run_id == TOKENS.c.run_id) & (GROUPS.c.number == TOKENS.c.group_number))
+    .where(TOKENS.c.run_id == _RUN, GROUPS.c.version.is_(None))
+)
 TAKE_GROUP: Final = Prepared(
     update(GROUPS).where(GROUPS.c.run_id == _RUN, GROUPS.c.number == _NUMBER, GROUPS.c.version.is_(None)), ["version"]
 )

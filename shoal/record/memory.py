@@ -69,6 +69,9 @@ class MemoryBlobs:
     def has(self, hash: str) -> bool:
         return check_hash(hash) in self._data
 
+    def forget(self, hash: str) -> None:
+        self._data.pop(check_hash(hash), None)
+
     def copy(self) -> "MemoryBlobs":
         """The same blobs; what is put later is not shared."""
         other = MemoryBlobs()
@@ -208,9 +211,30 @@ class MemoryStore:
             run.tokens.update(_counted(counted, version=None, group=number))
             return number
 
-    def groups(self, run_id: str, *, waiting: bool = False) -> list[GroupRow]:
+    def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
         with self._lock:
-            return [row for row in self._run(run_id).groups.values() if row.version is None or not waiting]
+            rows = [row for row in self._run(run_id).groups.values() if row.version is None or not waiting]
+            return [row for row in rows if row.base_version >= since_version]
+
+    def forget_sums(self, run_id: str, *, before_version: int) -> int:
+        with self._lock:
+            run = self._run(run_id)
+            old = [
+                r
+                for r in run.groups.values()
+                if r.sums_root and r.version is not None and r.base_version < before_version
+            ]
+            run.groups.update({row.number: replace(row, sums_root="") for row in old})
+            named = {row.sums_root for each in self._runs.values() for row in each.groups.values()}
+        for row in old:
+            if row.sums_root not in named:
+                self.blobs.forget(row.sums_root)
+        return len(old)
+
+    def waiting_nonces(self, run_id: str) -> list[bytes]:
+        with self._lock:
+            run = self._run(run_id)
+            return [nonce for nonce, (_, group) in run.tokens.items() if group and run.groups[group].version is None]
 
     # Commits
 

@@ -173,10 +173,27 @@ class SqliteStore:
             sql.ADD[TOKENS].run_many(connection, _rows.counted_values(run_id, counted, version=None, group=number))
         return number
 
-    def groups(self, run_id: str, *, waiting: bool = False) -> list[GroupRow]:
+    def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
         statement = sql.ALL_GROUPS.where(GROUPS.c.version.is_(None)) if waiting else sql.ALL_GROUPS
+        if since_version:
+            statement = statement.where(GROUPS.c.base_version >= since_version)
         with self._read(run_id) as connection:
             return [_rows.group_row(row._asdict()) for row in connection.execute(statement, {"run": run_id})]
+
+    def forget_sums(self, run_id: str, *, before_version: int) -> int:
+        with self._write(run_id) as connection:
+            old = connection.execute(sql.OLD_SUMS, {"run": run_id, "before": before_version}).scalars().all()
+            connection.execute(sql.FORGET_SUMS, {"run": run_id, "before": before_version})
+            named = (
+                set(connection.execute(sql.SUMS_NAMED.where(GROUPS.c.sums_root.in_(old))).scalars()) if old else set()
+            )
+        for hash in set(old) - named:  # after the rows: a blob that nobody names does no harm
+            self.blobs.forget(hash)
+        return len(old)
+
+    def waiting_nonces(self, run_id: str) -> list[bytes]:
+        with self._read(run_id) as connection:
+            return list(connection.execute(sql.WAITING_NONCES, {"run": run_id}).scalars())
 
     # Commits
 

@@ -82,7 +82,7 @@ class GroupRow:
     members: int
     weight: int
     sums_root: str = ""
-    """Root of the index of the sums, where they are kept as blobs."""
+    """Hash of the blob that holds the sums; empty where they are not kept (any more)."""
     number: int = 0
     """From 1 within the run, given by the store; 0 before the store has it."""
     version: int | None = None
@@ -197,6 +197,9 @@ class Blobs(Protocol):
 
     def size(self, hash: str) -> int: ...
     def has(self, hash: str) -> bool: ...
+    def forget(self, hash: str) -> None:
+        """Deletes a blob that no row names any more; does nothing where there is none."""
+        ...
 
 
 @runtime_checkable
@@ -226,8 +229,16 @@ class Store(Protocol):
         """
         ...
 
-    def groups(self, run_id: str, *, waiting: bool = False) -> Sequence[GroupRow]:
-        """All groups by number, or only those that wait for a commit."""
+    def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> Sequence[GroupRow]:
+        """Groups whose sums are of `since_version` or later, by number; or only those of them that wait for a commit."""
+        ...
+
+    def forget_sums(self, run_id: str, *, before_version: int) -> int:
+        """Deletes the sums of committed groups of versions before that one; returns how many."""
+        ...
+
+    def waiting_nonces(self, run_id: str) -> Sequence[bytes]:
+        """Nonces that were counted in groups that wait for a commit."""
         ...
 
     def commit(
