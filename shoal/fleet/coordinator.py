@@ -122,8 +122,8 @@ class Coordinator:
 
     # What the Edge says.
 
-    def arrived(self, device: str) -> None:
-        self._events.put_nowait(r.Arrived((device,)))
+    def arrived(self, *devices: str) -> None:
+        self._events.put_nowait(r.Arrived(devices))
 
     def left(self, device: str) -> None:
         self._events.put_nowait(r.Left(device))
@@ -136,6 +136,9 @@ class Coordinator:
 
     def released(self, nonce: bytes) -> None:
         self._events.put_nowait(r.Released(nonce))
+
+    def away(self, nonce: bytes) -> None:
+        self._events.put_nowait(r.Away(nonce))
 
     async def token_row(self, nonce: bytes) -> TokenRow | None:
         row: TokenRow | None = await self._in_thread(lambda: self._store.token(self._run, nonce))

@@ -48,11 +48,12 @@ BUSY_DELAY_S: Final = (5.0, 15.0)
 class Coordinator(Protocol):
     """What an Edge says to the Coordinator."""
 
-    def arrived(self, device: str) -> None: ...
+    def arrived(self, *devices: str) -> None: ...
     def left(self, device: str) -> None: ...
     def joined(self, nonce: bytes, version: int) -> None: ...
     def counted(self, nonce: bytes, version: int, staleness: int) -> None: ...
     def released(self, nonce: bytes) -> None: ...
+    def away(self, nonce: bytes) -> None: ...
     async def token_row(self, nonce: bytes) -> TokenRow | None: ...
 
 
@@ -257,7 +258,7 @@ class Edge:
             reader.cancel()
             if session.device and self._sessions.get(session.device) is session:
                 del self._sessions[session.device]
-                self._to_coordinator(lambda c: c.left(session.device))
+                self._left(session.device)
 
     async def _read(self, session: Session, messages: AsyncIterator[pb.FromDevice]) -> None:
         try:
@@ -322,6 +323,12 @@ class Edge:
         self._forget_lost_work(device)
         session.stays = check_in.stay
         self._wait(session)
+
+    def _left(self, device: str) -> None:
+        self._to_coordinator(lambda c: c.left(device))
+        nonce = self._nonces.get(device)
+        if nonce is not None and self._groups.state(nonce) is g.Member.JOINED:
+            self._to_coordinator(lambda c: c.away(nonce))
 
     def _forget_lost_work(self, device: str) -> None:
         """One who checks in has nothing in hand: what it had of a version before is lost, and its place is free."""

@@ -110,6 +110,13 @@ class Released:
 
 
 @dataclass(frozen=True, slots=True)
+class Away:
+    """A member's stream broke. It may come back, and its update counts if it does; others may take its place."""
+
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Stored:
     """What `StoreGroup` asked for is done: these nonces are in groups of the record."""
 
@@ -143,7 +150,21 @@ class Stop:
     """Open no round after this one."""
 
 
-Event = Started | Arrived | Left | Joined | Counted | Released | Stored | Committed | Failed | Abandoned | Tick | Stop
+Event = (
+    Started
+    | Arrived
+    | Left
+    | Joined
+    | Counted
+    | Released
+    | Away
+    | Stored
+    | Committed
+    | Failed
+    | Abandoned
+    | Tick
+    | Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +313,9 @@ class RoundMachine:
                 self._count(nonce, version, staleness, now_s)
             case Released(nonce):
                 self._release(nonce)
+            case Away(nonce):
+                if self.policy.selection.kind != "exact":  # there nobody can take its place
+                    self._forget_member(nonce)
             case Stored(nonces):
                 self._safe |= nonces
             case Committed(version) if self._phase is Phase.COMMITTING and version == self._version + 1:
@@ -433,13 +457,13 @@ class RoundMachine:
         window_over = now_s >= self._deadline_s or self._stopping
         if len(self._waiting) < wanted and not window_over:
             return []
-        ready = self._ready()
-        can_start = taking_part + len(ready) >= self.policy.minimum
-        if len(ready) < wanted and not (window_over and can_start):
+        ready = sum(map(self._may_be_taken, self._able()))
+        can_start = taking_part + ready >= self.policy.minimum
+        if ready < wanted and not (window_over and can_start):
             return self._abandon("stopped") if self._stopping else []
         self._selected_s = now_s
         entered = self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)
-        return [*entered, *self._assign(ready, wanted, now_s), *self._report(now_s)]
+        return [*entered, *self._assign(wanted, now_s), *self._report(now_s)]
 
     def _report(self, now_s: float) -> list[Command]:
         assert self._deadline_s is not None
@@ -464,8 +488,7 @@ class RoundMachine:
         else:
             # Those that dropped out are replaced as soon as the goal cannot be met without: waiting would be for nothing.
             wanted = policy.goal - len(self._counted) - len(self._outstanding)
-        assigned = self._assign(self._ready(), wanted, now_s) if wanted > 0 and self._waiting else []
-        return [*wake, *assigned]
+        return [*wake, *self._assign(wanted, now_s)]
 
     @property
     def _committable(self) -> int:
@@ -500,32 +523,36 @@ class RoundMachine:
 
     # Who is taken.
 
-    def _ready(self) -> list[str]:
-        """Waiting devices that may be taken in this version, oldest arrival first."""
+    def _able(self) -> list[str]:
+        """Those that wait and are not out of the question, oldest arrival first."""
         exact = set(self.policy.selection.ids)
-        able = [device for device in self._waiting if not exact or device in exact]
-        return [d for d in able if self._nonce(d) not in self._counted and self._nonce(d) not in self._outstanding]
+        return [device for device in self._waiting if device in exact] if exact else list(self._waiting)
 
-    def _assign(self, ready: list[str], wanted: int, now_s: float) -> list[Command]:
-        """Takes `wanted` of those that are ready, at random where there are more."""
-        chosen = tuple(self._draw(ready, wanted))
-        for device in chosen:
-            self._outstanding.add(self._nonce(device))
+    def _may_be_taken(self, device: str) -> bool:
+        return self._nonce(device) not in self._counted and self._nonce(device) not in self._outstanding
+
+    def _assign(self, wanted: int, now_s: float) -> list[Command]:
+        """Takes `wanted` of those that may be taken, at random where there are more."""
+        chosen = self._draw(wanted) if wanted > 0 and self._waiting else ()
+        self._outstanding.update(map(self._nonce, chosen))
         self._selected += len(chosen)
         return self._send(chosen, now_s)
+
+    def _draw(self, wanted: int) -> tuple[str, ...]:
+        able = self._able()
+        order = self._rng.permutation(len(able)) if len(able) > wanted else range(len(able))
+        chosen: list[int] = []
+        again: list[int] = []  # whose update was refused would send the same: it comes after all others
+        for number in map(int, order):
+            if len(chosen) == wanted:
+                break
+            if self._may_be_taken(able[number]):
+                (again if self._nonce(able[number]) in self._gave_way else chosen).append(number)
+        chosen += again[: wanted - len(chosen)]
+        return tuple(able[number] for number in sorted(chosen))
 
     def _send(self, devices: tuple[str, ...], now_s: float) -> list[Command]:
         for device in devices:
             del self._waiting[device]
             self._assigned_s[self._nonce(device)] = now_s
         return [Assign(devices)] if devices else []
-
-    def _draw(self, ready: list[str], wanted: int) -> list[str]:
-        if wanted <= 0:
-            return []
-        # One whose update was refused would send the same again: it comes after all others.
-        fresh = [device for device in ready if self._nonce(device) not in self._gave_way]
-        again = [device for device in ready if self._nonce(device) in self._gave_way]
-        if len(fresh) <= wanted:
-            return fresh + again[: wanted - len(fresh)]
-        return [fresh[i] for i in sorted(self._rng.choice(len(fresh), wanted, replace=False))]

@@ -247,6 +247,9 @@ class TinyEdge:
         if self.sessions.get(device) == stream:
             del self.sessions[device]
             self.coordinator.left(device)
+            for nonce, (name, _, _) in self.of_nonce.items():
+                if name == device and self.groups.state(nonce) is g.Member.JOINED:
+                    self.coordinator.away(nonce)
 
     def hear(self, device: str, stream: int, what: str, nonce: bytes, version: int) -> None:
         if what == "check_in":
