@@ -186,10 +186,14 @@ class RoundPolicy:
         return max(self.concurrency or ceil(self.goal * self.over_selection - 1e-9), self.buffer)
 
     @property
+    def most_at_once(self) -> int:
+        """Devices that train at once, at most."""
+        return self.at_once if self.buffer else self.num_selected
+
+    @property
     def max_members(self) -> int:
         """Most updates that the sum of one version holds: what the fixed points are made for."""
-        selected = self.at_once if self.buffer else self.num_selected
-        return (2 + self.max_staleness) * selected
+        return (2 + self.max_staleness) * self.most_at_once
 
     @property
     def num_selected(self) -> int:

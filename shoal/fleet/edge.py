@@ -24,6 +24,7 @@ from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.offer import MAX_INLINE_BYTES, Offer
+from shoal.fleet.pace import Pace
 from shoal.fleet.session import Session
 from shoal.fleet.staging import Limits, StagedUpdate
 from shoal.fleet.token import read_token
@@ -119,6 +120,10 @@ class Edge:
         self._num_sessions = 0
         self._held: dict[bytes, _Held] = {}
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
+        takes = self._manifest.server.rounds.most_at_once
+        self._pace = Pace(devices_a_round=takes, now_s=clock.now_s())
+        self._pool = takes + max(takes, 10)  # devices that come and go are let in to wait
+        self._num_waiting = 0
         self._configuration: Configuration | None = None
         self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
         policy = self._manifest.server.rounds
@@ -165,6 +170,7 @@ class Edge:
             taken: version -> members that sums of the record hold already.
         """
         if self._configuration is None or self._configuration.base_version != configuration.base_version:
+            self._pace.opened(self._clock.now_s())
             self._offer = Offer(self._plan, model, self._blobs)
         self._configuration, self._fixed, self._broken = configuration, configuration.fixed(self._manifest), ""
         self._assigned = self._offer.assigned(configuration, run=self._run)
@@ -182,7 +188,7 @@ class Edge:
         self._know(token, assignment)
         self._hold(assignment, token, session)
         self._nonces[device] = assignment.nonce
-        session.waiting = False
+        self._stop_waiting(session)
         message = pb.FromEdge(assigned=self._assigned)
         message.assigned.token.CopyFrom(token)
         message.assigned.expires_s = assignment.expires_s
@@ -256,6 +262,7 @@ class Edge:
         finally:
             self._num_sessions -= 1
             reader.cancel()
+            self._stop_waiting(session)
             if session.device and self._sessions.get(session.device) is session:
                 del self._sessions[session.device]
                 self._left(session.device)
@@ -273,10 +280,10 @@ class Edge:
             session.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
         except (NetworkError, StoreError) as error:
             log.warning("a device is told to come later: %s", error)
-            session.send(pb.FromEdge(later=_later(str(error))))
+            session.send(pb.FromEdge(later=_busy(str(error))))
         except Exception:  # our bug; it ends this session and nothing else
             log.exception("a message of a device could not be handled")
-            session.send(pb.FromEdge(later=_later("the server has failed at this message; it was logged there")))
+            session.send(pb.FromEdge(later=_busy("the server has failed at this message; it was logged there")))
         finally:
             session.end()
 
@@ -308,7 +315,7 @@ class Edge:
         except PlanError as error:
             return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=str(error))))
         if device not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
-            return session.send(pb.FromEdge(later=_later("full")))
+            return session.send(pb.FromEdge(later=_busy("full")))
         if session.device and session.device != device:
             raise ProtocolError("A session serves one device.")
         old = self._sessions.get(device)
@@ -322,7 +329,16 @@ class Edge:
         self._sessions[device] = session
         self._forget_lost_work(device)
         session.stays = check_in.stay
+        self._pace.arrived(1, self._clock.now_s())
+        if not session.stays and not session.waiting and self._num_waiting >= self._pool:
+            low, high = self._again()
+            later = pb.Later(delay_min_s=low, delay_max_s=high, why="enough devices wait for now")
+            return session.send(pb.FromEdge(later=later))
         self._wait(session)
+
+    def _stop_waiting(self, session: Session) -> None:
+        self._num_waiting -= session.waiting
+        session.waiting = False
 
     def _left(self, device: str) -> None:
         self._to_coordinator(lambda c: c.left(device))
@@ -341,6 +357,7 @@ class Edge:
     def _wait(self, session: Session) -> None:
         if not session.waiting:  # one who asks again before the answer waits no less
             session.waiting = True
+            self._num_waiting += 1
             self._to_coordinator(lambda c: c.arrived(session.device))
 
     async def _report(self, session: Session, report: pb.Report) -> None:
@@ -384,7 +401,7 @@ class Edge:
         if held is not None:
             held.session = session or held.session
         elif session is not None:
-            session.send(_answer(row, token))
+            session.send(_answer(row, token, self._again()))
         return held, nonce
 
     def _place(self, nonce: bytes) -> _Held | None:
@@ -465,7 +482,7 @@ class Edge:
         await self._until_open()
         row = await self._coordinator_row(nonce)
         if row is not None and row.state == "counted":
-            return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version)
+            return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version or 0)
         if row is not None and row.state == "refused":
             return pb.StatusReply(state=pb.StatusReply.REFUSED, reason=row.reason)
         if not self._takes(assignment):
@@ -580,16 +597,31 @@ class Edge:
         session = held.session if held is not None else None
         if held is None or session is None:
             return  # the token outlives the session: the device will ask
+        low, high = self._again()
         match tell.outcome:
             case "counted":
-                session.send(pb.FromEdge(counted=pb.Counted(version=tell.version, token=held.token)))
+                session.send(
+                    pb.FromEdge(
+                        counted=pb.Counted(version=tell.version, token=held.token, delay_min_s=low, delay_max_s=high)
+                    )
+                )
             case "refused":
-                answer = pb.Refused(reason=tell.reason, detail=tell.detail, token=held.token)
+                answer = pb.Refused(
+                    reason=tell.reason, detail=tell.detail, token=held.token, delay_min_s=low, delay_max_s=high
+                )
                 session.send(pb.FromEdge(refused=answer))
             case "released":
-                session.send(pb.FromEdge(released=pb.Released(why=tell.reason, token=held.token)))
+                session.send(
+                    pb.FromEdge(
+                        released=pb.Released(why=tell.reason, token=held.token, delay_min_s=low, delay_max_s=high)
+                    )
+                )
         if tell.outcome != "refused" and session.stays and self._sessions.get(session.device) is session:
             self._wait(session)
+
+    def _again(self) -> tuple[float, float]:
+        """From when to when, in seconds from now, a device that goes away should come again."""
+        return self._pace.window(self._clock.now_s())
 
     def _hold(self, assignment: pb.Assignment, token: pb.Token, session: Session | None) -> _Held:
         held = self._held.setdefault(assignment.nonce, _Held(assignment.base_version, assignment.expires_s, token))
@@ -690,14 +722,19 @@ def _refused(reason: str, detail: str) -> pb.FromEdge:
     return pb.FromEdge(refused=pb.Refused(reason=reason, detail=detail))
 
 
-def _later(why: str) -> pb.Later:
+def _busy(why: str) -> pb.Later:
     low, high = BUSY_DELAY_S
     return pb.Later(delay_min_s=low, delay_max_s=high, why=why)
 
 
-def _answer(row: TokenRow | None, token: pb.Token) -> pb.FromEdge:
+def _answer(row: TokenRow | None, token: pb.Token, again: tuple[float, float]) -> pb.FromEdge:
+    low, high = again
     if row is not None and row.state == "counted":
-        return pb.FromEdge(counted=pb.Counted(version=row.version, token=token))
+        return pb.FromEdge(counted=pb.Counted(version=row.version or 0, token=token, delay_min_s=low, delay_max_s=high))
     if row is not None and row.state == "refused":
-        return pb.FromEdge(refused=pb.Refused(reason=row.reason, token=token))
-    return pb.FromEdge(refused=pb.Refused(reason="late", detail="The round has closed.", token=token))
+        return pb.FromEdge(refused=pb.Refused(reason=row.reason, token=token, delay_min_s=low, delay_max_s=high))
+    return pb.FromEdge(
+        refused=pb.Refused(
+            reason="late", detail="The round has closed.", token=token, delay_min_s=low, delay_max_s=high
+        )
+    )

@@ -3,7 +3,7 @@
 An Edge sees how many devices come in a second, and knows how long it lately told them to stay away; the two together say
 how many there are (Little's law: number = rate x delay). It wants `MARGIN` times what the rounds take, so it makes the
 delay longer while more come and shorter while fewer do. Since a new delay shows only when it is over, it is changed
-slowly: by the e-th part in about twice its own length. So the daily swing is followed, and a large population is
+slowly, over about its own length (an integrator behind a delay: it is stable below a gain of pi/2). So the daily swing is followed, and a large population is
 spread evenly. Where even all devices together are hardly enough for a round, spreading them would keep them apart: they
 are asked to come when the next round is expected to open.
 """
@@ -15,6 +15,7 @@ MARGIN: Final = 2.0
 """Devices that should come for each that a round takes."""
 MEMORY_S: Final = 300.0
 """Over which the rate of arrivals is smoothed."""
+GAIN: Final = 0.7
 LEAST_S: Final = 5.0
 MOST_S: Final = 4 * 3600.0
 """Longest mean delay: a device that stays away for longer may have lost its reason to come."""
@@ -68,6 +69,6 @@ class Pace:
         self._rate *= exp(-passed_s / MEMORY_S)
         wanted_rate = MARGIN * self._wanted / self._period_s
         if self._rate > 0.0:
-            step = min(1.0, passed_s / (2.0 * self.delay_s))
+            step = min(1.0, GAIN * passed_s / self.delay_s)
             changed = self.delay_s * exp(step * log(self._rate / wanted_rate))
             self.delay_s = min(self._most_s, max(LEAST_S, changed))

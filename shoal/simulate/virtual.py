@@ -200,7 +200,7 @@ class VirtualFleet:
         self._finished = False
         self.tally = Tally()
         self.coordinator: Coordinator | None = None
-        takes = self._policy.at_once if self._policy.buffer else self._policy.num_selected
+        takes = self._policy.most_at_once
         self.pace = Pace(devices_a_round=takes, now_s=0.0)
         self._pool = max(takes + 10, int(POOL * takes))
         self._waiting: set[int] = set()

@@ -156,11 +156,22 @@ def examples(value: float = 1.0, num: int = 3) -> Examples:
 
 
 def device(
-    name: str, link: Link, *, value: float = 1.0, host: DeviceHost | None = None, runner: Any = ToyRunner
+    name: str,
+    link: Link,
+    *,
+    value: float = 1.0,
+    host: DeviceHost | None = None,
+    runner: Any = ToyRunner,
+    stays: bool = True,
 ) -> Device:
     """A device whose update is `value` in every element, of weight 3."""
     return Device(
-        name, lambda: examples(value), link=link, host=host or device_host(runner), rng=np.random.default_rng(0)
+        name,
+        lambda: examples(value),
+        link=link,
+        host=host or device_host(runner),
+        rng=np.random.default_rng(0),
+        stays=stays,
     )
 
 
