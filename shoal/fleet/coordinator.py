@@ -64,6 +64,8 @@ class Commit:
     row: CommitRow
     metrics: dict[str, float]
     """Over the cohort, on the version before."""
+    late: int
+    """Its members whose update was of a version before."""
     seconds: float
     """From the round's opening to its commit."""
 
@@ -91,7 +93,7 @@ class Coordinator:
     ) -> None:
         """`in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
         self._in_thread, self._beside = in_thread, beside
-        self._store, self._run, self._manifest, self._edge = store, run, manifest, edge
+        self.store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
         self._policy, self._last_version = manifest.server.rounds, last_version
@@ -141,7 +143,7 @@ class Coordinator:
         self._events.put_nowait(r.Away(nonce))
 
     async def token_row(self, nonce: bytes) -> TokenRow | None:
-        row: TokenRow | None = await self._in_thread(lambda: self._store.token(self._run, nonce))
+        row: TokenRow | None = await self._in_thread(lambda: self.store.token(self._run, nonce))
         return row
 
     def stop(self) -> None:
@@ -162,26 +164,26 @@ class Coordinator:
 
     async def take_up(self) -> None:
         """Goes on from the last commit, as after a crash."""
-        head = await self._in_thread(lambda: self._store.last_commit(self._run))
+        head = await self._in_thread(lambda: self.store.last_commit(self._run))
         if head is None:
             raise StoreError(f"Run {self._run} has no initial model; it was never begun.")
         self._head = head
-        rounds = await self._in_thread(lambda: self._store.rounds(self._run))
+        rounds = await self._in_thread(lambda: self.store.rounds(self._run))
         for row in rounds:
             if row.state == "open":
                 await self._abandon(row, "the host stopped")
-        await self._in_thread(lambda: self._store.forget_tokens(self._run, before_s=self._clock.wall_s()))
+        await self._in_thread(lambda: self.store.forget_tokens(self._run, before_s=self._clock.wall_s()))
         counted = await self._in_thread(self._load_groups)
         await self.step(r.Started(head.version, rounds[-1].number if rounds else 0, frozenset(counted)))
 
     def _load_groups(self) -> Sequence[bytes]:
         """What earlier lives have left in groups; returns the nonces in those that wait for a commit."""
         assert self._head is not None
-        self._waiting = list(self._store.groups(self._run, waiting=True))
+        self._waiting = list(self.store.groups(self._run, waiting=True))
         oldest = max(0, self._head.version - self._policy.max_staleness)
-        for group in self._store.groups(self._run, since_version=oldest):
+        for group in self.store.groups(self._run, since_version=oldest):
             self._taken[group.base_version] = self._taken.get(group.base_version, 0) + group.members
-        return self._store.waiting_nonces(self._run)
+        return self.store.waiting_nonces(self._run)
 
     def pending(self) -> r.Event | None:
         """The next event that is there already, or that it is time for one."""
@@ -248,7 +250,7 @@ class Coordinator:
         self._taken = {}
 
     async def _journal(self, row: RoundRow) -> None:
-        await self._durably(lambda: self._store.open_round(self._run, row))
+        await self._durably(lambda: self.store.open_round(self._run, row))
 
     async def _until_journaled(self) -> None:
         journaled, self._journaled = self._journaled, None
@@ -288,8 +290,8 @@ class Coordinator:
 
     def _write_group(self, group: GroupResult) -> GroupRow:
         row = self._group_row(group, kept=True)
-        number = self._store.add_group(self._run, row, counted=group.counted)
-        self._store.add_usage(self._run, group.costs.rows(row.round))
+        number = self.store.add_group(self._run, row, counted=group.counted)
+        self.store.add_usage(self._run, group.costs.rows(row.round))
         return replace(row, number=number)
 
     def _group_row(self, group: GroupResult, *, kept: bool) -> GroupRow:
@@ -299,7 +301,7 @@ class Coordinator:
             base_version=group.base_version,
             members=group.sums.members,
             weight=group.sums.weight,
-            sums_root=save_sums(self._store.blobs, group.sums) if kept else "",
+            sums_root=save_sums(self.store.blobs, group.sums) if kept else "",
         )
 
     async def _commit(self, round: int, reason: str) -> r.Event:
@@ -342,21 +344,22 @@ class Coordinator:
         keeps = self._policy.late.kind == "patch"
         rows = [*self._waiting, *(self._group_row(group, kept=keeps) for group in closed)]
         late = {row.base_version for row in rows} - {head.version}
+        late_members = self._machine.snapshot().late
         costs = Costs()
         for group in closed:
             costs.merge(group.costs)
         present = self._sum_up(closed, self._waiting, head.version if keeps else None)
         metrics = present.metrics()
-        last = self._store.last_commit(self._run)
+        last = self.store.last_commit(self._run)
         if last is not None and last.version == head.version + 1 and last.round == round:
             # Written by the try before this one, which heard of a failure nonetheless.
-            return Commit(last, metrics, last.created_s - self._opened_s)
+            return Commit(last, metrics, late_members, last.created_s - self._opened_s)
         if keeps and late:
             model, server_state = self._commit_late(present, rows, late)
         else:
-            model, server_state = self._aggregator.commit(present, head.model, head.server_state, self._store.blobs)
+            model, server_state = self._aggregator.commit(present, head.model, head.server_state, self.store.blobs)
         now = self._clock.wall_s()
-        time_s = now - self._store.run(self._run).created_s
+        time_s = now - self.store.run(self._run).created_s
         row = CommitRow(
             version=head.version + 1,
             model=model,
@@ -367,7 +370,7 @@ class Coordinator:
             created_s=now,
         )
         usage = [*costs.rows(round), UsageRow(round=round, phase="commit", seconds=self._clock.now_s() - begun)]
-        self._store.commit(
+        self.store.commit(
             self._run,
             row,
             round=self._closed_row(round, row.members, closed_s=now, reason=reason),
@@ -380,8 +383,8 @@ class Coordinator:
             usage=usage,
         )
         if rows[0].sums_root or keeps:
-            self._store.forget_sums(self._run, before_version=row.version - self._policy.max_staleness)
-        return Commit(row, metrics, now - self._opened_s)
+            self.store.forget_sums(self._run, before_version=row.version - self._policy.max_staleness)
+        return Commit(row, metrics, late_members, now - self._opened_s)
 
     def _sum_up(self, closed: Sequence[GroupResult], waiting: Sequence[GroupRow], version: int | None) -> Accumulator:
         """The sum of these groups; only of those that are part of `version`, if one is named."""
@@ -394,22 +397,22 @@ class Coordinator:
         for group in closed:
             sums.merge_all(group.sums)
         for row in waiting:
-            merge_saved(sums, row, self._store.blobs)
+            merge_saved(sums, row, self.store.blobs)
         return sums
 
     def _commit_late(self, present: Accumulator, rows: Sequence[GroupRow], late: Iterable[int]) -> tuple[Index, Index]:
         assert self._head is not None
-        blobs = self._store.blobs
+        blobs = self.store.blobs
 
         def add(row: GroupRow, sums: Accumulator) -> None:
             merge_saved(sums, row, blobs)
 
         def begin_at(version: int) -> tuple[Index, Index]:
-            begun = self._store.get_commit(self._run, version)
+            begun = self.store.get_commit(self._run, version)
             return begun.model, begun.server_state
 
         def sums_of(version: int) -> Accumulator:
-            groups = self._store.groups(self._run, since_version=version)
+            groups = self.store.groups(self._run, since_version=version)
             return self._sum_up((), [g for g in groups if g.base_version == version and g.version is not None], None)
 
         return commit_patched(
@@ -446,6 +449,6 @@ class Coordinator:
     async def _abandon(self, row: RoundRow, reason: str) -> None:
         closed = replace(row, state="abandoned", closed_s=self._clock.wall_s(), reason=reason)
         try:
-            await self._in_thread(lambda: self._store.close_round(self._run, closed))
+            await self._in_thread(lambda: self.store.close_round(self._run, closed))
         except StoreError as error:  # the journal of a round that gave nothing is not worth the run
             log.error("round %d could not be closed in the record: %s", row.number, error)

@@ -14,7 +14,7 @@ device's update; then versions have an accuracy, over virtual time.
 
 import heapq
 import tomllib
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
@@ -23,18 +23,27 @@ import numpy as np
 
 from shoal import validate
 from shoal.aggregate.accumulator import Accumulator
+from shoal.aggregate.commit import WeightedMean
 from shoal.errors import DataError
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.costs import Costs
 from shoal.fleet.edge import GroupResult
+from shoal.fleet.host import run_seed
+from shoal.fleet.keys import HostKeys
 from shoal.fleet.pace import Pace
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.manifest import Manifest
-from shoal.tensors import Index, Tensors
+from shoal.plan.manifest import Manifest, Promises, ServerHalf, Training
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import write_initial_model
+from shoal.policy import About, Privacy, RoundPolicy, ServerRule
+from shoal.record.memory import MemoryStore
+from shoal.record.store import RunRow, Store
+from shoal.tensors import Index, Tensors, sha256
 
 DAY_S: Final = 86_400.0
+RUN: Final = "virtual"
 POOL: Final = 2.0
 """Devices that are let in to wait, for each that a round takes."""
 
@@ -96,16 +105,25 @@ class VirtualPopulation:
             raise DataError(f"Cannot read {path}: {error.strerror}.") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise DataError(f"{path} is no TOML: {error}.") from error
-        allowed = [f.name for f in fields(cls)]
-        if unknown := sorted(set(given) - set(allowed)):
-            raise DataError(f"{path}: expected settings among {', '.join(allowed)}; got {unknown[0]!r}.")
+        networks = given.pop("networks", [{}])
+        if not isinstance(networks, list) or not all(isinstance(network, dict) for network in networks):
+            raise DataError(f"{path}: expected networks as [[networks]] tables, got {networks!r}.")
         try:
-            networks = tuple(Network(**network) for network in given.pop("networks", [{}]))
-            floats = {f.name for f in fields(cls) if f.type is float}
-            settings: dict[str, Any] = {n: float(v) if n in floats else v for n, v in given.items()}
-            return cls(**settings, networks=networks)
+            made = tuple(Network(**_numbers(network, Network, path)) for network in networks)
+            return cls(**_numbers(given, cls, path), networks=made)
         except (TypeError, ValueError) as error:
             raise DataError(f"{path}: {error}") from error
+
+
+def _numbers(given: Mapping[str, Any], cls: type, path: Path) -> dict[str, Any]:
+    """The settings of a table, each of its field's type."""
+    types = {f.name: f.type for f in fields(cls) if f.name != "networks"}
+    for name, value in given.items():
+        if name not in types:
+            raise DataError(f"{path}: expected settings among {', '.join(types)}; got {name!r}.")
+        if types[name] is not str and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DataError(f"{path}: Expected {name} to be a number, got {value!r}.")
+    return {name: float(value) if types[name] is float else value for name, value in given.items()}
 
 
 @dataclass
@@ -199,7 +217,8 @@ class VirtualFleet:
         self._work: dict[bytes, _Work] = {}
         self._finished = False
         self.tally = Tally()
-        self.coordinator: Coordinator | None = None
+        self.coordinator: Coordinator
+        self._begun = False
         takes = self._policy.most_at_once
         self.pace = Pace(devices_a_round=takes, now_s=0.0)
         self._pool = max(takes + 10, int(POOL * takes))
@@ -281,7 +300,6 @@ class VirtualFleet:
             self._come_again(devices[room:])
         taken = [int(device) for device in devices[:room]]
         self._waiting.update(taken)
-        assert self.coordinator is not None
         if taken:
             self.coordinator.arrived(*map(str, taken))
 
@@ -352,7 +370,6 @@ class VirtualFleet:
         """The device is lost, and its stream breaks."""
         if self._work.pop(nonce, None) is not work:
             return
-        assert self.coordinator is not None
         if self._hears_losses:
             self.coordinator.away(nonce)
         self.tally.seconds["dropped"] += self._trained_s(work)
@@ -379,7 +396,7 @@ class VirtualFleet:
                     pending.append(answer)
 
     def _carry_out(self, command: g.Command) -> g.Event | None:
-        assert self.coordinator is not None and self._configuration is not None
+        assert self._configuration is not None
         match command:
             case g.Check(nonce):
                 return g.Checked(nonce)
@@ -438,8 +455,8 @@ class VirtualFleet:
 
     def run(self, *, until_s: float) -> None:
         """Lets the fleet live until then, or until the run's last version."""
-        assert self.coordinator is not None
-        if self._configuration is None:
+        if not self._begun:
+            self._begun = True
             _at_once(self.coordinator.take_up())
         while not self._finished and self.clock.time_s < until_s:
             while (event := self.coordinator.pending()) is not None:
@@ -448,7 +465,6 @@ class VirtualFleet:
 
     def _next(self, until_s: float) -> None:
         """What happens next: a second's check-ins, an event of a device, or the Coordinator's clock."""
-        assert self.coordinator is not None
         wake_s = self.coordinator.wake_s
         event_s = min(self._soon[0][0] if self._soon else until_s, until_s if wake_s is None else wake_s, until_s)
         while self._second + 1 <= event_s:
@@ -461,6 +477,55 @@ class VirtualFleet:
             heapq.heappop(self._soon)[2]()
 
 
+def virtual_fleet(
+    population: VirtualPopulation, policy: RoundPolicy, *, rounds: int = 1 << 30, **settings: Any
+) -> VirtualFleet:
+    """A fleet that trains nothing: who takes part, when, and what becomes of the work. Its record is in memory.
+
+    Args:
+        population: the devices.
+        policy: how rounds are run.
+        rounds: versions after which it ends.
+        settings: of `VirtualFleet`.
+    """
+    plan = bare_plan(policy)
+    store, clock = MemoryStore(), VirtualClock()
+    run = RunRow(
+        id=RUN, name=plan.manifest.task, kind="simulate", plan_hash="", config={}, provenance={}, status="running",
+        created_s=0.0,
+    )  # fmt: skip
+    store.create_run(run)
+    write_initial_model(store, RUN, plan, {}, time_s=0.0)
+    fleet = VirtualFleet(population, plan.manifest, clock, **settings)
+    drive(fleet, store, RUN, rounds=rounds, keys=HostKeys.make(), seed=population.seed)
+    return fleet
+
+
+def bare_plan(policy: RoundPolicy) -> Plan:
+    """A plan without programs and tensors."""
+    half = ServerHalf(rounds=policy, rule=ServerRule(), about=About())
+    manifest = Manifest(
+        task="virtual", programs=(), broadcast=(), device_state=(), sums=(), metrics=(), batch=(),
+        training=Training(
+            batch_size=1, steps_per_block=1, epochs=1, max_examples=1, max_weight=1, whole_batches=False,
+            drop_remainder=False, evaluate_batch_size=1,
+        ),
+        promises=Promises(minimum_group=policy.minimum_group, privacy=Privacy()), server_hash=sha256(half.data), half=half,
+    )  # fmt: skip
+    return Plan(manifest, {})
+
+
+def drive(fleet: VirtualFleet, store: Store, run_id: str, *, rounds: int, keys: HostKeys, seed: int) -> None:
+    """Gives a fleet its Coordinator, the one of a live host, which goes on from where the record stands."""
+    commits = fleet.tally.commits
+    Coordinator(
+        store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=WeightedMean(fleet.manifest.server.rule),
+        token_key=keys.token, run_seed=run_seed(seed), last_version=rounds, clock=fleet.clock,
+        rng=np.random.default_rng(seed), in_thread=in_this_thread, beside=done_at_once,
+        on_commit=lambda commit: commits.append((fleet.clock.time_s, commit.row.members, commit.late)),
+    )  # fmt: skip
+
+
 async def in_this_thread(work: Callable[[], Any]) -> Any:
     """What a Coordinator awaits in place of a thread."""
     return work()
@@ -469,11 +534,11 @@ async def in_this_thread(work: Callable[[], Any]) -> Any:
 class Done:
     """What has been done already, for those who await it."""
 
-    def __await__(self) -> Iterator[None]:
-        return iter(())
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
-def done_at_once(work: Coroutine[Any, Any, None]) -> Done:
+def done_at_once(work: Coroutine[Any, Any, None]) -> Awaitable[None]:
     """What a Coordinator begins and awaits later."""
     _at_once(work)
     return Done()
