@@ -32,7 +32,7 @@ from shoal.fleet.costs import Costs
 from shoal.fleet.edge import GroupResult
 from shoal.fleet.host import run_seed
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.pace import Pace
+from shoal.fleet.pace import MOST_S, Pace
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Promises, ServerHalf, Training
 from shoal.plan.plan import Plan
@@ -47,8 +47,8 @@ RUN: Final = "virtual"
 POOL: Final = 2.0
 """Devices that are let in to wait, for each that a round takes."""
 
-UpdateOf = Callable[[int, int, Index, bytes], tuple[Tensors, int]]
-"""(device, version, model, the round's seed) -> the device's update and its weight."""
+UpdateOf = Callable[[int, int], tuple[Tensors, int]]
+"""(device, version that it started from) -> its update and the update's weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +193,7 @@ class VirtualFleet:
         steers: bool = True,
         aborts: bool = True,
         hears_losses: bool = True,
+        most_delay_s: float = MOST_S,
     ) -> None:
         """
         Args:
@@ -204,6 +205,7 @@ class VirtualFleet:
             update_bytes: that it uploads.
             steers: whether devices are told when to come again; else they come every minute.
             hears_losses: whether a device that is lost is replaced at once.
+            most_delay_s: longest mean delay that they are told.
             aborts: whether a device hears at once that its update is not needed; else when it reports.
         """
         self.population, self.manifest, self.clock = population, manifest, clock
@@ -213,14 +215,13 @@ class VirtualFleet:
         self._sums: dict[int, Accumulator] = {}
         self._closed: tuple[int, ...] = ()
         self._configuration: Configuration | None = None
-        self._model: Index | None = None
         self._work: dict[bytes, _Work] = {}
         self._finished = False
         self.tally = Tally()
         self.coordinator: Coordinator
         self._begun = False
         takes = self._policy.most_at_once
-        self.pace = Pace(devices_a_round=takes, now_s=0.0)
+        self.pace = Pace(devices_a_round=takes, now_s=0.0, most_s=most_delay_s)
         self._pool = max(takes + 10, int(POOL * takes))
         self._waiting: set[int] = set()
         self._rng = np.random.default_rng(population.seed)
@@ -309,7 +310,7 @@ class VirtualFleet:
         self.coordinator = coordinator
 
     def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:
-        self._configuration, self._model = configuration, model
+        self._configuration = configuration
         self.pace.opened(self.clock.time_s)
         self._do(g.Open(configuration.base_version, tuple(taken.items())))
 
@@ -422,7 +423,7 @@ class VirtualFleet:
         return None
 
     def _add(self, nonce: bytes, group: int, discount: float) -> None:
-        assert self._configuration is not None and self._model is not None
+        assert self._configuration is not None
         if group not in self._sums:
             self._sums[group] = self._configuration.accumulator(self.manifest)
         work = self._work[nonce]
@@ -430,7 +431,7 @@ class VirtualFleet:
         update: Tensors = {}
         weight = 1
         if self._update_of is not None:
-            update, weight = self._update_of(work.device, work.version, self._model, self._configuration.seed)
+            update, weight = self._update_of(work.device, work.version)
         pieces = ((name, 0, value.reshape(-1)) for name, value in update.items())
         self._sums[group].add_checked(pieces, weight=weight, discount=discount)
 
@@ -453,12 +454,13 @@ class VirtualFleet:
 
     # Time.
 
-    def run(self, *, until_s: float) -> None:
-        """Lets the fleet live until then, or until the run's last version."""
+    def run(self, *, until_s: float, commits: int = 1 << 30) -> None:
+        """Lets the fleet live until then, or for so many commits, or until the run's last version."""
+        enough = len(self.tally.commits) + commits
         if not self._begun:
             self._begun = True
             _at_once(self.coordinator.take_up())
-        while not self._finished and self.clock.time_s < until_s:
+        while not self._finished and self.clock.time_s < until_s and len(self.tally.commits) < enough:
             while (event := self.coordinator.pending()) is not None:
                 _at_once(self.coordinator.step(event))
             self._next(until_s)
