@@ -147,9 +147,9 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
         _announce(settings, server.port, ca, keys, screen)
         await host.run()
         await _linger(server, host)
-        if evaluation is not None:
-            await _end(evaluating)
-            await evaluation.catch_up()
+        if evaluation is not None and evaluating is not None:
+            evaluation.finish()
+            await evaluating
     except asyncio.CancelledError:
         raise
     except BaseException:
@@ -195,9 +195,7 @@ def _evaluation(
         store, settings.run_id, plan, held_out,
         on_metrics=lambda version, metrics: screen.say(f"version {version} evaluated: {words.values(metrics)}"),
     )  # fmt: skip
-    head = store.last_commit(settings.run_id)
-    known = {row.version for row in store.metrics(settings.run_id) if row.scope == "server"}
-    if head is not None and head.version not in known:
+    if (head := store.last_commit(settings.run_id)) is not None:
         evaluation.committed(head)
     return evaluation
 

@@ -144,7 +144,7 @@ def _tell(
     # The members' phases lie within the rounds; what the rounds took beside them is the rest.
     inside = summary.seconds_since(before)
     others = {phase: s for phase, s in watch.seconds.items() if phase != "rounds"}
-    rest = {"evaluate and rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
+    rest = {"rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
     last = made.history[-1].metrics if made.history else summary.metrics
     screen.line(f"{summary.task} version {made.version}: {words.values(dict(last)) or 'no metrics'}")
     screen.line(f"where the time went: {words.phases({**others, **inside, **rest}, total=watch.total)}")

@@ -20,11 +20,12 @@ from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
+from shoal.plan.evaluate_version import evaluate_version, hand_over
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
-from shoal.plan.train import evaluate, train
+from shoal.plan.train import train
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import view_tensors
@@ -164,7 +165,7 @@ class _Engine:
         number, version = self.next_round, self.head.version
         configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
         members = self.select(configuration)
-        root = self._hand_over()
+        root = hand_over(self.runner, self.store, self.head)
         sums = configuration.accumulator(self.manifest)
         seconds: dict[str, float] = {}
         for member in members:
@@ -194,13 +195,6 @@ class _Engine:
         metrics |= self.evaluate(held_out) if held_out is not None else {}
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
-    def _hand_over(self) -> str:
-        """Makes the runner hold the head; returns its root."""
-        root = self.head.model.root
-        if not self.runner.has_model(root):
-            self.runner.set_model(root, view_tensors(self.store.blobs, self.head.model))
-        return root
-
     def select(self, configuration: Configuration) -> tuple[str, ...]:
         """The cohort: the exact ids, or drawn at random from the run's seed and the version."""
         policy = self.manifest.server.rounds
@@ -212,10 +206,7 @@ class _Engine:
 
     def evaluate(self, held_out: Examples) -> dict[str, float]:
         """The task's metrics of the head on held-out examples, also into the record."""
-        root = self._hand_over()
-        metrics = dict(evaluate(self.runner, self.manifest, root, held_out))
-        self.store.log(self.run_id, self._metric_rows(self.head.version, metrics, "server"))
-        return metrics
+        return evaluate_version(self.runner, self.manifest, self.store, self.run_id, self.head, held_out)
 
     def _metric_rows(self, version: int, metrics: Mapping[str, float], scope: Any) -> list[MetricRow]:
         time_s = time.time() - self.store.run(self.run_id).created_s
