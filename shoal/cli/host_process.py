@@ -27,7 +27,6 @@ from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
-from shoal.record.resume import take_up
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store
 
@@ -121,7 +120,6 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
         watch.lap("rounds")
         _tell(settings, summarize(store, settings.run_id), before, screen, watch)
     except Stopped as stopped:
-        store.set_status(settings.run_id, "stopped", time_s=None)
         version = store.last_version(settings.run_id)
         raise Stopped(f"stopped at version {version}. Go on with: {settings.go_on_with()}", code=stopped.code) from None
     finally:
@@ -129,8 +127,6 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
 
 
 async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
-    if settings.resumed:
-        await asyncio.to_thread(take_up, store, settings.run_id, time_s=_now_s())
     plan = load_plan(store, settings.run_id).plan
     server_programs = _ServerPrograms(plan)
     evaluation = _evaluation(settings, store, plan, held_out, screen)
@@ -150,23 +146,12 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
         if evaluation is not None and evaluating is not None:
             evaluation.finish()
             await evaluating
-    except asyncio.CancelledError:
-        raise
-    except BaseException:
-        store.set_status(settings.run_id, "failed", time_s=_now_s())
-        raise
     finally:
         if evaluation is not None:
             evaluation.close()  # ends a call that is under way, too
             await _end(evaluating)
         server_programs.close()
         await server.close(grace_s=0.5)
-
-
-def _now_s() -> float:
-    import time
-
-    return time.time()
 
 
 async def _end(task: "asyncio.Task[None] | None") -> None:

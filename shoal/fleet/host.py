@@ -46,6 +46,8 @@ def begin_run(
 ) -> str:
     """Writes a new run into the record: plan, initial model, settings. Returns its id.
 
+    Its status is `stopped` until a host or a simulation takes it up.
+
     Args:
         store: the record.
         plan: signed.
@@ -61,7 +63,7 @@ def begin_run(
     store.create_run(
         RunRow(
             id=run_id, name=plan.manifest.task, kind=kind, plan_hash=plan.hash, config=kept, provenance=provenance(),
-            status="running", created_s=now_s,
+            status="stopped", created_s=now_s,
         )
     )  # fmt: skip
     write_initial_model(store, run_id, plan, model, time_s=now_s)
@@ -130,7 +132,7 @@ class Host:
         return GrpcServer(self.edge, address=address, tls=tls)
 
     async def run(self) -> None:
-        """Runs the rounds to the last version and writes the run's end into the record."""
+        """Runs the rounds to the last version. Nobody else writes the run's status."""
         self.store.set_status(self.run_id, "running", time_s=None)
         try:
             await self.coordinator.run()
