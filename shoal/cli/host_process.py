@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -34,7 +35,6 @@ LINGER_S: Final = 10.0
 """Longest wait, after the last version, for devices to hear that the run is over."""
 QUIET_S: Final = 1.0
 """So long without any device, and nobody is expected: one that lost its connection tries again within it, mostly."""
-POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,22 +135,38 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
         store, settings.run_id, keys, rounds=settings.rounds, call_program=server_programs.call(), on_commit=rounds
     )
     rounds.last_version = host.last_version
-    tls, ca = _tls(settings)
-    server = host.server(address=_joined(settings.address, settings.port), tls=tls)
+    try:
+        tls, ca = _tls(settings)
+        address = _joined(settings.address, settings.port)
+        async with served(host, evaluation, address=address, tls=tls) as server:
+            _announce(settings, server.port, ca, keys, screen)
+            await host.run()
+    finally:
+        if evaluation is not None:
+            evaluation.close()
+        server_programs.close()
+
+
+@asynccontextmanager
+async def served(
+    host: Host, evaluation: Evaluation | None, *, address: str, tls: Tls | None = None, quiet_s: float = QUIET_S
+) -> AsyncGenerator[GrpcServer, None]:
+    """Within the block devices can come, and versions are evaluated beside the rounds.
+
+    At its end the last version is evaluated, and every device has heard that the run is over and left, and none has
+    come for `quiet_s`.
+    """
+    server = host.server(address=address, tls=tls)
     evaluating = asyncio.create_task(evaluation.run()) if evaluation is not None else None
     try:
         await server.start()
-        _announce(settings, server.port, ca, keys, screen)
-        await host.run()
-        await _linger(server, host)
+        yield server
         if evaluation is not None and evaluating is not None:
             evaluation.finish()
             await evaluating
+        await server.until_quiet(quiet_s=quiet_s, longest_s=LINGER_S)
     finally:
-        if evaluation is not None:
-            evaluation.close()  # ends a call that is under way, too
-            await _end(evaluating)
-        server_programs.close()
+        await _end(evaluating)
         await server.close(grace_s=0.5)
 
 
@@ -158,15 +174,6 @@ async def _end(task: "asyncio.Task[None] | None") -> None:
     if task is not None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def _linger(server: GrpcServer, host: Host) -> None:
-    """Until every device has heard that the run is over and left, and none has come for a while."""
-    waited_s = quiet_s = 0.0
-    while quiet_s < QUIET_S and waited_s < LINGER_S:
-        await asyncio.sleep(POLL_S)
-        waited_s += POLL_S
-        quiet_s = 0.0 if host.edge.statistics().sessions_now else quiet_s + POLL_S
 
 
 def _evaluation(

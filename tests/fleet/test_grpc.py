@@ -15,7 +15,7 @@ from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.tls import make_tls
 from shoal.fleet.wire import fleet_pb2 as pb
 from tests.fleet import toy
-from tests.fleet.test_fleet import BIG, DELTA, FLOAT, stream_of
+from tests.fleet.test_fleet import BIG, DELTA, FLOAT, stream_of, until
 
 pytestmark = pytest.mark.integration
 
@@ -112,6 +112,22 @@ async def test_what_is_wrong_arrives_as_one_line() -> None:
                 pass
         with pytest.raises(NetworkError, match="larger than max"):
             await link.push(stream_of(pb.PushSlice(token=token, tensor=DELTA, data=bytes(3 << 20))))
+
+
+@toy.in_loop
+async def test_a_server_is_quiet_once_the_last_session_is_over() -> None:
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet, served(fleet) as server, linked(server.port) as link:
+        with pytest.raises(TimeoutError):
+            async with toy.peer(link) as peer:
+                await peer.check_in()
+                await until(lambda: fleet.host.edge.statistics().sessions_now == 1)
+                await asyncio.wait_for(server.until_quiet(quiet_s=0.0, longest_s=30.0), timeout=0.1)
+        await asyncio.wait_for(server.until_quiet(quiet_s=0.05, longest_s=30.0), timeout=10)
+        assert fleet.host.edge.statistics().sessions_now == 0
+        async with toy.peer(link) as peer:
+            await peer.check_in()
+            await until(lambda: fleet.host.edge.statistics().sessions_now == 1)
+            await server.until_quiet(quiet_s=0.0, longest_s=0.1)  # one that stays is not waited for
 
 
 @toy.in_loop
