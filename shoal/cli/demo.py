@@ -182,7 +182,7 @@ class _Demo:
             processes.order(
                 name, server=f"127.0.0.1:{ready.data['port']}", data=str(scratch / "devices"),
                 first=number * settings.per_process, count=settings.per_process, public_key=ready.data["public_key"],
-                runtime=this_runtime().to_json(), seed=settings.seed,
+                runtime=this_runtime().to_json(),
             )  # fmt: skip
         self.watch.lap("start")
         screen.view.stage = "training"
@@ -254,8 +254,8 @@ class _Demo:
         from shoal.report.facts import read_facts
 
         outcome = demo_end.Outcome(
-            facts=read_facts(self.folder), settings=settings, data_name=found.dataset.name, passes=passes,
-            seconds=self.watch.seconds,
+            facts=read_facts(self.folder), settings=settings, data_name=found.dataset.name,
+            num_test=len(found.dataset.test), passes=passes, seconds=self.watch.seconds,
         )  # fmt: skip
         shown = demo_end.sample(self.folder, found.dataset)
         files = demo_end.write_files(outcome, self.folder, shown)
