@@ -62,8 +62,8 @@ class Settings:
         return self.id if len(self.users) == 1 else f"{self.id}/{user}"
 
 
-def choose(population: Population, *, first: int, count: int) -> tuple[str, ...]:
-    """The users to play: those with examples, `count` of them (0: all) from number `first` on.
+def choose(population: Population, *, first: int, count: int | None) -> tuple[str, ...]:
+    """The users to play: those with examples, `count` of them (None: all) from number `first` on.
 
     Raises:
         DataError: there are not so many.

@@ -23,7 +23,9 @@ SHOWN: Final = 10
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or one of several: then the newest.")],
     input: Annotated[Path, typer.Argument(metavar="INPUT", help="An .npz of fields, or an .npy of the only field.")],
-    version: Annotated[int, typer.Option("--version", min=-1, help="Which version; the last if not given.")] = -1,
+    version: Annotated[
+        int | None, typer.Option("--version", min=0, help="Which version.", show_default="the newest")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the predictions to this .npz.")] = None,
     json: options.AsJson = False,
 ) -> None:
@@ -36,7 +38,7 @@ def predict(
         raise ValueError(f"Expected --out FILE.npz, got {out}.")
     import shoal
 
-    model = shoal.load(run, version=None if version < 0 else version)
+    model = shoal.load(run, version=version)
     if not model.plan.manifest.variants("predict"):
         raise ValueError(f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …).")
     _refuse_strange(model, fields, input, screen)

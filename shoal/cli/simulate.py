@@ -23,14 +23,12 @@ EPILOG = options.examples(
 
 def simulate(
     task: Annotated[
-        str, typer.Argument(metavar="[TASK]", help="module:attribute or file.py:attribute; not needed with --resume.")
+        str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute; not needed with --resume.")
     ] = "",
     data: options.Data = "",
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Versions to commit.")] = None,
+    rounds: options.Rounds = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
-    goal: Annotated[
-        int | None, typer.Option("--goal", min=1, help="Updates in a round, instead of the task's.")
-    ] = None,
+    goal: options.Goal = None,
     held_out: options.HeldOut = "",
     split: options.Split = "iid",
     users: options.Users = 20,
