@@ -41,7 +41,6 @@ def predict(
     model = shoal.load(run, version=version)
     if not model.plan.manifest.variants("predict"):
         raise ValueError(f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …).")
-    _refuse_strange(model, fields, input, screen)
     watch.lap("load")
     made = model.predict(fields)
     watch.lap("predict")
@@ -70,18 +69,6 @@ def _read(path: Path) -> "dict[str, np.ndarray] | np.ndarray":
     if not array.ndim:
         raise DataError(f"Expected {path} to hold examples (N, …), got a single number.")
     return array
-
-
-def _refuse_strange(model: "Model", fields: "dict[str, np.ndarray] | np.ndarray", input: Path, screen: Screen) -> None:
-    """A field that the input lacks is taken as zeros, which is right only if the prediction does not read it."""
-    if not isinstance(fields, dict):
-        return
-    wanted = [spec.name for spec in model.plan.manifest.batch]
-    missing = [name for name in wanted if name not in fields]
-    if missing == wanted:
-        raise ValueError(f"{input} has the fields {', '.join(fields)}; task {model.name!r} reads {', '.join(wanted)}.")
-    if missing:
-        screen.say(f"{input} has no {', '.join(missing)}: fine if the prediction does not read it (labels, usually)")
 
 
 def _classifies(model: "Model", made: "np.ndarray") -> bool:
