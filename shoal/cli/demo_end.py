@@ -72,7 +72,7 @@ def write_files(outcome: Outcome, folder: Path, shown: Sequence[Shown]) -> list[
     """Writes curves, pictures and card."""
     facts, settings = outcome.facts, outcome.settings
     lines = [
-        Line(f"{label}, all {outcome.num_test:,}", value)
+        Line(f"{label}, on all {outcome.num_test:,}:", value)
         for label, name in (("central training", CENTRAL), ("one device alone", ALONE))
         if (value := facts.last(name)) is not None
     ]
@@ -92,7 +92,7 @@ def write_files(outcome: Outcome, folder: Path, shown: Sequence[Shown]) -> list[
         f"were evaluated on the first {outcome.num_watched:,} of them (`watched/…`); nothing was chosen by these numbers.",
         f"Data set: {outcome.data_name}, dealt out to {settings.devices} made-up devices by Dirichlet({settings.alpha:g}).",
     ]
-    rows = [(what, value) for what, value, _ in _result_rows(outcome)]
+    rows = [(f"accuracy, {what}", value) for what, value, _ in _result_rows(outcome)]
     card = write_card(facts, folder, results=rows, told=(FEDERATED, CENTRAL, ALONE), notes=notes)
     return [card, curves, pictures]
 

@@ -221,7 +221,7 @@ class _Rounds:
         left_s = (self.last_version - row.version) * each_s
         self._screen.say(
             f"version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
-            f"{words.count(row.weight, 'example')}  {words.values(commit.metrics)}  {words.duration(commit.seconds)}, "
+            f"{row.weight:,} uses of examples  {words.values(commit.metrics)}  {words.duration(commit.seconds)}, "
             f"{words.duration(left_s)} left"
         )
         if self._evaluation is not None:

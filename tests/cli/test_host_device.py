@@ -1,6 +1,7 @@
 """`shoal host` and `shoal device`: what they refuse, and as real processes over sockets."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,6 +131,7 @@ def test_two_device_processes_train_digits_to_the_end(start: Start, tmp_path: Pa
         assert all("jaxlib" not in modules_of(process) for process in (host, *devices))
     assert host.wait() == 0, host.text
     assert [device.wait() for device in devices] == [0, 0]
+    assert re.search(r"version 1/6  \d+ updates, [\d,]+ uses of examples  ", host.text)
     assert "listening on 127.0.0.1:" in host.text and "where the time went" in host.text
     assert all("the run is over" in device.text for device in devices)
     with open_run(tmp_path / "run") as run:
