@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options, words
+from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.screen import Screen, Stopwatch
 
@@ -121,15 +122,22 @@ def _train(
         if examples is not None and not asked and not load_plan(store, run_id).plan.manifest.variants("evaluate"):
             screen.say("the task has no evaluate: versions are not evaluated on the test part of the data")
             examples = None
-        before, progress = summarize(store, run_id), _Progress(first, last, screen)
+        before, progress, told = summarize(store, run_id), _Progress(first, last, screen), Told()
+
+        def on_round(result: "RoundResult") -> None:
+            progress(result)
+            told.check()
+
         try:
-            made = go_on(
-                store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every, folder=folder,
-                on_round=progress,
-            )  # fmt: skip
+            with told:
+                made = go_on(
+                    store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every,
+                    folder=folder, on_round=on_round,
+                )  # fmt: skip
         except KeyboardInterrupt:
             version = store.last_version(run_id)
-            raise Stopped(f"stopped at version {version} of {last}. Go on with: {go_on_with}") from None
+            text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
+            raise Stopped(text, code=told.code) from None
         watch.lap("rounds")
         _tell(summarize(store, run_id), before, made, folder, screen, watch)
     finally:

@@ -21,6 +21,7 @@ from shoal import data
 from shoal.cli import demo, demo_data
 from shoal.cli.demo_fleet import ChildDied, News, Processes
 from shoal.cli.demo_settings import DemoSettings
+from shoal.cli.ending import Told
 from shoal.cli.panel import View, Watch
 from shoal.errors import DataError
 from shoal.record.run import find_runs
@@ -144,13 +145,14 @@ def test_a_child_ends_when_it_is_told_nothing(tmp_path: Path) -> None:
 
 def test_a_ctrl_c_that_is_swallowed_is_not_lost() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with demo._Told() as told:
+    with Told() as told:
         told.check()
         with contextlib.suppress(KeyboardInterrupt):  # as an import in the middle of which it comes may do
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)  # a second one does not disturb the end
         with pytest.raises(KeyboardInterrupt):
             told.check()
+        assert told.code == 130
     assert signal.getsignal(signal.SIGINT) is before
 
 
