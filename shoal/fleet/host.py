@@ -21,7 +21,7 @@ from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.staging import Limits
 from shoal.plan.plan import Plan
-from shoal.plan.run_plan import load_plan, save_plan, write_initial_model
+from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial_model
 from shoal.record.provenance import provenance
 from shoal.record.run import new_run_id
 from shoal.record.store import RunKind, RunRow, Store
@@ -91,7 +91,7 @@ class Host:
             store: the record.
             run_id: a run that `begin_run` made.
             keys: the run folder's.
-            rounds: last version; None: as the run's config says.
+            rounds: last version, from now on in the run's config; None: as that says.
             clock: time.
             rng: draws devices; None: seeded by the system.
             limits: of staged updates.
@@ -133,6 +133,7 @@ class Host:
 
     async def run(self) -> None:
         """Runs the rounds to the last version. Nobody else writes the run's status."""
+        keep_rounds(self.store, self.run_id, self.last_version)
         self.store.set_status(self.run_id, "running", time_s=None)
         try:
             await self.coordinator.run()

@@ -24,7 +24,7 @@ from shoal.plan.evaluate_version import evaluate_version, hand_over
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
-from shoal.plan.run_plan import load_plan
+from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.train import train
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
@@ -106,6 +106,8 @@ def go_on(
 ) -> Simulation:
     """Runs a simulation from where its record stands to its last version. Arguments as for `simulate`.
 
+    `rounds`, if given, is in the run's config from now on.
+
     Raises:
         StoreError: members keep state between rounds, and the run is taken up in the middle.
     """
@@ -119,6 +121,7 @@ def go_on(
             "that this version of the simulator holds in memory only. Start it anew."
         )
     last = int(found.config["rounds"]) if rounds is None else rounds
+    keep_rounds(store, run_id, last)
     history = []
     try:
         _enough_members(found.plan.manifest, population)
