@@ -189,10 +189,10 @@ def _device_seconds(outcome: Outcome) -> list[tuple[str, float, str]]:
     notes = {
         "compute": "training steps",
         "padding": "the part of compute that went into filling up batches",
-        "compile": "the plan's programs, or loading them from the cache",
+        "compile": "starting the runner; the plan's programs, or loading them from the cache",
         "data": "reading and batching examples",
-        "wait": "for their turn: a process trains one device at a time",
-        "wire": "starting the runner, fetching plan and model, sending updates: "
+        "wait": "for their turn: a process fetches once for all its devices, and trains one at a time",
+        "wire": "fetching plan and model, sending updates: "
         f"{size(sum(u.bytes_down for u in usage.values()))} down, {size(sum(u.bytes_up for u in usage.values()))} up",
         "commit": "server: mean, server rule, record, to the disk",
         "evaluate": "server: test pictures, in a process of its own",
