@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
@@ -18,12 +18,13 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples, Population
-from shoal.errors import DataError, NetworkError, ShoalError
+from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
+from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
@@ -76,6 +77,8 @@ def choose(population: Population, *, first: int, count: int | None) -> tuple[st
     chosen = tuple(user for user in ids if sizes[user])
     if not chosen:
         raise DataError("None of the users chosen has an example.")
+    if empty := [user for user in ids if not sizes[user]]:
+        log.warning("%s", told(empty, EMPTY))
     return chosen
 
 
@@ -158,7 +161,7 @@ async def play(
         for user in settings.users
     ]  # fmt: skip
     watching = asyncio.create_task(watch(devices))
-    playing = [asyncio.create_task(device.run()) for device in devices]
+    playing = {asyncio.create_task(device.run()): device for device in devices}
     try:
         await _until_over(playing, watching)
     except asyncio.CancelledError:
@@ -172,32 +175,35 @@ async def play(
     return devices
 
 
-async def _until_over(playing: "list[asyncio.Task[None]]", status: "asyncio.Task[None]") -> None:
+async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", status: "asyncio.Task[None]") -> None:
     """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all.
 
     Once one has heard that the run is over, the others need not: they may be looking for a host that has gone.
     """
     waiting: set[asyncio.Task[None]] = set(playing)
-    failed: list[ShoalError] = []
+    failed: dict[str, DataError] = {}
     grace_s: float | None = None
     while waiting:
         done, _ = await asyncio.wait({*waiting, status}, return_when=asyncio.FIRST_COMPLETED, timeout=grace_s)
         if not done:
-            return
+            break
         if status in done:
             status.result()
         for task in done & waiting:
             waiting.discard(task)
             error = task.exception()
             if isinstance(error, DataError):
-                log.warning("a user is left out: %s", error)
-                failed.append(error)
+                if not failed:  # of those that follow, often for the same reason, the names are said at the end
+                    log.warning("a user is left out: %s", error)
+                failed[playing[task].device_id] = error
             elif error is not None:
                 raise error
             else:
                 grace_s = GRACE_S
     if len(failed) == len(playing):
-        raise failed[0]
+        raise next(iter(failed.values()))
+    if len(failed) > 1:
+        log.warning("in all %s were left out: their examples do not fit", named(sorted(failed)))
 
 
 class _Crew:

@@ -5,8 +5,9 @@ with the same accumulator, server rule and record as a Coordinator. Given the sa
 bits as a fleet (rule 7). `reference.py` is the readable loop that it is held against.
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
 from shoal.plan.evaluate_version import evaluate_version, hand_over
 from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.left_out import left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
@@ -31,6 +33,8 @@ from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, 
 from shoal.record.tensor_blobs import view_tensors
 from shoal.task import Task
 from shoal.tensors import Tensors
+
+log = logging.getLogger("shoal.simulate")
 
 
 @dataclass(frozen=True)
@@ -124,10 +128,12 @@ def go_on(
     keep_rounds(store, run_id, last)
     history = []
     try:
-        _enough_members(found.plan.manifest, population)
+        members = _members(found.plan.manifest, population)
         if held_out is not None and not found.plan.manifest.variants("evaluate"):
             raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
-        engine = _Engine(store, run_id, found.plan, population, seed=int(found.config["seed"]), head=taken.last)
+        engine = _Engine(
+            store, run_id, found.plan, population, members, seed=int(found.config["seed"]), head=taken.last
+        )
         engine.next_round = taken.next_round
         while engine.head.version < last:
             evaluated = (
@@ -148,9 +154,18 @@ class _Engine:
     """The sequential backend."""
 
     def __init__(
-        self, store: Store, run_id: str, plan: Plan, population: Population, *, seed: int, head: CommitRow
+        self,
+        store: Store,
+        run_id: str,
+        plan: Plan,
+        population: Population,
+        members: Sequence[str],
+        *,
+        seed: int,
+        head: CommitRow,
     ) -> None:
         self.store, self.run_id, self.plan, self.population, self.head = store, run_id, plan, population, head
+        self.members = members
         self.runner = JaxRunner(plan)
         self.seed = run_seed(seed)
         self.states: dict[str, Tensors] = {}
@@ -204,8 +219,7 @@ class _Engine:
         if policy.selection.kind == "exact":
             return policy.selection.ids
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(configuration.seed[:16], "little")))
-        ids = self.population.ids
-        return tuple(ids[i] for i in rng.choice(len(ids), policy.goal, replace=False))
+        return tuple(self.members[i] for i in rng.choice(len(self.members), policy.goal, replace=False))
 
     def evaluate(self, held_out: Examples) -> dict[str, float]:
         """The task's metrics of the head on held-out examples, also into the record."""
@@ -243,15 +257,28 @@ class _Engine:
         )
 
 
-def _enough_members(manifest: Manifest, population: Population) -> None:
-    policy = manifest.server.rounds
-    if missing := sorted(set(policy.selection.ids) - set(population.ids))[:5]:
-        raise DataError(f"Selection names members that the population does not have: {missing}.")
-    if len(population) < policy.goal:
+def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
+    """The users who can take part, in order; who is left out, and why, is said.
+
+    Raises:
+        DataError: they are too few for a round, or one that the selection names is not among them.
+    """
+    policy, out = manifest.server.rounds, left_out(manifest.training, population.sizes())
+    for why, users in out.items():
+        log.warning("%s", told(users, why))
+    gone = {user for users in out.values() for user in users}
+    members = tuple(user for user in population.ids if user not in gone)
+    if missing := sorted(set(policy.selection.ids) - set(members)):
         raise DataError(
-            f"Expected at least {policy.goal} members for rounds of goal={policy.goal}, the population has {len(population)}. "
-            "Lower RoundPolicy(goal=…), or bring more members."
+            f"Selection names members that the population does not have, or that cannot take part: {named(missing)}."
         )
+    if len(members) < policy.goal:
+        raise DataError(
+            f"Expected at least {policy.goal} members for rounds of goal={policy.goal}, the population has {len(members)}"
+            f"{f' who can take part, and {len(gone)} who cannot' if gone else ''}. Lower RoundPolicy(goal=…), or bring more "
+            "members."
+        )
+    return members
 
 
 def with_goal(task: Task, goal: int) -> Task:

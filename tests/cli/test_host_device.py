@@ -1,5 +1,6 @@
 """`shoal host` and `shoal device`: what they refuse, and as real processes over sockets."""
 
+import asyncio
 import os
 import re
 import signal
@@ -9,10 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import psutil
 import pytest
 
+from shoal.cli import device_process
+from shoal.data.store import Population
+from shoal.errors import DataError
+from shoal.fleet.device import Device
 from shoal.record.run import open_run
 from shoal.record.sqlite import open_store
 
@@ -87,6 +95,36 @@ def test_a_device_refuses_in_one_line(
 def test_a_device_needs_host_and_port(server: str, shoal: Shoal) -> None:
     made = shoal("device", "--server", server, "--data", "users")
     assert made.code == 1 and "HOST:PORT" in last(made.err)
+
+
+def test_users_without_examples_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    none, some = {"x": np.zeros(0, np.float32)}, {"x": np.zeros(2, np.float32)}
+    population = Population.from_arrays({"a": some, "b": none, "c": some, "d": none})
+    assert device_process.choose(population, first=0, count=None) == ("a", "c")
+    assert caplog.messages == ["b and d are left out: no examples"]
+
+
+def test_users_whose_data_do_not_fit_leave_the_others_alone_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def plays(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    async def over(*errors: Exception | None) -> None:
+        status = asyncio.create_task(asyncio.sleep(60))
+        playing = {
+            asyncio.create_task(plays(error)): cast(Device, SimpleNamespace(device_id=f"user-{number}"))
+            for number, error in enumerate(errors)
+        }
+        try:
+            await device_process._until_over(playing, status)
+        finally:
+            status.cancel()
+
+    asyncio.run(over(None, DataError("odd 1"), DataError("odd 2"), DataError("odd 3")))
+    first, whole = caplog.messages
+    assert first.startswith("a user is left out: odd") and "user-1" in whole and "user-2 and user-3" in whole
+    with pytest.raises(DataError, match="odd"):
+        asyncio.run(over(DataError("odd 1"), DataError("odd 2")))
 
 
 # Real processes.
