@@ -32,6 +32,10 @@ PULL_CREDIT: Final = 64 << 20
 MAX_INDEX_BYTES: Final = 64 << 20
 
 
+class _OtherBytes(ProtocolError):
+    """What was sent is not what was asked for."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A plan that passed every check, and what runs it."""
@@ -77,13 +81,21 @@ class DeviceHost:
         """The plan of an assignment, verified, checked, ready to run. What it took is added to `spent`.
 
         Raises:
-            PlanError: it is not signed by the trusted key, altered, too large, or not for this runtime.
+            PlanError: it is not signed by the trusted key, altered, too large, or not for this runtime. It was not loaded.
         """
         if assigned.plan not in self._plans:
             self._plans[assigned.plan] = asyncio.ensure_future(self._prepare(assigned, link, spent))
         return await self._shared(self._plans, assigned.plan)
 
     async def _prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
+        try:
+            return await self._verified(assigned, link, spent)
+        except _OtherBytes as error:
+            raise PlanError(
+                f"The plan that the host sent is not the one that it named: {error} It was not run."
+            ) from error
+
+    async def _verified(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         begun_s = time.perf_counter()
         data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
         manifest = Manifest.parse(data)
@@ -164,7 +176,7 @@ class DeviceHost:
                 async for piece in link.pull(request):
                     total = piece.total
                     if piece.offset != len(data) or len(data) + len(piece.data) > total or total > most:
-                        raise ProtocolError(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
+                        raise _OtherBytes(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
                     data += piece.data
             except NetworkError:
                 tries = tries + 1 if len(data) == before else 0
@@ -225,5 +237,5 @@ def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> Non
 
 def _checked(data: bytes, hash: str) -> bytes:
     if sha256(data) != hash:
-        raise ProtocolError(f"Expected bytes with hash {hash[:12]}…, got {sha256(data)[:12]}….")
+        raise _OtherBytes(f"Expected bytes with hash {hash[:12]}…, got {sha256(data)[:12]}….")
     return data
