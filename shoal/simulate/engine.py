@@ -27,6 +27,7 @@ from shoal.plan.left_out import left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
+from shoal.plan.runner import Runner
 from shoal.plan.train import train
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
@@ -107,10 +108,11 @@ def go_on(
     evaluate_every: int = 1,
     folder: Path | None = None,
     on_round: Callable[[RoundResult], None] = lambda result: None,
+    runner: Runner | None = None,
 ) -> Simulation:
     """Runs a simulation from where its record stands to its last version. Arguments as for `simulate`.
 
-    `rounds`, if given, is in the run's config from now on.
+    `rounds`, if given, is in the run's config from now on. `runner` is one of the run's plan, where there is one already.
 
     Raises:
         StoreError: members keep state between rounds, and the run is taken up in the middle.
@@ -132,8 +134,9 @@ def go_on(
         if held_out is not None and not found.plan.manifest.variants("evaluate"):
             raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
         engine = _Engine(
-            store, run_id, found.plan, population, members, seed=int(found.config["seed"]), head=taken.last
-        )
+            store, run_id, found.plan, population, members, runner=runner or JaxRunner(found.plan),
+            seed=int(found.config["seed"]), head=taken.last,
+        )  # fmt: skip
         engine.next_round = taken.next_round
         while engine.head.version < last:
             evaluated = (
@@ -161,12 +164,13 @@ class _Engine:
         population: Population,
         members: Sequence[str],
         *,
+        runner: Runner,
         seed: int,
         head: CommitRow,
     ) -> None:
         self.store, self.run_id, self.plan, self.population, self.head = store, run_id, plan, population, head
         self.members = members
-        self.runner = JaxRunner(plan)
+        self.runner = runner
         self.seed = run_seed(seed)
         self.states: dict[str, Tensors] = {}
         self.next_round = 1
