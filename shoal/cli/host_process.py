@@ -217,12 +217,13 @@ class _Rounds:
     def __call__(self, commit: Commit) -> None:
         row, self._done = commit.row, self._done + 1
         self._slow_s = self._slow_s or self._watch.total
-        each_s = (self._watch.total - self._slow_s) / (self._done - 1) if self._done > 1 else commit.seconds
-        left_s = (self.last_version - row.version) * each_s
+        left = ""
+        if self._done > 1:
+            each_s = (self._watch.total - self._slow_s) / (self._done - 1)
+            left = f", {words.duration((self.last_version - row.version) * each_s)} left"
         self._screen.say(
             f"version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
-            f"{row.weight:,} uses of examples  {words.values(commit.metrics)}  {words.duration(commit.seconds)}, "
-            f"{words.duration(left_s)} left"
+            f"{row.weight:,} uses of examples  {words.values(commit.metrics)}  {words.duration(commit.seconds)}{left}"
         )
         if self._evaluation is not None:
             self._evaluation.committed(row)

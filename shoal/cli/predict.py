@@ -37,7 +37,9 @@ def predict(
     if out is not None and out.suffix != ".npz":
         raise ValueError(f"Expected --out FILE.npz, got {out}.")
     import shoal
+    from shoal.record.run import latest_run
 
+    run = latest_run(run).path
     model = shoal.load(run, version=version)
     if not model.plan.manifest.variants("predict"):
         raise ValueError(f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …).")

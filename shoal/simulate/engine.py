@@ -23,7 +23,7 @@ from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
 from shoal.plan.evaluate_version import evaluate_version, hand_over
 from shoal.plan.jax_runner import JaxRunner
-from shoal.plan.left_out import left_out, named, told
+from shoal.plan.left_out import EMPTY, HEED_THE_MASK, left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
@@ -269,7 +269,8 @@ def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
     """
     policy, out = manifest.server.rounds, left_out(manifest.training, population.sizes())
     for why, users in out.items():
-        log.warning("%s", told(users, why))
+        hint = f". {HEED_THE_MASK}" if manifest.training.whole_batches and why != EMPTY else ""
+        log.warning("%s%s", told(users, why), hint)
     gone = {user for users in out.values() for user in users}
     members = tuple(user for user in population.ids if user not in gone)
     if missing := sorted(set(policy.selection.ids) - set(members)):
