@@ -103,11 +103,7 @@ def host(
 
         if task:
             screen.say(f"the run has its own copy of the task: {task} is not read")
-        found = existing_run(run)
-        if found.run.kind != "host":
-            raise ValueError(
-                f"Run {found.run.id} in {found.path} was made by `shoal {found.run.kind}`; resume it with that."
-            )
+        found = existing_run(run, kind="host")
         folder, run_id = found.path, found.run.id
     else:
         folder, run_id = host_process.begin(task, rounds=rounds or 0, seed=seed, policy=policy, run=run, screen=screen)

@@ -61,7 +61,7 @@ def simulate(
     watch.lap("data")
     screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
     if resume:
-        found = run_folder.existing_run(run)
+        found = run_folder.existing_run(run, kind="simulate")
         folder, run_id = found.path, found.run.id
     else:
         folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from shoal.cli import simulate as command
-from shoal.record.run import open_run
+from shoal.record.run import init, open_run
 
 from .conftest import LINE, Process, Shoal
 
@@ -165,6 +165,12 @@ def test_a_task_file_with_a_mistake_is_named(
         "simulate", tmp_path / "mistaken.py", "--data", place / "users", "--rounds", 1, "--run", tmp_path / "r"
     )
     assert made.code == 1 and expected in one_line(made.err), made
+
+
+def test_a_run_of_a_host_is_not_gone_on_with_here(place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    init("line", kind="host", folder=tmp_path / "r").close()
+    made = shoal("simulate", "--data", place / "users", "--resume", "--run", tmp_path / "r", "--rounds", 3)
+    assert made.code == 1 and "was made by `shoal host`" in one_line(made.err), made
 
 
 def test_debug_shows_where(place: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch) -> None:
