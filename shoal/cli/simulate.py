@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options, words
+from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.screen import Screen, Stopwatch
 
@@ -23,14 +24,12 @@ EPILOG = options.examples(
 
 def simulate(
     task: Annotated[
-        str, typer.Argument(metavar="[TASK]", help="module:attribute or file.py:attribute; not needed with --resume.")
+        str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute; not needed with --resume.")
     ] = "",
     data: options.Data = "",
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Versions to commit.")] = None,
+    rounds: options.Rounds = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
-    goal: Annotated[
-        int | None, typer.Option("--goal", min=1, help="Updates in a round, instead of the task's.")
-    ] = None,
+    goal: options.Goal = None,
     held_out: options.HeldOut = "",
     split: options.Split = "iid",
     users: options.Users = 20,
@@ -62,7 +61,7 @@ def simulate(
     watch.lap("data")
     screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
     if resume:
-        found = run_folder.existing_run(run)
+        found = run_folder.existing_run(run, kind="simulate")
         folder, run_id = found.path, found.run.id
     else:
         folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""
@@ -123,15 +122,22 @@ def _train(
         if examples is not None and not asked and not load_plan(store, run_id).plan.manifest.variants("evaluate"):
             screen.say("the task has no evaluate: versions are not evaluated on the test part of the data")
             examples = None
-        before, progress = summarize(store, run_id), _Progress(first, last, screen)
+        before, progress, told = summarize(store, run_id), _Progress(first, last, screen), Told()
+
+        def on_round(result: "RoundResult") -> None:
+            progress(result)
+            told.check()
+
         try:
-            made = go_on(
-                store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every, folder=folder,
-                on_round=progress,
-            )  # fmt: skip
+            with told:
+                made = go_on(
+                    store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every,
+                    folder=folder, on_round=on_round,
+                )  # fmt: skip
         except KeyboardInterrupt:
             version = store.last_version(run_id)
-            raise Stopped(f"stopped at version {version} of {last}. Go on with: {go_on_with}") from None
+            text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
+            raise Stopped(text, code=told.code) from None
         watch.lap("rounds")
         _tell(summarize(store, run_id), before, made, folder, screen, watch)
     finally:
@@ -144,7 +150,7 @@ def _tell(
     # The members' phases lie within the rounds; what the rounds took beside them is the rest.
     inside = summary.seconds_since(before)
     others = {phase: s for phase, s in watch.seconds.items() if phase != "rounds"}
-    rest = {"evaluate and rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
+    rest = {"rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
     last = made.history[-1].metrics if made.history else summary.metrics
     screen.line(f"{summary.task} version {made.version}: {words.values(dict(last)) or 'no metrics'}")
     screen.line(f"where the time went: {words.phases({**others, **inside, **rest}, total=watch.total)}")

@@ -23,7 +23,7 @@ from shoal.errors import (
     ProgramError,
     ProtocolError,
 )
-from shoal.fleet.device_host import DeviceHost, Prepared
+from shoal.fleet.device_host import DeviceHost, Prepared, Spent
 from shoal.fleet.link import Link, Stream
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Runtime
@@ -323,21 +323,21 @@ class Device:
         work.report.costs.wire_s += time.perf_counter() - begun
 
     async def _train(self, work: _Work) -> tuple[_Trained, pb.Costs]:
-        host, assigned = self._host, work.assigned
+        host, assigned, spent = self._host, work.assigned, Spent()
         begun = time.perf_counter()
         self._say("fetching")
-        prepared = await host.prepare(assigned, self._link)
-        await host.ensure_model(assigned, prepared, self._link)
-        fetched = time.perf_counter()
+        prepared = await host.prepare(assigned, self._link, spent)
+        await host.ensure_model(assigned, prepared, self._link, spent)
         self._say("queued")
         loop = asyncio.get_running_loop()
         trained = await loop.run_in_executor(host.worker, self._train_now, work, prepared)
         costs = pb.Costs(
             compute_s=trained.update.seconds.get("compute", 0.0),
-            compile_s=trained.compile_s,
+            compile_s=spent.start_s + trained.compile_s,
             data_s=trained.update.seconds.get("data", 0.0),
-            wait_s=trained.started_s - fetched,
-            wire_s=fetched - begun,
+            # For its turn, and for what another device of the process fetched or started.
+            wait_s=trained.started_s - begun - spent.wire_s - spent.start_s,
+            wire_s=spent.wire_s,
             padding=trained.update.padding,
             examples=trained.update.weight,
         )

@@ -6,9 +6,9 @@ mean; `tests/record/test_contract.py` holds both stores to the same words.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -167,6 +167,11 @@ class MemoryStore:
         with self._lock:
             run = self._run(run_id)
             run.row = replace(run.row, plan_hash=plan_hash)
+
+    def set_config(self, run_id: str, config: Mapping[str, Any]) -> None:
+        with self._lock:
+            run = self._run(run_id)
+            run.row = replace(run.row, config=plain(config, what="config"))
 
     # Rounds and groups
 

@@ -8,10 +8,10 @@ written before, at two fsyncs each. Reads use a connection of their own and neve
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 from sqlalchemy import Connection, delete, exc, select, update
 
@@ -137,6 +137,11 @@ class SqliteStore:
         self._need_blobs([plan_hash] if plan_hash else [])
         with self._write(run_id) as connection:
             connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(plan_hash=plan_hash))
+
+    def set_config(self, run_id: str, config: Mapping[str, Any]) -> None:
+        text = _checks.to_json(config, what="config")
+        with self._write(run_id) as connection:
+            connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(config=text))
 
     # Rounds and groups
 

@@ -46,6 +46,10 @@ def test_a_run_reads_back(store: Store) -> None:
     assert [row.id for row in store.runs()] == ["a", "b"]
     store.set_status("a", "finished", time_s=9.0)
     assert (store.run("a").status, store.run("a").finished_s) == ("finished", 9.0)
+    store.set_config("a", {"sizes": (3,), "rounds": 7})
+    assert store.run("a").config == {"sizes": [3], "rounds": 7} and store.run("b") == run_row("b")
+    with pytest.raises(ValueError, match="config"):
+        store.set_config("a", {"odd": object()})
 
 
 def test_a_run_is_created_once_and_must_exist(store: Store) -> None:
