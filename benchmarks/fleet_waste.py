@@ -11,6 +11,7 @@ Fashion-MNIST (1,000 users, Dirichlet 0.3) and compares the virtual time to an a
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import numpy as np
@@ -21,14 +22,12 @@ from shoal.policy import Late, RoundPolicy
 from shoal.simulate.virtual import VirtualPopulation, virtual_fleet
 
 GOAL, TARGET, HOURS = 100, 0.74, 6.0
-WINDOWS: Final = {"selection_window_s": 60.0, "reporting_window_s": 180.0}
+ROUNDS: Final = RoundPolicy(goal=GOAL, over_selection=1.3, selection_window_s=60.0, reporting_window_s=180.0)
 PAPER: Final[dict[str, Any]] = {
-    "policy": RoundPolicy(goal=GOAL, over_selection=1.3, adaptive=False, **WINDOWS),
+    "policy": replace(ROUNDS, adaptive=False),
     "hears_losses": False,
 }
-OURS: Final[dict[str, Any]] = {
-    "policy": RoundPolicy(goal=GOAL, over_selection=1.3, late=Late.patch(max_staleness=10), **WINDOWS)
-}
+OURS: Final[dict[str, Any]] = {"policy": replace(ROUNDS, late=Late.patch(max_staleness=10))}
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:

@@ -21,8 +21,8 @@ class Net(nnx.Module):
         return self.out(nnx.relu(self.hidden(small)))
 
 
-def task(policy: RoundPolicy) -> shoal.Task:
-    """The task with these rounds."""
+def task(policy: RoundPolicy, *, server_rate: float = 1.0) -> shoal.Task:
+    """The task with these rounds, and this learning rate at the server."""
     made = shoal.Task.from_flax(
         Net,
         name="small-net",
@@ -30,7 +30,7 @@ def task(policy: RoundPolicy) -> shoal.Task:
         batch={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
         local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=10, steps_per_block=6, epochs=1),
     )
-    return made.replace(rounds=policy)
+    return made.replace(rounds=policy, server=shoal.server.sgd(server_rate))
 
 
 def data(users: int = 1000, each: int = 60) -> tuple[shoal.data.Population, shoal.data.Examples]:

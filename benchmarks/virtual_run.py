@@ -35,12 +35,13 @@ def train(
     until_s: float,
     target: float,
     evaluate_every: int = 1,
+    server_rate: float = 1.0,
     **settings: Any,
 ) -> Curve:
     """Trains until the accuracy is reached, or until then."""
     users, test = _data()
     keys, store, clock = HostKeys.make(), MemoryStore(), VirtualClock()
-    built = build(small_net.task(policy), seed=0)
+    built = build(small_net.task(policy, server_rate=server_rate), seed=0)
     plan = built.plan.sign(keys.signing)
     run = begin_run(store, plan, built.model, kind="simulate", rounds=1 << 30, seed=population.seed, clock=clock)
     training = VirtualTraining(plan, users, store, run, seed=population.seed)

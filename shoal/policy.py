@@ -53,6 +53,9 @@ class Late:
                 f"Expected factor=1 for kind={self.kind!r}, got factor={self.factor!r}: only `discount` has one."
             )
 
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
     @classmethod
     def discount(cls, factor: float, *, max_staleness: int) -> Self:
         """Late updates count in a later round, at `factor` for each version of age."""
@@ -211,11 +214,7 @@ class RoundPolicy:
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
         return flat | {
             "selection": {"kind": self.selection.kind, "ids": list(self.selection.ids)},
-            "late": {
-                "kind": self.late.kind,
-                "factor": self.late.factor,
-                "max_staleness": self.late.max_staleness,
-            },
+            "late": self.late.to_json(),
         }
 
     @classmethod

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options
+from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def host(
             "--reporting-window", help="Longest wait for updates, in seconds.", show_default=options.AS_THE_TASK_SAYS
         ),
     ] = None,
+    late: options.Late = None,
+    buffer: options.Buffer = None,
+    concurrency: options.Concurrency = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
     held_out: options.HeldOut = "",
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
@@ -90,7 +94,8 @@ def host(
     _check_tls(address, tls=tls, cert=tls_cert, key=tls_key, insecure=insecure)
     policy: dict[str, Any] = {
         "goal": goal, "minimum_group": minimum_group, "over_selection": over_selection,
-        "selection_window_s": selection_window, "reporting_window_s": reporting_window,
+        "selection_window_s": selection_window, "reporting_window_s": reporting_window, "buffer": buffer,
+        "concurrency": concurrency, "late": None if late is None else parse_late(late).to_json(),
     }  # fmt: skip
     policy = {name: value for name, value in policy.items() if value is not None}
     task = _one_task(tasks or [], resume=resume, rounds=rounds, own={**policy, **({"seed": seed} if seed else {})})

@@ -26,6 +26,22 @@ Rounds = Annotated[
 Goal = Annotated[
     int | None, typer.Option("--goal", min=1, help="Updates that close a round.", show_default=AS_THE_TASK_SAYS)
 ]
+Late = Annotated[
+    str | None,
+    typer.Option(
+        "--late",
+        help="Updates whose round has closed: discard, discount:FACTOR:VERSIONS or patch:VERSIONS.",
+        show_default=AS_THE_TASK_SAYS,
+    ),
+]
+Buffer = Annotated[
+    int | None,
+    typer.Option("--buffer", min=0, help="Asynchronous: commit every so many updates.", show_default=AS_THE_TASK_SAYS),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option("--concurrency", min=0, help="With a buffer: devices at once.", show_default=AS_THE_TASK_SAYS),
+]
 HeldOut = Annotated[
     str, typer.Option("--held-out", help="Examples to evaluate versions on; name:… means its test part.")
 ]

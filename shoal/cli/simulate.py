@@ -8,6 +8,7 @@ import typer
 from shoal.cli import options, words
 from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped, command_line
+from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 EPILOG = options.examples(
     "shoal simulate task.py --data name:digits --split dirichlet:0.3 --users 100 --rounds 10",
     "shoal simulate examples/one_task.py:task --data users/ --held-out test.npz --rounds 20 --goal 4",
+    "shoal simulate task.py --virtual population.toml --hours 24 --late patch:5",
     "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
 )
 
@@ -33,6 +35,16 @@ def simulate(
     held_out: options.HeldOut = "",
     split: options.Split = "iid",
     users: options.Users = 20,
+    virtual: Annotated[
+        Path | None,
+        typer.Option("--virtual", help="A population (TOML): play a fleet of such devices under a virtual clock."),
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option("--hours", min=0.01, help="With --virtual: virtual hours to play.")
+    ] = None,
+    late: options.Late = None,
+    buffer: options.Buffer = None,
+    concurrency: options.Concurrency = None,
     evaluate_every: Annotated[
         int, typer.Option("--evaluate-every", min=1, help="Versions between two evaluations.")
     ] = 1,
@@ -48,6 +60,17 @@ def simulate(
     from shoal.cli import data_argument, run_folder
 
     screen, watch = Screen(json=json), Stopwatch()
+    if virtual is not None:
+        policy = {
+            "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
+        }  # fmt: skip
+        return _virtually(
+            task, virtual, data, held_out, split, users, rounds=rounds, hours=hours, seed=seed, run=run, resume=resume,
+            policy={name: value for name, value in policy.items() if value is not None}, evaluate_every=evaluate_every,
+            screen=screen, watch=watch,
+        )  # fmt: skip
+    if hours or late or buffer or concurrency:
+        raise ValueError("--hours, --late, --buffer and --concurrency go with --virtual: else no device is ever late.")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
     if resume and (goal or seed):
@@ -75,6 +98,26 @@ def simulate(
         _train(
             folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on, asked=bool(held_out)
         )  # fmt: skip
+
+
+def _virtually(
+    task: str, file: Path, data: str, held_out: str, split: str, users: int, *, rounds: int | None, hours: float | None,
+    seed: int, run: Path | None, resume: bool, policy: dict[str, Any], evaluate_every: int, screen: Screen, watch: Stopwatch,
+) -> None:  # fmt: skip
+    from shoal.cli import data_argument
+    from shoal.cli.virtual import simulate_virtually
+
+    if resume:
+        raise ValueError("A virtual fleet cannot be resumed: leave out --resume; the same --seed plays the same again.")
+    if not task or not (rounds or hours):
+        raise ValueError("Expected TASK and --rounds or --hours with --virtual.")
+    population = data_argument.open_data(data, split=split, users=users) if data else None
+    examples = data_argument.open_held_out(held_out, data_text=data) if data else None
+    watch.lap("data")
+    simulate_virtually(
+        task, file, population, examples, rounds=rounds, hours=hours, policy=policy, evaluate_every=evaluate_every,
+        seed=seed, run=run, screen=screen, watch=watch,
+    )  # fmt: skip
 
 
 def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None, screen: Screen) -> Path:

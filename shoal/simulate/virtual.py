@@ -15,7 +15,7 @@ device's update; then versions have an accuracy, over virtual time.
 import heapq
 import tomllib
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,7 @@ from shoal.tensors import Index, Tensors, sha256
 
 DAY_S: Final = 86_400.0
 RUN: Final = "virtual"
+SLOT_S: Final = 600
 POOL: Final = 2.0
 """Devices that are let in to wait, for each that a round takes."""
 
@@ -85,6 +86,9 @@ class VirtualPopulation:
     drop_out: float = 0.08
     """Share of the assignments whose device is lost before it has reported."""
     networks: tuple[Network, ...] = (Network(),)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
     def __post_init__(self) -> None:
         validate.types(self)
@@ -130,7 +134,8 @@ def _numbers(given: Mapping[str, Any], cls: type, path: Path) -> dict[str, Any]:
 class Tally:
     """What a virtual run came to."""
 
-    check_ins: int = 0
+    check_ins: dict[int, int] = field(default_factory=dict)
+    """Second at which a slot of `SLOT_S` begins -> check-ins in it."""
     told_later: int = 0
     assigned: int = 0
     seconds: dict[str, float] = field(
@@ -139,7 +144,10 @@ class Tally:
     """Device-seconds trained, by what became of them; `used` at its discount, the rest of a late one is `unused`."""
     commits: list[tuple[float, int, int]] = field(default_factory=list)
     """(virtual time, updates, late updates among them) of every version."""
-    check_ins_by_hour: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_check_ins(self) -> int:
+        return sum(self.check_ins.values())
 
     @property
     def wasted(self) -> float:
@@ -165,14 +173,15 @@ class _Work:
 class VirtualClock:
     """Seconds since the virtual fleet began."""
 
-    def __init__(self) -> None:
-        self.time_s = 0.0
+    def __init__(self, *, begins_s: float = 0.0) -> None:
+        """`begins_s`: seconds since the epoch at which it is taken to begin."""
+        self.time_s, self._begins_s = 0.0, begins_s
 
     def now_s(self) -> float:
         return self.time_s
 
     def wall_s(self) -> float:
-        return self.time_s
+        return self._begins_s + self.time_s
 
     async def sleep_until(self, deadline_s: float) -> None:
         raise AssertionError("nothing waits in a virtual fleet")
@@ -216,7 +225,7 @@ class VirtualFleet:
         self._closed: tuple[int, ...] = ()
         self._configuration: Configuration | None = None
         self._work: dict[bytes, _Work] = {}
-        self._finished = False
+        self.finished = False
         self.tally = Tally()
         self.coordinator: Coordinator
         self._begun = False
@@ -290,9 +299,8 @@ class VirtualFleet:
 
     def _check_ins(self, second: int) -> None:
         devices = np.concatenate(self._due.pop(second))
-        self.tally.check_ins += len(devices)
-        hour = second // 3600
-        self.tally.check_ins_by_hour[hour] = self.tally.check_ins_by_hour.get(hour, 0) + len(devices)
+        slot = second - second % SLOT_S
+        self.tally.check_ins[slot] = self.tally.check_ins.get(slot, 0) + len(devices)
         self.pace.arrived(len(devices), self.clock.time_s)
         room = max(0, self._pool - len(self._waiting))
         if len(devices) > room:
@@ -343,7 +351,7 @@ class VirtualFleet:
             GroupResult(
                 self.groups.base_version(group),
                 self._sums.pop(group),
-                tuple((nonce, self.clock.time_s + DAY_S) for nonce in self.groups.members(group)),
+                tuple((nonce, self.clock.wall_s() + DAY_S) for nonce in self.groups.members(group)),
                 Costs(),
             )
             for group in self._closed
@@ -359,7 +367,7 @@ class VirtualFleet:
         self._do(g.Failed(why))
 
     def finish(self, why: str) -> None:
-        self._finished = True
+        self.finished = True
 
     # Work.
 
@@ -460,7 +468,7 @@ class VirtualFleet:
         if not self._begun:
             self._begun = True
             _at_once(self.coordinator.take_up())
-        while not self._finished and self.clock.time_s < until_s and len(self.tally.commits) < enough:
+        while not self.finished and self.clock.time_s < until_s and len(self.tally.commits) < enough:
             while (event := self.coordinator.pending()) is not None:
                 _at_once(self.coordinator.step(event))
             self._next(until_s)
