@@ -47,6 +47,9 @@ def device(
     patience: Annotated[
         float, typer.Option("--patience", min=0.0, help="Seconds without any answer from the host before giving up.")
     ] = 300.0,
+    visits: Annotated[
+        bool, typer.Option("--visits", help="Come and go: leave after each update, come again when the host says.")
+    ] = False,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
     ] = False,
@@ -81,7 +84,7 @@ def device(
     watch.lap("data")
     settings = device_process.Settings(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
-        state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process,
+        state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
     )  # fmt: skip
     device_process.run(settings, population, screen=screen, watch=watch, parent=parent)
 

@@ -55,6 +55,8 @@ class Settings:
     threads: int | None = None
     patience_s: float = 300.0
     in_process: bool = False
+    visits: bool = False
+    """Come and go, rather than stay and wait."""
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
@@ -156,7 +158,7 @@ async def play(
     devices = [
         Device(
             settings.device_id(user), partial(examples_of, user), link=link, host=host,
-            rng=np.random.default_rng(), on_progress=on_progress,
+            rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
         )
         for user in settings.users
     ]  # fmt: skip

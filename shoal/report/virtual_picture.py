@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,9 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from shoal.report.curves import BLUE, GREEN, INK, PALE, VERMILION
+from shoal.simulate.virtual import SLOT_S, Tally
 
-SLOT_S: Final = 600
-"""Check-ins are counted in slots of this length."""
 FATES: Final = {
     "used": ("in a commit", GREEN),
     "dropped": ("lost with its device", PALE),
@@ -21,18 +20,7 @@ FATES: Final = {
 }
 
 
-class Told(Protocol):
-    """What is drawn of a virtual run."""
-
-    @property
-    def commits(self) -> Sequence[tuple[float, int, int]]: ...
-    @property
-    def check_ins(self) -> dict[int, int]: ...
-    @property
-    def seconds(self) -> dict[str, float]: ...
-
-
-def draw_virtual(tally: Told, curve: Sequence[tuple[float, float]], path: Path, *, until_s: float) -> Path:
+def draw_virtual(tally: Tally, curve: Sequence[tuple[float, float]], path: Path, *, until_s: float) -> Path:
     """Draws a virtual run.
 
     Args:

@@ -45,6 +45,7 @@ from shoal.tensors import Index, Tensors, sha256
 DAY_S: Final = 86_400.0
 RUN: Final = "virtual"
 SLOT_S: Final = 600
+"""Check-ins are counted in slots of this length."""
 POOL: Final = 2.0
 """Devices that are let in to wait, for each that a round takes."""
 
