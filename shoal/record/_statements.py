@@ -25,8 +25,11 @@ CLOSE_ROUND: Final = Prepared(
     [column.name for column in ROUNDS.columns if not column.primary_key],
 )
 ALL_GROUPS: Final = select(GROUPS).where(GROUPS.c.run_id == _RUN).order_by(GROUPS.c.number)
-_OLD: Final = (GROUPS.c.run_id == _RUN, GROUPS.c.version.is_not(None), GROUPS.c.base_version < bindparam("before"))
-OLD_SUMS: Final = select(GROUPS.c.sums_root).where(*_OLD, GROUPS.c.sums_root != "")
+_OLD: Final = (
+    GROUPS.c.run_id == _RUN, GROUPS.c.sums_root != "", GROUPS.c.base_version < bindparam("before"),
+    GROUPS.c.version.is_not(None),
+)  # fmt: skip
+OLD_SUMS: Final = select(GROUPS.c.sums_root).where(*_OLD)
 FORGET_SUMS: Final = update(GROUPS).where(*_OLD).values(sums_root="")
 SUMS_NAMED: Final = select(GROUPS.c.sums_root).distinct()
 WAITING_NONCES: Final = (

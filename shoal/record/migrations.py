@@ -25,7 +25,12 @@ def create_schema(connection: Connection) -> None:
     schema.METADATA.create_all(connection)
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema,)
+def index_kept_sums(connection: Connection) -> None:
+    """Number 2: an index of the groups whose sums are kept."""
+    schema.GROUPS_WITH_SUMS.create(connection)
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, index_kept_sums)
 """Step n, at place n - 1, makes schema n out of schema n - 1."""
 
 

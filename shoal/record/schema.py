@@ -27,7 +27,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """The number of the newest migration."""
 
 METADATA: Final = MetaData()
@@ -125,6 +125,15 @@ GROUPS: Final = Table(
     ForeignKeyConstraint(["run_id", "base_version"], ["commits.run_id", "commits.version"]),
     ForeignKeyConstraint(["run_id", "version"], ["commits.run_id", "commits.version"]),
     Index("groups_by_version", "run_id", "version"),
+)
+
+# The few groups whose sums are kept: found, and forgotten, with every commit of a run of any length.
+GROUPS_WITH_SUMS: Final = Index(
+    "groups_with_sums",
+    GROUPS.c.run_id,
+    GROUPS.c.base_version,
+    sqlite_where=GROUPS.c.sums_root != "",
+    postgresql_where=GROUPS.c.sums_root != "",
 )
 
 TOKENS: Final = Table(

@@ -181,7 +181,9 @@ class SqliteStore:
     def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
         statement = sql.ALL_GROUPS.where(GROUPS.c.version.is_(None)) if waiting else sql.ALL_GROUPS
         if since_version:
-            statement = statement.where(GROUPS.c.base_version >= since_version)
+            # A group is taken in after its own version: said, so that the index of versions is of use.
+            late_enough = GROUPS.c.version.is_(None) | (GROUPS.c.version > since_version)
+            statement = statement.where(GROUPS.c.base_version >= since_version, late_enough)
         with self._read(run_id) as connection:
             return [_rows.group_row(row._asdict()) for row in connection.execute(statement, {"run": run_id})]
 

@@ -114,6 +114,7 @@ CREATE TABLE groups (
 	FOREIGN KEY(run_id) REFERENCES runs (id)
 )
 CREATE INDEX groups_by_version ON groups (run_id, version)
+CREATE INDEX groups_with_sums ON groups (run_id, base_version) WHERE sums_root != ''
 CREATE TABLE rounds (
 	run_id TEXT NOT NULL,
 	number BIGINT NOT NULL,

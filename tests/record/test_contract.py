@@ -163,6 +163,31 @@ def test_a_group_waits_for_its_commit__invariant_2(store: Store) -> None:
             store.commit("run", commit_row(store, 2), round=round_row(2), groups=[taken])
 
 
+def test_sums_are_kept_while_they_may_be_wanted(store: Store) -> None:
+    with_initial(store)
+    kept = [store.blobs.put(data) for data in (b"one", b"two", b"three")]
+    store.commit("run", commit_row(store, 1), round=round_row(), groups=[group_row(sums_root=kept[0])])
+    store.add_group("run", group_row(base_version=1, sums_root=kept[1]), counted=[(b"a", 1.0)])
+    store.commit("run", commit_row(store, 2), round=round_row(2), groups=[group_row(base_version=1, sums_root=kept[2])])
+    assert [row.base_version for row in store.groups("run", since_version=1)] == [1, 1]
+    assert store.waiting_nonces("run") == [b"a"]
+    assert store.forget_sums("run", before_version=2) == 2, "one still waits for its commit"
+    assert [row.sums_root for row in store.groups("run")] == ["", kept[1], ""]
+    assert [store.blobs.has(hash) for hash in kept] == [False, True, False]
+    assert store.forget_sums("run", before_version=2) == 0
+
+
+def test_equal_sums_of_two_groups_are_one_blob_until_both_are_forgotten(store: Store) -> None:
+    with_initial(store)
+    root = store.blobs.put(b"sums")
+    store.commit("run", commit_row(store, 1), round=round_row(), groups=[group_row(sums_root=root)])
+    store.commit("run", commit_row(store, 2), round=round_row(2), groups=[group_row(base_version=1, sums_root=root)])
+    store.forget_sums("run", before_version=1)
+    assert store.blobs.has(root)
+    store.forget_sums("run", before_version=2)
+    assert not store.blobs.has(root)
+
+
 def test_a_commit_names_blobs_that_exist__invariant_4(store: Store) -> None:
     store.create_run(run_row())
     absent = Index((Entry(TensorSpec(name="w", shape=(), dtype="int8"), sha256(b"1")),))
