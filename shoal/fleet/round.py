@@ -325,7 +325,7 @@ class RoundMachine:
                 safe = self._safe
                 self._forget_round()
                 self._counted, self._safe = set(safe), safe
-                commands += self._abandon(f"commit failed: {why}")
+                commands += self._abandon(f"commit failed: {why}", now_s)
             case Abandoned() if self._phase is Phase.ABANDONING:
                 commands += self._next_round(now_s)
             case Stop():
@@ -432,8 +432,12 @@ class RoundMachine:
         self._forget_round()
         self._assigned_s = kept
 
-    def _abandon(self, reason: str) -> list[Command]:
-        if self.policy.selection.kind != "exact" and not self.policy.buffer:
+    def _abandon(self, reason: str, now_s: float) -> list[Command]:
+        if self.policy.buffer:
+            recent = {n for n, at_s in self._assigned_s.items() if at_s > now_s - self.policy.reporting_window_s}
+            self._outstanding &= recent  # those that were sent for a window ago give up their place
+            self._behind = {nonce: of for nonce, of in self._behind.items() if nonce in recent}
+        elif self.policy.selection.kind != "exact":
             self._outstanding.clear()  # others take their place; where nobody can, they are waited for
         self._enter(Phase.ABANDONING, None)
         return [AbandonRound(self._round, reason)]
@@ -453,14 +457,14 @@ class RoundMachine:
         if self._committable >= self.policy.goal:
             return self._commit("goal", now_s)
         if self._stopping and not taking_part:
-            return self._abandon("stopped")
+            return self._abandon("stopped", now_s)
         window_over = now_s >= self._deadline_s or self._stopping
         if len(self._waiting) < wanted and not window_over:
             return []
         ready = sum(map(self._may_be_taken, self._able()))
         can_start = taking_part + ready >= self.policy.minimum
         if ready < wanted and not (window_over and can_start):
-            return self._abandon("stopped") if self._stopping else []
+            return self._abandon("stopped", now_s) if self._stopping else []
         self._selected_s = now_s
         entered = self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)
         return [*entered, *self._assign(wanted, now_s), *self._report(now_s)]
@@ -477,7 +481,7 @@ class RoundMachine:
                 return self._commit("window" if now_s >= self._deadline_s else "waiting did not pay", now_s)
             wake = self._wake(closes_s)
         elif now_s >= self._deadline_s:
-            return self._abandon(f"{len(self._counted)} of at least {policy.minimum} reported in the window")
+            return self._abandon(f"{len(self._counted)} of at least {policy.minimum} reported in the window", now_s)
         else:
             wake = self._wake(self._deadline_s)
         if self._store_is_due():
