@@ -1,6 +1,5 @@
 """One virtual fleet that trains the small net on real images: what benchmarks of waste and of asynchrony share."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -64,8 +63,3 @@ def train(
 @cache
 def _data() -> tuple[Any, Any]:
     return small_net.data()
-
-
-def seconds(tally: Tally) -> Mapping[str, float]:
-    """Device-seconds by fate, rounded for a table."""
-    return {fate: round(value) for fate, value in tally.seconds.items()}

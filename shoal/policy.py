@@ -111,7 +111,7 @@ class RoundPolicy:
     late: Late = field(default_factory=Late)
     """What happens to updates whose round has closed."""
     adaptive: bool = True
-    """Close reporting once waiting costs more than it brings, by the report times seen; the window is then the bound."""
+    """Where late work is used: close reporting once waiting costs more than it brings, by the report times seen."""
     group_size: int = 0
     """Updates after which a group is written to the record while the round goes on; 0: when it ends."""
     buffer: int = 0

@@ -5,10 +5,13 @@ the sum that made version v + 1; the steps after it are taken again with their o
 server's step is the same on every machine, the model has the bits of the run in which u was in time (what the devices of
 later rounds would then have made of their updates, nobody can know: theirs stay as they are).
 
-Cost: one server step for each version between v and the present; what lies between is kept in memory.
+The versions that were committed meanwhile lack what came late for those before them, so they are no place to begin from.
+Replays begin at the oldest version that something may still be late for, in its *final* form, which nothing can change any
+more; it moves on by one step with each commit. Cost: one step for each commit, and one for each version since that one
+when a commit takes in late groups; two versions are in memory.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -18,37 +21,30 @@ from shoal.record.memory import MemoryBlobs
 from shoal.record.store import Blobs, BlobWriter
 from shoal.tensors import Index, TensorSpec
 
+State = tuple[Index, Index]
+"""A model and the server rule's state."""
 
-def commit_patched(
-    aggregator: Aggregator,
-    present: Accumulator,
-    *,
-    version: int,
-    late: Mapping[int, Sequence[Callable[[Accumulator], None]]],
-    begin_at: Callable[[int], tuple[Index, Index]],
-    sums_of: Callable[[int], Accumulator],
-    blobs: Blobs,
-) -> tuple[Index, Index]:
-    """The next model and server state, with late groups in their own versions' sums.
+
+def replay(aggregator: Aggregator, begin: State, sums: Iterable[Accumulator], blobs: Blobs) -> State:
+    """The state after the server's steps along these sums, one after another.
 
     Args:
         aggregator: the server's rule.
-        present: the sum of the present version.
-        version: the present one; the commit makes `version + 1`.
-        late: version -> what adds each of its late groups to a sum; versions before the present one.
-        begin_at: the model and the server state that a version's devices started from.
-        sums_of: the sum that was committed of a version, in a new accumulator.
-        blobs: of the record; only the last step is written there.
+        begin: the state to begin with.
+        sums: of versions that follow one another; each is asked for when its turn has come.
+        blobs: of the record; the last state is written there.
     """
-    first = min(late, default=version)
-    model, server_state = begin_at(first)
-    between = MemoryBlobs()
-    for past in range(first, version):
-        sums = sums_of(past)
-        for add in late.get(past, ()):
-            add(sums)
-        model, server_state = aggregator.commit(sums, model, server_state, _Layers(between, blobs, writes_to=between))
-    return aggregator.commit(present, model, server_state, _Layers(between, blobs, writes_to=blobs))
+    state, before = begin, MemoryBlobs()
+    waiting: Accumulator | None = None
+    for each in sums:
+        if waiting is not None:
+            after = MemoryBlobs()
+            state = aggregator.commit(waiting, *state, _Layers(before, blobs, writes_to=after))
+            before = after
+        waiting = each
+    if waiting is None:
+        return state
+    return aggregator.commit(waiting, *state, _Layers(before, blobs, writes_to=blobs))
 
 
 class _Layers:

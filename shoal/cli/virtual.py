@@ -47,7 +47,9 @@ def simulate_virtually(
     from shoal.simulate.virtual import VirtualClock, VirtualFleet, VirtualPopulation, drive
     from shoal.simulate.virtual_training import VirtualTraining
 
-    devices = replace(VirtualPopulation.read(file), seed=seed)
+    devices = VirtualPopulation.read(file)
+    seed = seed or devices.seed
+    devices = replace(devices, seed=seed)
     loaded = load_task(task)
     loaded = loaded.replace(rounds=replace(loaded.rounds, **policy))
     folder = run_folder.new_folder(run, loaded.name)

@@ -12,16 +12,16 @@ Guarantees:
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import chain
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
-from shoal.aggregate.patch import commit_patched
+from shoal.aggregate.patch import replay
 from shoal.aggregate.sums import merge_saved, save_sums
 from shoal.clock import Clock
 from shoal.errors import ShoalError, StoreError, StoreUnavailable
@@ -33,7 +33,7 @@ from shoal.fleet.edge import GroupResult
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
-from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, TokenRow, UsageRow
+from shoal.record.store import CommitRow, FinalRow, GroupRow, MetricRow, RoundRow, Store, TokenRow, UsageRow
 from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
@@ -280,6 +280,7 @@ class Coordinator:
             groups = await self._edge.close_groups(final=False)
         except StoreError as error:
             log.error("a group could not be closed: %s", error)
+            self._edge.failed(str(error))
             return r.Stored(frozenset())
         await self._until_journaled()
         for group in groups:
@@ -289,9 +290,12 @@ class Coordinator:
         return r.Stored(frozenset(nonce for group in groups for nonce, _ in group.counted))
 
     def _write_group(self, group: GroupResult) -> GroupRow:
+        settled = self.store.token(self._run, group.counted[0][0])
+        if settled is not None and settled.state == "counted":
+            # Written by the try before this one, which heard of a failure nonetheless.
+            return self.store.groups(self._run, waiting=True)[-1]
         row = self._group_row(group, kept=True)
-        number = self.store.add_group(self._run, row, counted=group.counted)
-        self.store.add_usage(self._run, group.costs.rows(row.round))
+        number = self.store.add_group(self._run, row, counted=group.counted, usage=group.costs.rows(row.round))
         return replace(row, number=number)
 
     def _group_row(self, group: GroupResult, *, kept: bool) -> GroupRow:
@@ -354,8 +358,9 @@ class Coordinator:
         if last is not None and last.version == head.version + 1 and last.round == round:
             # Written by the try before this one, which heard of a failure nonetheless.
             return Commit(last, metrics, late_members, last.created_s - self._opened_s)
-        if keeps and late:
-            model, server_state = self._commit_late(present, rows, late)
+        final = self._final(rows) if keeps else None
+        if final is not None and late:
+            model, server_state = self._replay(final, rows, present)
         else:
             model, server_state = self._aggregator.commit(present, head.model, head.server_state, self.store.blobs)
         now = self._clock.wall_s()
@@ -381,8 +386,9 @@ class Coordinator:
                 for name, value in metrics.items()
             ],
             usage=usage,
+            final=final if final is not None and final.version else None,
         )
-        if rows[0].sums_root or keeps:
+        if any(row.sums_root for row in rows):
             self.store.forget_sums(self._run, before_version=row.version - self._policy.max_staleness)
         return Commit(row, metrics, late_members, now - self._opened_s)
 
@@ -400,30 +406,32 @@ class Coordinator:
             merge_saved(sums, row, self.store.blobs)
         return sums
 
-    def _commit_late(self, present: Accumulator, rows: Sequence[GroupRow], late: Iterable[int]) -> tuple[Index, Index]:
+    def _final(self, rows: Sequence[GroupRow]) -> FinalRow:
+        """The oldest version that something may still be late for after this commit, in its final form."""
         assert self._head is not None
-        blobs = self.store.blobs
+        oldest = max(0, self._head.version + 1 - self._policy.max_staleness)
+        before = max(0, oldest - 1)
+        known = self.store.final(self._run, before)
+        if known is None:
+            row = self.store.get_commit(self._run, before)
+            known = FinalRow(version=before, model=row.model, server_state=row.server_state)
+        if before == oldest:
+            return known
+        sums = self._whole_sum(before, rows)
+        model, state = replay(self._aggregator, (known.model, known.server_state), [sums], self.store.blobs)
+        return FinalRow(version=oldest, model=model, server_state=state)
 
-        def add(row: GroupRow, sums: Accumulator) -> None:
-            merge_saved(sums, row, blobs)
+    def _replay(self, final: FinalRow, rows: Sequence[GroupRow], present: Accumulator) -> tuple[Index, Index]:
+        assert self._head is not None
+        versions = range(final.version, self._head.version)
+        sums = chain((self._whole_sum(version, rows) for version in versions), [present])
+        return replay(self._aggregator, (final.model, final.server_state), sums, self.store.blobs)
 
-        def begin_at(version: int) -> tuple[Index, Index]:
-            begun = self.store.get_commit(self._run, version)
-            return begun.model, begun.server_state
-
-        def sums_of(version: int) -> Accumulator:
-            groups = self.store.groups(self._run, since_version=version)
-            return self._sum_up((), [g for g in groups if g.base_version == version and g.version is not None], None)
-
-        return commit_patched(
-            self._aggregator,
-            present,
-            version=self._head.version,
-            late={version: [partial(add, row) for row in rows if row.base_version == version] for version in late},
-            begin_at=begin_at,
-            sums_of=sums_of,
-            blobs=blobs,
-        )
+    def _whole_sum(self, version: int, rows: Sequence[GroupRow]) -> Accumulator:
+        """The sum of a version before the present one, with what this commit adds to it."""
+        kept = self.store.groups(self._run, since_version=version)
+        taken = [group for group in kept if group.base_version == version and group.version is not None]
+        return self._sum_up((), [*taken, *(row for row in rows if row.base_version == version)], None)
 
     def _closed_row(self, round: int, members: int, *, closed_s: float, reason: str) -> RoundRow:
         row = self._round_row(round)

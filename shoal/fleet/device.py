@@ -191,7 +191,7 @@ class Device:
                 await self._stay(stream, message.counted)
             case "refused":
                 await self._refused(message.refused.reason, message.refused.detail)
-                await self._check_in(stream)
+                await self._stay(stream, message.refused)
             case "released":
                 self.progress.released += 1
                 await self._drop_work()
@@ -249,7 +249,7 @@ class Device:
                 return await stream.send(pb.FromDevice(report=work.report))
         await self._check_in(stream)
 
-    async def _stay(self, stream: Stream, answer: pb.Counted | pb.Released) -> None:
+    async def _stay(self, stream: Stream, answer: pb.Counted | pb.Refused | pb.Released) -> None:
         """Waits for the next assignment: without a word where it has checked in on this stream; or goes away."""
         if not self._stays:
             self._away_s = self._drawn(answer)
@@ -422,7 +422,7 @@ class Device:
         await self._pause(REFUSED_DELAY_S)
         await self._check_in(stream)
 
-    def _drawn(self, answer: pb.Counted | pb.Released | pb.Later) -> float:
+    def _drawn(self, answer: pb.Counted | pb.Refused | pb.Released | pb.Later) -> float:
         """How long to be gone, within the window that the Edge names."""
         low = min(max(0.0, answer.delay_min_s), LONGEST_AWAY_S)
         return float(self._rng.uniform(low, min(max(low, answer.delay_max_s), LONGEST_AWAY_S)))

@@ -133,7 +133,7 @@ class Edge:
         self._fixed: Mapping[str, FixedPoint] = {}
         self._closed: asyncio.Future[tuple[int, ...]] | None = None
         self._is_open = asyncio.Event()
-        self._broken = ""
+        self._broken: dict[int, str] = {}  # groups of which an addition broke off
         self._offer = Offer(plan, Index(()), blobs)
         self._assigned = pb.Assigned()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -172,7 +172,7 @@ class Edge:
         if self._configuration is None or self._configuration.base_version != configuration.base_version:
             self._pace.opened(self._clock.now_s())
             self._offer = Offer(self._plan, model, self._blobs)
-        self._configuration, self._fixed, self._broken = configuration, configuration.fixed(self._manifest), ""
+        self._configuration, self._fixed = configuration, configuration.fixed(self._manifest)
         self._assigned = self._offer.assigned(configuration, run=self._run)
         self._do(self._groups.step(g.Open(configuration.base_version, tuple(taken.items())), self._clock.now_s()))
         for nonce in [n for n in self._held if self._groups.state(n) is None]:
@@ -208,8 +208,10 @@ class Edge:
             self._is_open.clear()
         self._do(self._groups.step(g.Close(final), self._clock.now_s()))
         groups = await self._closed
-        if self._broken:
-            raise StoreError(f"The sum of the group is broken: {self._broken}")
+        if broken := [self._broken.pop(group) for group in groups if group in self._broken]:
+            for group in groups:
+                del self._sums[group], self._costs[group]
+            raise StoreError(f"The sum of a group is broken: {broken[0]}")
         down, up = self._bytes_before
         if groups:
             costs = self._costs[groups[0]]
@@ -391,8 +393,7 @@ class Edge:
         nonce = assignment.nonce
         row: TokenRow | None = None
         if self._place(nonce) is None:
-            await self._until_open()
-            row = await self._coordinator_row(nonce)
+            row = await self._settled(nonce)
         held = self._place(nonce)
         if held is None and row is None and self._takes(assignment):
             held = self._hold(assignment, token, session)
@@ -403,6 +404,15 @@ class Edge:
         elif session is not None:
             session.send(_answer(row, token, self._again()))
         return held, nonce
+
+    async def _settled(self, nonce: bytes) -> TokenRow | None:
+        """What the record says of a nonce, as of the round that is open now."""
+        while True:
+            await self._until_open()
+            before = self._configuration
+            row = await self._coordinator_row(nonce)
+            if self._is_open.is_set() and self._configuration is before:
+                return row
 
     def _place(self, nonce: bytes) -> _Held | None:
         return self._held.get(nonce) if self._groups.state(nonce) is not None else None
@@ -479,8 +489,7 @@ class Edge:
         if (held := self._place(nonce)) is not None:
             received = await self._received(held, nonce)
             return pb.StatusReply(state=pb.StatusReply.PENDING, received=received)
-        await self._until_open()
-        row = await self._coordinator_row(nonce)
+        row = await self._settled(nonce)
         if row is not None and row.state == "counted":
             return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version or 0)
         if row is not None and row.state == "refused":
@@ -551,7 +560,7 @@ class Edge:
         assert held.update is not None and self._configuration is not None
         if group not in self._sums:
             self._sums[group], self._costs[group] = self._configuration.accumulator(self._manifest), Costs()
-        work = (held.update, held.weight, discount, self._sums[group])
+        work = (held.update, held.weight, discount, group)
         self._costs[group].add(held.costs)
         if self._manifest.update_bytes > self._limits.memory_bytes:
             self._spawn(self._add_behind(nonce, held, work))
@@ -559,16 +568,16 @@ class Edge:
         self._add_pieces(*work)
         self._added(nonce, held)
 
-    async def _add_behind(self, nonce: bytes, held: _Held, work: tuple[StagedUpdate, int, float, Accumulator]) -> None:
+    async def _add_behind(self, nonce: bytes, held: _Held, work: tuple[StagedUpdate, int, float, int]) -> None:
         await _in_thread(self._add_pieces, *work)
         self._added(nonce, held)
 
-    def _add_pieces(self, update: StagedUpdate, weight: int, discount: float, sums: Accumulator) -> None:
+    def _add_pieces(self, update: StagedUpdate, weight: int, discount: float, group: int) -> None:
         try:
-            sums.add_checked(update.pieces(), weight=weight, discount=discount)
+            self._sums[group].add_checked(update.pieces(), weight=weight, discount=discount)
         except Exception as error:  # half of it may be in the sum: nothing can be done with that any more
             log.exception("an update could not be added")
-            self._broken = f"an update could not be added: {error}"
+            self._broken[group] = f"an update could not be added: {error}"
 
     def _added(self, nonce: bytes, held: _Held) -> None:
         self._forget(held)
@@ -576,6 +585,8 @@ class Edge:
 
     def _merge(self, source: int, target: int) -> None:
         sums, costs = self._sums.pop(source), self._costs.pop(source)
+        if source in self._broken:
+            self._broken[target] = self._broken.pop(source)
         if target not in self._sums:
             self._sums[target], self._costs[target] = sums, costs
             return

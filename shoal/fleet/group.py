@@ -88,7 +88,7 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """The sums are wanted: at the round's end, or (not `final`) of the present group, to be kept while the round goes on."""
+    """The sums are wanted: all at the round's end, or (not `final`) those of full groups, to be kept while it goes on."""
 
     final: bool = True
 
@@ -272,10 +272,7 @@ class ClearGroups:
                 self._is_open = self._is_ending = False
                 return self._end("counted", version)
             case Failed(why):
-                self._is_open = self._is_ending = False
-                for number in self._closed:
-                    self._room[self._groups[number].version] += len(self._groups[number].members)
-                return self._end("refused", 0, reason="failed", detail=why)
+                return self._fail(why)
         raise InvalidTransition(f"{event} is not allowed; open: {self._is_open}, closing: {self._closing}.")
 
     def _new_group(self, version: int) -> int:
@@ -313,7 +310,8 @@ class ClearGroups:
             else:
                 merged.append(Merge(number, self._present))
                 self._groups[self._present].members += group.members
-                self._room[self._version] -= len(group.members)
+                if group.version != self._version:
+                    self._room[self._version] -= len(group.members)
         return merged
 
     def _close(self, close: Close) -> list[Command]:
@@ -326,22 +324,31 @@ class ClearGroups:
 
     def _finish_closing(self) -> list[Command]:
         close = self._closing
-        if close is None or self._adding is not None:
+        if close is None:
             return []
-        if close.final and (adding := self._add_next()):  # those who have finished are used
+        if not close.final:
+            return self._close_full_groups()
+        if self._adding is not None:
+            return []
+        if adding := self._add_next():  # those who have finished are used
             return adding
-        if close.final and any(state is Member.OFFERED for state in self._states.values()):
+        if any(state is Member.OFFERED for state in self._states.values()):
             return []  # they are being checked
         self._closing = None
         told: list[Command] = []
-        if close.final:
-            for nonce in list(self._queue):  # no room for them
-                told += self._release(nonce, "the round has what it needs")
-        wanted = self._groups if close.final else [self._present]
-        self._closed = tuple(n for n in wanted if len(self._groups[n].members) >= self._policy.minimum_group)
-        if not close.final and self._closed:
-            self._present = self._new_group(self._version)
-        return [*told, Closed(self._closed), *self._add_next()]
+        for nonce in list(self._queue):  # no room for them
+            told += self._release(nonce, "the round has what it needs")
+        minimum = self._policy.minimum_group
+        self._closed = tuple(n for n, group in self._groups.items() if len(group.members) >= minimum)
+        return [*told, Closed(self._closed)]
+
+    def _close_full_groups(self) -> list[Command]:
+        self._roll()
+        full = [n for n, group in self._groups.items() if n != self._present and group.version == self._version]
+        if self._adding is not None and any(self._adding in self._groups[n].members for n in full):
+            return []
+        self._closing, self._closed = None, tuple(full)
+        return [Closed(self._closed)]
 
     def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[Command]:
         told: list[Command] = []
@@ -351,6 +358,16 @@ class ClearGroups:
                 told.append(Tell(nonce, outcome, version=version, reason=reason, detail=detail))
         self._closed = ()
         return told
+
+    def _fail(self, why: str) -> list[Command]:
+        gone: list[Command] = []
+        for number in self._closed:
+            self._room[self._groups[number].version] += len(self._groups[number].members)
+            if not self._is_ending:  # else the round begins anew, and forgets everybody
+                gone += [ReleaseMember(nonce) for nonce in self._groups[number].members]
+        if self._is_ending:
+            self._is_open = self._is_ending = False
+        return self._end("refused", 0, reason="failed", detail=why) + gone
 
     # Members.
 
@@ -383,6 +400,7 @@ class ClearGroups:
             version = self._versions[nonce] if self._policy.late.kind == "patch" else self._version
             if self._room.setdefault(version, self._most) <= 0:
                 continue
+            self._roll()
             self._queue.remove(nonce)
             self._room[version] -= 1
             self._adding, self._states[nonce] = nonce, Member.ADDING
@@ -390,6 +408,14 @@ class ClearGroups:
             self._groups[group].members.append(nonce)
             return [Add(nonce, group, self._policy.discount(staleness))]
         return []
+
+    def _roll(self) -> None:
+        """A new present group where the last is full, unless what is left to the goal could not be a group of its own."""
+        added = self._most - self._room[self._version]
+        left = self._policy.commit_at - added
+        is_full = 0 < self._policy.group_size <= len(self._groups[self._present].members)
+        if is_full and left >= self._policy.minimum_group:
+            self._present = self._new_group(self._version)
 
     def _late_group(self, version: int) -> int:
         late = [n for n, group in self._groups.items() if group.version == version and n != self._present]

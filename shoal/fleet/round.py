@@ -36,7 +36,7 @@ one; tokens that devices still hold join its first round as if it had assigned t
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -49,6 +49,7 @@ from shoal.policy import RoundPolicy
 
 OVERHEAD_S: Final = 1.0
 """What a round is taken to cost besides waiting for reports, before one has been measured."""
+SHORTEST_S: Final = 1e-3
 
 
 class Phase(Enum):
@@ -268,6 +269,7 @@ class RoundMachine:
         self._late = 0
         self._unstored = 0
         self._safe: set[bytes] = set()  # those of the counted that are in the record already
+        self._open: set[bytes] = set()  # members of the present group, late ones too
         self._gave_way: set[bytes] = set()  # released in this version: taken again only when nobody else waits
         self._deadline_s: float | None = None
         self._wake_s: float | None = None
@@ -277,7 +279,8 @@ class RoundMachine:
         self._nonces: dict[str, bytes] = {}  # of this version, as they are needed
         self._times = ReportTimes()
         self._assigned_s: dict[bytes, float] = {}
-        self._selected_s = self._closed_s = self._overhead_s = 0.0
+        self._selected_s = self._closed_s = 0.0
+        self._overhead_s: float | None = None  # from the close of a round to the assignment of the next
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -317,7 +320,8 @@ class RoundMachine:
                 if self.policy.selection.kind != "exact":  # there nobody can take its place
                     self._forget_member(nonce)
             case Stored(nonces):
-                self._safe |= nonces
+                self._safe |= nonces & self._counted
+                self._open -= nonces
             case Committed(version) if self._phase is Phase.COMMITTING and version == self._version + 1:
                 self._commit_done(version, now_s)
                 commands += self._next_round(now_s)
@@ -365,14 +369,17 @@ class RoundMachine:
             return  # it was added before the last commit, and is in it
         assert nonce not in self._counted, "invariant (2)"
         self._unstored += 1
-        if staleness and not self.policy.buffer:
-            self._late += 1
-        else:
+        self._late += staleness > 0
+        if not staleness or self.policy.late.kind != "patch":
+            self._open.add(nonce)
+        if not staleness or self.policy.buffer:
             self._counted.add(nonce)
 
     def _release(self, nonce: bytes) -> None:
         self._gave_way.add(nonce)
         self._assigned_s.pop(nonce, None)
+        self._counted.discard(nonce)  # its group could not be stored
+        self._open.discard(nonce)
         self._released += self._forget_member(nonce)
 
     def _forget_member(self, nonce: bytes) -> bool:
@@ -413,7 +420,7 @@ class RoundMachine:
         return [WakeAt(time_s)]
 
     def _forget_round(self) -> None:
-        self._outstanding, self._counted, self._safe, self._gave_way = set(), set(), set(), set()
+        self._outstanding, self._counted, self._safe, self._gave_way, self._open = set(), set(), set(), set(), set()
         self._late = self._unstored = 0
         self._assigned_s.clear()
         self._nonces.clear()
@@ -427,7 +434,6 @@ class RoundMachine:
             if nonce not in kept:
                 self._times.still_out(self._closed_s - at_s)
         self._times.fade()
-        self._overhead_s = now_s - self._closed_s
         self._version = version
         self._forget_round()
         self._assigned_s = kept
@@ -466,6 +472,8 @@ class RoundMachine:
         if ready < wanted and not (window_over and can_start):
             return self._abandon("stopped", now_s) if self._stopping else []
         self._selected_s = now_s
+        if self._closed_s:
+            self._overhead_s = max(SHORTEST_S, now_s - self._closed_s)
         entered = self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)
         return [*entered, *self._assign(wanted, now_s), *self._report(now_s)]
 
@@ -480,7 +488,7 @@ class RoundMachine:
             if now_s >= closes_s:
                 return self._commit("window" if now_s >= self._deadline_s else "waiting did not pay", now_s)
             wake = self._wake(closes_s)
-        elif now_s >= self._deadline_s:
+        elif now_s >= self._deadline_s or (self._stopping and not self._outstanding and not self._behind):
             return self._abandon(f"{len(self._counted)} of at least {policy.minimum} reported in the window", now_s)
         else:
             wake = self._wake(self._deadline_s)
@@ -497,28 +505,25 @@ class RoundMachine:
     @property
     def _committable(self) -> int:
         """Updates that a commit would take in now: beside what is stored, a group of its own or nothing."""
-        open_ones = len(self._counted) - len(self._safe)
-        return len(self._safe) + (open_ones if open_ones >= self.policy.minimum_group else 0)
+        return len(self._counted) if len(self._open) >= self.policy.minimum_group else len(self._safe)
 
     def _closes_s(self, now_s: float) -> float:
         """When the round closes if nothing more comes: at its deadline, or before that when waiting stops to pay."""
         assert self._deadline_s is not None
-        if not self.policy.adaptive or self.policy.buffer or self.policy.selection.kind == "exact":
+        # Where late work is discarded, to close early is to throw more of it away.
+        if not self.policy.adaptive or not self.policy.max_staleness or self.policy.buffer:
             return self._deadline_s
         return self._selected_s + closes_at(
             self._times,
             counted=len(self._counted),
             outstanding=len(self._outstanding),
             since_s=now_s - self._selected_s,
-            overhead_s=self._overhead_s or OVERHEAD_S,
+            overhead_s=OVERHEAD_S if self._overhead_s is None else self._overhead_s,
             until_s=self._deadline_s - self._selected_s,
         )
 
     def _store_is_due(self) -> bool:
-        # Not when what is left to the goal could not be a group of its own.
-        left = self.policy.commit_at - len(self._counted)
-        size = self.policy.group_size
-        return 0 < size <= self._unstored and left >= self.policy.minimum_group
+        return 0 < self.policy.group_size <= self._unstored
 
     def _commit(self, reason: str, now_s: float) -> list[Command]:
         self._closed_s = now_s
@@ -544,10 +549,15 @@ class RoundMachine:
 
     def _draw(self, wanted: int) -> tuple[str, ...]:
         able = self._able()
-        order = self._rng.permutation(len(able)) if len(able) > wanted else range(len(able))
+        order: Iterable[int] = range(len(able))
+        if len(able) > wanted:
+            few = min(len(able), 4 * wanted + 16)  # nearly always enough; else all of them, in any order
+            drawn = self._rng.choice(len(able), few, replace=False).tolist()
+            enough = sum(self._may_be_taken(able[number]) for number in drawn) >= wanted
+            order = drawn if enough else self._rng.permutation(len(able)).tolist()
         chosen: list[int] = []
         again: list[int] = []  # whose update was refused would send the same: it comes after all others
-        for number in map(int, order):
+        for number in order:
             if len(chosen) == wanted:
                 break
             if self._may_be_taken(able[number]):

@@ -18,6 +18,11 @@ LAST_VERSION: Final = Prepared(select(func.max(COMMITS.c.version)).where(COMMITS
 LAST_GROUP: Final = Prepared(select(func.max(GROUPS.c.number)).where(GROUPS.c.run_id == _RUN))
 FIND_INDEX: Final = Prepared(select(INDEXES.c.data).where(INDEXES.c.root == bindparam("root_is")))
 ONE_COMMIT: Final = select(COMMITS).where(COMMITS.c.run_id == _RUN, COMMITS.c.version == _NUMBER)
+SET_FINAL: Final = (
+    update(COMMITS)
+    .where(COMMITS.c.run_id == _RUN, COMMITS.c.version == _NUMBER)
+    .values(final_model_root=bindparam("model"), final_server_state_root=bindparam("state"))
+)
 ALL_ROUNDS: Final = select(ROUNDS).where(ROUNDS.c.run_id == _RUN).order_by(ROUNDS.c.number)
 ROUND_STATE: Final = Prepared(select(ROUNDS.c.state).where(ROUNDS.c.run_id == _RUN, ROUNDS.c.number == _NUMBER))
 CLOSE_ROUND: Final = Prepared(

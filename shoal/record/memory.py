@@ -19,6 +19,7 @@ from shoal.record.blobs import check_hash, check_piece, check_size, missing, sha
 from shoal.record.store import (
     CommitRow,
     EventRow,
+    FinalRow,
     GroupRow,
     MetricRow,
     RoundRow,
@@ -108,6 +109,7 @@ class _Run:
     metrics: list[MetricRow] = field(default_factory=list)
     usage: list[UsageRow] = field(default_factory=list)
     events: list[EventRow] = field(default_factory=list)
+    finals: dict[int, FinalRow] = field(default_factory=dict)
 
     @property
     def last_version(self) -> int | None:
@@ -116,7 +118,7 @@ class _Run:
     def copy(self) -> "_Run":
         return _Run(
             self.row, list(self.commits), dict(self.rounds), dict(self.groups), dict(self.tokens), list(self.metrics),
-            list(self.usage), list(self.events),
+            list(self.usage), list(self.events), dict(self.finals),
         )  # fmt: skip
 
 
@@ -203,8 +205,9 @@ class MemoryStore:
             rounds = self._run(run_id).rounds
             return [rounds[number] for number in sorted(rounds)]
 
-    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted) -> int:
+    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted, usage: Sequence[UsageRow] = ()) -> int:
         _checks.check_new_group(group)
+        _checks.check_usage(usage)
         _checks.check_counted(counted)
         self._need_blobs([group.sums_root])
         with self._lock:
@@ -214,6 +217,7 @@ class MemoryStore:
             number = len(run.groups) + 1
             run.groups[number] = replace(group, number=number)
             run.tokens.update(_counted(counted, version=None, group=number))
+            run.usage.extend(usage)
             return number
 
     def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
@@ -253,6 +257,7 @@ class MemoryStore:
         counted: Counted = (),
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
+        final: FinalRow | None = None,
     ) -> None:
         _checks.check_commit(commit, round, groups, counted)
         _checks.check_metrics(metrics)
@@ -273,6 +278,13 @@ class MemoryStore:
             self._apply(run, commit, round, groups, counted)
             run.metrics.extend(replace(row, value=float(row.value)) for row in metrics)
             run.usage.extend(usage)
+            if final is not None:
+                _need_version(run, final.version)
+                run.finals[final.version] = final
+
+    def final(self, run_id: str, version: int) -> FinalRow | None:
+        with self._lock:
+            return self._run(run_id).finals.get(version)
 
     def _apply(
         self, run: _Run, commit: CommitRow, round: RoundRow | None, groups: Sequence[GroupRow], counted: Counted

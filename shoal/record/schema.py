@@ -86,6 +86,9 @@ COMMITS: Final = Table(
     Column("members", BigInteger, nullable=False),
     Column("weight", BigInteger, nullable=False),
     Column("created_s", Double, nullable=False),
+    # The version with all that came late for those before it, once nothing more can; null where nothing is patched.
+    Column("final_model_root", Text, ForeignKey("indexes.root")),
+    Column("final_server_state_root", Text, ForeignKey("indexes.root")),
     ForeignKeyConstraint(["run_id", "follows"], ["commits.run_id", "commits.version"]),
     CheckConstraint(
         "(version = 0 AND follows IS NULL) OR (version > 0 AND follows IS NOT NULL AND follows = version - 1)"

@@ -10,6 +10,7 @@ written before, at two fsyncs each. Reads use a connection of their own and neve
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -25,6 +26,7 @@ from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUND
 from shoal.record.store import (
     CommitRow,
     EventRow,
+    FinalRow,
     GroupRow,
     MetricRow,
     RoundRow,
@@ -168,14 +170,16 @@ class SqliteStore:
         with self._read(run_id) as connection:
             return [_rows.round_row(row._asdict()) for row in connection.execute(sql.ALL_ROUNDS, {"run": run_id})]
 
-    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted) -> int:
+    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted, usage: Sequence[UsageRow] = ()) -> int:
         _checks.check_new_group(group)
+        _checks.check_usage(usage)
         _checks.check_counted(counted)
         self._need_groups([group])
         with self._settling(run_id, counted), self._write(run_id) as connection:
             _need_version(connection, run_id, group.base_version)
             number = _add_group(connection, run_id, group, version=None)
             sql.ADD[TOKENS].run_many(connection, _rows.counted_values(run_id, counted, version=None, group=number))
+            sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
         return number
 
     def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
@@ -214,18 +218,20 @@ class SqliteStore:
         counted: Counted = (),
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
+        final: FinalRow | None = None,
     ) -> None:
         _checks.check_commit(commit, round, groups, counted)
         _checks.check_metrics(metrics)
         _checks.check_usage(usage)
         self._need_groups(groups)
-        self._need_blobs([entry.hash for index in (commit.model, commit.server_state) for entry in index])
+        indexes = [commit.model, commit.server_state, *((final.model, final.server_state) if final is not None else ())]
+        self._need_blobs([entry.hash for index in indexes for entry in index])
         with self._settling(run_id, counted), self._write(run_id) as connection:
             last = sql.LAST_VERSION.scalar(connection, {"run": run_id})
             if commit.version != (0 if last is None else last + 1):
                 raise _checks.wrong_version(run_id, commit.version, last)
-            _add_index(connection, commit.model)
-            _add_index(connection, commit.server_state)
+            for index in indexes:
+                _add_index(connection, index)
             sql.ADD[COMMITS].run(connection, _rows.commit_values(run_id, commit))
             if round is not None and not _close_round(connection, run_id, round):
                 sql.ADD[ROUNDS].run(connection, _rows.round_values(run_id, round))
@@ -235,6 +241,20 @@ class SqliteStore:
             )
             sql.ADD[METRICS].run_many(connection, _rows.metric_values(run_id, metrics))
             sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
+            if final is not None:
+                _need_version(connection, run_id, final.version)
+                roots = {"model": final.model.root, "state": final.server_state.root}
+                connection.execute(sql.SET_FINAL, {"run": run_id, "at": final.version, **roots})
+
+    def final(self, run_id: str, version: int) -> FinalRow | None:
+        with self._read(run_id) as connection:
+            row = connection.execute(sql.ONE_COMMIT, {"run": run_id, "at": version}).one_or_none()
+            if row is None or row.final_model_root is None:
+                return None
+            read = partial(self._index, connection)
+            return FinalRow(
+                version=version, model=read(row.final_model_root), server_state=read(row.final_server_state_root)
+            )
 
     def last_version(self, run_id: str) -> int | None:
         with self._read(run_id) as connection:
@@ -350,13 +370,13 @@ class SqliteStore:
                 self._need_blobs([group.sums_root])
 
     def _commit_row(self, connection: Connection, values: _rows.Values) -> CommitRow:
-        def read_index(root: str) -> Index:
-            data = str(sql.FIND_INDEX.scalar(connection, {"root_is": root})).encode()
-            if sha256(data) != root:
-                raise StoreError(f"Index {root} in {self._path} is damaged. Restore the file from a copy.")
-            return Index.parse(data)
+        return _rows.commit_row(values, partial(self._index, connection))
 
-        return _rows.commit_row(values, read_index)
+    def _index(self, connection: Connection, root: str) -> Index:
+        data = str(sql.FIND_INDEX.scalar(connection, {"root_is": root})).encode()
+        if sha256(data) != root:
+            raise StoreError(f"Index {root} in {self._path} is damaged. Restore the file from a copy.")
+        return Index.parse(data)
 
     def _backup(self, version: int) -> Path:
         """`record.sqlite.schema-1`, or with another ending where that exists."""

@@ -106,6 +106,15 @@ class CommitRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class FinalRow:
+    """A version as it would be had everything that came late for the versions before it come in time."""
+
+    version: int
+    model: Index
+    server_state: Index
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class MetricRow:
     """One value of one metric."""
 
@@ -225,7 +234,9 @@ class Store(Protocol):
 
     def rounds(self, run_id: str) -> Sequence[RoundRow]: ...
 
-    def add_group(self, run_id: str, group: GroupRow, *, counted: Sequence[tuple[bytes, float]]) -> int:
+    def add_group(
+        self, run_id: str, group: GroupRow, *, counted: Sequence[tuple[bytes, float]], usage: Sequence[UsageRow] = ()
+    ) -> int:
         """Keeps a closed group (`number` 0) that no commit holds yet, with its nonces; returns the number it was given.
 
         From here on its devices may be told *counted*; a round that fails keeps it for a later commit.
@@ -254,6 +265,7 @@ class Store(Protocol):
         counted: Sequence[tuple[bytes, float]] = (),
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
+        final: FinalRow | None = None,
     ) -> None:
         """Writes one version and all that it means, in one transaction.
 
@@ -266,6 +278,7 @@ class Store(Protocol):
             counted: (nonce, expiry in epoch seconds) of every contribution in it that no waiting group has brought.
             metrics: Values known at the commit.
             usage: What the round cost.
+            final: What an earlier version has become, now that nothing can come late for it any more.
 
         Raises:
             StoreError: the version does not follow the last one, a nonce was settled before, a round or group is closed
@@ -277,6 +290,9 @@ class Store(Protocol):
     def last_commit(self, run_id: str) -> CommitRow | None: ...
     def get_commit(self, run_id: str, version: int) -> CommitRow: ...
     def commits(self, run_id: str) -> Iterator[CommitRow]: ...
+    def final(self, run_id: str, version: int) -> FinalRow | None:
+        """A version with all that came late for those before it; None while that is open, or where nothing is patched."""
+        ...
 
     def token(self, run_id: str, nonce: bytes) -> TokenRow | None: ...
     def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None:

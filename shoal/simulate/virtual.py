@@ -77,7 +77,7 @@ class VirtualPopulation:
     daily_swing: float = 4.0
     """Devices that may serve at the busiest hour, over those at the quietest."""
     window_hours: float = 3.0
-    """Mean length of the time a day in which a device may serve (log-normal, sigma 0.5)."""
+    """Mean length of the time a day in which a device may serve (log-normal, sigma 0.5); 24: always, every device."""
     train_s: float = 60.0
     """Median seconds that a round's training takes."""
     speed_sigma: float = 0.7
@@ -254,14 +254,17 @@ class VirtualFleet:
         self._down_s, self._up_s = 8e-6 * model_bytes / down, 8e-6 * update_bytes / up
         self._bytes = model_bytes, update_bytes
         mean_s = population.window_hours * 3600.0
-        self._window_s = np.minimum(rng.lognormal(np.log(mean_s) - 0.125, 0.5, n), DAY_S)
+        self._window_s = rng.lognormal(np.log(mean_s) - 0.125, 0.5, n)
+        self._window_s[self._window_s >= DAY_S] = np.inf
+        if population.window_hours >= 24.0:
+            self._window_s[:] = np.inf
         # The number of open windows swings as 1 + a cos; a window of length w smooths the swing of where windows lie.
         swing = (population.daily_swing - 1.0) / (population.daily_swing + 1.0)
         amplitude = min(0.999, swing / float(np.sinc(mean_s / DAY_S)))
         grid = np.linspace(0.0, 1.0, 4097)
         share_before = grid + amplitude * np.sin(2 * np.pi * grid) / (2 * np.pi)
         centre_s = np.interp(rng.random(n), share_before, grid) * DAY_S
-        self._start_s = (centre_s - self._window_s / 2) % DAY_S
+        self._start_s = (centre_s - np.minimum(self._window_s, DAY_S) / 2) % DAY_S
         self._ends_s = np.zeros(n)
 
     def _begin_days(self) -> None:

@@ -25,9 +25,12 @@ STORED = replace(UNIFORM, goal=5, group_size=2, late=Late.discount(0.5, max_stal
 ASYNCHRONOUS = replace(
     UNIFORM, goal=2, minimum_fraction=1.0, buffer=2, concurrency=4, late=Late.discount(0.5, max_staleness=2)
 )
+EXACT_STORED = toy.exact(
+    "0", "1", "2", "3", "4", minimum_group=2, group_size=2, selection_window_s=20.0, reporting_window_s=30.0
+)
 POLICIES = {
     "exact": EXACT, "uniform": UNIFORM, "surplus": SURPLUS, "late": LATE, "patched": PATCHED, "stored": STORED,
-    "asynchronous": ASYNCHRONOUS,
+    "asynchronous": ASYNCHRONOUS, "exact_stored": EXACT_STORED,
 }  # fmt: skip
 NUM_DEVICES = 6
 
@@ -67,7 +70,7 @@ def any_faults(name: str, seed: int) -> Faults:
         amnesia=rng.choice([0.0, 0.02, 0.1]),
         bad=rng.choice([0.0, 0.1]),
         stop=rng.choice([0.0, 0.0, 0.01]),
-        dead=("5", "2") if name != "exact" and rng.random() < 0.3 else (),
+        dead=("5", "2") if not name.startswith("exact") and rng.random() < 0.3 else (),
     )
 
 

@@ -40,8 +40,10 @@ def policy(late: Late = DISCARD, *, minimum_group: int = 1, **changes: Any) -> R
     return RoundPolicy(**{"goal": 2, "minimum_group": minimum_group, "over_selection": 1.0, "late": late, **changes})
 
 
-def opened(late: Late = DISCARD, *, most: int = 3, minimum_group: int = 1, version: int = 0) -> ClearGroups:
-    groups = ClearGroups(policy(late, minimum_group=minimum_group), most=most)
+def opened(
+    late: Late = DISCARD, *, most: int = 3, minimum_group: int = 1, version: int = 0, **changes: Any
+) -> ClearGroups:
+    groups = ClearGroups(policy(late, minimum_group=minimum_group, **changes), most=most)
     groups.step(Open(version), 0.0)
     return groups
 
@@ -195,7 +197,7 @@ def test_a_late_group_below_the_minimum_waits_and_is_never_lost() -> None:
 
 
 def test_a_group_is_stored_while_the_round_goes_on() -> None:
-    groups = opened(most=9, minimum_group=2)
+    groups = opened(most=9, minimum_group=2, group_size=2, goal=6)
     add(groups, A, B)
     groups.step(Joined(C, 0), 0.0)
     (closed,) = groups.step(Close(final=False), 0.0)
@@ -204,6 +206,25 @@ def test_a_group_is_stored_while_the_round_goes_on() -> None:
     assert groups.step(Stored(), 0.0) == [Tell(A, "counted"), Tell(B, "counted")]
     (adding,) = groups.step(Checked(C), 0.0)
     assert isinstance(adding, Add) and adding.group not in closed.groups
+
+
+def test_no_group_is_begun_that_could_not_be_one() -> None:
+    groups = opened(most=9, minimum_group=2, group_size=2, goal=3)
+    add(groups, A, B, C)
+    (closed,) = groups.step(Close(final=False), 0.0)
+    assert closed == Closed(()), "one would be left over: it stays with the others"
+    (closed,) = groups.step(Close(), 0.0)
+    assert isinstance(closed, Closed) and groups.members(closed.groups[0]) == (A, B, C)
+
+
+def test_a_group_that_could_not_be_stored_frees_its_members() -> None:
+    groups = opened(most=9, minimum_group=2, group_size=2, goal=6)
+    add(groups, A, B)
+    groups.step(Close(final=False), 0.0)
+    said = groups.step(Failed("no"), 0.0)
+    assert [c.outcome for c in said if isinstance(c, Tell)] == ["refused", "refused"]
+    assert {c.nonce for c in said if isinstance(c, ReleaseMember)} == {A, B}
+    assert CountMember(A, 0) in add(groups, A), "the round goes on, and they may try again"
 
 
 def test_a_failed_commit_gives_its_room_back() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import WeightedMean
 from shoal.aggregate.sums import save_sums
 from shoal.clock import SystemClock
+from shoal.errors import StoreUnavailable
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.costs import Costs
@@ -114,18 +116,38 @@ IN_TIME = [[(0, [1, 2, 3])], [(1, [1, 2])], [(2, [4])], [(3, [1, 5])]]
         [[(0, [1, 2])], [(1, [1, 2]), (0, [3])], [(2, [4])], [(3, [1, 5])]],
         [[(0, [1])], [(1, [1, 2])], [(2, [4]), (0, [2])], [(3, [1, 5]), (0, [3])]],
         [[(0, [1, 2])], [(1, [1])], [(2, [4]), (1, [2]), (0, [3])], [(3, [1, 5])]],
+        [[(0, [1, 2])], [(1, [1]), (0, [3])], [(2, [4]), (1, [2])], [(3, [1, 5])]],
+        [[(0, [1])], [(1, [1]), (0, [3])], [(2, [4]), (1, [2])], [(3, [5]), (0, [2])], [(4, [1]), (3, [1])]],
     ],
 )
 def test_patched_in_late_updates_give_the_bits_of_the_run_in_which_they_were_in_time(
     rule: ServerRule, late: list[Any]
 ) -> None:
     made = plan(rule)
-    assert model(run(made, late)) == model(run(made, IN_TIME))
+    in_time = IN_TIME if len(late) == 4 else [*IN_TIME, [(4, [1])]]
+    assert model(run(made, late)) == model(run(made, in_time))
 
 
 def test_without_the_late_update_the_bits_are_others() -> None:
     made = plan(ServerRule())
     assert model(run(made, [[(0, [1, 2])], *IN_TIME[1:]])) != model(run(made, IN_TIME))
+
+
+def test_over_many_versions_whatever_came_late_is_in_the_model() -> None:
+    rng = np.random.default_rng(0)
+    made, versions = plan(RULES[2]), 30
+    in_time: list[dict[int, list[int]]] = [{version: []} for version in range(versions)]
+    late: list[dict[int, list[int]]] = [{version: []} for version in range(versions)]
+    for version in range(versions):
+        for member in range(1, 5):
+            age = int(rng.choice([0, 0, 1, 2, 3])) if member > 1 else 0
+            age = min(age, versions - 1 - version)
+            in_time[version][version].append(member)
+            late[version + age].setdefault(version, []).append(member)
+    scripts = [[list(commit.items()) for commit in script] for script in (in_time, late)]
+    assert model(run(made, scripts[1])) == model(run(made, scripts[0]))
+    store = run(made, scripts[1][:12])
+    assert model(run(made, scripts[1][12:], store)) == model(run(made, scripts[0])), "a restart changes nothing"
 
 
 def test_a_coordinator_that_starts_again_patches_all_the_same() -> None:
@@ -177,6 +199,58 @@ async def test_a_live_device_that_is_late_is_discounted() -> None:
             await fleet.tasks[0]
         assert fleet.model["params/w"][0] == pytest.approx(1.0 + (1.0 + 0.5 * 4.0) / 2)
         assert fleet.members == [0, 1, 2]
+
+
+@toy.in_loop
+async def test_an_addition_that_broke_off_is_in_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RoundPolicy(goal=2, minimum_group=2, over_selection=1.0, reporting_window_s=0.4, selection_window_s=0.1)
+    made = toy.plan(policy)
+    real, broken = Accumulator.add_checked, []
+
+    def break_once(self: Accumulator, pieces: Any, **settings: Any) -> None:
+        real(self, pieces, **settings)
+        if not broken:
+            broken.append(True)
+            raise RuntimeError("it broke off, with half of it added")
+
+    monkeypatch.setattr(Accumulator, "add_checked", break_once)
+    async with toy.fleet(made, rounds=1) as fleet:
+        async with toy.peer(fleet.link, "a") as a, toy.peer(fleet.link, "b") as b:
+            await a.check_in()
+            await b.check_in()
+            (_, first), (_, second) = await asyncio.gather(a.hear(), b.hear())
+            await a.say(report=toy.report(first.token, toy.update(made, 100.0)))
+            hearing = asyncio.create_task(a.hear())
+            await asyncio.sleep(0.6)  # the round is abandoned, its group goes on
+            await b.say(report=toy.report(second.token, toy.update(made, 1.0)))
+            told = await asyncio.gather(hearing, b.hear())
+            assert {kind for kind, _ in told} == {"refused"}, "half an update is nobody's"
+        fleet.start(*(toy.device(name, fleet.link) for name in "ab"))
+        await fleet.tasks[0]
+        assert fleet.model["params/w"][0] == 1.0 and not fleet.host.edge._sums
+
+
+@toy.in_loop
+async def test_a_disk_that_fails_while_a_group_is_stored_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RoundPolicy(goal=4, minimum_group=2, over_selection=1.0, group_size=2)
+    made, store = toy.plan(policy), MemoryStore()
+    real, failures = store.add_group, ["before", "after"]
+
+    def full(*args: Any, **named: Any) -> int:
+        when = failures.pop(0) if failures else ""
+        if when == "before":
+            raise StoreUnavailable("no space left")
+        number = real(*args, **named)
+        if when == "after":
+            raise StoreUnavailable("it was written, but who knows")
+        return number
+
+    monkeypatch.setattr(store, "add_group", full)
+    monkeypatch.setattr("shoal.fleet.coordinator.RETRY_S", (0.01, 0.02))
+    async with toy.fleet(made, rounds=1, store=store) as fleet:
+        fleet.start(*(toy.device(name, fleet.link) for name in "abcd"))
+        await fleet.tasks[0]
+        assert fleet.members == [0, 4] and not failures
 
 
 @toy.in_loop

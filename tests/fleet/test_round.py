@@ -281,6 +281,28 @@ def test_an_addition_that_is_heard_of_after_its_commit_does_not_count_twice() ->
     assert made.snapshot().counted == 0 and made.snapshot().outstanding == 0
 
 
+def test_late_ones_in_a_stored_group_do_not_stand_for_others() -> None:
+    policy = replace(STORING, late=Late.discount(0.5, max_staleness=2), minimum_fraction=0.5)
+    made = selecting(policy, last_version=9)
+    arrive(made, "abcdef")
+    count(made, "abcdef")
+    made.step(r.Committed(1), 2.0)
+    arrive(made, "ghijkl", 3.0)
+    for device in "ab":
+        made.step(r.Counted(nonce(0, device + "x"), 1, 1), 4.0)
+    made.step(r.Stored(frozenset({nonce(0, "ax"), nonce(0, "bx")})), 4.0)
+    assert made._committable == 0
+    assert made.step(r.Tick(), 1e4)[-1] == r.AbandonRound(2, "0 of at least 3 reported in the window")
+
+
+def test_silent_devices_of_an_asynchronous_round_give_up_their_place() -> None:
+    made = machine(ASYNCHRONOUS, last_version=9)
+    made.step(r.Started(0, 0), 0.0)
+    assert len(arrive(made, "abcdef")) == 3
+    made.step(r.Tick(), 300.0)
+    assert len(assigned(made.step(r.Abandoned(), 300.0))) == 3, "invariant (6)"
+
+
 ASYNCHRONOUS = RoundPolicy(
     goal=2, minimum_group=2, minimum_fraction=1.0, buffer=2, concurrency=3, late=Late.discount(1.0, max_staleness=5)
 )
@@ -298,7 +320,10 @@ def test_asynchronous_rounds_keep_a_number_of_devices_busy_and_count_every_updat
 
 
 def test_a_round_closes_when_waiting_does_not_pay() -> None:
-    policy = RoundPolicy(goal=20, minimum_group=8, minimum_fraction=0.5, over_selection=1.0, reporting_window_s=1000.0)
+    policy = RoundPolicy(
+        goal=20, minimum_group=8, minimum_fraction=0.5, over_selection=1.0, reporting_window_s=1000.0,
+        late=Late.patch(max_staleness=1),
+    )  # fmt: skip
     names = [f"d{i}" for i in range(20)]
     made, closed = machine(policy, last_version=9), []
     made.step(r.Started(0, 0), 0.0)

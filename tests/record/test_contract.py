@@ -10,6 +10,7 @@ import pytest
 
 from shoal.errors import StoreError
 from shoal.record import EventRow, MemoryStore, RoundRow, Store, abandon_open_rounds, open_store, put_tensors, take_up
+from shoal.record.store import FinalRow
 from shoal.tensors import Entry, Index, TensorSpec, sha256
 from tests.record.builders import (
     EMPTY,
@@ -175,6 +176,17 @@ def test_sums_are_kept_while_they_may_be_wanted(store: Store) -> None:
     assert [row.sums_root for row in store.groups("run")] == ["", kept[1], ""]
     assert [store.blobs.has(hash) for hash in kept] == [False, True, False]
     assert store.forget_sums("run", before_version=2) == 0
+
+
+def test_a_version_gets_its_final_form_with_a_later_commit(store: Store) -> None:
+    with_initial(store)
+    store.commit("run", commit_row(store, 1), round=round_row())
+    assert store.final("run", 1) is None
+    other = commit_row(store, 9)
+    final = FinalRow(version=1, model=other.model, server_state=other.server_state)
+    store.commit("run", commit_row(store, 2), round=round_row(2), final=final)
+    assert store.final("run", 1) == final and store.final("run", 2) is None
+    assert store.get_commit("run", 1) == commit_row(store, 1), "what devices were given stays as it was"
 
 
 def test_equal_sums_of_two_groups_are_one_blob_until_both_are_forgotten(store: Store) -> None:
