@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
@@ -13,6 +14,7 @@ from shoal.errors import DataError
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
+from shoal.plan.stablehlo import inputs_read
 from shoal.plan.train import evaluate, predict
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
@@ -90,10 +92,23 @@ class Model:
                 taken as the only field it can be.
 
         Raises:
-            DataError: a field does not fit the task.
+            DataError: a field does not fit the task, or one that the prediction reads is missing.
             PlanError: the task has no `predict`.
         """
-        return predict(self._runner, self.plan.manifest, self._root, self._fields(fields))
+        given = self._fields(fields)
+        if missing := [name for name in self._read if name not in given]:
+            raise DataError(
+                f"The prediction of task {self.name!r} reads {', '.join(self._read)}; {', '.join(missing)} is missing "
+                f"(given: {', '.join(given) or 'nothing'})."
+            )
+        return predict(self._runner, self.plan.manifest, self._root, given)
+
+    @cached_property
+    def _read(self) -> tuple[str, ...]:
+        """The fields that the prediction reads."""
+        variants = self.plan.manifest.variants("predict")
+        found = inputs_read(variants[0], self.plan.programs[variants[0].hash]) if variants else set()
+        return tuple(spec.name for spec in self.plan.manifest.batch if f"batch/{spec.name}" in found)
 
     def evaluate(self, examples: Examples | Mapping[str, np.ndarray]) -> dict[str, float]:
         """The task's metrics over all the examples."""

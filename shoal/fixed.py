@@ -140,10 +140,10 @@ def refuse_bad_values(values: np.ndarray, fixed: FixedPoint, *, name: str) -> No
             )
 
 
-def refuse_bad_weight(weight: int, fixed: FixedPoint) -> None:
+def refuse_bad_weight(weight: int, max_weight: int) -> None:
     """Raises UpdateRefused unless 1 <= weight <= max_weight."""
-    if not 1 <= weight <= fixed.max_weight:
-        raise UpdateRefused(f"Expected 1 <= weight <= {fixed.max_weight}, got {weight}.", reason="bad weight")
+    if not 1 <= weight <= max_weight:
+        raise UpdateRefused(f"Expected 1 <= weight <= {max_weight}, got {weight}.", reason="bad weight")
 
 
 def add(total: np.ndarray, values: np.ndarray, fixed: FixedPoint, *, weight: float) -> None:

@@ -6,7 +6,7 @@ the task's source. No JAX here. What they *do* is written in `fleet/round.py` an
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from math import ceil
+from math import ceil, sqrt
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
@@ -35,7 +35,7 @@ class Late:
     factor: float = 1.0
     """Discount per version of age, in (0, 1]."""
     max_staleness: int = 0
-    """Most versions of age that are still taken."""
+    """Most versions of age that are still taken; more than 0 unless late updates are discarded."""
 
     def __post_init__(self) -> None:
         validate.types(self)
@@ -43,6 +43,28 @@ class Late:
         if not 0.0 < self.factor <= 1.0:
             raise ValueError(f"Expected 0 < factor <= 1, got factor={self.factor!r}.")
         validate.not_negative(max_staleness=self.max_staleness)
+        if (self.kind == "discard") != (self.max_staleness == 0):
+            raise ValueError(
+                f"Expected max_staleness=0 if and only if late updates are discarded, got kind={self.kind!r} "
+                f"max_staleness={self.max_staleness}."
+            )
+        if self.kind != "discount" and self.factor != 1.0:
+            raise ValueError(
+                f"Expected factor=1 for kind={self.kind!r}, got factor={self.factor!r}: only `discount` has one."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def discount(cls, factor: float, *, max_staleness: int) -> Self:
+        """Late updates count in a later round, at `factor` for each version of age."""
+        return cls(kind="discount", factor=factor, max_staleness=max_staleness)
+
+    @classmethod
+    def patch(cls, *, max_staleness: int) -> Self:
+        """Late updates change the commit of their own round as if they had come in time; what followed is replayed."""
+        return cls(kind="patch", max_staleness=max_staleness)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,10 +110,14 @@ class RoundPolicy:
     """Which devices are taken."""
     late: Late = field(default_factory=Late)
     """What happens to updates whose round has closed."""
+    adaptive: bool = True
+    """Where late work is used: close reporting once waiting costs more than it brings, by the report times seen."""
+    group_size: int = 0
+    """Updates after which a group is written to the record while the round goes on; 0: when it ends."""
     buffer: int = 0
-    """Updates per commit in asynchronous mode; 0 is synchronous."""
-    concurrency: int = 1
-    """Rounds in flight at once."""
+    """Updates per commit in asynchronous mode (Nguyen et al. 2022, "FedBuff"); 0 is synchronous."""
+    concurrency: int = 0
+    """Devices that train at once in asynchronous mode; 0: `goal` times `over_selection`."""
     token_life_s: float = 86_400.0
     """How long an assignment may be reported on."""
 
@@ -101,11 +127,16 @@ class RoundPolicy:
         validate.positive(reporting_window_s=self.reporting_window_s, token_life_s=self.token_life_s)
         validate.between(1.0, 10.0, over_selection=self.over_selection)
         validate.between(0.0, 1.0, minimum_fraction=self.minimum_fraction)
-        validate.positive(concurrency=self.concurrency)
+        validate.not_negative(concurrency=self.concurrency, buffer=self.buffer, group_size=self.group_size)
+        if self.group_size and self.group_size < self.minimum_group:
+            raise ValueError(
+                f"Expected group_size=0 or group_size >= minimum_group={self.minimum_group}, got {self.group_size}."
+            )
         if self.buffer != 0 and self.buffer < self.minimum_group:
             raise ValueError(
                 f"Expected buffer=0 or buffer >= minimum_group={self.minimum_group}, got buffer={self.buffer}."
             )
+        self._check_asynchronous()
         if self.goal < self.minimum_group:
             raise ValueError(
                 f"Expected goal >= minimum_group, got goal={self.goal} minimum_group={self.minimum_group}. A group below the "
@@ -113,6 +144,59 @@ class RoundPolicy:
             )
         if self.selection.kind == "exact" and len(self.selection.ids) != self.goal:
             raise ValueError(f"Expected goal={len(self.selection.ids)}, the number of exact ids, got goal={self.goal}.")
+
+    def _check_asynchronous(self) -> None:
+        if not self.buffer:
+            if self.concurrency:
+                raise ValueError(
+                    f"Expected concurrency=0 with buffer=0, got {self.concurrency}: rounds take `num_selected`."
+                )
+            return
+        if self.late.kind != "discount":
+            raise ValueError(
+                f"Expected late=Late.discount(…) with buffer={self.buffer}, got {self.late.kind}: in asynchronous mode nearly "
+                "every update is late. Late.discount(1.0, max_staleness=10) weighs them by 1/sqrt(1 + age) alone."
+            )
+        if self.selection.kind == "exact":
+            raise ValueError("Expected uniform selection with a buffer: asynchronous rounds name nobody.")
+        if 0 < self.concurrency < self.buffer:
+            raise ValueError(
+                f"Expected concurrency >= buffer={self.buffer}, got {self.concurrency}: a version would wait for devices "
+                "that nobody has assigned."
+            )
+
+    @property
+    def max_staleness(self) -> int:
+        """Most versions that an update may be behind when it is added."""
+        return self.late.max_staleness
+
+    def discount(self, staleness: int) -> float:
+        """What an update so many versions late counts, in (0, 1].
+
+        With a buffer: `factor`^age / sqrt(1 + age), the latter as in FedBuff. Patched updates count whole.
+        """
+        age = self.late.factor**staleness
+        return age / sqrt(1.0 + staleness) if self.buffer else age
+
+    @property
+    def commit_at(self) -> int:
+        """Updates that close a round."""
+        return self.buffer or self.goal
+
+    @property
+    def at_once(self) -> int:
+        """Devices that may train at once in asynchronous mode."""
+        return max(self.concurrency or ceil(self.goal * self.over_selection - 1e-9), self.buffer)
+
+    @property
+    def most_at_once(self) -> int:
+        """Devices that train at once, at most."""
+        return self.at_once if self.buffer else self.num_selected
+
+    @property
+    def max_members(self) -> int:
+        """Most updates that the sum of one version holds: what the fixed points are made for."""
+        return (2 + self.max_staleness) * self.most_at_once
 
     @property
     def num_selected(self) -> int:
@@ -124,17 +208,13 @@ class RoundPolicy:
         """Fewest updates with which a round commits."""
         if self.selection.kind == "exact":
             return self.goal
-        return max(self.minimum_group, ceil(self.goal * self.minimum_fraction - 1e-9))
+        return max(self.minimum_group, ceil(self.commit_at * self.minimum_fraction - 1e-9))
 
     def to_json(self) -> dict[str, Any]:
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
         return flat | {
             "selection": {"kind": self.selection.kind, "ids": list(self.selection.ids)},
-            "late": {
-                "kind": self.late.kind,
-                "factor": self.late.factor,
-                "max_staleness": self.late.max_staleness,
-            },
+            "late": self.late.to_json(),
         }
 
     @classmethod

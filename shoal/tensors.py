@@ -312,13 +312,7 @@ def read_frame(fill: Callable[[memoryview], None], *, most_bytes: int) -> tuple[
     Raises:
         ProtocolError: what comes is no frame, or a larger one. Nothing of that size was allocated.
     """
-    size = bytearray(8)
-    fill(memoryview(size))
-    if (length := int.from_bytes(size, "little")) > MAX_HEAD_BYTES:
-        raise ProtocolError(f"Expected the head of a frame to have at most {MAX_HEAD_BYTES} bytes, got {length}.")
-    head = bytearray(length)
-    fill(memoryview(head))
-    specs, header = _parse_head(bytes(head))
+    specs, header = read_head(fill)
     if total_bytes(specs) > most_bytes:
         raise ProtocolError(f"Expected a frame of at most {most_bytes} bytes, got {total_bytes(specs)}.")
     tensors: Tensors = {}
@@ -326,6 +320,17 @@ def read_frame(fill: Callable[[memoryview], None], *, most_bytes: int) -> tuple[
         tensors[spec.name] = np.empty(spec.shape, spec.numpy_dtype)
         fill(_byte_view(tensors[spec.name]))
     return tensors, header
+
+
+def read_head(fill: Callable[[memoryview], None]) -> tuple[list[TensorSpec], dict[str, Any]]:
+    """Reads the head of a frame from a stream: what its tensors are, and its header. Raises ProtocolError."""
+    size = bytearray(8)
+    fill(memoryview(size))
+    if (length := int.from_bytes(size, "little")) > MAX_HEAD_BYTES:
+        raise ProtocolError(f"Expected the head of a frame to have at most {MAX_HEAD_BYTES} bytes, got {length}.")
+    head = bytearray(length)
+    fill(memoryview(head))
+    return _parse_head(bytes(head))
 
 
 def _parse_head(data: bytes) -> tuple[list[TensorSpec], dict[str, Any]]:

@@ -3,7 +3,7 @@
     report = shoal.testing.check(task, population)
     assert report.ok, report
 
-What is asked, in this order: functions, data, plan, loads again, memory, bytes, speed, deterministic, padding, masked
+What is asked, in this order: functions, data, batches, plan, loads again, memory, bytes, speed, deterministic, padding, masked
 step, private leaves, learns, then the task's own predicates. A question that cannot be put is skipped, with the reason.
 Cost: one build and one compilation of the task, then a few seconds.
 """
@@ -25,6 +25,7 @@ from shoal.local import LocalRule, Named, local_rule
 from shoal.plan.build import Built, build
 from shoal.plan.check import check_plan, memory_bytes, readable
 from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.left_out import EMPTY, HEED_THE_MASK, left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Update
@@ -161,6 +162,7 @@ class _Checks:
     def questions(self) -> Iterator[tuple[str, Callable[[], str]]]:
         yield "functions", self.functions
         yield "data", self.data
+        yield "batches", self.batches
         yield "plan", self.plan
         yield "loads again", self.loads_again
         yield "memory", self.memory
@@ -195,11 +197,22 @@ class _Checks:
             self.refuse_odd(user, conform(self.population[user], manifest))
         counts = [n for n, _ in with_examples]
         self.examples = conform(self.population[with_examples[len(with_examples) // 2][1]], manifest)
-        empty = len(sizes) - len(with_examples)
+        empty = [user for user, n in sizes.items() if not n]
         return (
             f"{sum(counts):,} examples of {len(counts):,} users: {counts[0]} / {counts[len(counts) // 2]} / {counts[-1]} "
-            f"(least, median, most){f'; {empty} users have none' if empty else ''}"
+            f"(least, median, most){f'; beware: {told(empty, EMPTY)}' if empty else ''}"
         )
+
+    def batches(self) -> str:
+        self.need_examples()
+        if self.population is None:
+            raise _Skips("no data were given")
+        training = self.manifest_of_batch().training
+        found = left_out(training, {user: n for user, n in self.population.sizes().items() if n})
+        for why, users in found.items():
+            hint = HEED_THE_MASK if training.whole_batches else "Take a smaller batch, or leave them out."
+            raise _Fails(f"{len(users):,} of {len(self.population):,} users have {why}: {named(users)}.", hint)
+        return f"every user with examples has something to train on in batches of {training.batch_size}"
 
     def refuse_odd(self, user: str, examples: Examples) -> None:
         for name, values in examples.fields.items():

@@ -61,6 +61,8 @@ def test_a_run_is_loaded_and_predicts_without_its_source(trained: Path, tmp_path
         shoal.load(trained, version=31)
     with pytest.raises(DataError, match="Pass a mapping"):
         model.predict(np.ones(3, np.float32))
+    with pytest.raises(DataError, match=r"reads x; x is missing \(given: y\)"):
+        model.predict({"y": np.ones(3, np.float32)})
 
 
 def test_saved_weights_start_another_run(trained: Path, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_bad_values_and_weights_are_refused_with_the_value() -> None:
             refuse_bad_values(np.array([0.0, bad], np.float32), fixed, name="delta/w")
     for weight in (0, -1, 11, 1 << 63):
         with pytest.raises(UpdateRefused, match=str(weight)):
-            refuse_bad_weight(weight, fixed)
+            refuse_bad_weight(weight, 10)
 
 
 def test_a_total_that_would_be_copied_is_refused() -> None:

@@ -52,7 +52,7 @@ class Ways:
         self.built: Built = build(self.task, seed=SEED)
         self.plan: Plan = self.built.plan.sign(KEYS.signing)
         self.members = population()
-        self.runner = JaxRunner(self.plan)  # of the devices, and of the server's programs: compiled once
+        self.runner = JaxRunner(self.plan)  # of the simulation, of the devices, of the server's programs: compiled once
 
     def plain_loop(self) -> dict[str, np.ndarray]:
         members = {name: self.members[name] for name in MEMBERS}
@@ -60,7 +60,7 @@ class Ways:
 
     def simulated(self) -> Tensors:
         store, run_id = self.begin()
-        return go_on(store, run_id, self.members).model
+        return go_on(store, run_id, self.members, runner=self.runner).model
 
     def on_a_fleet(self, linked: "Callable[[Host], AbstractAsyncContextManager[Link]]") -> Tensors:
         store, run_id = self.begin()

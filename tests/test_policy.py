@@ -28,7 +28,16 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: RoundPolicy(buffer=2), "buffer=0 or buffer >= minimum_group=8"),
         (lambda: RoundPolicy(goal=9, selection=Selection.exact(["a"])), "goal=1"),
         (lambda: Selection(kind="exact"), "ids if and only if"),
+        (lambda: RoundPolicy(buffer=8), "late=Late.discount"),
+        (
+            lambda: RoundPolicy(buffer=8, concurrency=4, late=Late.discount(1.0, max_staleness=4)),
+            "concurrency >= buffer=8",
+        ),
+        (lambda: RoundPolicy(concurrency=4), "concurrency=0 with buffer=0"),
+        (lambda: RoundPolicy(group_size=4), "group_size >= minimum_group=8"),
         (lambda: Late(factor=0.0), "0 < factor <= 1"),
+        (lambda: Late(kind="patch"), "max_staleness=0 if and only if"),
+        (lambda: Late(kind="patch", factor=0.5, max_staleness=2), "factor=1 for kind='patch'"),
         (lambda: ServerRule(kind="sgd", learning_rate=-1.0), "learning_rate > 0"),
         (lambda: ServerRule(kind="sgd", momentum=1.0), "momentum < 1"),
         (lambda: Privacy(noise_multiplier=1.0), "no differential privacy yet"),
@@ -45,6 +54,14 @@ def test_wrong_ones_are_refused(make: object, text: str) -> None:
 def test_a_peer_s_nonsense_is_refused(value: object) -> None:
     with pytest.raises((ValueError, TypeError)):
         RoundPolicy.from_json({**RoundPolicy().to_json(), "goal": value})
+
+
+def test_what_a_late_update_counts() -> None:
+    discounted = RoundPolicy(late=Late.discount(0.5, max_staleness=3))
+    assert [discounted.discount(age) for age in range(3)] == [1.0, 0.5, 0.25]
+    buffered = RoundPolicy(buffer=8, late=Late.discount(1.0, max_staleness=10))
+    assert buffered.discount(3) == 0.5, "1/sqrt(1 + age), as in FedBuff"
+    assert RoundPolicy(late=Late.patch(max_staleness=3)).discount(3) == 1.0
 
 
 def test_the_numbers_of_the_paper() -> None:

@@ -95,8 +95,26 @@ def test_a_loss_that_looks_at_padding_fails() -> None:
 
 
 def test_a_model_that_mixes_examples_is_told_apart() -> None:
-    report = check(line_task(heeds_mask=False), members())
-    assert report["padding"].status == "skip" and report["learns"].status == "pass", report
+    report = check(line_task(heeds_mask=False), {f"m{i}": members(1, size=8)["m0"] for i in range(3)})
+    assert report.ok and report["padding"].status == "skip" and report["learns"].status == "pass", report
+
+
+def test_partial_batches_that_a_model_cannot_take_fail_with_who_has_them() -> None:
+    report = check(line_task(heeds_mask=False), members(8))
+    assert failed(report) == ["batches"], report
+    assert "6 of 8 users have a partial batch (of 4)" in report["batches"].detail
+    assert "m0, m1, m2 and 3 more" in report["batches"].detail and "`mask`" in report["batches"].hint
+
+
+def test_users_with_less_than_a_batch_fail_where_the_remainder_is_dropped() -> None:
+    local = shoal.Local(optimizer=optax.sgd(0.05), batch_size=10, drop_remainder=True)
+    report = check(line_task(local=local), members())
+    assert failed(report) == ["batches"] and "1 of 5 users have fewer examples than a batch of 10: m0." in str(report)
+
+
+def test_users_without_examples_are_named() -> None:
+    report = check(line_task(), members() | {"nobody": {"x": np.zeros(0, np.float32), "y": np.zeros(0, np.float32)}})
+    assert report.ok and "beware: nobody is left out: no examples" in report["data"].detail
 
 
 def test_a_local_rule_that_steps_on_nothing_fails() -> None:
@@ -148,7 +166,12 @@ def test_predicates_get_lines_of_their_own() -> None:
 
 def test_without_data_random_examples_take_their_place() -> None:
     report = check(line_task(), predicates={"any": lambda model, metrics: True})
-    assert report.ok and [line.name for line in report.lines if line.status == "skip"] == ["data", "learns", "any"]
+    assert report.ok and [line.name for line in report.lines if line.status == "skip"] == [
+        "data",
+        "batches",
+        "learns",
+        "any",
+    ]
 
 
 def test_an_update_that_is_not_the_same_twice_fails(monkeypatch: pytest.MonkeyPatch) -> None:

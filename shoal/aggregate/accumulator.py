@@ -26,7 +26,7 @@ class Accumulator:
             spec.tensor.name: spec.fixed(bits=bits, max_weight=max_weight, max_members=max_members) for spec in sums
         }
         self.totals = {spec.tensor.name: np.zeros(spec.tensor.shape, np.int64) for spec in sums}
-        self.weight_bound = FixedPoint.finest(bits=64, bound=1.0, max_weight=max_weight, max_members=max_members)
+        self.max_weight, self.max_members = max_weight, max_members
         self._weighted = {spec.tensor.name: spec.weighted for spec in sums}
         self.weight = self.members = 0
 
@@ -40,24 +40,45 @@ class Accumulator:
             check(update, (spec.tensor for spec in self.specs), what="the update")
         except ValueError as error:
             raise UpdateRefused(str(error), reason="wrong tensors") from error
-        refuse_bad_weight(weight, self.weight_bound)
+        refuse_bad_weight(weight, self.max_weight)
         for name, values in update.items():
             refuse_bad_values(values, self.fixed[name], name=name)
         self.add_checked(((name, 0, values.reshape(-1)) for name, values in update.items()), weight=weight)
 
-    def add_checked(self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int) -> None:
+    def add_checked(self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, discount: float = 1.0) -> None:
         """Adds an update whose values were checked while they came in.
 
         Args:
             pieces: (tensor, first element, values (n,)); every element once.
-            weight: of the update.
+            weight: of the update. The mean is over whole weights: what is discounted makes the step smaller, as in FedBuff.
+            discount: what a late update counts, in (0, 1]; unweighted sums (metrics) are not discounted.
         """
-        assert self.members < self.weight_bound.max_members, "the round closes before its group is full"
+        assert self.members < self.max_members, "the round closes before its group is full"
         for name, start, values in pieces:
             total = self.totals[name].reshape(-1)[start : start + values.size]
-            add(total, values, self.fixed[name], weight=weight if self._weighted[name] else 1)
+            add(total, values, self.fixed[name], weight=weight * discount if self._weighted[name] else 1)
         self.weight += weight
         self.members += 1
+
+    def merge(self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int) -> None:
+        """Adds the sum of another group with the same fixed points.
+
+        Args:
+            pieces: (tensor, first element, totals (n,) int64); every element once.
+            weight: of its members together.
+            members: how many they are.
+        """
+        if self.members + members > self.max_members:
+            raise ValueError(f"Expected at most {self.max_members} members in a sum, got {self.members} + {members}.")
+        for name, start, values in pieces:
+            self.totals[name].reshape(-1)[start : start + values.size] += values
+        self.weight += weight
+        self.members += members
+
+    def merge_all(self, other: "Accumulator") -> None:
+        """Adds the sum of another group of the same task."""
+        pieces = ((name, 0, total.reshape(-1)) for name, total in other.totals.items())
+        self.merge(pieces, weight=other.weight, members=other.members)
 
     def metrics(self) -> dict[str, float]:
         """The metrics over all members: sum(numerator) / sum(denominator) for those whose denominator is not zero."""

@@ -71,10 +71,14 @@ def _build(request: Mapping[str, Any]) -> None:
 
     from shoal.cli.task_argument import load_task
     from shoal.plan.build import build
+    from shoal.policy import Late
     from shoal.tensors import pack
 
     task = load_task(request["task"])
-    task = task.replace(rounds=replace(task.rounds, **request["policy"]))
+    policy = dict(request["policy"])
+    if "late" in policy:
+        policy["late"] = Late(**policy["late"])
+    task = task.replace(rounds=replace(task.rounds, **policy))
     built = build(task, seed=request["seed"])
     built.plan.save(Path(request["out"], "plan"))
     Path(request["out"], "model").write_bytes(pack(built.model))

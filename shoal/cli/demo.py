@@ -7,20 +7,18 @@ started, heard and ended in `demo_fleet.py`.
 """
 
 import json as json_format
-import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, final
+from typing import TYPE_CHECKING, Any, Final, final
 
 from rich.console import Console
 
 from shoal.cli.demo_fleet import ChildDied, News, Processes
 from shoal.cli.demo_settings import DemoSettings
-from shoal.cli.failures import FAILED, INTERRUPTED, TERMINATED, command_line
+from shoal.cli.ending import Told
+from shoal.cli.failures import FAILED, command_line
 from shoal.cli.panel import View, Watch
 from shoal.cli.run_folder import RUNS, new_folder
 from shoal.cli.screen import Stopwatch
@@ -55,7 +53,7 @@ def run(*, rounds: int | None, folder: Path | None, resume: bool, quick: bool, j
     began_s, watch = time.time(), Stopwatch()
     console = Console(stderr=json)
     chosen = _to_resume(folder) if resume else new_folder(folder, "demo")
-    with _Told() as told:
+    with Told() as told:
         demo = _Demo(chosen, console, watch, told, began_s=began_s)
         return _ended(demo, DemoSettings.of(rounds=rounds, quick=quick), rounds=rounds, json=json)
 
@@ -67,7 +65,7 @@ def _ended(demo: "_Demo", settings: DemoSettings, *, rounds: int | None, json: b
         result = demo.run(settings, rounds=rounds)
     except KeyboardInterrupt:
         console.print(f"\nStopped. Go on with:\n\n    {_resume_line(chosen)}\n", soft_wrap=True, highlight=False)
-        return TERMINATED if demo.told.number == signal.SIGTERM else INTERRUPTED
+        return demo.told.code
     except ChildDied as error:
         console.print(f"\n{error}\n\nGo on with: {_resume_line(chosen)}", soft_wrap=True, highlight=False, markup=False)
         return FAILED
@@ -77,45 +75,10 @@ def _ended(demo: "_Demo", settings: DemoSettings, *, rounds: int | None, json: b
 
 
 @final
-class _Told:
-    """Ctrl-C and SIGTERM: the first is a KeyboardInterrupt, further ones do not disturb the end.
-
-    A library may swallow the exception (one raised in the middle of an import, or where Python calls back); therefore
-    `check`, in every loop that waits.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if a signal has come."""
-        if self.number:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._tell)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _tell(self, number: int, _: object) -> None:
-        is_first, self.number = not self.number, number
-        if is_first:
-            raise KeyboardInterrupt
-
-
-@final
 class _Demo:
     """One demo, from its data to its report."""
 
-    def __init__(self, folder: Path, console: Console, watch: Stopwatch, told: _Told, *, began_s: float) -> None:
+    def __init__(self, folder: Path, console: Console, watch: Stopwatch, told: Told, *, began_s: float) -> None:
         self.folder, self.console, self.watch, self.told, self.began_s = folder, console, watch, told, began_s
 
     def run(self, settings: DemoSettings, *, rounds: int | None) -> dict[str, Any]:
@@ -154,9 +117,8 @@ class _Demo:
             return None, settings, NAMES
         config = begun[-1].run.config
         kept = DemoSettings.from_json(config["demo"])
-        return (
-            begun[-1].run.id, kept if rounds is None else replace(kept, rounds=rounds), (str(config["data"]),),
-        )  # fmt: skip
+        kept = replace(kept, rounds=rounds or int(config["rounds"]))
+        return begun[-1].run.id, kept, (str(config["data"]),)
 
     def _rounds(
         self, processes: Processes, screen: Watch, settings: DemoSettings, run_id: str | None, dataset: "Dataset"
@@ -182,7 +144,7 @@ class _Demo:
             processes.order(
                 name, server=f"127.0.0.1:{ready.data['port']}", data=str(scratch / "devices"),
                 first=number * settings.per_process, count=settings.per_process, public_key=ready.data["public_key"],
-                runtime=this_runtime().to_json(), seed=settings.seed,
+                runtime=this_runtime().to_json(),
             )  # fmt: skip
         self.watch.lap("start")
         screen.view.stage = "training"
@@ -254,8 +216,8 @@ class _Demo:
         from shoal.report.facts import read_facts
 
         outcome = demo_end.Outcome(
-            facts=read_facts(self.folder), settings=settings, data_name=found.dataset.name, passes=passes,
-            seconds=self.watch.seconds,
+            facts=read_facts(self.folder), settings=settings, data_name=found.dataset.name,
+            num_test=len(found.dataset.test), passes=passes, seconds=self.watch.seconds,
         )  # fmt: skip
         shown = demo_end.sample(self.folder, found.dataset)
         files = demo_end.write_files(outcome, self.folder, shown)

@@ -11,7 +11,7 @@ EPILOG = options.examples("shoal demo", "shoal demo --quick", "shoal demo --run 
 
 def demo(
     rounds: Annotated[
-        int | None, typer.Option("--rounds", min=1, help="Rounds to train; as many as it needs if not given.")
+        int | None, typer.Option("--rounds", min=1, help="Rounds to train.", show_default="as many as it needs")
     ] = None,
     run: options.RunFolder = None,
     resume: Annotated[

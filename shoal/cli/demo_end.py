@@ -20,6 +20,9 @@ from shoal.report.facts import Facts
 from shoal.report.pictures import Shown, draw_pictures, terminal_pictures
 
 FEDERATED, CENTRAL, ALONE = "test/accuracy", "central/accuracy", "alone/accuracy"
+"""On all test pictures."""
+WATCHED: Final = "watched/accuracy"
+"""On those that every version is evaluated on while training goes on."""
 _NUM_SHOWN: Final = 10
 
 
@@ -30,10 +33,17 @@ class Outcome:
     facts: Facts
     settings: DemoSettings
     data_name: str
+    num_test: int
+    """Test pictures."""
     passes: int
     """Over the pooled pictures, of the central training."""
     seconds: Mapping[str, float]
     """What the parts of this command took."""
+
+    @property
+    def num_watched(self) -> int:
+        """Test pictures on which every version is evaluated."""
+        return min(self.settings.num_watched, self.num_test)
 
     @property
     def reached_version(self) -> int | None:
@@ -62,29 +72,35 @@ def write_files(outcome: Outcome, folder: Path, shown: Sequence[Shown]) -> list[
     """Writes curves, pictures and card."""
     facts, settings = outcome.facts, outcome.settings
     lines = [
-        Line(label, value)
+        Line(f"{label}, on all {outcome.num_test:,}:", value)
         for label, name in (("central training", CENTRAL), ("one device alone", ALONE))
         if (value := facts.last(name)) is not None
     ]
-    title = f"{outcome.data_name} on {settings.devices} devices: test accuracy"
+    title = (
+        f"{outcome.data_name} on {settings.devices} devices: accuracy on {outcome.num_watched:,} watched test pictures"
+    )
     version, seconds = outcome.reached_version, outcome.seconds_to_goal
     mark = None
     if version is not None and seconds is not None:
-        mark = Mark(version, f"{settings.goal_accuracy:.0%} after {duration(seconds)}")
-    curves = draw_curves(facts, folder / "curves.png", title=title, label="federated", lines=lines, mark=mark)
+        mark = Mark(version, f"{settings.goal_accuracy:.0%} of all {outcome.num_test:,} after {duration(seconds)}")
+    curves = draw_curves(
+        facts, folder / "curves.png", metric=WATCHED, title=title, label="federated", lines=lines, mark=mark
+    )
     pictures = draw_pictures(shown, folder / "pictures.png")
     notes = [
-        f"The accuracies in the first rows are on all test pictures. While training went on, versions were evaluated on "
-        f"{settings.num_watched:,} of them (`accuracy`, `loss`); nothing was chosen by these numbers.",
+        f"The accuracies in the first rows are on all {outcome.num_test:,} test pictures. While training went on, versions "
+        f"were evaluated on the first {outcome.num_watched:,} of them (`watched/…`); nothing was chosen by these numbers.",
         f"Data set: {outcome.data_name}, dealt out to {settings.devices} made-up devices by Dirichlet({settings.alpha:g}).",
     ]
-    rows = [(what, value) for what, value, _ in _result_rows(outcome)]
-    return [write_card(facts, folder, results=rows, notes=notes), curves, pictures]
+    rows = [(f"accuracy, {what}", value) for what, value, _ in _result_rows(outcome)]
+    card = write_card(facts, folder, results=rows, told=(FEDERATED, CENTRAL, ALONE), notes=notes)
+    return [card, curves, pictures]
 
 
 def show(outcome: Outcome, folder: Path, shown: Sequence[Shown], files: Sequence[Path], console: Console) -> None:
     """The last screen."""
-    table = Table(title="Test accuracy", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    title = f"Accuracy on all {outcome.num_test:,} test pictures"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
     for style in ({}, {"justify": "right", "style": "bold"}, {"style": "dim"}):
         table.add_column("", **style)  # type: ignore[arg-type]
     for row in _result_rows(outcome):
@@ -173,10 +189,10 @@ def _device_seconds(outcome: Outcome) -> list[tuple[str, float, str]]:
     notes = {
         "compute": "training steps",
         "padding": "the part of compute that went into filling up batches",
-        "compile": "the plan's programs, or loading them from the cache",
+        "compile": "starting the runner; the plan's programs, or loading them from the cache",
         "data": "reading and batching examples",
-        "wait": "for their turn: a process trains one device at a time",
-        "wire": "starting the runner, fetching plan and model, sending updates: "
+        "wait": "for their turn: a process fetches once for all its devices, and trains one at a time",
+        "wire": "fetching plan and model, sending updates: "
         f"{size(sum(u.bytes_down for u in usage.values()))} down, {size(sum(u.bytes_up for u in usage.values()))} up",
         "commit": "server: mean, server rule, record, to the disk",
         "evaluate": "server: test pictures, in a process of its own",

@@ -1,158 +1,109 @@
-"""The demo's server process: Coordinator and Edge of one run, and an evaluator beside them.
+"""The demo's server process: what `shoal host` does with a run that was begun, told to the demo as news.
 
 `python -m shoal.cli.demo_server`, started by `demo_fleet.py`. It takes the run up from its record, whatever state it is
 in, serves until the last version is evaluated, and ends. It has no example of any device; the test pictures are its own.
 """
 
 import asyncio
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final
 
 from shoal.cli.demo_child import Parent
 from shoal.cli.demo_settings import DemoSettings
+from shoal.cli.evaluation import Evaluation
+from shoal.cli.host_process import served
 from shoal.data.disk import open_population
 from shoal.data.store import Examples
 from shoal.fleet.coordinator import Commit
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.process import use_one_arena
-from shoal.plan.child import ChildRunner
-from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
-from shoal.plan.train import evaluate
 from shoal.record.lock import only_writer
-from shoal.record.resume import take_up
 from shoal.record.sqlite import open_store
-from shoal.record.store import CommitRow, EventRow, MetricRow, Store, UsageRow
-from shoal.record.tensor_blobs import view_tensors
+from shoal.record.store import EventRow, Store
 
 TELL_S: Final = 0.2
-WATCHED, ALL = "accuracy", "test/accuracy"
-"""Metrics on the watched test pictures, version by version, and on all of them, where it counts."""
-
-
-@final
-class Evaluator:
-    """Evaluates versions in a process of its own, one at a time; of those that come meanwhile, the newest."""
-
-    def __init__(self, store: Store, run_id: str, plan: Plan, test: Examples, settings: DemoSettings) -> None:
-        self._store, self._run_id, self._plan, self._test, self._settings = store, run_id, plan, test, settings
-        self._watched = Examples(test.take(slice(0, settings.num_watched)))
-        self._runner = ChildRunner(plan, threads=1)
-        self._created_s = store.run(run_id).created_s
-        self._waiting: CommitRow | None = None
-        self._news = asyncio.Event()
-
-    def put(self, row: CommitRow) -> None:
-        """Hands a version in."""
-        self._waiting = row
-        self._news.set()
-
-    async def run(self, parent: Parent) -> None:
-        """Evaluates what is handed in, for ever."""
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            if (row := self._waiting) is not None:
-                metrics = await asyncio.to_thread(self.measure, row, self._watched, "")
-                parent.tell(kind="evaluated", version=row.version, **metrics)
-
-    def measure(self, row: CommitRow, examples: Examples, prefix: str) -> dict[str, float]:
-        """Metrics of a version, into the record too. Blocks."""
-        begun = time.perf_counter()
-        root = row.model.root
-        if not self._runner.has_model(root):
-            self._runner.set_model(root, view_tensors(self._store.blobs, row.model))
-        metrics = dict(evaluate(self._runner, self._plan.manifest, root, examples))
-        time_s = time.time() - self._created_s
-        rows = [
-            MetricRow(version=row.version, name=f"{prefix}{name}", value=value, scope="server", time_s=time_s)
-            for name, value in metrics.items()
-        ]
-        self._store.log(self._run_id, rows)
-        seconds = time.perf_counter() - begun
-        self._store.add_usage(self._run_id, [UsageRow(round=row.round, phase="evaluate", seconds=seconds, count=1)])
-        return metrics
-
-    def finish(self, parent: Parent) -> None:
-        """After the last round: the last version on all test pictures, and the first that really reached the goal."""
-        last = self._store.last_commit(self._run_id)
-        assert last is not None
-        done = {row.version: row.value for row in self._store.metrics(self._run_id, ALL)}
-        if last.version not in done:
-            parent.tell(kind="evaluated", version=last.version, **self.measure(last, self._watched, ""))
-            done[last.version] = self.measure(last, self._test, "test/")["accuracy"]
-        watched = {row.version: row.value for row in self._store.metrics(self._run_id, WATCHED)}
-        for version in sorted(v for v, value in watched.items() if value >= self._settings.goal_accuracy):
-            if version not in done:
-                row = self._store.get_commit(self._run_id, version)
-                done[version] = self.measure(row, self._test, "test/")["accuracy"]
-            if done[version] >= self._settings.goal_accuracy:
-                return
-
-    def close(self) -> None:
-        self._runner.close()
+WATCHED, TEST = "watched/", "test/"
+"""Before the names of metrics on the watched test pictures, version by version, and on all of them, where it counts."""
 
 
 async def serve(parent: Parent, order: Mapping[str, Any]) -> None:
     """Serves one run to its end, or until the parent ends."""
-    folder = Path(order["folder"])
-    settings = DemoSettings.from_json(order["settings"])
-    keys = HostKeys.load_or_make(folder)
-    store = open_store(folder)
-    run_id = order["run"]
-    taken = take_up(store, run_id, time_s=time.time())
-    began_s = float(order["began_s"]) - taken.run.created_s
+    folder, run_id, settings = Path(order["folder"]), order["run"], DemoSettings.from_json(order["settings"])
+    keys, store = HostKeys.load_or_make(folder), open_store(folder)
+    began_s = float(order["began_s"]) - store.run(run_id).created_s
     store.journal(run_id, [EventRow(time_s=began_s, kind="session", data={"began_s": began_s})])
     test = open_population(Path(order["held_out"]))["held-out"]
-    evaluator = Evaluator(store, run_id, load_plan(store, run_id).plan, test, settings)
+    evaluation = Evaluation(
+        store, run_id, load_plan(store, run_id).plan, Examples(test.take(slice(0, settings.num_watched))),
+        prefix=WATCHED, threads=1, on_metrics=lambda version, found: _tell_accuracy(parent, version, found),
+    )  # fmt: skip
 
     def committed(commit: Commit) -> None:
-        evaluator.put(commit.row)
+        evaluation.committed(commit.row)
         parent.tell(kind="commit", version=commit.row.version, seconds=commit.seconds, **commit.metrics)
 
     host = Host(store, run_id, keys, rounds=settings.rounds, on_commit=committed)
-    server = host.server(address="127.0.0.1:0")
-    await server.start()
-    main, loop = asyncio.current_task(), asyncio.get_running_loop()
-    assert main is not None
-
-    def end() -> None:
-        loop.call_soon_threadsafe(main.cancel)
-
-    parent.on_end(end)
-    parent.tell(kind="ready", port=server.port, public_key=keys.public.hex())
-    watching = [asyncio.create_task(evaluator.run(parent)), asyncio.create_task(_report(parent, host))]
+    _end_with(parent)
+    reporting = asyncio.create_task(_report(parent, host))
     try:
-        if taken.last is not None and taken.last.version:
-            evaluator.put(taken.last)
-        await host.run()
-        parent.tell(kind="rounds-done")
-        await asyncio.gather(*map(_cancelled, watching))
-        await asyncio.to_thread(evaluator.finish, parent)
+        # All devices are the demo's own: none that lost its connection is waited for.
+        async with served(host, evaluation, address="127.0.0.1:0", quiet_s=0.0) as server:
+            if (head := store.last_commit(run_id)) is not None and head.version:
+                evaluation.committed(head)
+            parent.tell(kind="ready", port=server.port, public_key=keys.public.hex())
+            await host.run()
+            parent.tell(kind="rounds-done")
+            reporting.cancel()
+        await asyncio.to_thread(_evaluate_on_all, evaluation, store, run_id, test, settings.goal_accuracy)
         parent.tell(kind="done")
     finally:
-        evaluator.close()
-        await server.close(grace_s=0.2)
+        reporting.cancel()
+        evaluation.close()
         store.close()
 
 
-async def _cancelled(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+def _end_with(parent: Parent) -> None:
+    """The parent's end cancels this task."""
+    serving, loop = asyncio.current_task(), asyncio.get_running_loop()
+    assert serving is not None
+
+    def end() -> None:
+        loop.call_soon_threadsafe(serving.cancel)
+
+    parent.on_end(end)
+
+
+def _tell_accuracy(parent: Parent, version: int, watched: Mapping[str, float]) -> None:
+    parent.tell(kind="evaluated", version=version, accuracy=watched[f"{WATCHED}accuracy"])
+
+
+def _evaluate_on_all(evaluation: Evaluation, store: Store, run_id: str, test: Examples, goal: float) -> None:
+    """The last version on all test pictures, and the first that really reached the goal."""
+    done = {row.version: row.value for row in store.metrics(run_id, f"{TEST}accuracy")}
+
+    def accuracy(version: int) -> float:
+        if version not in done:
+            row = store.get_commit(run_id, version)
+            done[version] = evaluation.evaluate(row, test, prefix=TEST)[f"{TEST}accuracy"]
+        return done[version]
+
+    accuracy(store.last_version(run_id) or 0)
+    watched = {row.version: row.value for row in store.metrics(run_id, f"{WATCHED}accuracy")}
+    for version, value in sorted(watched.items()):
+        if value >= goal and accuracy(version) >= goal:
+            return
 
 
 async def _report(parent: Parent, host: Host) -> None:
     """Where the round is, a few times a second."""
     while True:
-        at, counters = host.coordinator.snapshot(), host.edge.statistics()
+        at = host.coordinator.snapshot()
         parent.tell(
-            kind="round", phase=at.phase.value, round=at.round, version=at.version, waiting=at.waiting,
-            counted=at.counted, goal=at.goal, outstanding=at.outstanding, sessions=counters.sessions_now,
-            down_bytes=counters.down_bytes, up_bytes=counters.up_bytes,
-        )  # fmt: skip
+            kind="round", phase=at.phase.value, round=at.round, version=at.version, counted=at.counted, goal=at.goal
+        )
         await asyncio.sleep(TELL_S)
 
 

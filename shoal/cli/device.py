@@ -21,7 +21,9 @@ def device(
     split: options.Split = "iid",
     users: options.Users = 20,
     first: Annotated[int, typer.Option("--first", min=0, help="The first user to play, from 0.")] = 0,
-    count: Annotated[int, typer.Option("--count", min=0, help="How many users to play; 0: all from the first on.")] = 0,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="How many users to play.", show_default="all from the first on")
+    ] = None,
     id: Annotated[
         str, typer.Option("--id", help="Name of the device; with several users, what their names begin with.")
     ] = "",
@@ -40,11 +42,14 @@ def device(
     ] = None,
     memory: Annotated[str, typer.Option("--memory", help="Most memory that a plan may take.")] = "8GiB",
     threads: Annotated[
-        int, typer.Option("--threads", min=0, help="Threads to compute with; 0: one for each core.")
-    ] = 0,
+        int | None, typer.Option("--threads", min=1, help="Threads to compute with.", show_default="one for each core")
+    ] = None,
     patience: Annotated[
         float, typer.Option("--patience", min=0.0, help="Seconds without any answer from the host before giving up.")
     ] = 300.0,
+    visits: Annotated[
+        bool, typer.Option("--visits", help="Come and go: leave after each update, come again when the host says.")
+    ] = False,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
     ] = False,
@@ -79,7 +84,7 @@ def device(
     watch.lap("data")
     settings = device_process.Settings(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
-        state=state, memory_bytes=limit, threads=threads or None, patience_s=patience, in_process=in_process,
+        state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
     )  # fmt: skip
     device_process.run(settings, population, screen=screen, watch=watch, parent=parent)
 

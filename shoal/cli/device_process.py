@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from math import prod
@@ -18,12 +18,13 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples, Population
-from shoal.errors import DataError, NetworkError, ShoalError
+from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
+from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
@@ -45,15 +46,17 @@ class Settings:
 
     server: str
     users: tuple[str, ...]
-    id: str
-    authority: bytes | None
-    server_name: str | None
-    trusted_key: bytes | None
-    state: Path | None
-    memory_bytes: int
-    threads: int | None
-    patience_s: float
-    in_process: bool
+    id: str = ""
+    authority: bytes | None = None
+    server_name: str | None = None
+    trusted_key: bytes | None = None
+    state: Path | None = None
+    memory_bytes: int = Limits().memory_bytes
+    threads: int | None = None
+    patience_s: float = 300.0
+    in_process: bool = False
+    visits: bool = False
+    """Come and go, rather than stay and wait."""
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
@@ -62,8 +65,8 @@ class Settings:
         return self.id if len(self.users) == 1 else f"{self.id}/{user}"
 
 
-def choose(population: Population, *, first: int, count: int) -> tuple[str, ...]:
-    """The users to play: those with examples, `count` of them (0: all) from number `first` on.
+def choose(population: Population, *, first: int, count: int | None) -> tuple[str, ...]:
+    """The users to play: those with examples, `count` of them (None: all) from number `first` on.
 
     Raises:
         DataError: there are not so many.
@@ -76,6 +79,8 @@ def choose(population: Population, *, first: int, count: int) -> tuple[str, ...]
     chosen = tuple(user for user in ids if sizes[user])
     if not chosen:
         raise DataError("None of the users chosen has an example.")
+    if empty := [user for user in ids if not sizes[user]]:
+        log.warning("%s", told(empty, EMPTY))
     return chosen
 
 
@@ -91,14 +96,11 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
     switch_threads_often()
     told = sum(population.sizes()[user] for user in settings.users)
     screen.say(f"{words.count(len(settings.users), 'device')}, {words.count(told, 'example')}; host {settings.server}")
-    host = DeviceHost(
-        make_runner=partial(_make_runner, settings), runtime=_runtime(settings), trusted_key=settings.trusted_key,
-        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state,
-    )  # fmt: skip
+    host = make_host(settings, _runtime(settings))
     watch.lap("start")
-    crew = _Crew(settings, screen)
+    crew = _Crew(settings, screen, host)
     try:
-        run_until_told(_play(settings, population, host, crew), parent=parent)
+        run_until_told(play(settings, population, host, watch=crew.watch, on_progress=crew.heard), parent=parent)
     except Stopped as stopped:
         raise Stopped(
             f"stopped; {crew.totals()}. Work that was not counted is done anew: start the same command again to go on.",
@@ -108,6 +110,14 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
         host.close()
     watch.lap("run")
     _tell(settings, crew, host, screen, watch)
+
+
+def make_host(settings: Settings, runtime: Runtime) -> DeviceHost:
+    """What the users' devices share."""
+    return DeviceHost(
+        make_runner=partial(_make_runner, settings), runtime=runtime, trusted_key=settings.trusted_key,
+        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state,
+    )  # fmt: skip
 
 
 def _make_runner(settings: Settings, plan: Plan) -> Runner:
@@ -134,65 +144,76 @@ def _kept_if_small(population: Population, users: Sequence[str]) -> Callable[[st
     return cache(read) if sum(sizes[user] for user in users) * each <= KEPT_BYTES else read
 
 
-async def _play(settings: Settings, population: Population, host: DeviceHost, crew: "_Crew") -> None:
+async def play(
+    settings: Settings,
+    population: Population,
+    host: DeviceHost,
+    *,
+    watch: Callable[[Sequence[Device]], Coroutine[Any, Any, None]],
+    on_progress: Callable[[Device], None] = lambda device: None,
+) -> Sequence[Device]:
+    """Plays the users until the run is over; `watch` runs beside them. Returns the devices."""
     link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name)
     examples_of = _kept_if_small(population, settings.users)
     devices = [
         Device(
             settings.device_id(user), partial(examples_of, user), link=link, host=host,
-            rng=np.random.default_rng(), on_progress=crew.heard,
+            rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
         )
         for user in settings.users
     ]  # fmt: skip
-    crew.devices = devices
-    status = asyncio.create_task(crew.watch(lambda: host.down_bytes))
-    playing = [asyncio.create_task(device.run()) for device in devices]
+    watching = asyncio.create_task(watch(devices))
+    playing = {asyncio.create_task(device.run()): device for device in devices}
     try:
-        await _until_over(playing, status)
+        await _until_over(playing, watching)
     except asyncio.CancelledError:
         host.close()  # ends a program that is running, so that its devices can end
         raise
     finally:
-        for task in (status, *playing):
+        for task in (watching, *playing):
             task.cancel()
-        await asyncio.gather(status, *playing, return_exceptions=True)
+        await asyncio.gather(watching, *playing, return_exceptions=True)
         await link.close()
+    return devices
 
 
-async def _until_over(playing: "list[asyncio.Task[None]]", status: "asyncio.Task[None]") -> None:
+async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", status: "asyncio.Task[None]") -> None:
     """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all.
 
     Once one has heard that the run is over, the others need not: they may be looking for a host that has gone.
     """
     waiting: set[asyncio.Task[None]] = set(playing)
-    failed: list[ShoalError] = []
+    failed: dict[str, DataError] = {}
     grace_s: float | None = None
     while waiting:
         done, _ = await asyncio.wait({*waiting, status}, return_when=asyncio.FIRST_COMPLETED, timeout=grace_s)
         if not done:
-            return
+            break
         if status in done:
             status.result()
         for task in done & waiting:
             waiting.discard(task)
             error = task.exception()
             if isinstance(error, DataError):
-                log.warning("a user is left out: %s", error)
-                failed.append(error)
+                if not failed:  # of those that follow, often for the same reason, the names are said at the end
+                    log.warning("a user is left out: %s", error)
+                failed[playing[task].device_id] = error
             elif error is not None:
                 raise error
             else:
                 grace_s = GRACE_S
     if len(failed) == len(playing):
-        raise failed[0]
+        raise next(iter(failed.values()))
+    if len(failed) > 1:
+        log.warning("in all %s were left out: their examples do not fit", named(sorted(failed)))
 
 
 class _Crew:
     """What the devices of this process are doing, and how long they did what."""
 
-    def __init__(self, settings: Settings, screen: Screen) -> None:
-        self._settings, self._screen = settings, screen
-        self.devices: list[Device] = []
+    def __init__(self, settings: Settings, screen: Screen, host: DeviceHost) -> None:
+        self._settings, self._screen, self._host = settings, screen, host
+        self.devices: Sequence[Device] = ()
         self.seconds: dict[str, float] = {}
         self._stages: dict[str, tuple[str, float]] = {}
         self._answered_s = time.monotonic()
@@ -207,8 +228,9 @@ class _Crew:
         if device.progress.stage not in ("reconnecting", "waiting", "connecting"):
             self._answered_s = now_s
 
-    async def watch(self, down_bytes: Callable[[], int]) -> None:
+    async def watch(self, devices: Sequence[Device]) -> None:
         """Shows the status until it is cancelled. Raises NetworkError when patience is at its end."""
+        self.devices = devices
         line_s, told = time.monotonic(), ""
         while True:
             await asyncio.sleep(STATUS_S)
@@ -217,7 +239,7 @@ class _Crew:
                 self._give_up(now_s)
             else:
                 self._answered_s = now_s
-            text = f"{self._text()}  down {words.size(down_bytes())}"
+            text = f"{self._text()}  down {words.size(self._host.down_bytes)}"
             self._screen.live(text)
             if now_s - line_s >= LINE_S and text != told and not _is_watched():
                 line_s, told = now_s, text

@@ -38,7 +38,7 @@ class Finding:
 
 
 def doctor(
-    run: Annotated[Path | None, typer.Argument(metavar="[RUN]", help="A run folder to look at, too.")] = None,
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A run folder to look at, too.")] = None,
     json: options.AsJson = False,
 ) -> None:
     """Say whether this machine is fit.

@@ -1,18 +1,16 @@
-"""Evaluates a host's versions on held-out examples, beside the rounds: always the newest, in a child process."""
+"""Evaluates a host's versions on held-out examples, beside the rounds: always the newest, once, in a child process."""
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import final
 
 from shoal.data.store import Examples
 from shoal.errors import ShoalError
 from shoal.plan.child import ChildRunner
+from shoal.plan.evaluate_version import evaluate_version
 from shoal.plan.plan import Plan
-from shoal.plan.train import evaluate
-from shoal.record.store import CommitRow, MetricRow, Store, UsageRow
-from shoal.record.tensor_blobs import view_tensors
+from shoal.record.store import CommitRow, Store
 
 log = logging.getLogger("shoal.host")
 
@@ -29,56 +27,62 @@ class Evaluation:
         held_out: Examples,
         *,
         on_metrics: Callable[[int, Mapping[str, float]], None],
+        prefix: str = "",
+        threads: int | None = None,
     ) -> None:
+        """
+        Args:
+            store: the record.
+            run_id: the run.
+            plan: its plan.
+            held_out: what versions are evaluated on.
+            on_metrics: told of a version and its metrics.
+            prefix: before their names.
+            threads: of the CPU; None: all.
+        """
         self._store, self._run_id, self._plan, self._held_out = store, run_id, plan, held_out
-        self._on_metrics = on_metrics
-        self._runner = ChildRunner(plan)
-        self._created_s = store.run(run_id).created_s
+        self._on_metrics, self._prefix = on_metrics, prefix
+        self._runner = ChildRunner(plan, threads=threads)
         self._newest: CommitRow | None = None
-        self._done = -1
+        known = (row for row in store.metrics(run_id) if row.scope == "server" and row.name.startswith(prefix))
+        self._done = max((row.version for row in known), default=-1)
+        self._is_over = False
         self._changed = asyncio.Event()
 
     def committed(self, row: CommitRow) -> None:
-        """There is a newer version."""
+        """There is a newer version; one that the record has metrics of is not evaluated again."""
         self._newest = row
         self._changed.set()
 
+    def finish(self) -> None:
+        """The newest version is the last: `run` ends with it."""
+        self._is_over = True
+        self._changed.set()
+
     async def run(self) -> None:
-        """Evaluates until it is cancelled."""
-        while True:
+        """Evaluates what comes until `finish`; a failure is said and ends nothing."""
+        is_over = False
+        while not is_over:
             await self._changed.wait()
             self._changed.clear()
-            await self.catch_up()
+            row, is_over = self._newest, self._is_over
+            if row is not None and row.version > self._done:
+                await self._evaluate_newest(row)
 
-    async def catch_up(self) -> None:
-        """Evaluates the newest version, if that was not done; a failure is said and ends nothing."""
-        row = self._newest
-        if row is None or row.version <= self._done:
-            return
+    async def _evaluate_newest(self, row: CommitRow) -> None:
         try:
-            metrics = await asyncio.to_thread(self._evaluate, row)
+            metrics = await asyncio.to_thread(self.evaluate, row, self._held_out, prefix=self._prefix)
         except ShoalError as error:
             log.warning("version %d could not be evaluated: %s", row.version, error)
         else:
-            self._done = max(self._done, row.version)
+            self._done = row.version
             self._on_metrics(row.version, metrics)
 
-    def _evaluate(self, row: CommitRow) -> Mapping[str, float]:
-        begun_s = time.perf_counter()
-        root = row.model.root
-        if not self._runner.has_model(root):
-            self._runner.set_model(root, view_tensors(self._store.blobs, row.model))
-        metrics = evaluate(self._runner, self._plan.manifest, root, self._held_out)
-        took_s, time_s = time.perf_counter() - begun_s, time.time() - self._created_s
-        self._store.log(
-            self._run_id,
-            [
-                MetricRow(version=row.version, name=n, value=v, scope="server", time_s=time_s)
-                for n, v in metrics.items()
-            ],
+    def evaluate(self, row: CommitRow, examples: Examples, *, prefix: str = "") -> Mapping[str, float]:
+        """The metrics of a version, into the record too. Blocks."""
+        return evaluate_version(
+            self._runner, self._plan.manifest, self._store, self._run_id, row, examples, prefix=prefix
         )
-        self._store.add_usage(self._run_id, [UsageRow(round=row.round, phase="evaluate", seconds=took_s, count=1)])
-        return metrics
 
     def close(self) -> None:
         """Ends the child process."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options
+from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -24,28 +25,47 @@ EPILOG = options.examples(
 def host(
     tasks: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TASK]", help="module:attribute or file.py:attribute; not needed with --resume."),
+        typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute; not needed with --resume."),
     ] = None,
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Versions to commit.")] = None,
+    rounds: options.Rounds = None,
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Where to listen; 0: any free port.")] = 8500,
     address: Annotated[str, typer.Option("--address", help="Interface to listen on; 0.0.0.0 for all.")] = "127.0.0.1",
     run: options.RunFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run in --run.")] = False,
-    goal: Annotated[
-        int | None, typer.Option("--goal", min=1, help="Updates that close a round, instead of the task's.")
-    ] = None,
+    goal: options.Goal = None,
     minimum_group: Annotated[
-        int | None, typer.Option("--minimum-group", min=1, help="Fewest updates in a sum that anybody sees.")
+        int | None,
+        typer.Option(
+            "--minimum-group",
+            min=1,
+            help="Fewest updates in a sum that anybody sees.",
+            show_default=options.AS_THE_TASK_SAYS,
+        ),
     ] = None,
     over_selection: Annotated[
-        float, typer.Option("--over-selection", help="Devices selected for each update wanted.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--over-selection",
+            min=1.0,
+            help="Devices selected for each update wanted.",
+            show_default=options.AS_THE_TASK_SAYS,
+        ),
+    ] = None,
     selection_window: Annotated[
-        float, typer.Option("--selection-window", help="Longest wait for devices, in seconds.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--selection-window", help="Longest wait for devices, in seconds.", show_default=options.AS_THE_TASK_SAYS
+        ),
+    ] = None,
     reporting_window: Annotated[
-        float, typer.Option("--reporting-window", help="Longest wait for updates, in seconds.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            "--reporting-window", help="Longest wait for updates, in seconds.", show_default=options.AS_THE_TASK_SAYS
+        ),
+    ] = None,
+    late: options.Late = None,
+    buffer: options.Buffer = None,
+    concurrency: options.Concurrency = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
     held_out: options.HeldOut = "",
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
@@ -74,9 +94,10 @@ def host(
     _check_tls(address, tls=tls, cert=tls_cert, key=tls_key, insecure=insecure)
     policy: dict[str, Any] = {
         "goal": goal, "minimum_group": minimum_group, "over_selection": over_selection,
-        "selection_window_s": selection_window, "reporting_window_s": reporting_window,
+        "selection_window_s": selection_window, "reporting_window_s": reporting_window, "buffer": buffer,
+        "concurrency": concurrency, "late": None if late is None else parse_late(late).to_json(),
     }  # fmt: skip
-    policy = {name: value for name, value in policy.items() if value}
+    policy = {name: value for name, value in policy.items() if value is not None}
     task = _one_task(tasks or [], resume=resume, rounds=rounds, own={**policy, **({"seed": seed} if seed else {})})
     _check_port(address, port)
 
@@ -87,11 +108,7 @@ def host(
 
         if task:
             screen.say(f"the run has its own copy of the task: {task} is not read")
-        found = existing_run(run)
-        if found.run.kind != "host":
-            raise ValueError(
-                f"Run {found.run.id} in {found.path} was made by `shoal {found.run.kind}`; resume it with that."
-            )
+        found = existing_run(run, kind="host")
         folder, run_id = found.path, found.run.id
     else:
         folder, run_id = host_process.begin(task, rounds=rounds or 0, seed=seed, policy=policy, run=run, screen=screen)

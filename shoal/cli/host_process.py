@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +28,6 @@ from shoal.plan.child import ChildRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
-from shoal.record.resume import take_up
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store
 
@@ -35,7 +35,6 @@ LINGER_S: Final = 10.0
 """Longest wait, after the last version, for devices to hear that the run is over."""
 QUIET_S: Final = 1.0
 """So long without any device, and nobody is expected: one that lost its connection tries again within it, mostly."""
-POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +120,6 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
         watch.lap("rounds")
         _tell(settings, summarize(store, settings.run_id), before, screen, watch)
     except Stopped as stopped:
-        store.set_status(settings.run_id, "stopped", time_s=None)
         version = store.last_version(settings.run_id)
         raise Stopped(f"stopped at version {version}. Go on with: {settings.go_on_with()}", code=stopped.code) from None
     finally:
@@ -129,8 +127,6 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
 
 
 async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
-    if settings.resumed:
-        await asyncio.to_thread(take_up, store, settings.run_id, time_s=_now_s())
     plan = load_plan(store, settings.run_id).plan
     server_programs = _ServerPrograms(plan)
     evaluation = _evaluation(settings, store, plan, held_out, screen)
@@ -139,49 +135,45 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
         store, settings.run_id, keys, rounds=settings.rounds, call_program=server_programs.call(), on_commit=rounds
     )
     rounds.last_version = host.last_version
-    tls, ca = _tls(settings)
-    server = host.server(address=_joined(settings.address, settings.port), tls=tls)
+    try:
+        tls, ca = _tls(settings)
+        address = _joined(settings.address, settings.port)
+        async with served(host, evaluation, address=address, tls=tls) as server:
+            _announce(settings, server.port, ca, keys, screen)
+            await host.run()
+    finally:
+        if evaluation is not None:
+            evaluation.close()
+        server_programs.close()
+
+
+@asynccontextmanager
+async def served(
+    host: Host, evaluation: Evaluation | None, *, address: str, tls: Tls | None = None, quiet_s: float = QUIET_S
+) -> AsyncGenerator[GrpcServer, None]:
+    """Within the block devices can come, and versions are evaluated beside the rounds.
+
+    At its end the last version is evaluated, and every device has heard that the run is over and left, and none has
+    come for `quiet_s`.
+    """
+    server = host.server(address=address, tls=tls)
     evaluating = asyncio.create_task(evaluation.run()) if evaluation is not None else None
     try:
         await server.start()
-        _announce(settings, server.port, ca, keys, screen)
-        await host.run()
-        await _linger(server, host)
-        if evaluation is not None:
-            await _end(evaluating)
-            await evaluation.catch_up()
-    except asyncio.CancelledError:
-        raise
-    except BaseException:
-        store.set_status(settings.run_id, "failed", time_s=_now_s())
-        raise
+        yield server
+        if evaluation is not None and evaluating is not None:
+            evaluation.finish()
+            await evaluating
+        await server.until_quiet(quiet_s=quiet_s, longest_s=LINGER_S)
     finally:
-        if evaluation is not None:
-            evaluation.close()  # ends a call that is under way, too
-            await _end(evaluating)
-        server_programs.close()
+        await _end(evaluating)
         await server.close(grace_s=0.5)
-
-
-def _now_s() -> float:
-    import time
-
-    return time.time()
 
 
 async def _end(task: "asyncio.Task[None] | None") -> None:
     if task is not None:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-
-
-async def _linger(server: GrpcServer, host: Host) -> None:
-    """Until every device has heard that the run is over and left, and none has come for a while."""
-    waited_s = quiet_s = 0.0
-    while quiet_s < QUIET_S and waited_s < LINGER_S:
-        await asyncio.sleep(POLL_S)
-        waited_s += POLL_S
-        quiet_s = 0.0 if host.edge.statistics().sessions_now else quiet_s + POLL_S
 
 
 def _evaluation(
@@ -195,9 +187,7 @@ def _evaluation(
         store, settings.run_id, plan, held_out,
         on_metrics=lambda version, metrics: screen.say(f"version {version} evaluated: {words.values(metrics)}"),
     )  # fmt: skip
-    head = store.last_commit(settings.run_id)
-    known = {row.version for row in store.metrics(settings.run_id) if row.scope == "server"}
-    if head is not None and head.version not in known:
+    if (head := store.last_commit(settings.run_id)) is not None:
         evaluation.committed(head)
     return evaluation
 
@@ -227,12 +217,13 @@ class _Rounds:
     def __call__(self, commit: Commit) -> None:
         row, self._done = commit.row, self._done + 1
         self._slow_s = self._slow_s or self._watch.total
-        each_s = (self._watch.total - self._slow_s) / (self._done - 1) if self._done > 1 else commit.seconds
-        left_s = (self.last_version - row.version) * each_s
+        left = ""
+        if self._done > 1:
+            each_s = (self._watch.total - self._slow_s) / (self._done - 1)
+            left = f", {words.duration((self.last_version - row.version) * each_s)} left"
         self._screen.say(
             f"version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
-            f"{words.count(row.weight, 'example')}  {words.values(commit.metrics)}  {words.duration(commit.seconds)}, "
-            f"{words.duration(left_s)} left"
+            f"{row.weight:,} uses of examples  {words.values(commit.metrics)}  {words.duration(commit.seconds)}{left}"
         )
         if self._evaluation is not None:
             self._evaluation.committed(row)

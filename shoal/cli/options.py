@@ -1,9 +1,11 @@
 """Options that several commands have, and examples under a command's help."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
+
+AS_THE_TASK_SAYS: Final = "as the task says"
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Data = Annotated[
@@ -17,6 +19,29 @@ Split = Annotated[
     typer.Option("--split", help="For name:…, how it is dealt out to users: iid, dirichlet:ALPHA or shards:NUMBER."),
 ]
 Users = Annotated[int, typer.Option("--users", min=1, help="For name:…, how many users it is dealt out to.")]
+Rounds = Annotated[
+    int | None,
+    typer.Option("--rounds", min=1, help="Versions to commit; with --resume, those of the run if not given."),
+]
+Goal = Annotated[
+    int | None, typer.Option("--goal", min=1, help="Updates that close a round.", show_default=AS_THE_TASK_SAYS)
+]
+Late = Annotated[
+    str | None,
+    typer.Option(
+        "--late",
+        help="Updates whose round has closed: discard, discount:FACTOR:VERSIONS or patch:VERSIONS.",
+        show_default=AS_THE_TASK_SAYS,
+    ),
+]
+Buffer = Annotated[
+    int | None,
+    typer.Option("--buffer", min=0, help="Asynchronous: commit every so many updates.", show_default=AS_THE_TASK_SAYS),
+]
+Concurrency = Annotated[
+    int | None,
+    typer.Option("--concurrency", min=0, help="With a buffer: devices at once.", show_default=AS_THE_TASK_SAYS),
+]
 HeldOut = Annotated[
     str, typer.Option("--held-out", help="Examples to evaluate versions on; name:… means its test part.")
 ]

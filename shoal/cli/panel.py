@@ -123,7 +123,9 @@ class Watch:
         if view.version:
             parts.append(f"version {view.version} of {view.rounds}")
             if view.accuracy:
-                parts.append(f"accuracy {view.accuracy[-1][1]:.1%}")
+                measured, accuracy = view.accuracy[-1]
+                of = "" if measured == view.version else f" of version {measured}"
+                parts.append(f"accuracy{of} {accuracy:.1%}")
             down, up = view.bytes_moved()
             parts.append(f"{size(down)} down, {size(up)} up")
         if view.trouble:

@@ -23,7 +23,9 @@ SHOWN: Final = 10
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or one of several: then the newest.")],
     input: Annotated[Path, typer.Argument(metavar="INPUT", help="An .npz of fields, or an .npy of the only field.")],
-    version: Annotated[int, typer.Option("--version", min=-1, help="Which version; the last if not given.")] = -1,
+    version: Annotated[
+        int | None, typer.Option("--version", min=0, help="Which version.", show_default="the newest")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the predictions to this .npz.")] = None,
     json: options.AsJson = False,
 ) -> None:
@@ -35,11 +37,12 @@ def predict(
     if out is not None and out.suffix != ".npz":
         raise ValueError(f"Expected --out FILE.npz, got {out}.")
     import shoal
+    from shoal.record.run import latest_run
 
-    model = shoal.load(run, version=None if version < 0 else version)
+    run = latest_run(run).path
+    model = shoal.load(run, version=version)
     if not model.plan.manifest.variants("predict"):
         raise ValueError(f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …).")
-    _refuse_strange(model, fields, input, screen)
     watch.lap("load")
     made = model.predict(fields)
     watch.lap("predict")
@@ -68,18 +71,6 @@ def _read(path: Path) -> "dict[str, np.ndarray] | np.ndarray":
     if not array.ndim:
         raise DataError(f"Expected {path} to hold examples (N, …), got a single number.")
     return array
-
-
-def _refuse_strange(model: "Model", fields: "dict[str, np.ndarray] | np.ndarray", input: Path, screen: Screen) -> None:
-    """A field that the input lacks is taken as zeros, which is right only if the prediction does not read it."""
-    if not isinstance(fields, dict):
-        return
-    wanted = [spec.name for spec in model.plan.manifest.batch]
-    missing = [name for name in wanted if name not in fields]
-    if missing == wanted:
-        raise ValueError(f"{input} has the fields {', '.join(fields)}; task {model.name!r} reads {', '.join(wanted)}.")
-    if missing:
-        screen.say(f"{input} has no {', '.join(missing)}: fine if the prediction does not read it (labels, usually)")
 
 
 def _classifies(model: "Model", made: "np.ndarray") -> bool:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from shoal.record.run import FoundRun
+    from shoal.record.store import RunKind
 
 RUNS: Final = "runs"
 
@@ -24,18 +25,22 @@ def new_folder(chosen: Path | None, name: str) -> Path:
     return chosen
 
 
-def existing_run(chosen: Path | None) -> "FoundRun":
-    """The newest run in the folder of --run.
+def existing_run(chosen: Path | None, *, kind: "RunKind") -> "FoundRun":
+    """The newest run in the folder of --run, to go on with.
 
     Raises:
-        ValueError: no folder was given.
+        ValueError: no folder was given, or the run is of another kind.
         DataError: it holds no run.
     """
     from shoal.record.run import latest_run
 
     if chosen is None:
         raise ValueError("Expected --run DIR with --resume: which run is to go on? `shoal runs list` shows runs.")
-    return latest_run(chosen)
+    found = latest_run(chosen)
+    if found.run.kind != kind:
+        made = found.run.kind
+        raise ValueError(f"Run {found.run.id} in {found.path} was made by `shoal {made}`; resume it with that.")
+    return found
 
 
 def _free(parent: Path, name: str) -> Path:

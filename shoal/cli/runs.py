@@ -26,7 +26,7 @@ SHOW_EPILOG = options.examples("shoal runs show runs/digits", "shoal runs show r
 
 @app.command("list", epilog=LIST_EPILOG)
 def list_runs(
-    root: Annotated[Path, typer.Argument(metavar="[ROOT]", help="A run folder, or a folder of them.")] = Path("runs"),
+    root: Annotated[Path, typer.Argument(metavar="ROOT", help="A run folder, or a folder of them.")] = Path("runs"),
     json: options.AsJson = False,
 ) -> None:
     """List the runs in a folder and below it, oldest first."""
@@ -48,7 +48,7 @@ def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or a folder of them: then the newest.")],
     json: options.AsJson = False,
 ) -> None:
-    """Show a run: settings, where it was made, rounds, metrics, and where time and bytes went."""
+    """Show a run: settings, rounds, metrics, and what it took."""
     from shoal.cli import run_sections
     from shoal.record.run import open_run
 

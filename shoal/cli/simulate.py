@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options, words
+from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped, command_line
+from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -17,23 +19,32 @@ if TYPE_CHECKING:
 EPILOG = options.examples(
     "shoal simulate task.py --data name:digits --split dirichlet:0.3 --users 100 --rounds 10",
     "shoal simulate examples/one_task.py:task --data users/ --held-out test.npz --rounds 20 --goal 4",
+    "shoal simulate task.py --virtual population.toml --hours 24 --late patch:5",
     "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
 )
 
 
 def simulate(
     task: Annotated[
-        str, typer.Argument(metavar="[TASK]", help="module:attribute or file.py:attribute; not needed with --resume.")
+        str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute; not needed with --resume.")
     ] = "",
     data: options.Data = "",
-    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="Versions to commit.")] = None,
+    rounds: options.Rounds = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
-    goal: Annotated[
-        int | None, typer.Option("--goal", min=1, help="Updates in a round, instead of the task's.")
-    ] = None,
+    goal: options.Goal = None,
     held_out: options.HeldOut = "",
     split: options.Split = "iid",
     users: options.Users = 20,
+    virtual: Annotated[
+        Path | None,
+        typer.Option("--virtual", help="A population (TOML): play a fleet of such devices under a virtual clock."),
+    ] = None,
+    hours: Annotated[
+        float | None, typer.Option("--hours", min=0.01, help="With --virtual: virtual hours to play.")
+    ] = None,
+    late: options.Late = None,
+    buffer: options.Buffer = None,
+    concurrency: options.Concurrency = None,
     evaluate_every: Annotated[
         int, typer.Option("--evaluate-every", min=1, help="Versions between two evaluations.")
     ] = 1,
@@ -49,6 +60,17 @@ def simulate(
     from shoal.cli import data_argument, run_folder
 
     screen, watch = Screen(json=json), Stopwatch()
+    if virtual is not None:
+        policy = {
+            "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
+        }  # fmt: skip
+        return _virtually(
+            task, virtual, data, held_out, split, users, rounds=rounds, hours=hours, seed=seed, run=run, resume=resume,
+            policy={name: value for name, value in policy.items() if value is not None}, evaluate_every=evaluate_every,
+            screen=screen, watch=watch,
+        )  # fmt: skip
+    if hours or late or buffer or concurrency:
+        raise ValueError("--hours, --late, --buffer and --concurrency go with --virtual: else no device is ever late.")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
     if resume and (goal or seed):
@@ -62,7 +84,7 @@ def simulate(
     watch.lap("data")
     screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
     if resume:
-        found = run_folder.existing_run(run)
+        found = run_folder.existing_run(run, kind="simulate")
         folder, run_id = found.path, found.run.id
     else:
         folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""
@@ -76,6 +98,26 @@ def simulate(
         _train(
             folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on, asked=bool(held_out)
         )  # fmt: skip
+
+
+def _virtually(
+    task: str, file: Path, data: str, held_out: str, split: str, users: int, *, rounds: int | None, hours: float | None,
+    seed: int, run: Path | None, resume: bool, policy: dict[str, Any], evaluate_every: int, screen: Screen, watch: Stopwatch,
+) -> None:  # fmt: skip
+    from shoal.cli import data_argument
+    from shoal.cli.virtual import simulate_virtually
+
+    if resume:
+        raise ValueError("A virtual fleet cannot be resumed: leave out --resume; the same --seed plays the same again.")
+    if not task or not (rounds or hours):
+        raise ValueError("Expected TASK and --rounds or --hours with --virtual.")
+    population = data_argument.open_data(data, split=split, users=users) if data else None
+    examples = data_argument.open_held_out(held_out, data_text=data) if data else None
+    watch.lap("data")
+    simulate_virtually(
+        task, file, population, examples, rounds=rounds, hours=hours, policy=policy, evaluate_every=evaluate_every,
+        seed=seed, run=run, screen=screen, watch=watch,
+    )  # fmt: skip
 
 
 def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None, screen: Screen) -> Path:
@@ -123,15 +165,22 @@ def _train(
         if examples is not None and not asked and not load_plan(store, run_id).plan.manifest.variants("evaluate"):
             screen.say("the task has no evaluate: versions are not evaluated on the test part of the data")
             examples = None
-        before, progress = summarize(store, run_id), _Progress(first, last, screen)
+        before, progress, told = summarize(store, run_id), _Progress(first, last, screen), Told()
+
+        def on_round(result: "RoundResult") -> None:
+            progress(result)
+            told.check()
+
         try:
-            made = go_on(
-                store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every, folder=folder,
-                on_round=progress,
-            )  # fmt: skip
+            with told:
+                made = go_on(
+                    store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every,
+                    folder=folder, on_round=on_round,
+                )  # fmt: skip
         except KeyboardInterrupt:
             version = store.last_version(run_id)
-            raise Stopped(f"stopped at version {version} of {last}. Go on with: {go_on_with}") from None
+            text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
+            raise Stopped(text, code=told.code) from None
         watch.lap("rounds")
         _tell(summarize(store, run_id), before, made, folder, screen, watch)
     finally:
@@ -144,7 +193,7 @@ def _tell(
     # The members' phases lie within the rounds; what the rounds took beside them is the rest.
     inside = summary.seconds_since(before)
     others = {phase: s for phase, s in watch.seconds.items() if phase != "rounds"}
-    rest = {"evaluate and rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
+    rest = {"rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
     last = made.history[-1].metrics if made.history else summary.metrics
     screen.line(f"{summary.task} version {made.version}: {words.values(dict(last)) or 'no metrics'}")
     screen.line(f"where the time went: {words.phases({**others, **inside, **rest}, total=watch.total)}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.aggregate.accumulator import Accumulator
+from shoal.fixed import FixedPoint
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
 
@@ -24,6 +25,15 @@ class Configuration:
     max_members: int
     """Most updates in its sum."""
     reporting_window_s: float
+
+    def fixed(self, manifest: Manifest) -> Mapping[str, FixedPoint]:
+        """Name of a sum -> its fixed point."""
+        return {
+            spec.tensor.name: spec.fixed(
+                bits=manifest.promises.sum_bits, max_weight=manifest.training.max_weight, max_members=self.max_members
+            )
+            for spec in manifest.sums
+        }
 
     def accumulator(self, manifest: Manifest) -> Accumulator:
         """An empty sum for this round. Raises ValueError where the sums would not fit the task's bits."""
@@ -57,7 +67,7 @@ def configure(manifest: Manifest, *, run_seed: bytes, round: int, base_version: 
         round=round,
         base_version=base_version,
         seed=round_seed(run_seed, base_version),
-        max_members=policy.goal + 1,  # one addition may be under way when the goal is met
+        max_members=policy.max_members,
         reporting_window_s=policy.reporting_window_s,
     )
 

@@ -12,23 +12,28 @@ Guarantees:
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
+from shoal.aggregate.patch import replay
+from shoal.aggregate.sums import merge_saved, save_sums
 from shoal.clock import Clock
 from shoal.errors import ShoalError, StoreError, StoreUnavailable
 from shoal.fleet import round as r
 from shoal.fleet.configuration import Configuration, configure
+from shoal.fleet.costs import Costs
 from shoal.fleet.edge import Coordinator as HeardByEdge
 from shoal.fleet.edge import GroupResult
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
-from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, TokenRow, UsageRow
+from shoal.record.store import CommitRow, FinalRow, GroupRow, MetricRow, RoundRow, Store, TokenRow, UsageRow
 from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
@@ -43,9 +48,10 @@ class Edge(Protocol):
     """What the Coordinator says to an Edge."""
 
     def connect(self, coordinator: HeardByEdge) -> None: ...
-    def open_group(self, configuration: Configuration, model: Index) -> None: ...
+    def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None: ...
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool: ...
-    async def close_group(self) -> GroupResult: ...
+    async def close_groups(self, *, final: bool = True) -> list[GroupResult]: ...
+    def stored(self) -> None: ...
     def committed(self, version: int) -> None: ...
     def failed(self, why: str) -> None: ...
     def finish(self, why: str) -> None: ...
@@ -58,6 +64,8 @@ class Commit:
     row: CommitRow
     metrics: dict[str, float]
     """Over the cohort, on the version before."""
+    late: int
+    """Its members whose update was of a version before."""
     seconds: float
     """From the round's opening to its commit."""
 
@@ -85,7 +93,7 @@ class Coordinator:
     ) -> None:
         """`in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
         self._in_thread, self._beside = in_thread, beside
-        self._store, self._run, self._manifest, self._edge = store, run, manifest, edge
+        self.store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
         self._policy, self._last_version = manifest.server.rounds, last_version
@@ -104,6 +112,9 @@ class Coordinator:
         self._journaled: Awaitable[None] | None = None
         """The open round's row, on its way into the record: training need not wait for it, what ends the round does."""
         self._head: CommitRow | None = None
+        self._waiting: list[GroupRow] = []
+        """Groups of the record that the next commit takes in."""
+        self._taken: dict[int, int] = {}
         self.finished = asyncio.Event()
         edge.connect(self)
 
@@ -113,23 +124,26 @@ class Coordinator:
 
     # What the Edge says.
 
-    def arrived(self, device: str) -> None:
-        self._events.put_nowait(r.Arrived(device))
+    def arrived(self, *devices: str) -> None:
+        self._events.put_nowait(r.Arrived(devices))
 
     def left(self, device: str) -> None:
         self._events.put_nowait(r.Left(device))
 
-    def joined(self, nonce: bytes) -> None:
-        self._events.put_nowait(r.Joined(nonce))
+    def joined(self, nonce: bytes, version: int) -> None:
+        self._events.put_nowait(r.Joined(nonce, version))
 
-    def counted(self, nonce: bytes) -> None:
-        self._events.put_nowait(r.Counted(nonce))
+    def counted(self, nonce: bytes, version: int, staleness: int) -> None:
+        self._events.put_nowait(r.Counted(nonce, version, staleness))
 
     def released(self, nonce: bytes) -> None:
         self._events.put_nowait(r.Released(nonce))
 
+    def away(self, nonce: bytes) -> None:
+        self._events.put_nowait(r.Away(nonce))
+
     async def token_row(self, nonce: bytes) -> TokenRow | None:
-        row: TokenRow | None = await self._in_thread(lambda: self._store.token(self._run, nonce))
+        row: TokenRow | None = await self._in_thread(lambda: self.store.token(self._run, nonce))
         return row
 
     def stop(self) -> None:
@@ -150,16 +164,26 @@ class Coordinator:
 
     async def take_up(self) -> None:
         """Goes on from the last commit, as after a crash."""
-        head = await self._in_thread(lambda: self._store.last_commit(self._run))
+        head = await self._in_thread(lambda: self.store.last_commit(self._run))
         if head is None:
             raise StoreError(f"Run {self._run} has no initial model; it was never begun.")
         self._head = head
-        rounds = await self._in_thread(lambda: self._store.rounds(self._run))
+        rounds = await self._in_thread(lambda: self.store.rounds(self._run))
         for row in rounds:
             if row.state == "open":
                 await self._abandon(row, "the host stopped")
-        await self._in_thread(lambda: self._store.forget_tokens(self._run, before_s=self._clock.wall_s()))
-        await self.step(r.Started(head.version, rounds[-1].number if rounds else 0))
+        await self._in_thread(lambda: self.store.forget_tokens(self._run, before_s=self._clock.wall_s()))
+        counted = await self._in_thread(self._load_groups)
+        await self.step(r.Started(head.version, rounds[-1].number if rounds else 0, frozenset(counted)))
+
+    def _load_groups(self) -> Sequence[bytes]:
+        """What earlier lives have left in groups; returns the nonces in those that wait for a commit."""
+        assert self._head is not None
+        self._waiting = list(self.store.groups(self._run, waiting=True))
+        oldest = max(0, self._head.version - self._policy.max_staleness)
+        for group in self.store.groups(self._run, since_version=oldest):
+            self._taken[group.base_version] = self._taken.get(group.base_version, 0) + group.members
+        return self.store.waiting_nonces(self._run)
 
     def pending(self) -> r.Event | None:
         """The next event that is there already, or that it is time for one."""
@@ -192,10 +216,12 @@ class Coordinator:
     async def _carry_out(self, command: r.Command) -> r.Event | None:
         match command:
             case r.OpenRound(round, base_version):
-                return await self._open(round, base_version)
+                self._open(round, base_version)
             case r.Assign(devices):
                 for device in devices:
                     self._assign(device)
+            case r.StoreGroup():
+                return await self._store_group()
             case r.CommitRound(round, reason):
                 return await self._commit(round, reason)
             case r.AbandonRound(round, reason):
@@ -212,7 +238,7 @@ class Coordinator:
                 self.wake_s = time_s
         return None
 
-    async def _open(self, round: int, base_version: int) -> r.Event:
+    def _open(self, round: int, base_version: int) -> None:
         assert self._head is not None and self._head.version == base_version
         self._opened_s = self._clock.wall_s()
         self._configuration = configure(self._manifest, run_seed=self._run_seed, round=round, base_version=base_version)
@@ -220,11 +246,11 @@ class Coordinator:
             self._configuration.to_proto().SerializeToString(deterministic=True)
         ).digest()
         self._journaled = self._beside(self._journal(self._round_row(round)))
-        self._edge.open_group(self._configuration, self._head.model)
-        return r.Opened()
+        self._edge.open_groups(self._configuration, self._head.model, taken=self._taken)
+        self._taken = {}
 
     async def _journal(self, row: RoundRow) -> None:
-        await self._durably(lambda: self._store.open_round(self._run, row))
+        await self._durably(lambda: self.store.open_round(self._run, row))
 
     async def _until_journaled(self) -> None:
         journaled, self._journaled = self._journaled, None
@@ -249,36 +275,59 @@ class Coordinator:
         if not self._edge.assign(device, self._token_key.sign(assignment), assignment):
             self.released(assignment.nonce)
 
+    async def _store_group(self) -> r.Event:
+        try:
+            groups = await self._edge.close_groups(final=False)
+        except StoreError as error:
+            log.error("a group could not be closed: %s", error)
+            self._edge.failed(str(error))
+            return r.Stored(frozenset())
+        await self._until_journaled()
+        for group in groups:
+            row = await self._durably(lambda g=group: self._write_group(g))  # type: ignore[misc]
+            self._waiting.append(row)
+        self._edge.stored()
+        return r.Stored(frozenset(nonce for group in groups for nonce, _ in group.counted))
+
+    def _write_group(self, group: GroupResult) -> GroupRow:
+        settled = self.store.token(self._run, group.counted[0][0])
+        if settled is not None and settled.state == "counted":
+            # Written by the try before this one, which heard of a failure nonetheless.
+            return self.store.groups(self._run, waiting=True)[-1]
+        row = self._group_row(group, kept=True)
+        number = self.store.add_group(self._run, row, counted=group.counted, usage=group.costs.rows(row.round))
+        return replace(row, number=number)
+
+    def _group_row(self, group: GroupResult, *, kept: bool) -> GroupRow:
+        assert self._configuration is not None
+        return GroupRow(
+            round=self._configuration.round,
+            base_version=group.base_version,
+            members=group.sums.members,
+            weight=group.sums.weight,
+            sums_root=save_sums(self.store.blobs, group.sums) if kept else "",
+        )
+
     async def _commit(self, round: int, reason: str) -> r.Event:
         try:
-            group = await self._edge.close_group()
+            groups = await self._edge.close_groups()
         except StoreError as error:  # an addition broke off: the sum is of no use
             return self._failed(error)
-        self._drop_group_events()
         await self._until_journaled()
         try:
-            commit = await self._durably(lambda: self._write_commit(group, round, reason))
+            commit = await self._durably(lambda: self._write_commit(groups, round, reason))
         except StoreError:
             raise  # the record is not what this host takes it for: it must not go on
         except ShoalError as error:
             return self._failed(error)
-        self._head = commit.row
+        self._head, self._waiting = commit.row, []
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
         return r.Committed(commit.row.version)
 
     def _failed(self, error: ShoalError) -> r.Event:
-        self._drop_group_events()
         self._edge.failed(str(error))
         return r.Failed(str(error))
-
-    def _drop_group_events(self) -> None:
-        # What the closed group said and was not stepped yet is in its result; stepped later it would be taken for the
-        # next group's.
-        waiting = [self._events.get_nowait() for _ in range(self._events.qsize())]
-        for event in waiting:
-            if not isinstance(event, r.Joined | r.Counted | r.Released):
-                self._events.put_nowait(event)
 
     async def _durably(self, write: Callable[[], T]) -> T:
         """Writes to the record, again and again while the disk does not let it: nothing that was counted is given up."""
@@ -292,43 +341,97 @@ class Coordinator:
                 await self._clock.sleep_until(self._clock.now_s() + delay_s)
                 delay_s = min(2 * delay_s, longest_s)
 
-    def _write_commit(self, group: GroupResult, round: int, reason: str) -> Commit:
+    def _write_commit(self, closed: Sequence[GroupResult], round: int, reason: str) -> Commit:
         head = self._head
         assert head is not None
         begun = self._clock.now_s()
-        last = self._store.last_commit(self._run)
+        keeps = self._policy.late.kind == "patch"
+        rows = [*self._waiting, *(self._group_row(group, kept=keeps) for group in closed)]
+        late = {row.base_version for row in rows} - {head.version}
+        late_members = self._machine.snapshot().late
+        costs = Costs()
+        for group in closed:
+            costs.merge(group.costs)
+        present = self._sum_up(closed, self._waiting, head.version if keeps else None)
+        metrics = present.metrics()
+        last = self.store.last_commit(self._run)
         if last is not None and last.version == head.version + 1 and last.round == round:
             # Written by the try before this one, which heard of a failure nonetheless.
-            return Commit(last, group.sums.metrics(), last.created_s - self._opened_s)
-        model, server_state = self._aggregator.commit(group.sums, head.model, head.server_state, self._store.blobs)
+            return Commit(last, metrics, late_members, last.created_s - self._opened_s)
+        final = self._final(rows) if keeps else None
+        if final is not None and late:
+            model, server_state = self._replay(final, rows, present)
+        else:
+            model, server_state = self._aggregator.commit(present, head.model, head.server_state, self.store.blobs)
         now = self._clock.wall_s()
-        time_s = now - self._store.run(self._run).created_s
+        time_s = now - self.store.run(self._run).created_s
         row = CommitRow(
             version=head.version + 1,
             model=model,
             server_state=server_state,
             round=round,
-            members=group.sums.members,
-            weight=group.sums.weight,
+            members=sum(group.members for group in rows),
+            weight=sum(group.weight for group in rows),
             created_s=now,
         )
-        metrics = group.sums.metrics()
-        usage = [*group.costs.rows(round), UsageRow(round=round, phase="commit", seconds=self._clock.now_s() - begun)]
-        self._store.commit(
+        usage = [*costs.rows(round), UsageRow(round=round, phase="commit", seconds=self._clock.now_s() - begun)]
+        self.store.commit(
             self._run,
             row,
             round=self._closed_row(round, row.members, closed_s=now, reason=reason),
-            groups=[
-                GroupRow(round=round, base_version=head.version, members=row.members, weight=row.weight),
-            ],
-            counted=group.counted,
+            groups=rows,
+            counted=[counted for group in closed for counted in group.counted],
             metrics=[
                 MetricRow(version=head.version, name=f"train/{name}", value=value, scope="cohort", time_s=time_s)
                 for name, value in metrics.items()
             ],
             usage=usage,
+            final=final if final is not None and final.version else None,
         )
-        return Commit(row, metrics, now - self._opened_s)
+        if any(row.sums_root for row in rows):
+            self.store.forget_sums(self._run, before_version=row.version - self._policy.max_staleness)
+        return Commit(row, metrics, late_members, now - self._opened_s)
+
+    def _sum_up(self, closed: Sequence[GroupResult], waiting: Sequence[GroupRow], version: int | None) -> Accumulator:
+        """The sum of these groups; only of those that are part of `version`, if one is named."""
+        assert self._configuration is not None
+        closed = [group for group in closed if version in (None, group.base_version)]
+        waiting = [row for row in waiting if version in (None, row.base_version)]
+        if len(closed) == 1 and not waiting:
+            return closed[0].sums  # as it is: another of that size would be most of the host's memory
+        sums = self._configuration.accumulator(self._manifest)
+        for group in closed:
+            sums.merge_all(group.sums)
+        for row in waiting:
+            merge_saved(sums, row, self.store.blobs)
+        return sums
+
+    def _final(self, rows: Sequence[GroupRow]) -> FinalRow:
+        """The oldest version that something may still be late for after this commit, in its final form."""
+        assert self._head is not None
+        oldest = max(0, self._head.version + 1 - self._policy.max_staleness)
+        before = max(0, oldest - 1)
+        known = self.store.final(self._run, before)
+        if known is None:
+            row = self.store.get_commit(self._run, before)
+            known = FinalRow(version=before, model=row.model, server_state=row.server_state)
+        if before == oldest:
+            return known
+        sums = self._whole_sum(before, rows)
+        model, state = replay(self._aggregator, (known.model, known.server_state), [sums], self.store.blobs)
+        return FinalRow(version=oldest, model=model, server_state=state)
+
+    def _replay(self, final: FinalRow, rows: Sequence[GroupRow], present: Accumulator) -> tuple[Index, Index]:
+        assert self._head is not None
+        versions = range(final.version, self._head.version)
+        sums = chain((self._whole_sum(version, rows) for version in versions), [present])
+        return replay(self._aggregator, (final.model, final.server_state), sums, self.store.blobs)
+
+    def _whole_sum(self, version: int, rows: Sequence[GroupRow]) -> Accumulator:
+        """The sum of a version before the present one, with what this commit adds to it."""
+        kept = self.store.groups(self._run, since_version=version)
+        taken = [group for group in kept if group.base_version == version and group.version is not None]
+        return self._sum_up((), [*taken, *(row for row in rows if row.base_version == version)], None)
 
     def _closed_row(self, round: int, members: int, *, closed_s: float, reason: str) -> RoundRow:
         row = self._round_row(round)
@@ -354,6 +457,6 @@ class Coordinator:
     async def _abandon(self, row: RoundRow, reason: str) -> None:
         closed = replace(row, state="abandoned", closed_s=self._clock.wall_s(), reason=reason)
         try:
-            await self._in_thread(lambda: self._store.close_round(self._run, closed))
+            await self._in_thread(lambda: self.store.close_round(self._run, closed))
         except StoreError as error:  # the journal of a round that gave nothing is not worth the run
             log.error("round %d could not be closed in the record: %s", row.number, error)

@@ -27,6 +27,16 @@ class Costs:
         self.joules += _sane(costs.joules)
         self.members += 1
 
+    def merge(self, other: "Costs") -> None:
+        """Adds another group's."""
+        for phase in PHASES:
+            self.seconds[phase] += other.seconds[phase]
+        self.padding += other.padding
+        self.joules += other.joules
+        self.members += other.members
+        self.down_bytes += other.down_bytes
+        self.up_bytes += other.up_bytes
+
     def rows(self, round: int) -> list[UsageRow]:
         """As the record keeps them. `padding` is the part of compute that went into padding."""
         rows = [UsageRow(round=round, phase=p, seconds=s, count=self.members) for p, s in self.seconds.items()]

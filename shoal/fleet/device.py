@@ -23,7 +23,7 @@ from shoal.errors import (
     ProgramError,
     ProtocolError,
 )
-from shoal.fleet.device_host import DeviceHost, Prepared
+from shoal.fleet.device_host import DeviceHost, Prepared, Spent
 from shoal.fleet.link import Link, Stream
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Runtime
@@ -39,6 +39,8 @@ BACK_OFF_S: Final = (0.1, 5.0)
 REFUSED_DELAY_S: Final = 0.5
 REFUSED_LONGEST_S: Final = 60.0
 PUSH_TRIES: Final = 6
+LONGEST_AWAY_S: Final = 86_400.0
+"""Whatever an Edge says."""
 
 
 @dataclass
@@ -90,6 +92,7 @@ class Device:
         link: Link,
         host: DeviceHost,
         rng: np.random.Generator,
+        stays: bool = True,
         on_progress: Callable[["Device"], None] = lambda device: None,
     ) -> None:
         """
@@ -99,9 +102,12 @@ class Device:
             link: to the Edge.
             host: what the process shares.
             rng: for the jitter of its delays.
+            stays: whether it waits for the next assignment; else it goes away after each and comes when it was told to.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
-        self._on_progress = on_progress
+        self._stays, self._on_progress = stays, on_progress
+        self._away_s: float | None = None
+        """How long it is to be gone, once it was told so."""
         self._work: _Work | None = None
         self._producing: asyncio.Task[None] | None = None
         self._checked_in: Stream | None = None
@@ -129,6 +135,10 @@ class Device:
                     if await self._serve(stream):
                         self._say("finished")
                         return
+                if self._away_s is not None:
+                    away_s, self._away_s = self._away_s, None
+                    self._say("away")
+                    await self._sleep(away_s)
             except (NetworkError, ProtocolError) as error:
                 self._failures += 1
                 self.progress.last_error = str(error)
@@ -155,6 +165,8 @@ class Device:
                     message, hearing = hearing.result(), None
                     if await self._hear(message, stream):
                         return True
+                    if self._away_s is not None:
+                        return False
         finally:
             if hearing is not None:
                 hearing.cancel()
@@ -176,22 +188,19 @@ class Device:
             case "counted" if self._producing is None:
                 self._failures = self._refusals = 0
                 self._settle()
-                await self._stay(stream)
+                await self._stay(stream, message.counted)
             case "refused":
                 await self._refused(message.refused.reason, message.refused.detail)
-                await self._check_in(stream)
+                await self._stay(stream, message.refused)
             case "released":
                 self.progress.released += 1
                 await self._drop_work()
-                await self._stay(stream)
+                await self._stay(stream, message.released)
             case "incomplete" if work is not None and work.report is not None:
                 await self._push(work)
                 await stream.send(pb.FromDevice(report=work.report))
             case "later":
-                low, high = message.later.delay_min_s, message.later.delay_max_s
-                self._say("told to come later")
-                await self._pause(float(self._rng.uniform(low, max(low, high))))
-                await self._check_in(stream)
+                self._away_s = self._drawn(message.later)
             case "incompatible":
                 raise PlanError(message.incompatible.needs)
             case "finished":
@@ -240,9 +249,11 @@ class Device:
                 return await stream.send(pb.FromDevice(report=work.report))
         await self._check_in(stream)
 
-    async def _stay(self, stream: Stream) -> None:
-        """Waits for the next assignment: without a word where it has checked in on this stream."""
-        if self._checked_in is stream:
+    async def _stay(self, stream: Stream, answer: pb.Counted | pb.Refused | pb.Released) -> None:
+        """Waits for the next assignment: without a word where it has checked in on this stream; or goes away."""
+        if not self._stays:
+            self._away_s = self._drawn(answer)
+        elif self._checked_in is stream:
             self._say("waiting")
         else:
             await self._check_in(stream)
@@ -257,7 +268,7 @@ class Device:
             software="shoal",
             codecs=["float32"],
             memory_bytes=self._host.limits.memory_bytes,
-            stay=True,
+            stay=self._stays,
         )
         await stream.send(pb.FromDevice(check_in=check_in))
 
@@ -312,21 +323,21 @@ class Device:
         work.report.costs.wire_s += time.perf_counter() - begun
 
     async def _train(self, work: _Work) -> tuple[_Trained, pb.Costs]:
-        host, assigned = self._host, work.assigned
+        host, assigned, spent = self._host, work.assigned, Spent()
         begun = time.perf_counter()
         self._say("fetching")
-        prepared = await host.prepare(assigned, self._link)
-        await host.ensure_model(assigned, prepared, self._link)
-        fetched = time.perf_counter()
+        prepared = await host.prepare(assigned, self._link, spent)
+        await host.ensure_model(assigned, prepared, self._link, spent)
         self._say("queued")
         loop = asyncio.get_running_loop()
         trained = await loop.run_in_executor(host.worker, self._train_now, work, prepared)
         costs = pb.Costs(
             compute_s=trained.update.seconds.get("compute", 0.0),
-            compile_s=trained.compile_s,
+            compile_s=spent.start_s + trained.compile_s,
             data_s=trained.update.seconds.get("data", 0.0),
-            wait_s=trained.started_s - fetched,
-            wire_s=fetched - begun,
+            # For its turn, and for what another device of the process fetched or started.
+            wait_s=trained.started_s - begun - spent.wire_s - spent.start_s,
+            wire_s=spent.wire_s,
             padding=trained.update.padding,
             examples=trained.update.weight,
         )
@@ -411,9 +422,16 @@ class Device:
         await self._pause(REFUSED_DELAY_S)
         await self._check_in(stream)
 
+    def _drawn(self, answer: pb.Counted | pb.Refused | pb.Released | pb.Later) -> float:
+        """How long to be gone, within the window that the Edge names."""
+        low = min(max(0.0, answer.delay_min_s), LONGEST_AWAY_S)
+        return float(self._rng.uniform(low, min(max(low, answer.delay_max_s), LONGEST_AWAY_S)))
+
     async def _pause(self, seconds: float) -> None:
-        jittered = seconds * float(self._rng.uniform(0.5, 1.5))
-        await self._host.clock.sleep_until(self._host.clock.now_s() + jittered)
+        await self._sleep(seconds * float(self._rng.uniform(0.5, 1.5)))
+
+    async def _sleep(self, seconds: float) -> None:
+        await self._host.clock.sleep_until(self._host.clock.now_s() + seconds)
 
     def _say(self, stage: str) -> None:
         self.progress.stage = stage

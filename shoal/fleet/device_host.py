@@ -6,6 +6,7 @@ fetched once for each version. Trainings run one after another: a process is one
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ PULL_CREDIT: Final = 64 << 20
 MAX_INDEX_BYTES: Final = 64 << 20
 
 
+class _OtherBytes(ProtocolError):
+    """What was sent is not what was asked for."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A plan that passed every check, and what runs it."""
@@ -41,6 +46,16 @@ class Prepared:
     @property
     def manifest(self) -> Manifest:
         return self.plan.manifest
+
+
+@dataclass
+class Spent:
+    """What getting ready took the one who did it; those who waited for it meanwhile spent nothing of it."""
+
+    wire_s: float = 0.0
+    """Fetching, and handing the model to the runner."""
+    start_s: float = 0.0
+    """Starting the runner, compiling or loading its programs."""
 
 
 @dataclass
@@ -62,17 +77,26 @@ class DeviceHost:
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
     _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
 
-    async def prepare(self, assigned: pb.Assigned, link: Link) -> Prepared:
-        """The plan of an assignment, verified, checked, ready to run.
+    async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
+        """The plan of an assignment, verified, checked, ready to run. What it took is added to `spent`.
 
         Raises:
-            PlanError: it is not signed by the trusted key, altered, too large, or not for this runtime.
+            PlanError: it is not signed by the trusted key, altered, too large, or not for this runtime. It was not loaded.
         """
         if assigned.plan not in self._plans:
-            self._plans[assigned.plan] = asyncio.ensure_future(self._prepare(assigned, link))
+            self._plans[assigned.plan] = asyncio.ensure_future(self._prepare(assigned, link, spent))
         return await self._shared(self._plans, assigned.plan)
 
-    async def _prepare(self, assigned: pb.Assigned, link: Link) -> Prepared:
+    async def _prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
+        try:
+            return await self._verified(assigned, link, spent)
+        except _OtherBytes as error:
+            raise PlanError(
+                f"The plan that the host sent is not the one that it named: {error} It was not run."
+            ) from error
+
+    async def _verified(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
+        begun_s = time.perf_counter()
         data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
         manifest = Manifest.parse(data)
         unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
@@ -83,6 +107,7 @@ class DeviceHost:
         programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in DEVICE_PROGRAMS}
         plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
         plan.verify(plan.public_key)
+        spent.wire_s += time.perf_counter() - begun_s
         runner = await asyncio.to_thread(self.make_runner, plan)
         return Prepared(plan, runner)
 
@@ -98,16 +123,20 @@ class DeviceHost:
             self.trusted_key = key
             log.warning("trusting plans signed by %s from now on: the first seen (name one with --key)", key.hex())
 
-    async def ensure_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link) -> None:
-        """Makes the runner hold the assignment's model; devices that need the same one wait for one transfer."""
+    async def ensure_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link, spent: Spent) -> None:
+        """Makes the runner hold the assignment's model; devices that need the same one wait for one transfer.
+
+        What it took is added to `spent`.
+        """
         root = assigned.model
         if prepared.runner.has_model(root):
             return
         if root not in self._models or self._models[root].done():
-            self._models[root] = asyncio.ensure_future(self._load_model(assigned, prepared, link))
+            self._models[root] = asyncio.ensure_future(self._load_model(assigned, prepared, link, spent))
         await self._shared(self._models, root)
 
-    async def _load_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link) -> None:
+    async def _load_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link, spent: Spent) -> None:
+        begun_s = time.perf_counter()
         index = Index.parse(await self.fetch(assigned, assigned.model, link, most=MAX_INDEX_BYTES))
         if index.specs != prepared.manifest.broadcast:
             raise ProtocolError("The model's tensors are not those that the plan names.")
@@ -115,8 +144,9 @@ class DeviceHost:
         for entry in index:
             data = await self.fetch(assigned, entry.hash, link, most=entry.spec.size_bytes)
             tensors[entry.spec.name] = from_bytes(data, entry.spec)
+        spent.wire_s += time.perf_counter() - begun_s
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.worker, prepared.runner.set_model, assigned.model, tensors)
+        await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)
 
     async def _shared(self, futures: "dict[str, asyncio.Future[V]]", key: str) -> V:
         future = futures[key]
@@ -146,7 +176,7 @@ class DeviceHost:
                 async for piece in link.pull(request):
                     total = piece.total
                     if piece.offset != len(data) or len(data) + len(piece.data) > total or total > most:
-                        raise ProtocolError(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
+                        raise _OtherBytes(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
                     data += piece.data
             except NetworkError:
                 tries = tries + 1 if len(data) == before else 0
@@ -195,7 +225,17 @@ class DeviceHost:
                 future.result().runner.close()
 
 
+def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> None:
+    """Starts the runner, if it is not, and gives it the model. In the worker's thread."""
+    begun_s = time.perf_counter()
+    runner.compile()
+    started_s = time.perf_counter()
+    runner.set_model(root, tensors)
+    spent.start_s += started_s - begun_s
+    spent.wire_s += time.perf_counter() - started_s
+
+
 def _checked(data: bytes, hash: str) -> bytes:
     if sha256(data) != hash:
-        raise ProtocolError(f"Expected bytes with hash {hash[:12]}…, got {sha256(data)[:12]}….")
+        raise _OtherBytes(f"Expected bytes with hash {hash[:12]}…, got {sha256(data)[:12]}….")
     return data

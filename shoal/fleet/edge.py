@@ -9,7 +9,7 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -19,11 +19,12 @@ from google.protobuf.message import DecodeError
 from shoal.aggregate.accumulator import Accumulator
 from shoal.clock import Clock
 from shoal.errors import NetworkError, PlanError, ProtocolError, StoreError, UpdateRefused
-from shoal.fixed import refuse_bad_weight
+from shoal.fixed import FixedPoint, refuse_bad_weight
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.offer import MAX_INLINE_BYTES, Offer
+from shoal.fleet.pace import Pace
 from shoal.fleet.session import Session
 from shoal.fleet.staging import Limits, StagedUpdate
 from shoal.fleet.token import read_token
@@ -48,11 +49,12 @@ BUSY_DELAY_S: Final = (5.0, 15.0)
 class Coordinator(Protocol):
     """What an Edge says to the Coordinator."""
 
-    def arrived(self, device: str) -> None: ...
+    def arrived(self, *devices: str) -> None: ...
     def left(self, device: str) -> None: ...
-    def joined(self, nonce: bytes) -> None: ...
-    def counted(self, nonce: bytes) -> None: ...
+    def joined(self, nonce: bytes, version: int) -> None: ...
+    def counted(self, nonce: bytes, version: int, staleness: int) -> None: ...
     def released(self, nonce: bytes) -> None: ...
+    def away(self, nonce: bytes) -> None: ...
     async def token_row(self, nonce: bytes) -> TokenRow | None: ...
 
 
@@ -60,6 +62,8 @@ class Coordinator(Protocol):
 class GroupResult:
     """A closed group: its sum, who is in it, what it cost."""
 
+    base_version: int
+    """The version whose sum it is part of."""
     sums: Accumulator
     counted: tuple[tuple[bytes, float], ...]
     """(nonce, expiry) of every member."""
@@ -82,8 +86,9 @@ class Statistics:
 
 @dataclass
 class _Held:
-    """A token of the open group: on which session its device is, and what has come in."""
+    """A token that may still count: on which session its device is, and what has come in."""
 
+    base_version: int
     expires_s: float
     token: pb.Token
     session: Session | None = None
@@ -114,13 +119,21 @@ class Edge:
         self._sessions: dict[str, Session] = {}
         self._num_sessions = 0
         self._held: dict[bytes, _Held] = {}
+        self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
+        takes = self._manifest.server.rounds.most_at_once
+        self._pace = Pace(devices_a_round=takes, now_s=clock.now_s())
+        self._pool = takes + max(takes, 10)  # devices that come and go are let in to wait
+        self._num_waiting = 0
         self._configuration: Configuration | None = None
         self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
-        self._group = _closed_group()
-        self._closed, self._is_open = asyncio.Event(), asyncio.Event()
-        self._broken = ""
-        self._sums: Accumulator | None = None
-        self._costs = Costs()
+        policy = self._manifest.server.rounds
+        self._groups: g.Groups = g.ClearGroups(policy, most=policy.max_members)
+        self._sums: dict[int, Accumulator] = {}
+        self._costs: dict[int, Costs] = {}
+        self._fixed: Mapping[str, FixedPoint] = {}
+        self._closed: asyncio.Future[tuple[int, ...]] | None = None
+        self._is_open = asyncio.Event()
+        self._broken: dict[int, str] = {}  # groups of which an addition broke off
         self._offer = Offer(plan, Index(()), blobs)
         self._assigned = pb.Assigned()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -148,16 +161,23 @@ class Edge:
 
     # What the Coordinator says.
 
-    def open_group(self, configuration: Configuration, model: Index) -> None:
-        """A round begins. The group of a round that was abandoned goes on; a new version has a new one."""
-        old = self._configuration
-        self._configuration = configuration
-        if old is None or old.base_version != configuration.base_version or self._sums is None:
-            self._group, self._closed = g.ClearGroup(most=configuration.max_members), asyncio.Event()
-            self._sums, self._costs, self._broken = configuration.accumulator(self._manifest), Costs(), ""
-            self._drop_updates()
+    def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:
+        """A round begins. The groups of a round that was abandoned go on.
+
+        Args:
+            configuration: the round's.
+            model: what its devices start from.
+            taken: version -> members that sums of the record hold already.
+        """
+        if self._configuration is None or self._configuration.base_version != configuration.base_version:
+            self._pace.opened(self._clock.now_s())
             self._offer = Offer(self._plan, model, self._blobs)
+        self._configuration, self._fixed = configuration, configuration.fixed(self._manifest)
         self._assigned = self._offer.assigned(configuration, run=self._run)
+        self._do(self._groups.step(g.Open(configuration.base_version, tuple(taken.items())), self._clock.now_s()))
+        for nonce in [n for n in self._held if self._groups.state(n) is None]:
+            self._forget(self._held.pop(nonce))
+        self._nonces = {device: nonce for device, nonce in self._nonces.items() if nonce in self._held}
         self._is_open.set()
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
@@ -167,7 +187,8 @@ class Edge:
             return False
         self._know(token, assignment)
         self._hold(assignment, token, session)
-        session.waiting = False
+        self._nonces[device] = assignment.nonce
+        self._stop_waiting(session)
         message = pb.FromEdge(assigned=self._assigned)
         message.assigned.token.CopyFrom(token)
         message.assigned.expires_s = assignment.expires_s
@@ -176,33 +197,43 @@ class Edge:
         session.send(message)
         return True
 
-    async def close_group(self) -> GroupResult:
-        """Ends the group; returns its sum once an addition under way is done.
+    async def close_groups(self, *, final: bool = True) -> list[GroupResult]:
+        """The sums that are to be seen, once an addition under way is done: all at a round's end, else the present one.
 
         Raises:
-            StoreError: an addition broke off; the sum is of no use.
+            StoreError: an addition broke off; the sums are of no use.
         """
-        self._do(self._group.step(g.Close(), self._clock.now_s()))
-        await self._closed.wait()
-        assert self._sums is not None
-        if self._broken:
-            raise StoreError(f"The sum of the group is broken: {self._broken}")
-        counted = tuple((nonce, self._held[nonce].expires_s) for nonce in self._group.added)
+        self._closed = asyncio.get_running_loop().create_future()
+        if final:
+            self._is_open.clear()
+        self._do(self._groups.step(g.Close(final), self._clock.now_s()))
+        groups = await self._closed
+        if broken := [self._broken.pop(group) for group in groups if group in self._broken]:
+            for group in groups:
+                del self._sums[group], self._costs[group]
+            raise StoreError(f"The sum of a group is broken: {broken[0]}")
         down, up = self._bytes_before
-        self._costs.down_bytes, self._costs.up_bytes = self._down_bytes - down, self._up_bytes - up
-        self._bytes_before = (self._down_bytes, self._up_bytes)
-        return GroupResult(self._sums, counted, self._costs)
+        if groups:
+            costs = self._costs[groups[0]]
+            costs.down_bytes, costs.up_bytes = self._down_bytes - down, self._up_bytes - up
+            self._bytes_before = (self._down_bytes, self._up_bytes)
+        return [self._result(group) for group in groups]
+
+    def _result(self, group: int) -> GroupResult:
+        counted = tuple((nonce, self._held[nonce].expires_s) for nonce in self._groups.members(group))
+        return GroupResult(self._groups.base_version(group), self._sums.pop(group), counted, self._costs.pop(group))
+
+    def stored(self) -> None:
+        """The sums that were closed are durable, and wait for a commit: their members are told."""
+        self._do(self._groups.step(g.Stored(), self._clock.now_s()))
 
     def committed(self, version: int) -> None:
-        """The group's sum is durable: its members are told."""
-        self._do(self._group.step(g.Committed(version), self._clock.now_s()))
-        self._reset()
+        """The sums that were closed are durable, in this version: their members are told."""
+        self._do(self._groups.step(g.Committed(version), self._clock.now_s()))
 
     def failed(self, why: str) -> None:
-        """The group's sum could not be used; its members are told, and train anew."""
-        for nonce in self._group.added:
-            self._tell(g.Tell(nonce, "refused", reason="failed", detail=why))
-        self._reset()
+        """The sums that were closed could not be used; their members are told, and train anew."""
+        self._do(self._groups.step(g.Failed(why), self._clock.now_s()))
 
     def finish(self, why: str) -> None:
         """The run is over: every device is told."""
@@ -233,9 +264,10 @@ class Edge:
         finally:
             self._num_sessions -= 1
             reader.cancel()
+            self._stop_waiting(session)
             if session.device and self._sessions.get(session.device) is session:
                 del self._sessions[session.device]
-                self._to_coordinator(lambda c: c.left(session.device))
+                self._left(session.device)
 
     async def _read(self, session: Session, messages: AsyncIterator[pb.FromDevice]) -> None:
         try:
@@ -250,10 +282,10 @@ class Edge:
             session.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
         except (NetworkError, StoreError) as error:
             log.warning("a device is told to come later: %s", error)
-            session.send(pb.FromEdge(later=_later(str(error))))
+            session.send(pb.FromEdge(later=_busy(str(error))))
         except Exception:  # our bug; it ends this session and nothing else
             log.exception("a message of a device could not be handled")
-            session.send(pb.FromEdge(later=_later("the server has failed at this message; it was logged there")))
+            session.send(pb.FromEdge(later=_busy("the server has failed at this message; it was logged there")))
         finally:
             session.end()
 
@@ -285,7 +317,7 @@ class Edge:
         except PlanError as error:
             return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=str(error))))
         if device not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
-            return session.send(pb.FromEdge(later=_later("full")))
+            return session.send(pb.FromEdge(later=_busy("full")))
         if session.device and session.device != device:
             raise ProtocolError("A session serves one device.")
         old = self._sessions.get(device)
@@ -297,12 +329,37 @@ class Edge:
             old.end()
         session.device = device
         self._sessions[device] = session
+        self._forget_lost_work(device)
         session.stays = check_in.stay
+        self._pace.arrived(1, self._clock.now_s())
+        if not session.stays and not session.waiting and self._num_waiting >= self._pool:
+            low, high = self._again()
+            later = pb.Later(delay_min_s=low, delay_max_s=high, why="enough devices wait for now")
+            return session.send(pb.FromEdge(later=later))
         self._wait(session)
+
+    def _stop_waiting(self, session: Session) -> None:
+        self._num_waiting -= session.waiting
+        session.waiting = False
+
+    def _left(self, device: str) -> None:
+        self._to_coordinator(lambda c: c.left(device))
+        nonce = self._nonces.get(device)
+        if nonce is not None and self._groups.state(nonce) is g.Member.JOINED:
+            self._to_coordinator(lambda c: c.away(nonce))
+
+    def _forget_lost_work(self, device: str) -> None:
+        """One who checks in has nothing in hand: what it had of a version before is lost, and its place is free."""
+        nonce = self._nonces.pop(device, None)
+        held = self._held.get(nonce) if nonce is not None else None
+        present = self._configuration
+        if nonce is not None and held is not None and present is not None and held.base_version < present.base_version:
+            self._do(self._groups.step(g.Gone(nonce, "it checked in anew"), self._clock.now_s()))
 
     def _wait(self, session: Session) -> None:
         if not session.waiting:  # one who asks again before the answer waits no less
             session.waiting = True
+            self._num_waiting += 1
             self._to_coordinator(lambda c: c.arrived(session.device))
 
     async def _report(self, session: Session, report: pb.Report) -> None:
@@ -310,7 +367,7 @@ class Edge:
         if held is None:
             return
         async with held.lock:
-            if self._group.state(nonce) is not g.Member.JOINED:
+            if self._groups.state(nonce) is not g.Member.JOINED:
                 return  # reported before, and told when the round ends; or the round has ended, and it was told
             try:
                 update = self._update(held, report.root)
@@ -318,12 +375,12 @@ class Edge:
                     await self._write(held, update, part.tensor, part.offset, part.data)
             except (ProtocolError, UpdateRefused) as error:
                 return self._refuse(nonce, error)
-            if self._group.state(nonce) is not g.Member.JOINED:
+            if self._groups.state(nonce) is not g.Member.JOINED:
                 return  # the round has closed meanwhile, and told it so
             if missing := update.missing[:100]:
                 return session.send(pb.FromEdge(incomplete=pb.Incomplete(token=report.token, missing=missing)))
             held.root, held.weight, held.costs = report.root, report.weight, report.costs
-            self._do(self._group.step(g.Offered(nonce), self._clock.now_s()))
+            self._do(self._groups.step(g.Offered(nonce), self._clock.now_s()))
 
     async def _admit(self, session: Session | None, token: pb.Token) -> tuple[_Held | None, bytes]:
         """The token's place in the open group; None (and an answer, where there is a session) if it has none any more.
@@ -336,25 +393,34 @@ class Edge:
         nonce = assignment.nonce
         row: TokenRow | None = None
         if self._place(nonce) is None:
-            await self._until_open()
-            row = await self._coordinator_row(nonce)
+            row = await self._settled(nonce)
         held = self._place(nonce)
-        if held is None and row is None and self._is_current(assignment):
+        if held is None and row is None and self._takes(assignment):
             held = self._hold(assignment, token, session)
-            if self._group.state(nonce) is None:
-                return None, nonce  # the group is closing, and has told it so
+            if self._groups.state(nonce) is None:
+                return None, nonce  # the round is closing, and has told it so
         if held is not None:
             held.session = session or held.session
         elif session is not None:
-            session.send(_answer(row, token))
+            session.send(_answer(row, token, self._again()))
         return held, nonce
 
-    def _place(self, nonce: bytes) -> _Held | None:
-        return self._held.get(nonce) if self._group.state(nonce) is not None else None
+    async def _settled(self, nonce: bytes) -> TokenRow | None:
+        """What the record says of a nonce, as of the round that is open now."""
+        while True:
+            await self._until_open()
+            before = self._configuration
+            row = await self._coordinator_row(nonce)
+            if self._is_open.is_set() and self._configuration is before:
+                return row
 
-    def _is_current(self, assignment: pb.Assignment) -> bool:
-        current = self._configuration
-        return self._sums is not None and current is not None and assignment.base_version == current.base_version
+    def _place(self, nonce: bytes) -> _Held | None:
+        return self._held.get(nonce) if self._groups.state(nonce) is not None else None
+
+    def _takes(self, assignment: pb.Assignment) -> bool:
+        present = self._configuration
+        late = -1 if present is None else present.base_version - assignment.base_version
+        return self._is_open.is_set() and 0 <= late <= self._manifest.server.rounds.max_staleness
 
     async def _until_open(self) -> None:
         # Between two rounds, and after a restart before the first, nobody can say yet what a token is worth.
@@ -367,9 +433,9 @@ class Edge:
     def _gave_up(self, message: pb.GaveUp) -> None:
         nonce = self._read_token(message.token).nonce
         log.info("a device gave up in %s: %s", message.stage[:40], message.why[:200])
-        self._do(self._group.step(g.Gone(nonce, message.why[:200]), self._clock.now_s()))
-        if self._group.state(nonce) is None and nonce in self._held:
-            self._forget(self._held[nonce])
+        self._do(self._groups.step(g.Gone(nonce, message.why[:200]), self._clock.now_s()))
+        if self._groups.state(nonce) is None and nonce in self._held:
+            self._forget(self._held.pop(nonce))
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         """The bytes of one blob that the token gives a right to. Raises ProtocolError for any other."""
@@ -404,7 +470,7 @@ class Edge:
 
     async def _take(self, held: _Held, nonce: bytes, root: str, name: str, part: pb.PushSlice) -> bool:
         async with held.lock:
-            if self._group.state(nonce) is not g.Member.JOINED:
+            if self._groups.state(nonce) is not g.Member.JOINED:
                 return False
             try:
                 await self._write(held, self._update(held, root), name, part.offset, part.data)
@@ -423,19 +489,18 @@ class Edge:
         if (held := self._place(nonce)) is not None:
             received = await self._received(held, nonce)
             return pb.StatusReply(state=pb.StatusReply.PENDING, received=received)
-        await self._until_open()
-        row = await self._coordinator_row(nonce)
+        row = await self._settled(nonce)
         if row is not None and row.state == "counted":
-            return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version)
+            return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version or 0)
         if row is not None and row.state == "refused":
             return pb.StatusReply(state=pb.StatusReply.REFUSED, reason=row.reason)
-        if not self._is_current(assignment):
+        if not self._takes(assignment):
             return pb.StatusReply(state=pb.StatusReply.REFUSED, reason="late")
         return pb.StatusReply(state=pb.StatusReply.UNKNOWN)
 
     async def _received(self, held: _Held, nonce: bytes) -> dict[str, int]:
         async with held.lock:
-            if self._group.state(nonce) not in (g.Member.JOINED, None):
+            if self._groups.state(nonce) not in (g.Member.JOINED, None):
                 return {spec.name: spec.size_bytes for spec in self._manifest.update}
             return held.update.received if held.update is not None else {}
 
@@ -455,66 +520,87 @@ class Edge:
     def _refuse(self, nonce: bytes, error: Exception) -> None:
         reason = error.reason if isinstance(error, UpdateRefused) else "wrong slices"
         log.warning("an update was refused: %s", error)
-        self._do(self._group.step(g.Checked(nonce, reason, str(error)), self._clock.now_s()))
+        self._do(self._groups.step(g.Checked(nonce, reason, str(error)), self._clock.now_s()))
 
     def _do(self, commands: list[g.Command]) -> None:
         for command in commands:
             match command:
                 case g.Check(nonce):
                     self._check(nonce)
-                case g.Add(nonce):
-                    self._add(nonce)
+                case g.Add(nonce, group, discount):
+                    self._add(nonce, group, discount)
+                case g.Merge(source, target):
+                    self._merge(source, target)
                 case g.Tell():
                     self._tell(command)
-                case g.JoinRound(nonce):
-                    self._to_coordinator(lambda c, n=nonce: c.joined(n))  # type: ignore[misc]
-                case g.CountMember(nonce):
-                    self._counted += 1
-                    self._to_coordinator(lambda c, n=nonce: c.counted(n))  # type: ignore[misc]
+                case g.JoinRound(nonce, version):
+                    self._to_coordinator(lambda c, n=nonce, v=version: c.joined(n, v))  # type: ignore[misc]
+                case g.CountMember(nonce, staleness):
+                    self._count(nonce, staleness)
                 case g.ReleaseMember(nonce):
                     self._to_coordinator(lambda c, n=nonce: c.released(n))  # type: ignore[misc]
-                case g.Closed():
-                    self._closed.set()
+                case g.Closed(groups):
+                    assert self._closed is not None
+                    self._closed.set_result(groups)
 
     def _check(self, nonce: bytes) -> None:
         held = self._held[nonce]
-        assert self._sums is not None and held.update is not None
+        assert held.update is not None
         try:
-            refuse_bad_weight(held.weight, self._sums.weight_bound)
+            refuse_bad_weight(held.weight, self._manifest.training.max_weight)
             held.update.check(held.root)
             checked = g.Checked(nonce)
         except UpdateRefused as refusal:
             log.warning("an update was refused: %s", refusal)
             checked = g.Checked(nonce, refusal.reason, str(refusal))
-        self._do(self._group.step(checked, self._clock.now_s()))
+        self._do(self._groups.step(checked, self._clock.now_s()))
 
-    def _add(self, nonce: bytes) -> None:
-        held, sums = self._held[nonce], self._sums
-        assert held.update is not None and sums is not None
+    def _add(self, nonce: bytes, group: int, discount: float) -> None:
+        held = self._held[nonce]
+        assert held.update is not None and self._configuration is not None
+        if group not in self._sums:
+            self._sums[group], self._costs[group] = self._configuration.accumulator(self._manifest), Costs()
+        work = (held.update, held.weight, discount, group)
+        self._costs[group].add(held.costs)
         if self._manifest.update_bytes > self._limits.memory_bytes:
-            self._spawn(self._add_behind(nonce, held, held.update, sums))
+            self._spawn(self._add_behind(nonce, held, work))
             return
-        self._add_pieces(held, held.update, sums)
+        self._add_pieces(*work)
         self._added(nonce, held)
 
-    async def _add_behind(self, nonce: bytes, held: _Held, update: StagedUpdate, sums: Accumulator) -> None:
-        await _in_thread(self._add_pieces, held, update, sums)
+    async def _add_behind(self, nonce: bytes, held: _Held, work: tuple[StagedUpdate, int, float, int]) -> None:
+        await _in_thread(self._add_pieces, *work)
         self._added(nonce, held)
 
-    def _add_pieces(self, held: _Held, update: StagedUpdate, sums: Accumulator) -> None:
+    def _add_pieces(self, update: StagedUpdate, weight: int, discount: float, group: int) -> None:
         try:
-            sums.add_checked(update.pieces(), weight=held.weight)
+            self._sums[group].add_checked(update.pieces(), weight=weight, discount=discount)
         except Exception as error:  # half of it may be in the sum: nothing can be done with that any more
             log.exception("an update could not be added")
-            self._broken = f"an update could not be added: {error}"
+            self._broken[group] = f"an update could not be added: {error}"
 
     def _added(self, nonce: bytes, held: _Held) -> None:
         self._forget(held)
-        self._costs.add(held.costs)
-        self._do(self._group.step(g.Added(nonce), self._clock.now_s()))
+        self._do(self._groups.step(g.Added(nonce), self._clock.now_s()))
+
+    def _merge(self, source: int, target: int) -> None:
+        sums, costs = self._sums.pop(source), self._costs.pop(source)
+        if source in self._broken:
+            self._broken[target] = self._broken.pop(source)
+        if target not in self._sums:
+            self._sums[target], self._costs[target] = sums, costs
+            return
+        self._sums[target].merge_all(sums)
+        self._costs[target].merge(costs)
+
+    def _count(self, nonce: bytes, staleness: int) -> None:
+        assert self._configuration is not None
+        self._counted += 1
+        version = self._configuration.base_version
+        self._to_coordinator(lambda c: c.counted(nonce, version, staleness))
 
     def _tell(self, tell: g.Tell) -> None:
-        held = self._held.get(tell.nonce)
+        held = self._held.pop(tell.nonce, None)
         if held is not None:
             self._forget(held)
         self._refused += tell.outcome == "refused"
@@ -522,22 +608,37 @@ class Edge:
         session = held.session if held is not None else None
         if held is None or session is None:
             return  # the token outlives the session: the device will ask
+        low, high = self._again()
         match tell.outcome:
             case "counted":
-                session.send(pb.FromEdge(counted=pb.Counted(version=tell.version, token=held.token)))
+                session.send(
+                    pb.FromEdge(
+                        counted=pb.Counted(version=tell.version, token=held.token, delay_min_s=low, delay_max_s=high)
+                    )
+                )
             case "refused":
-                answer = pb.Refused(reason=tell.reason, detail=tell.detail, token=held.token)
+                answer = pb.Refused(
+                    reason=tell.reason, detail=tell.detail, token=held.token, delay_min_s=low, delay_max_s=high
+                )
                 session.send(pb.FromEdge(refused=answer))
             case "released":
-                session.send(pb.FromEdge(released=pb.Released(why=tell.reason, token=held.token)))
+                session.send(
+                    pb.FromEdge(
+                        released=pb.Released(why=tell.reason, token=held.token, delay_min_s=low, delay_max_s=high)
+                    )
+                )
         if tell.outcome != "refused" and session.stays and self._sessions.get(session.device) is session:
             self._wait(session)
 
+    def _again(self) -> tuple[float, float]:
+        """From when to when, in seconds from now, a device that goes away should come again."""
+        return self._pace.window(self._clock.now_s())
+
     def _hold(self, assignment: pb.Assignment, token: pb.Token, session: Session | None) -> _Held:
-        held = self._held.setdefault(assignment.nonce, _Held(assignment.expires_s, token))
+        held = self._held.setdefault(assignment.nonce, _Held(assignment.base_version, assignment.expires_s, token))
         held.session, held.token = session or held.session, token
         held.expires_s = max(held.expires_s, assignment.expires_s)
-        self._do(self._group.step(g.Joined(assignment.nonce), self._clock.now_s()))
+        self._do(self._groups.step(g.Joined(assignment.nonce, assignment.base_version), self._clock.now_s()))
         return held
 
     def _update(self, held: _Held, root: str) -> StagedUpdate:
@@ -547,10 +648,9 @@ class Edge:
             held.update = None
         held.root = root or held.root
         if held.update is None:
-            assert self._sums is not None
             if sum(h.update is not None for h in self._held.values()) >= self._limits.updates:
                 raise NetworkError("This Edge holds as many updates as it may; try again later.")
-            held.update = StagedUpdate(self._manifest.update, self._sums.fixed, self._limits)
+            held.update = StagedUpdate(self._manifest.update, self._fixed, self._limits)
         return held.update
 
     def _forget(self, held: _Held) -> None:
@@ -576,12 +676,6 @@ class Edge:
             raise ProtocolError("The token is of another run; check in again.")
         return assignment
 
-    def _reset(self) -> None:
-        self._drop_updates()
-        self._sums, self._group = None, _closed_group()
-        if not self._finished:
-            self._is_open.clear()
-
     def _drop_updates(self) -> None:
         for held in self._held.values():
             self._forget(held)
@@ -599,13 +693,6 @@ class Edge:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _closed_group() -> g.ClearGroup:
-    """Between two rounds nothing joins."""
-    group = g.ClearGroup(most=0)
-    group.step(g.Close(), 0.0)
-    return group
 
 
 async def _in_thread(work: Callable[..., None], *args: object) -> None:
@@ -646,14 +733,19 @@ def _refused(reason: str, detail: str) -> pb.FromEdge:
     return pb.FromEdge(refused=pb.Refused(reason=reason, detail=detail))
 
 
-def _later(why: str) -> pb.Later:
+def _busy(why: str) -> pb.Later:
     low, high = BUSY_DELAY_S
     return pb.Later(delay_min_s=low, delay_max_s=high, why=why)
 
 
-def _answer(row: TokenRow | None, token: pb.Token) -> pb.FromEdge:
+def _answer(row: TokenRow | None, token: pb.Token, again: tuple[float, float]) -> pb.FromEdge:
+    low, high = again
     if row is not None and row.state == "counted":
-        return pb.FromEdge(counted=pb.Counted(version=row.version, token=token))
+        return pb.FromEdge(counted=pb.Counted(version=row.version or 0, token=token, delay_min_s=low, delay_max_s=high))
     if row is not None and row.state == "refused":
-        return pb.FromEdge(refused=pb.Refused(reason=row.reason, token=token))
-    return pb.FromEdge(refused=pb.Refused(reason="late", detail="The round has closed.", token=token))
+        return pb.FromEdge(refused=pb.Refused(reason=row.reason, token=token, delay_min_s=low, delay_max_s=high))
+    return pb.FromEdge(
+        refused=pb.Refused(
+            reason="late", detail="The round has closed.", token=token, delay_min_s=low, delay_max_s=high
+        )
+    )

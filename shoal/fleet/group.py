@@ -1,28 +1,35 @@
-"""A group: updates that are added together before anybody sees them. One interface, a state machine for each mode.
+"""Groups: updates that are added together before anybody sees them. The machine of an Edge's groups for one task.
 
-`ClearGroup` sees single updates on their way into the sum, held whole until they are checked. (`SecureGroup` will
-answer the same events with key and share phases in between.) Tensors are not state: the machine holds nonces, says
-`Check(nonce)` and `Add(nonce)`, and is told `Checked` and `Added`.
+`ClearGroups` sees single updates on their way into a sum, held whole until they are checked. (`SecureGroups` will
+answer the same events with key and share phases in between.) Tensors are not state: the machine holds nonces and
+numbers of groups, says `Check(nonce)` and `Add(nonce, group)`, and is told `Checked` and `Added`.
+
+A member belongs to no group until it is added. One that is on the present version goes into the *present* group; a late
+one goes where the policy says: nowhere (discard), into the present group at a discount, or into the group of its own
+version (patch), which changes that version's sum as if it had come in time.
 
 Invariants (tests cite them by number):
     (1) Every member ends in exactly one of counted, refused, released.
     (2) `Add` is said at most once for a nonce, one at a time, and only after `Checked(ok)`.
-    (3) After `Close` nothing is added; an addition under way is waited for before `Closed`.
-    (4) What was added is *counted* only by `Committed`: acknowledged means durable.
-    (5) At most `most` members are ever added, however fast they come; the others wait for the close.
+    (3) After `Closed` nothing is added to the groups that it names, and none of them is below the minimum.
+    (4) What was added is *counted* only by `Stored` or `Committed`: acknowledged means durable.
+    (5) At most `most` members are ever added to what one version sums up; the others are released at its close.
+    (6) Nobody is more than `max_staleness` versions behind when it is added.
+    (7) What is added below the minimum is never lost: its group stays, or becomes part of a later one.
 
 One member's way::
 
-    Joined─> joined ─Offered─> offered ─Checked(ok)─> checked ─(its turn)─> adding ─Added─> added ─Committed─> counted
-    any of the first four ─Refuse / Close / Gone─> refused | released
+    Joined─> joined ─Offered─> offered ─Checked(ok)─> checked ─(its turn)─> adding ─Added─> added ─Stored/Committed─> counted
+    any of the first four ─Refuse / Close / too late / Gone─> refused | released
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol, runtime_checkable
 
 from shoal.errors import InvalidTransition
+from shoal.policy import RoundPolicy
 
 
 class Member(Enum):
@@ -34,8 +41,20 @@ class Member(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Open:
+    """A round begins on `version`: the one before, if it was abandoned, or the next."""
+
+    version: int
+    taken: tuple[tuple[int, int], ...] = ()
+    """(version, members) that sums of the record hold already; said when a run is taken up."""
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
+    """A member that trains, or has trained, on `version`."""
+
     nonce: bytes
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,17 +88,31 @@ class Gone:
 
 @dataclass(frozen=True, slots=True)
 class Close:
-    """Nothing more is wanted."""
+    """The sums are wanted: all at the round's end, or (not `final`) those of full groups, to be kept while it goes on."""
+
+    final: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """The groups named by `Closed` are in the record; a later commit takes them in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """What was added is durable, in this version."""
+    """The groups named by `Closed` are in this version."""
 
     version: int
 
 
-Event = Joined | Offered | Checked | Added | Gone | Close | Committed
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The groups named by `Closed` could not be used."""
+
+    why: str
+
+
+Event = Open | Joined | Offered | Checked | Added | Gone | Close | Stored | Committed | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +124,19 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Add:
-    """Add the update to the sum; answer `Added`."""
+    """Add the update to the sum of a group (a new one is empty), times the discount; answer `Added`."""
 
     nonce: bytes
+    group: int
+    discount: float
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Add the sum of one group to that of another, and forget it."""
+
+    source: int
+    target: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +155,15 @@ class JoinRound:
     """For the round: a member joined."""
 
     nonce: bytes
+    version: int
 
 
 @dataclass(frozen=True, slots=True)
 class CountMember:
-    """For the round: a member's update is in the sum."""
+    """For the round: a member's update is in a sum that the next commit may take in, so many versions late."""
 
     nonce: bytes
+    staleness: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,54 +175,86 @@ class ReleaseMember:
 
 @dataclass(frozen=True, slots=True)
 class Closed:
-    """For the round: the sum is final."""
+    """For the round: these sums are final."""
+
+    groups: tuple[int, ...]
 
 
-Command = Check | Add | Tell | JoinRound | CountMember | ReleaseMember | Closed
+Command = Check | Add | Merge | Tell | JoinRound | CountMember | ReleaseMember | Closed
 
 
 @runtime_checkable
-class Group(Protocol):
-    """What every mode's group is."""
+class Groups(Protocol):
+    """What every mode's groups are."""
 
     def step(self, event: Event, now_s: float) -> list[Command]:
         """Advances by one event."""
         ...
 
-    @property
-    def added(self) -> tuple[bytes, ...]:
-        """Nonces whose updates are in the sum."""
+    def state(self, nonce: bytes) -> Member | None:
+        """Where a member is; None where it is none."""
+        ...
+
+    def base_version(self, group: int) -> int:
+        """The version whose sum a group is part of."""
+        ...
+
+    def members(self, group: int) -> tuple[bytes, ...]:
+        """Who is in a group."""
         ...
 
 
-class ClearGroup:
-    """The group that sees single updates. See the module's text."""
+@dataclass(slots=True)
+class _Group:
+    version: int
+    """Whose sum it is part of."""
+    members: list[bytes] = field(default_factory=list)
 
-    def __init__(self, *, most: int) -> None:
-        """`most`: members that fit its sum."""
-        self._most, self._num_added = most, 0
-        self._members: dict[bytes, Member] = {}
+
+class ClearGroups:
+    """Groups that see single updates. See the module's text."""
+
+    def __init__(self, policy: RoundPolicy, *, most: int) -> None:
+        """`most`: members that fit the sum of one version."""
+        self._policy, self._most = policy, most
+        self._version = -1
+        self._is_open = self._is_ending = False
+        self._states: dict[bytes, Member] = {}
+        self._versions: dict[bytes, int] = {}  # of those that are not added yet
         self._queue: deque[bytes] = deque()
         self._adding: bytes | None = None
-        self._closing = self._closed = False
-
-    @property
-    def added(self) -> tuple[bytes, ...]:
-        return tuple(nonce for nonce, state in self._members.items() if state is Member.ADDED)
+        self._groups: dict[int, _Group] = {}
+        self._num_groups = 0
+        self._room: dict[int, int] = {}  # version -> members that its sum has room for
+        self._present = self._new_group(-1)
+        self._closing: Close | None = None
+        self._closed: tuple[int, ...] = ()
 
     def state(self, nonce: bytes) -> Member | None:
-        """Where a member is; None where it is none."""
-        return self._members.get(nonce)
+        return self._states.get(nonce)
+
+    def base_version(self, group: int) -> int:
+        return self._groups[group].version
+
+    def members(self, group: int) -> tuple[bytes, ...]:
+        return tuple(self._groups[group].members)
+
+    def takes(self, version: int) -> bool:
+        """Whether a member on that version may still join."""
+        return self._is_open and 0 <= self._version - version <= self._policy.max_staleness
 
     def step(self, event: Event, now_s: float) -> list[Command]:
         del now_s  # this mode has no windows of its own
         match event:
-            case Joined(nonce):
-                return self._join(nonce)
-            case Offered(nonce) if self._members.get(nonce) is Member.JOINED:
-                self._members[nonce] = Member.OFFERED
+            case Open(version, taken):
+                self._room |= {of: self._most - members for of, members in taken}
+                return self._open(version)
+            case Joined(nonce, version):
+                return self._join(nonce, version)
+            case Offered(nonce) if self._states.get(nonce) is Member.JOINED:
+                self._states[nonce] = Member.OFFERED
                 return [Check(nonce)]
-            case Offered(nonce) if nonce in self._members:
+            case Offered(nonce) if nonce in self._states:
                 return []  # offered again by a device that heard no answer
             case Offered(nonce):
                 return [Tell(nonce, "refused", reason="late", detail="The round has closed.")]
@@ -187,70 +264,181 @@ class ClearGroup:
                 return self._was_added(nonce)
             case Gone(nonce, _):
                 return self._drop(nonce)
-            case Close():
-                return self._close()
+            case Close() if self._closing is None:
+                return self._close(event)
+            case Stored():
+                return self._end("counted", 0)
             case Committed(version):
-                return self._commit(version)
-        raise InvalidTransition(f"{event} is not allowed: member is {self._members.get(event.nonce)}.")
+                self._is_open = self._is_ending = False
+                return self._end("counted", version)
+            case Failed(why):
+                return self._fail(why)
+        raise InvalidTransition(f"{event} is not allowed; open: {self._is_open}, closing: {self._closing}.")
 
-    def _join(self, nonce: bytes) -> list[Command]:
-        if self._closing:
-            return [Tell(nonce, "released", reason="the round has what it needs")]
-        if nonce in self._members:
+    def _new_group(self, version: int) -> int:
+        self._num_groups += 1
+        self._groups[self._num_groups] = _Group(version)
+        return self._num_groups
+
+    # Rounds.
+
+    def _open(self, version: int) -> list[Command]:
+        assert self._closing is None, "a close ends before the next round opens"
+        again = version == self._version and self._is_open
+        self._version, self._is_open = version, True
+        if again:
+            return []  # the round before was abandoned: its group goes on
+        told: list[Command] = []
+        for nonce, trained_on in list(self._versions.items()):
+            if not self.takes(trained_on):
+                told += self._release(nonce, "too late")
+        self._room = {v: room for v, room in self._room.items() if version - v <= self._policy.max_staleness}
+        self._room.setdefault(version, self._most)
+        return told + self._regroup() + self._add_next()
+
+    def _regroup(self) -> list[Command]:
+        """Groups that nobody has seen yet: those that can still be patched in stay, the others go into the present one."""
+        old, self._present = self._groups, 0
+        self._groups = {}
+        self._present = self._new_group(self._version)
+        merged: list[Command] = []
+        for number, group in old.items():
+            if not group.members:
+                continue
+            if self._policy.late.kind == "patch" and self.takes(group.version):
+                self._groups[number] = group
+            else:
+                merged.append(Merge(number, self._present))
+                self._groups[self._present].members += group.members
+                if group.version != self._version:
+                    self._room[self._version] -= len(group.members)
+        return merged
+
+    def _close(self, close: Close) -> list[Command]:
+        self._closing, self._is_ending = close, close.final
+        told: list[Command] = []
+        if close.final and not self._policy.max_staleness:
+            for nonce in [n for n, state in self._states.items() if state is Member.JOINED]:
+                told += self._release(nonce, "the round has what it needs")
+        return told + self._finish_closing()
+
+    def _finish_closing(self) -> list[Command]:
+        close = self._closing
+        if close is None:
             return []
-        self._members[nonce] = Member.JOINED
-        return [JoinRound(nonce)]
+        if not close.final:
+            return self._close_full_groups()
+        if self._adding is not None:
+            return []
+        if adding := self._add_next():  # those who have finished are used
+            return adding
+        if any(state is Member.OFFERED for state in self._states.values()):
+            return []  # they are being checked
+        self._closing = None
+        told: list[Command] = []
+        for nonce in list(self._queue):  # no room for them
+            told += self._release(nonce, "the round has what it needs")
+        minimum = self._policy.minimum_group
+        self._closed = tuple(n for n, group in self._groups.items() if len(group.members) >= minimum)
+        return [*told, Closed(self._closed)]
+
+    def _close_full_groups(self) -> list[Command]:
+        self._roll()
+        full = [n for n, group in self._groups.items() if n != self._present and group.version == self._version]
+        if self._adding is not None and any(self._adding in self._groups[n].members for n in full):
+            return []
+        self._closing, self._closed = None, tuple(full)
+        return [Closed(self._closed)]
+
+    def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[Command]:
+        told: list[Command] = []
+        for number in self._closed:
+            for nonce in self._groups.pop(number).members:
+                del self._states[nonce]
+                told.append(Tell(nonce, outcome, version=version, reason=reason, detail=detail))
+        self._closed = ()
+        return told
+
+    def _fail(self, why: str) -> list[Command]:
+        gone: list[Command] = []
+        for number in self._closed:
+            self._room[self._groups[number].version] += len(self._groups[number].members)
+            if not self._is_ending:  # else the round begins anew, and forgets everybody
+                gone += [ReleaseMember(nonce) for nonce in self._groups[number].members]
+        if self._is_ending:
+            self._is_open = self._is_ending = False
+        return self._end("refused", 0, reason="failed", detail=why) + gone
+
+    # Members.
+
+    def _join(self, nonce: bytes, version: int) -> list[Command]:
+        if nonce in self._states:
+            return []
+        if not self.takes(version) or (self._is_ending and not self._policy.max_staleness):
+            return [Tell(nonce, "released", reason="the round has what it needs")]
+        self._states[nonce], self._versions[nonce] = Member.JOINED, version
+        return [JoinRound(nonce, version)]
 
     def _checked(self, nonce: bytes, reason: str, detail: str) -> list[Command]:
-        if self._members.get(nonce) not in (Member.JOINED, Member.OFFERED):
-            return []  # the group closed while it was checked
+        if self._states.get(nonce) not in (Member.JOINED, Member.OFFERED):
+            return []  # it was released while it was checked
         if reason:
-            del self._members[nonce]
-            return [Tell(nonce, "refused", reason=reason, detail=detail), ReleaseMember(nonce)]
-        assert self._members[nonce] is Member.OFFERED, "only what is whole is found good"
-        self._members[nonce] = Member.CHECKED
+            self._forget(nonce)
+            told: list[Command] = [Tell(nonce, "refused", reason=reason, detail=detail), ReleaseMember(nonce)]
+            return told + self._finish_closing()
+        assert self._states[nonce] is Member.OFFERED, "only what is whole is found good"
+        self._states[nonce] = Member.CHECKED
         self._queue.append(nonce)
         return self._add_next()
 
     def _add_next(self) -> list[Command]:
-        if self._adding is not None or self._closing or not self._queue or self._num_added >= self._most:
+        """The oldest in the queue whose version's sum has room."""
+        if self._adding is not None or not self._is_open or (self._is_ending and self._closing is None):
             return []
-        self._adding = self._queue.popleft()
-        self._num_added += 1
-        self._members[self._adding] = Member.ADDING
-        return [Add(self._adding)]
-
-    def _was_added(self, nonce: bytes) -> list[Command]:
-        self._members[nonce], self._adding = Member.ADDED, None
-        counted: list[Command] = [CountMember(nonce)]
-        return counted + (self._finish_closing() if self._closing else self._add_next())
-
-    def _drop(self, nonce: bytes) -> list[Command]:
-        if self._members.get(nonce) in (Member.JOINED, Member.OFFERED):
-            del self._members[nonce]
-            return [ReleaseMember(nonce)]
+        for nonce in self._queue:
+            staleness = self._version - self._versions[nonce]
+            version = self._versions[nonce] if self._policy.late.kind == "patch" else self._version
+            if self._room.setdefault(version, self._most) <= 0:
+                continue
+            self._roll()
+            self._queue.remove(nonce)
+            self._room[version] -= 1
+            self._adding, self._states[nonce] = nonce, Member.ADDING
+            group = self._present if version == self._version else self._late_group(version)
+            self._groups[group].members.append(nonce)
+            return [Add(nonce, group, self._policy.discount(staleness))]
         return []
 
-    def _close(self) -> list[Command]:
-        self._closing = True
-        kept = (Member.ADDED, Member.ADDING)
-        surplus = [nonce for nonce, state in self._members.items() if state not in kept]
-        for nonce in surplus:
-            del self._members[nonce]
-        self._queue.clear()
-        told: list[Command] = []
-        for nonce in surplus:
-            told += [Tell(nonce, "released", reason="the round has what it needs"), ReleaseMember(nonce)]
-        return told + self._finish_closing()
+    def _roll(self) -> None:
+        """A new present group where the last is full, unless what is left to the goal could not be a group of its own."""
+        added = self._most - self._room[self._version]
+        left = self._policy.commit_at - added
+        is_full = 0 < self._policy.group_size <= len(self._groups[self._present].members)
+        if is_full and left >= self._policy.minimum_group:
+            self._present = self._new_group(self._version)
 
-    def _finish_closing(self) -> list[Command]:
-        if self._adding is not None or self._closed:
-            return []
-        self._closed = True
-        return [Closed()]
+    def _late_group(self, version: int) -> int:
+        late = [n for n, group in self._groups.items() if group.version == version and n != self._present]
+        return late[0] if late else self._new_group(version)
 
-    def _commit(self, version: int) -> list[Command]:
-        assert self._closed, "invariant (3)"
-        counted = self.added
-        self._members.clear()
-        return [Tell(nonce, "counted", version=version) for nonce in counted]
+    def _was_added(self, nonce: bytes) -> list[Command]:
+        staleness = self._version - self._versions.pop(nonce)
+        self._states[nonce], self._adding = Member.ADDED, None
+        counted: list[Command] = [CountMember(nonce, staleness)]
+        return counted + (self._finish_closing() if self._closing is not None else self._add_next())
+
+    def _drop(self, nonce: bytes) -> list[Command]:
+        if self._states.get(nonce) in (Member.JOINED, Member.OFFERED):
+            self._forget(nonce)
+            dropped: list[Command] = [ReleaseMember(nonce)]
+            return dropped + self._finish_closing()
+        return []
+
+    def _release(self, nonce: bytes, why: str) -> list[Command]:
+        self._forget(nonce)
+        return [Tell(nonce, "released", reason=why), ReleaseMember(nonce)]
+
+    def _forget(self, nonce: bytes) -> None:
+        del self._states[nonce], self._versions[nonce]
+        if nonce in self._queue:
+            self._queue.remove(nonce)

@@ -1,8 +1,9 @@
 """An Edge behind gRPC: bytes in, messages out. What is decided is decided in `edge.py`."""
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -52,7 +53,8 @@ class GrpcServer:
     def __init__(self, edge: Edge, *, address: str, tls: Tls | None = None) -> None:
         self._edge, self._address, self._tls = edge, address, tls
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        self._server.add_generic_rpc_handlers((_handlers(_Servicer(edge)),))
+        self._servicer = _Servicer(edge)
+        self._server.add_generic_rpc_handlers((_handlers(self._servicer),))
         self.port = 0
 
     async def start(self) -> None:
@@ -69,6 +71,16 @@ class GrpcServer:
                 "Choose another with --port, or --port 0 for any free one."
             ) from error
         await self._server.start()
+
+    async def until_quiet(self, *, quiet_s: float, longest_s: float) -> None:
+        """Waits until no device has had a session for `quiet_s`, but not longer than `longest_s`."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                while (left_s := self._servicer.busy_s(quiet_s)) != 0.0:
+                    self._servicer.changed.clear()
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(left_s):
+                            await self._servicer.changed.wait()
 
     async def close(self, *, grace_s: float = 1.0) -> None:
         """Ends all sessions."""
@@ -98,11 +110,29 @@ def _handlers(servicer: "_Servicer") -> Any:
 class _Servicer:
     def __init__(self, edge: Edge) -> None:
         self._edge = edge
+        self._num_sessions = 0
+        self._left_s = asyncio.get_running_loop().time()
+        """When the last session ended (at first, when the server was made), by the event loop's clock."""
+        self.changed = asyncio.Event()
+        """A session has begun or ended."""
+
+    def busy_s(self, quiet_s: float) -> float | None:
+        """How long until there was no session for `quiet_s`, if none begins; None while there is one."""
+        if self._num_sessions:
+            return None
+        return max(0.0, self._left_s + quiet_s - asyncio.get_running_loop().time())
 
     async def Session(self, requests: AsyncIterator[pb.FromDevice], context: Any) -> AsyncIterator[pb.FromEdge]:
-        async with aclosing(self._edge.session(_quiet(requests))) as messages:
-            async for message in messages:
-                yield message
+        self._num_sessions += 1
+        self.changed.set()
+        try:
+            async with aclosing(self._edge.session(_quiet(requests))) as messages:
+                async for message in messages:
+                    yield message
+        finally:
+            self._num_sessions -= 1
+            self._left_s = asyncio.get_running_loop().time()
+            self.changed.set()
 
     async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.Slice]:
         try:

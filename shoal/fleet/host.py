@@ -21,7 +21,7 @@ from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.staging import Limits
 from shoal.plan.plan import Plan
-from shoal.plan.run_plan import load_plan, save_plan, write_initial_model
+from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial_model
 from shoal.record.provenance import provenance
 from shoal.record.run import new_run_id
 from shoal.record.store import RunKind, RunRow, Store
@@ -46,6 +46,8 @@ def begin_run(
 ) -> str:
     """Writes a new run into the record: plan, initial model, settings. Returns its id.
 
+    Its status is `stopped` until a host or a simulation takes it up.
+
     Args:
         store: the record.
         plan: signed.
@@ -61,7 +63,7 @@ def begin_run(
     store.create_run(
         RunRow(
             id=run_id, name=plan.manifest.task, kind=kind, plan_hash=plan.hash, config=kept, provenance=provenance(),
-            status="running", created_s=now_s,
+            status="stopped", created_s=now_s,
         )
     )  # fmt: skip
     write_initial_model(store, run_id, plan, model, time_s=now_s)
@@ -89,7 +91,7 @@ class Host:
             store: the record.
             run_id: a run that `begin_run` made.
             keys: the run folder's.
-            rounds: last version; None: as the run's config says.
+            rounds: last version, from now on in the run's config; None: as that says.
             clock: time.
             rng: draws devices; None: seeded by the system.
             limits: of staged updates.
@@ -130,7 +132,8 @@ class Host:
         return GrpcServer(self.edge, address=address, tls=tls)
 
     async def run(self) -> None:
-        """Runs the rounds to the last version and writes the run's end into the record."""
+        """Runs the rounds to the last version. Nobody else writes the run's status."""
+        keep_rounds(self.store, self.run_id, self.last_version)
         self.store.set_status(self.run_id, "running", time_s=None)
         try:
             await self.coordinator.run()

@@ -1,39 +1,42 @@
 """The round machine: selection, configuration, reporting, commit, over and over (Bonawitz et al. 2019, section 2.2).
 
 It does no I/O and holds no tensor: events in, commands out. It decides who is taken and when a round closes; what an
-update is worth is the group's affair, of which it sees only *joined, counted, released, failed*.
+update is worth is the groups' affair, of which it sees only *joined, counted, released, failed*. Synchronous rounds and
+asynchronous ones (Nguyen et al. 2022, "FedBuff") are the same machine: the latter take devices at any time, count every
+update, however late, and commit whenever the buffer is full.
 
 Invariants (tests cite them by number):
     (1) Versions follow one another: after `Committed(v)` the next round starts from v.
-    (2) A nonce is counted at most once per version.
-    (3) A round closes for commit with at least `policy.minimum` counted; the group sees to it that they are never more
-        than fit its sum.
+    (2) A nonce is counted at most once.
+    (3) A round closes for commit with at least `policy.minimum` updates that may be seen: in the record's groups, or
+        enough for a group; the groups see to it that they are never more than fit their sum.
     (4) With `Selection.exact` only the named devices are assigned, and every one of them counts in every version.
-    (5) What was counted before a round was abandoned counts in the next one: the group goes on. Only a commit that
-        failed takes its group along.
+    (5) What was counted before a round was abandoned counts in the next one: the groups go on. Only a commit that
+        failed takes its groups along.
     (6) No device waits in vain: while a round wants members, one that waits and may be taken is assigned as soon as the
         selection is complete or its window over. Those that were taken and then not heard of in the reporting window
         do not stand in its way; they may still report.
     (7) After `Stop` no round is opened, and the one that is open ends within its windows.
+    (8) Asynchronous: never more than `policy.at_once` devices train.
 
 States and who moves them::
 
-    IDLE ─Started/Committed─> OPENING ─Opened─> SELECTING ─enough wait, or window over─> REPORTING
-    REPORTING ─goal met, or window over with the minimum─> COMMITTING ─Committed─> OPENING … or DONE after the last
+    IDLE ─Started/Committed─> SELECTING ─enough wait, or window over─> REPORTING
+    REPORTING ─goal met, or window over with the minimum─> COMMITTING ─Committed─> SELECTING … or DONE after the last
     SELECTING ─goal met by late reports─> COMMITTING
-    REPORTING ─window over below the minimum─> ABANDONING ─Abandoned─> OPENING (same version, same group) … or DONE
+    REPORTING ─window over below the minimum─> ABANDONING ─Abandoned─> SELECTING (same version, same groups) … or DONE
     SELECTING ─Stop, and the minimum cannot be met─> ABANDONING
-    COMMITTING ─Failed─> ABANDONING (the group is gone)
+    COMMITTING ─Failed─> ABANDONING (the groups are gone)
 
-Events about a group are only stepped while it is open: what came from it before its `Committed` or `Failed` and was not
-stepped yet is dropped by the shell, since the close of the group says it all.
+Events name the version that was open when they happened, so that one that comes after the close of its round is told
+from one of the next.
 
-A crash forgets all of this. A new machine is `Started` at the last commit; tokens of the current version that devices
-still hold join its first round as if it had assigned them.
+A crash forgets all of this. A new machine is `Started` at the last commit, with what is in groups that wait for the next
+one; tokens that devices still hold join its first round as if it had assigned them.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -41,12 +44,16 @@ from typing import Final
 import numpy as np
 
 from shoal.errors import InvalidTransition
+from shoal.fleet.windows import ReportTimes, closes_at
 from shoal.policy import RoundPolicy
+
+OVERHEAD_S: Final = 1.0
+"""What a round is taken to cost besides waiting for reports, before one has been measured."""
+SHORTEST_S: Final = 1e-3
 
 
 class Phase(Enum):
     IDLE = "idle"
-    OPENING = "opening"
     SELECTING = "selecting"
     REPORTING = "reporting"
     COMMITTING = "committing"
@@ -60,53 +67,61 @@ class Started:
 
     version: int
     round: int
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """The round is in the record."""
+    counted: frozenset[bytes] = frozenset()
+    """Nonces in groups that wait for the next commit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A device waits to be taken."""
+    """Devices checked in and wait."""
 
-    device: str
+    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Left:
-    """A waiting device is gone."""
+    """A device that waited is gone."""
 
     device: str
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The group holds this assignment."""
+    """A member is in: one that was assigned, or one with a token that is still good."""
 
     nonce: bytes
+    version: int
+    """That it trains on."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """The group added this member's update."""
+    """A member's update is in a sum, `staleness` versions late, when `version` was open."""
 
     nonce: bytes
+    version: int
+    staleness: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The group gave this member up: refused, dropped, or it cannot."""
+    """A member is given up: it was gone, refused, or too late."""
 
     nonce: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Failed:
-    """The group or the commit failed."""
+class Away:
+    """A member's stream broke. It may come back, and its update counts if it does; others may take its place."""
 
-    why: str
+    nonce: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What `StoreGroup` asked for is done: these nonces are in groups of the record."""
+
+    nonces: frozenset[bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,26 +130,47 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Failed:
+    """The commit failed for a reason of its own (not the disk's): its groups are gone."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Abandoned:
-    """The round's end is in the record."""
+    """The record knows that the round was abandoned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed."""
+    """It is later than it was."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """No round after this one."""
+    """Open no round after this one."""
 
 
-Event = Started | Opened | Arrived | Left | Joined | Counted | Released | Failed | Committed | Abandoned | Tick | Stop
+Event = (
+    Started
+    | Arrived
+    | Left
+    | Joined
+    | Counted
+    | Released
+    | Away
+    | Stored
+    | Committed
+    | Failed
+    | Abandoned
+    | Tick
+    | Stop
+)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenRound:
-    """Begin to write the round into the record, make a group, then say `Opened`. The row comes before the round's end."""
+    """Begin to write the round into the record, open its groups. The row comes before the round's end."""
 
     round: int
     base_version: int
@@ -142,14 +178,19 @@ class OpenRound:
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Send each device its token and configuration; the group then says `Joined`."""
+    """Send each of these devices its assignment, then say `Joined`; or `Released` for one that has gone."""
 
     devices: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class StoreGroup:
+    """Write what has been added so far into the record, then say `Stored`."""
+
+
+@dataclass(frozen=True, slots=True)
 class CommitRound:
-    """Close the group, make the next version of it, then say `Committed` (or `Failed`)."""
+    """Close the groups, commit; then say `Committed` or `Failed`."""
 
     round: int
     reason: str
@@ -157,7 +198,7 @@ class CommitRound:
 
 @dataclass(frozen=True, slots=True)
 class AbandonRound:
-    """Write the round's end into the record, then say `Abandoned`."""
+    """Write that the round ended without a commit, then say `Abandoned`."""
 
     round: int
     reason: str
@@ -165,32 +206,35 @@ class AbandonRound:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The line has its last version: tell every device."""
+    """The run is over: tell everybody."""
 
 
 @dataclass(frozen=True, slots=True)
 class WakeAt:
-    """Say `Tick` at this time."""
+    """Say `Tick` at this time, if nothing happens before."""
 
     time_s: float
 
 
-Command = OpenRound | Assign | CommitRound | AbandonRound | Finish | WakeAt
+Command = OpenRound | Assign | StoreGroup | CommitRound | AbandonRound | Finish | WakeAt
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
-    """A frozen view of the machine."""
+    """Where a round is; for people and for the record."""
 
     phase: Phase
     round: int
     version: int
     waiting: int
     outstanding: int
+    """Devices that train, or are to."""
     counted: int
+    """Updates that the next commit takes in and that count for its goal."""
+    late: int
+    """Updates beside them, from versions before."""
     goal: int
     deadline_s: float | None
-    """When the present window ends."""
     selected: int
     """Devices that joined in this round."""
     released: int
@@ -213,24 +257,30 @@ class RoundMachine:
             last_version: the version after which the run is over.
             nonce_of: (version, device) -> nonce; pure.
             rng: draws the devices.
-
-        Raises:
-            ValueError: a setting that this version does not run.
         """
-        refuse_unsupported(policy)
         self.policy: Final = policy
         self._last_version, self._nonce_of, self._rng = last_version, nonce_of, rng
         self._phase = Phase.IDLE
         self._version = self._round = 0
         self._waiting: dict[str, None] = {}  # ordered by arrival
-        self._outstanding: set[bytes] = set()
+        self._outstanding: set[bytes] = set()  # of this version
+        self._behind: dict[bytes, int] = {}  # of versions before: nonce -> version
         self._counted: set[bytes] = set()
+        self._late = 0
+        self._unstored = 0
+        self._safe: set[bytes] = set()  # those of the counted that are in the record already
+        self._open: set[bytes] = set()  # members of the present group, late ones too
         self._gave_way: set[bytes] = set()  # released in this version: taken again only when nobody else waits
         self._deadline_s: float | None = None
+        self._wake_s: float | None = None
         self._selected = self._released = 0
         self._stopping = False
         self._story: deque[tuple[float, Phase, Event]] = deque(maxlen=30)
         self._nonces: dict[str, bytes] = {}  # of this version, as they are needed
+        self._times = ReportTimes()
+        self._assigned_s: dict[bytes, float] = {}
+        self._selected_s = self._closed_s = 0.0
+        self._overhead_s: float | None = None  # from the close of a round to the assignment of the next
 
     def snapshot(self) -> Snapshot:
         return Snapshot(
@@ -238,9 +288,10 @@ class RoundMachine:
             round=self._round,
             version=self._version,
             waiting=len(self._waiting),
-            outstanding=len(self._outstanding),
+            outstanding=len(self._outstanding) + len(self._behind),
             counted=len(self._counted),
-            goal=self.policy.goal,
+            late=self._late,
+            goal=self.policy.commit_at,
             deadline_s=self._deadline_s,
             selected=self._selected,
             released=self._released,
@@ -251,44 +302,36 @@ class RoundMachine:
         self._story.append((now_s, self._phase, event))
         commands: list[Command] = []
         match event:
-            case Started(version, round) if self._phase is Phase.IDLE:
+            case Started(version, round, counted) if self._phase is Phase.IDLE:
                 self._version, self._round = version, round
-                commands += self._next_round()
-            case Arrived(device):
-                if self._phase is Phase.DONE:
-                    commands.append(Finish())
-                elif self._is_returning(device):
-                    self._waiting.pop(device, None)
-                    commands.append(Assign((device,)))
-                else:
-                    self._waiting[device] = None
+                self._counted, self._safe = set(counted), set(counted)
+                commands += self._next_round(now_s)
+            case Arrived(devices):
+                commands += self._arrive(devices, now_s)
             case Left(device):
                 self._waiting.pop(device, None)
-            case Joined(nonce):
-                if nonce not in self._counted and nonce not in self._outstanding:
-                    self._outstanding.add(nonce)
-                    self._selected += 1
-            case Counted(nonce):
-                assert nonce not in self._counted, "invariant (2)"
-                self._outstanding.discard(nonce)
-                self._counted.add(nonce)
+            case Joined(nonce, version):
+                self._join(nonce, version)
+            case Counted(nonce, version, staleness):
+                self._count(nonce, version, staleness, now_s)
             case Released(nonce):
-                self._gave_way.add(nonce)
-                if nonce in self._outstanding:
-                    self._outstanding.discard(nonce)
-                    self._released += 1
-            case Opened() if self._phase is Phase.OPENING:
-                commands += self._enter(Phase.SELECTING, now_s + self.policy.selection_window_s)
-                commands += self._assign_again()
+                self._release(nonce)
+            case Away(nonce):
+                if self.policy.selection.kind != "exact":  # there nobody can take its place
+                    self._forget_member(nonce)
+            case Stored(nonces):
+                self._safe |= nonces & self._counted
+                self._open -= nonces
             case Committed(version) if self._phase is Phase.COMMITTING and version == self._version + 1:
-                self._version = version
-                self._forget_group()
-                commands += self._next_round()
+                self._commit_done(version, now_s)
+                commands += self._next_round(now_s)
             case Failed(why) if self._phase is Phase.COMMITTING:
-                self._forget_group()
-                commands += self._abandon(f"commit failed: {why}")
+                safe = self._safe
+                self._forget_round()
+                self._counted, self._safe = set(safe), safe
+                commands += self._abandon(f"commit failed: {why}", now_s)
             case Abandoned() if self._phase is Phase.ABANDONING:
-                commands += self._next_round()
+                commands += self._next_round(now_s)
             case Stop():
                 self._stopping = True
             case Tick():
@@ -298,39 +341,110 @@ class RoundMachine:
                 raise InvalidTransition(f"{event} is not allowed in {self._phase.value}.\n{story}")
         return commands + self._move_on(now_s)
 
-    def _enter(self, phase: Phase, deadline_s: float | None) -> list[Command]:
-        self._phase, self._deadline_s = phase, deadline_s
-        return [] if deadline_s is None else [WakeAt(deadline_s)]
+    # Devices and members.
 
-    def _forget_group(self) -> None:
-        self._outstanding, self._counted, self._gave_way = set(), set(), set()
-        self._nonces.clear()
+    def _arrive(self, devices: tuple[str, ...], now_s: float) -> list[Command]:
+        if self._phase is Phase.DONE:
+            return [Finish()]
+        in_round = self._phase in (Phase.SELECTING, Phase.REPORTING)
+        returning = tuple(d for d in devices if in_round and self._outstanding and self._nonce(d) in self._outstanding)
+        for device in devices:
+            self._waiting[device] = None
+        return self._send(returning, now_s)  # one that has lost its assignment gets the same one back
+
+    def _join(self, nonce: bytes, version: int) -> None:
+        if nonce in self._counted or nonce in self._outstanding or nonce in self._behind:
+            return
+        self._selected += 1
+        if version == self._version:
+            self._outstanding.add(nonce)
+        else:
+            self._behind[nonce] = version
+
+    def _count(self, nonce: bytes, version: int, staleness: int, now_s: float) -> None:
+        self._forget_member(nonce)
+        if (assigned_s := self._assigned_s.pop(nonce, None)) is not None:
+            self._times.reported(now_s - assigned_s)
+        if version != self._version:
+            return  # it was added before the last commit, and is in it
+        assert nonce not in self._counted, "invariant (2)"
+        self._unstored += 1
+        self._late += staleness > 0
+        if not staleness or self.policy.late.kind != "patch":
+            self._open.add(nonce)
+        if not staleness or self.policy.buffer:
+            self._counted.add(nonce)
+
+    def _release(self, nonce: bytes) -> None:
+        self._gave_way.add(nonce)
+        self._assigned_s.pop(nonce, None)
+        self._counted.discard(nonce)  # its group could not be stored
+        self._open.discard(nonce)
+        self._released += self._forget_member(nonce)
+
+    def _forget_member(self, nonce: bytes) -> bool:
+        known = nonce in self._outstanding or nonce in self._behind
+        self._outstanding.discard(nonce)
+        self._behind.pop(nonce, None)
+        return known
 
     def _nonce(self, device: str) -> bytes:
         if device not in self._nonces:
             self._nonces[device] = self._nonce_of(self._version, device)
         return self._nonces[device]
 
-    def _is_returning(self, device: str) -> bool:
-        in_round = self._phase in (Phase.SELECTING, Phase.REPORTING)
-        return in_round and self._nonce(device) in self._outstanding
+    # Rounds.
 
-    def _next_round(self) -> list[Command]:
+    def _next_round(self, now_s: float) -> list[Command]:
         if self._version >= self._last_version or self._stopping:
-            return self._finish()
+            self._enter(Phase.DONE, None)
+            self._waiting.clear()  # they are told, too
+            return [Finish()]
         self._round += 1
         self._selected = self._released = 0
-        self._enter(Phase.OPENING, None)
-        return [OpenRound(self._round, self._version)]
+        opened = OpenRound(self._round, self._version)
+        if self.policy.buffer:
+            return [opened, *self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)]
+        again = tuple(d for d in self._waiting if self._nonce(d) in self._outstanding) if self._outstanding else ()
+        entered = self._enter(Phase.SELECTING, now_s + self.policy.selection_window_s)
+        return [opened, *entered, *self._send(again, now_s)]
 
-    def _finish(self) -> list[Command]:
-        self._enter(Phase.DONE, None)
-        self._waiting.clear()  # they are told, too
-        return [Finish()]
+    def _enter(self, phase: Phase, deadline_s: float | None) -> list[Command]:
+        self._phase, self._deadline_s, self._wake_s = phase, deadline_s, None
+        return [] if deadline_s is None else self._wake(deadline_s)
 
-    def _abandon(self, reason: str) -> list[Command]:
-        if self.policy.selection.kind != "exact":  # there nobody can take their place
-            self._outstanding.clear()
+    def _wake(self, time_s: float) -> list[Command]:
+        if time_s == self._wake_s:
+            return []
+        self._wake_s = time_s
+        return [WakeAt(time_s)]
+
+    def _forget_round(self) -> None:
+        self._outstanding, self._counted, self._safe, self._gave_way, self._open = set(), set(), set(), set(), set()
+        self._late = self._unstored = 0
+        self._assigned_s.clear()
+        self._nonces.clear()
+
+    def _commit_done(self, version: int, now_s: float) -> None:
+        oldest = version - self.policy.max_staleness
+        self._behind |= dict.fromkeys(self._outstanding, self._version)
+        self._behind = {nonce: of for nonce, of in self._behind.items() if of >= oldest}
+        kept = {nonce: at_s for nonce, at_s in self._assigned_s.items() if nonce in self._behind}
+        for nonce, at_s in self._assigned_s.items():
+            if nonce not in kept:
+                self._times.still_out(self._closed_s - at_s)
+        self._times.fade()
+        self._version = version
+        self._forget_round()
+        self._assigned_s = kept
+
+    def _abandon(self, reason: str, now_s: float) -> list[Command]:
+        if self.policy.buffer:
+            recent = {n for n, at_s in self._assigned_s.items() if at_s > now_s - self.policy.reporting_window_s}
+            self._outstanding &= recent  # those that were sent for a window ago give up their place
+            self._behind = {nonce: of for nonce, of in self._behind.items() if nonce in recent}
+        elif self.policy.selection.kind != "exact":
+            self._outstanding.clear()  # others take their place; where nobody can, they are waited for
         self._enter(Phase.ABANDONING, None)
         return [AbandonRound(self._round, reason)]
 
@@ -346,77 +460,113 @@ class RoundMachine:
         assert self._deadline_s is not None
         taking_part = len(self._outstanding) + len(self._counted)
         wanted = self.policy.num_selected - taking_part
-        if len(self._counted) >= self.policy.goal:
-            return self._commit("goal")
+        if self._committable >= self.policy.goal:
+            return self._commit("goal", now_s)
         if self._stopping and not taking_part:
-            return self._abandon("stopped")
+            return self._abandon("stopped", now_s)
         window_over = now_s >= self._deadline_s or self._stopping
         if len(self._waiting) < wanted and not window_over:
             return []
-        ready = self._ready()
-        can_start = taking_part + len(ready) >= self.policy.minimum
-        if len(ready) < wanted and not (window_over and can_start):
-            return self._abandon("stopped") if self._stopping else []
+        ready = sum(map(self._may_be_taken, self._able()))
+        can_start = taking_part + ready >= self.policy.minimum
+        if ready < wanted and not (window_over and can_start):
+            return self._abandon("stopped", now_s) if self._stopping else []
+        self._selected_s = now_s
+        if self._closed_s:
+            self._overhead_s = max(SHORTEST_S, now_s - self._closed_s)
         entered = self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)
-        return [*entered, *self._assign(ready, wanted), *self._report(now_s)]
-
-    def _commit(self, reason: str) -> list[Command]:
-        self._enter(Phase.COMMITTING, None)
-        return [CommitRound(self._round, reason)]
+        return [*entered, *self._assign(wanted, now_s), *self._report(now_s)]
 
     def _report(self, now_s: float) -> list[Command]:
         assert self._deadline_s is not None
-        if len(self._counted) >= self.policy.goal:
-            return self._commit("goal")
-        if now_s >= self._deadline_s:
-            if len(self._counted) >= self.policy.minimum:
-                return self._commit("window")
-            return self._abandon(f"{len(self._counted)} of at least {self.policy.minimum} reported in the window")
-        # Those that dropped out are replaced as soon as the goal cannot be met without: waiting would be for nothing.
-        short = self.policy.goal - len(self._counted) - len(self._outstanding)
-        return self._assign(self._ready(), short) if short > 0 and self._waiting else []
+        policy = self.policy
+        committable = self._committable
+        if committable >= policy.commit_at:
+            return self._commit("goal", now_s)
+        if committable >= policy.minimum:
+            closes_s = self._closes_s(now_s)
+            if now_s >= closes_s:
+                return self._commit("window" if now_s >= self._deadline_s else "waiting did not pay", now_s)
+            wake = self._wake(closes_s)
+        elif now_s >= self._deadline_s or (self._stopping and not self._outstanding and not self._behind):
+            return self._abandon(f"{len(self._counted)} of at least {policy.minimum} reported in the window", now_s)
+        else:
+            wake = self._wake(self._deadline_s)
+        if self._store_is_due():
+            self._unstored = 0
+            return [*wake, StoreGroup()]
+        if policy.buffer:
+            wanted = 0 if self._stopping else policy.at_once - len(self._outstanding) - len(self._behind)
+        else:
+            # Those that dropped out are replaced as soon as the goal cannot be met without: waiting would be for nothing.
+            wanted = policy.goal - len(self._counted) - len(self._outstanding)
+        return [*wake, *self._assign(wanted, now_s)]
 
-    def _ready(self) -> list[str]:
-        """Waiting devices that may be taken in this version, oldest arrival first."""
+    @property
+    def _committable(self) -> int:
+        """Updates that a commit would take in now: beside what is stored, a group of its own or nothing."""
+        return len(self._counted) if len(self._open) >= self.policy.minimum_group else len(self._safe)
+
+    def _closes_s(self, now_s: float) -> float:
+        """When the round closes if nothing more comes: at its deadline, or before that when waiting stops to pay."""
+        assert self._deadline_s is not None
+        # Where late work is discarded, to close early is to throw more of it away.
+        if not self.policy.adaptive or not self.policy.max_staleness or self.policy.buffer:
+            return self._deadline_s
+        return self._selected_s + closes_at(
+            self._times,
+            counted=len(self._counted),
+            outstanding=len(self._outstanding),
+            since_s=now_s - self._selected_s,
+            overhead_s=OVERHEAD_S if self._overhead_s is None else self._overhead_s,
+            until_s=self._deadline_s - self._selected_s,
+        )
+
+    def _store_is_due(self) -> bool:
+        return 0 < self.policy.group_size <= self._unstored
+
+    def _commit(self, reason: str, now_s: float) -> list[Command]:
+        self._closed_s = now_s
+        self._enter(Phase.COMMITTING, None)
+        return [CommitRound(self._round, reason)]
+
+    # Who is taken.
+
+    def _able(self) -> list[str]:
+        """Those that wait and are not out of the question, oldest arrival first."""
         exact = set(self.policy.selection.ids)
-        able = [device for device in self._waiting if not exact or device in exact]
-        return [d for d in able if self._nonce(d) not in self._counted and self._nonce(d) not in self._outstanding]
+        return [device for device in self._waiting if device in exact] if exact else list(self._waiting)
 
-    def _assign(self, ready: list[str], wanted: int) -> list[Command]:
-        """Takes `wanted` of those that are ready, at random where there are more."""
-        chosen = tuple(self._draw(ready, wanted))
-        for device in chosen:
-            del self._waiting[device]
-            self._outstanding.add(self._nonce(device))
+    def _may_be_taken(self, device: str) -> bool:
+        return self._nonce(device) not in self._counted and self._nonce(device) not in self._outstanding
+
+    def _assign(self, wanted: int, now_s: float) -> list[Command]:
+        """Takes `wanted` of those that may be taken, at random where there are more."""
+        chosen = self._draw(wanted) if wanted > 0 and self._waiting else ()
+        self._outstanding.update(map(self._nonce, chosen))
         self._selected += len(chosen)
-        return [Assign(chosen)] if chosen else []
+        return self._send(chosen, now_s)
 
-    def _draw(self, ready: list[str], wanted: int) -> list[str]:
-        if wanted <= 0:
-            return []
-        # One whose update was refused would send the same again: it comes after all others.
-        fresh = [device for device in ready if self._nonce(device) not in self._gave_way]
-        again = [device for device in ready if self._nonce(device) in self._gave_way]
-        if len(fresh) <= wanted:
-            return fresh + again[: wanted - len(fresh)]
-        return [fresh[i] for i in sorted(self._rng.choice(len(fresh), wanted, replace=False))]
+    def _draw(self, wanted: int) -> tuple[str, ...]:
+        able = self._able()
+        order: Iterable[int] = range(len(able))
+        if len(able) > wanted:
+            few = min(len(able), 4 * wanted + 16)  # nearly always enough; else all of them, in any order
+            drawn = self._rng.choice(len(able), few, replace=False).tolist()
+            enough = sum(self._may_be_taken(able[number]) for number in drawn) >= wanted
+            order = drawn if enough else self._rng.permutation(len(able)).tolist()
+        chosen: list[int] = []
+        again: list[int] = []  # whose update was refused would send the same: it comes after all others
+        for number in order:
+            if len(chosen) == wanted:
+                break
+            if self._may_be_taken(able[number]):
+                (again if self._nonce(able[number]) in self._gave_way else chosen).append(number)
+        chosen += again[: wanted - len(chosen)]
+        return tuple(able[number] for number in sorted(chosen))
 
-    def _assign_again(self) -> list[Command]:
-        """A device whose assignment is outstanding has lost it and comes again: it gets the same one back."""
-        again = tuple(d for d in self._waiting if self._nonce(d) in self._outstanding)
-        for device in again:
+    def _send(self, devices: tuple[str, ...], now_s: float) -> list[Command]:
+        for device in devices:
             del self._waiting[device]
-        return [Assign(again)] if again else []
-
-
-def refuse_unsupported(policy: RoundPolicy) -> None:
-    """Raises ValueError for settings that are understood but not run by this version."""
-    for name, value, allowed in (
-        ("late.kind", policy.late.kind, "discard"),
-        ("buffer", policy.buffer, 0),
-        ("concurrency", policy.concurrency, 1),
-    ):
-        if value != allowed:
-            raise ValueError(
-                f"Expected {name}={allowed!r}, got {name}={value!r}: this version runs synchronous rounds only."
-            )
+            self._assigned_s[self._nonce(device)] = now_s
+        return [Assign(devices)] if devices else []

@@ -73,7 +73,7 @@ class JaxRunner:
         feed = self._feed("block", batches, mask=mask, key=key)
         self._training = (model, self._run("block", [*carry, *feed]))
         self._steps += mask.size
-        self._live += np.count_nonzero(mask)
+        self._live += int(np.count_nonzero(mask))
         self._seconds["compute"] += time.perf_counter() - start
 
     def finish(self) -> Update:

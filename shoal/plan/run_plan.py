@@ -38,6 +38,13 @@ def load_plan(store: Store, run_id: str) -> RunPlan:
     return RunPlan(row, Plan.parse(store.blobs.get(blob)))
 
 
+def keep_rounds(store: Store, run_id: str, rounds: int) -> None:
+    """Makes this the last version that the run's config asks for."""
+    config = store.run(run_id).config
+    if config.get("rounds") != rounds:
+        store.set_config(run_id, {**config, "rounds": rounds})
+
+
 def write_initial_model(store: Store, run_id: str, plan: Plan, model: Tensors, *, time_s: float) -> CommitRow:
     """Commits version 0."""
     check(model, plan.manifest.broadcast, what="the initial model")

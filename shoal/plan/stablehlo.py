@@ -118,6 +118,21 @@ def module_text(data: bytes) -> str:
         raise PlanError(f"A program is no StableHLO artifact: {str(error).splitlines()[0][:200]}.") from error
 
 
+def inputs_read(program: Program, data: bytes) -> set[str]:
+    """The inputs that a program's outputs may depend on: it does something with them. Raises PlanError if it is none."""
+    from jax._src.interpreters import mlir
+    from jaxlib.mlir import ir
+
+    with mlir.make_ir_context():
+        module = ir.Module.parse(module_text(data))
+        main = next(
+            operation for operation in module.body if ir.StringAttr(operation.attributes["sym_name"]).value == "main"
+        )
+        # What comes before the program's own inputs is the calling convention's.
+        arguments = main.regions[0].blocks[0].arguments[-len(program.inputs) :]
+        return {spec.name for spec, value in zip(program.inputs, arguments, strict=True) if list(value.uses)}
+
+
 def _apply(function: Callable[..., Any], arguments: Sequence[Mapping[str, Any]], values: Sequence[Any]) -> Any:
     given = iter(values)
     return function(*({key: next(given) for key in argument} for argument in arguments))

@@ -15,6 +15,7 @@ import numpy as np
 from shoal.data.batch import Blocks
 from shoal.data.store import Examples
 from shoal.errors import DataError, DeviceError
+from shoal.plan.left_out import HEED_THE_MASK, obstacle
 from shoal.plan.manifest import Manifest
 from shoal.plan.runner import Runner, Update
 from shoal.tensors import Tensors
@@ -70,13 +71,10 @@ def train(
     most = training.max_examples // training.epochs
     if training.whole_batches:
         most = most // training.batch_size * training.batch_size
+    if why := obstacle(training, len(examples)):
+        hint = f" {HEED_THE_MASK}" if training.whole_batches and len(examples) else ""
+        raise DataError(f"{member!r} cannot take part in task {manifest.task!r}: it has {why}.{hint}")
     chosen = _at_most(conform(examples, manifest), most, randomness.rng)
-    if training.whole_batches and not training.drop_remainder and len(chosen) % training.batch_size:
-        raise DataError(
-            f"Expected a multiple of {training.batch_size} examples, {member!r} has {len(chosen)}: the model of task "
-            f"{manifest.task!r} mixes examples (batch norm?) and does not take the mask. Give its __call__ a `mask` argument "
-            "and pass it on, or set Local(drop_remainder=True)."
-        )
     blocks = Blocks(
         chosen,
         batch_size=training.batch_size,

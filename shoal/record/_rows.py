@@ -54,12 +54,14 @@ def commit_values(run_id: str, row: CommitRow) -> Values:
         "run_id": run_id, "version": int(row.version), "follows": int(row.version) - 1 if row.version else None,
         "model_root": row.model.root, "server_state_root": row.server_state.root, "round": int(row.round),
         "members": int(row.members), "weight": int(row.weight), "created_s": float(row.created_s),
+        "final_model_root": None, "final_server_state_root": None,
     }  # fmt: skip
 
 
 def commit_row(values: Values, read_index: Callable[[str], Index]) -> CommitRow:
     values = _without_run(values)
-    del values["follows"]
+    for name in ("follows", "final_model_root", "final_server_state_root"):
+        values.pop(name, None)
     model, server_state = read_index(values.pop("model_root")), read_index(values.pop("server_state_root"))
     return CommitRow(**values, model=model, server_state=server_state)
 

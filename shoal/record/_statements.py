@@ -18,6 +18,11 @@ LAST_VERSION: Final = Prepared(select(func.max(COMMITS.c.version)).where(COMMITS
 LAST_GROUP: Final = Prepared(select(func.max(GROUPS.c.number)).where(GROUPS.c.run_id == _RUN))
 FIND_INDEX: Final = Prepared(select(INDEXES.c.data).where(INDEXES.c.root == bindparam("root_is")))
 ONE_COMMIT: Final = select(COMMITS).where(COMMITS.c.run_id == _RUN, COMMITS.c.version == _NUMBER)
+SET_FINAL: Final = (
+    update(COMMITS)
+    .where(COMMITS.c.run_id == _RUN, COMMITS.c.version == _NUMBER)
+    .values(final_model_root=bindparam("model"), final_server_state_root=bindparam("state"))
+)
 ALL_ROUNDS: Final = select(ROUNDS).where(ROUNDS.c.run_id == _RUN).order_by(ROUNDS.c.number)
 ROUND_STATE: Final = Prepared(select(ROUNDS.c.state).where(ROUNDS.c.run_id == _RUN, ROUNDS.c.number == _NUMBER))
 CLOSE_ROUND: Final = Prepared(
@@ -25,6 +30,18 @@ CLOSE_ROUND: Final = Prepared(
     [column.name for column in ROUNDS.columns if not column.primary_key],
 )
 ALL_GROUPS: Final = select(GROUPS).where(GROUPS.c.run_id == _RUN).order_by(GROUPS.c.number)
+_OLD: Final = (
+    GROUPS.c.run_id == _RUN, GROUPS.c.sums_root != "", GROUPS.c.base_version < bindparam("before"),
+    GROUPS.c.version.is_not(None),
+)  # fmt: skip
+OLD_SUMS: Final = select(GROUPS.c.sums_root).where(*_OLD)
+FORGET_SUMS: Final = update(GROUPS).where(*_OLD).values(sums_root="")
+SUMS_NAMED: Final = select(GROUPS.c.sums_root).distinct()
+WAITING_NONCES: Final = (
+    select(TOKENS.c.nonce)
+    .join(GROUPS, (GROUPS.c.run_id == TOKENS.c.run_id) & (GROUPS.c.number == TOKENS.c.group_number))
+    .where(TOKENS.c.run_id == _RUN, GROUPS.c.version.is_(None))
+)
 TAKE_GROUP: Final = Prepared(
     update(GROUPS).where(GROUPS.c.run_id == _RUN, GROUPS.c.number == _NUMBER, GROUPS.c.version.is_(None)), ["version"]
 )

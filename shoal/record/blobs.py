@@ -149,6 +149,11 @@ class FolderBlobs:
     def has(self, hash: str) -> bool:
         return os.path.exists(self._name(hash))
 
+    def forget(self, hash: str) -> None:
+        self._check_writable()
+        with disk(self._folder):
+            self._path(hash).unlink(missing_ok=True)
+
     def sweep(self, *, now_s: float) -> int:
         """Deletes what writers that died have left (epoch seconds decide which is old); returns how many files."""
         if not self._folder.is_dir():

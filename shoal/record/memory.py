@@ -6,9 +6,9 @@ mean; `tests/record/test_contract.py` holds both stores to the same words.
 """
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from shoal.record.blobs import check_hash, check_piece, check_size, missing, sha
 from shoal.record.store import (
     CommitRow,
     EventRow,
+    FinalRow,
     GroupRow,
     MetricRow,
     RoundRow,
@@ -69,6 +70,9 @@ class MemoryBlobs:
     def has(self, hash: str) -> bool:
         return check_hash(hash) in self._data
 
+    def forget(self, hash: str) -> None:
+        self._data.pop(check_hash(hash), None)
+
     def copy(self) -> "MemoryBlobs":
         """The same blobs; what is put later is not shared."""
         other = MemoryBlobs()
@@ -105,6 +109,7 @@ class _Run:
     metrics: list[MetricRow] = field(default_factory=list)
     usage: list[UsageRow] = field(default_factory=list)
     events: list[EventRow] = field(default_factory=list)
+    finals: dict[int, FinalRow] = field(default_factory=dict)
 
     @property
     def last_version(self) -> int | None:
@@ -113,7 +118,7 @@ class _Run:
     def copy(self) -> "_Run":
         return _Run(
             self.row, list(self.commits), dict(self.rounds), dict(self.groups), dict(self.tokens), list(self.metrics),
-            list(self.usage), list(self.events),
+            list(self.usage), list(self.events), dict(self.finals),
         )  # fmt: skip
 
 
@@ -165,6 +170,11 @@ class MemoryStore:
             run = self._run(run_id)
             run.row = replace(run.row, plan_hash=plan_hash)
 
+    def set_config(self, run_id: str, config: Mapping[str, Any]) -> None:
+        with self._lock:
+            run = self._run(run_id)
+            run.row = replace(run.row, config=plain(config, what="config"))
+
     # Rounds and groups
 
     def open_round(self, run_id: str, row: RoundRow) -> None:
@@ -195,8 +205,9 @@ class MemoryStore:
             rounds = self._run(run_id).rounds
             return [rounds[number] for number in sorted(rounds)]
 
-    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted) -> int:
+    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted, usage: Sequence[UsageRow] = ()) -> int:
         _checks.check_new_group(group)
+        _checks.check_usage(usage)
         _checks.check_counted(counted)
         self._need_blobs([group.sums_root])
         with self._lock:
@@ -206,11 +217,33 @@ class MemoryStore:
             number = len(run.groups) + 1
             run.groups[number] = replace(group, number=number)
             run.tokens.update(_counted(counted, version=None, group=number))
+            run.usage.extend(usage)
             return number
 
-    def groups(self, run_id: str, *, waiting: bool = False) -> list[GroupRow]:
+    def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
         with self._lock:
-            return [row for row in self._run(run_id).groups.values() if row.version is None or not waiting]
+            rows = [row for row in self._run(run_id).groups.values() if row.version is None or not waiting]
+            return [row for row in rows if row.base_version >= since_version]
+
+    def forget_sums(self, run_id: str, *, before_version: int) -> int:
+        with self._lock:
+            run = self._run(run_id)
+            old = [
+                r
+                for r in run.groups.values()
+                if r.sums_root and r.version is not None and r.base_version < before_version
+            ]
+            run.groups.update({row.number: replace(row, sums_root="") for row in old})
+            named = {row.sums_root for each in self._runs.values() for row in each.groups.values()}
+        for row in old:
+            if row.sums_root not in named:
+                self.blobs.forget(row.sums_root)
+        return len(old)
+
+    def waiting_nonces(self, run_id: str) -> list[bytes]:
+        with self._lock:
+            run = self._run(run_id)
+            return [nonce for nonce, (_, group) in run.tokens.items() if group and run.groups[group].version is None]
 
     # Commits
 
@@ -224,6 +257,7 @@ class MemoryStore:
         counted: Counted = (),
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
+        final: FinalRow | None = None,
     ) -> None:
         _checks.check_commit(commit, round, groups, counted)
         _checks.check_metrics(metrics)
@@ -244,6 +278,13 @@ class MemoryStore:
             self._apply(run, commit, round, groups, counted)
             run.metrics.extend(replace(row, value=float(row.value)) for row in metrics)
             run.usage.extend(usage)
+            if final is not None:
+                _need_version(run, final.version)
+                run.finals[final.version] = final
+
+    def final(self, run_id: str, version: int) -> FinalRow | None:
+        with self._lock:
+            return self._run(run_id).finals.get(version)
 
     def _apply(
         self, run: _Run, commit: CommitRow, round: RoundRow | None, groups: Sequence[GroupRow], counted: Counted

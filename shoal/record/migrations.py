@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import Connection, delete, insert, inspect, select
+from sqlalchemy import Connection, delete, insert, inspect, select, text
 
 from shoal.errors import StoreError
 from shoal.record import schema
@@ -25,7 +25,14 @@ def create_schema(connection: Connection) -> None:
     schema.METADATA.create_all(connection)
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema,)
+def late_groups(connection: Connection) -> None:
+    """Number 2: groups whose sums are kept are found by an index, and versions have a final form."""
+    schema.GROUPS_WITH_SUMS.create(connection)
+    for column in ("final_model_root", "final_server_state_root"):
+        connection.execute(text(f"ALTER TABLE commits ADD COLUMN {column} TEXT REFERENCES indexes (root)"))
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups)
 """Step n, at place n - 1, makes schema n out of schema n - 1."""
 
 

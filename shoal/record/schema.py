@@ -27,7 +27,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 """The number of the newest migration."""
 
 METADATA: Final = MetaData()
@@ -86,6 +86,9 @@ COMMITS: Final = Table(
     Column("members", BigInteger, nullable=False),
     Column("weight", BigInteger, nullable=False),
     Column("created_s", Double, nullable=False),
+    # The version with all that came late for those before it, once nothing more can; null where nothing is patched.
+    Column("final_model_root", Text, ForeignKey("indexes.root")),
+    Column("final_server_state_root", Text, ForeignKey("indexes.root")),
     ForeignKeyConstraint(["run_id", "follows"], ["commits.run_id", "commits.version"]),
     CheckConstraint(
         "(version = 0 AND follows IS NULL) OR (version > 0 AND follows IS NOT NULL AND follows = version - 1)"
@@ -125,6 +128,15 @@ GROUPS: Final = Table(
     ForeignKeyConstraint(["run_id", "base_version"], ["commits.run_id", "commits.version"]),
     ForeignKeyConstraint(["run_id", "version"], ["commits.run_id", "commits.version"]),
     Index("groups_by_version", "run_id", "version"),
+)
+
+# The few groups whose sums are kept: found, and forgotten, with every commit of a run of any length.
+GROUPS_WITH_SUMS: Final = Index(
+    "groups_with_sums",
+    GROUPS.c.run_id,
+    GROUPS.c.base_version,
+    sqlite_where=GROUPS.c.sums_root != "",
+    postgresql_where=GROUPS.c.sums_root != "",
 )
 
 TOKENS: Final = Table(

@@ -8,10 +8,11 @@ written before, at two fsyncs each. Reads use a connection of their own and neve
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final, final
+from typing import Any, Final, final
 
 from sqlalchemy import Connection, delete, exc, select, update
 
@@ -25,6 +26,7 @@ from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUND
 from shoal.record.store import (
     CommitRow,
     EventRow,
+    FinalRow,
     GroupRow,
     MetricRow,
     RoundRow,
@@ -138,6 +140,11 @@ class SqliteStore:
         with self._write(run_id) as connection:
             connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(plan_hash=plan_hash))
 
+    def set_config(self, run_id: str, config: Mapping[str, Any]) -> None:
+        text = _checks.to_json(config, what="config")
+        with self._write(run_id) as connection:
+            connection.execute(update(RUNS).where(RUNS.c.id == run_id).values(config=text))
+
     # Rounds and groups
 
     def open_round(self, run_id: str, row: RoundRow) -> None:
@@ -163,20 +170,41 @@ class SqliteStore:
         with self._read(run_id) as connection:
             return [_rows.round_row(row._asdict()) for row in connection.execute(sql.ALL_ROUNDS, {"run": run_id})]
 
-    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted) -> int:
+    def add_group(self, run_id: str, group: GroupRow, *, counted: Counted, usage: Sequence[UsageRow] = ()) -> int:
         _checks.check_new_group(group)
+        _checks.check_usage(usage)
         _checks.check_counted(counted)
         self._need_groups([group])
         with self._settling(run_id, counted), self._write(run_id) as connection:
             _need_version(connection, run_id, group.base_version)
             number = _add_group(connection, run_id, group, version=None)
             sql.ADD[TOKENS].run_many(connection, _rows.counted_values(run_id, counted, version=None, group=number))
+            sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
         return number
 
-    def groups(self, run_id: str, *, waiting: bool = False) -> list[GroupRow]:
+    def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
         statement = sql.ALL_GROUPS.where(GROUPS.c.version.is_(None)) if waiting else sql.ALL_GROUPS
+        if since_version:
+            # A group is taken in after its own version: said, so that the index of versions is of use.
+            late_enough = GROUPS.c.version.is_(None) | (GROUPS.c.version > since_version)
+            statement = statement.where(GROUPS.c.base_version >= since_version, late_enough)
         with self._read(run_id) as connection:
             return [_rows.group_row(row._asdict()) for row in connection.execute(statement, {"run": run_id})]
+
+    def forget_sums(self, run_id: str, *, before_version: int) -> int:
+        with self._write(run_id) as connection:
+            old = connection.execute(sql.OLD_SUMS, {"run": run_id, "before": before_version}).scalars().all()
+            connection.execute(sql.FORGET_SUMS, {"run": run_id, "before": before_version})
+            named = (
+                set(connection.execute(sql.SUMS_NAMED.where(GROUPS.c.sums_root.in_(old))).scalars()) if old else set()
+            )
+        for hash in set(old) - named:  # after the rows: a blob that nobody names does no harm
+            self.blobs.forget(hash)
+        return len(old)
+
+    def waiting_nonces(self, run_id: str) -> list[bytes]:
+        with self._read(run_id) as connection:
+            return list(connection.execute(sql.WAITING_NONCES, {"run": run_id}).scalars())
 
     # Commits
 
@@ -190,18 +218,20 @@ class SqliteStore:
         counted: Counted = (),
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
+        final: FinalRow | None = None,
     ) -> None:
         _checks.check_commit(commit, round, groups, counted)
         _checks.check_metrics(metrics)
         _checks.check_usage(usage)
         self._need_groups(groups)
-        self._need_blobs([entry.hash for index in (commit.model, commit.server_state) for entry in index])
+        indexes = [commit.model, commit.server_state, *((final.model, final.server_state) if final is not None else ())]
+        self._need_blobs([entry.hash for index in indexes for entry in index])
         with self._settling(run_id, counted), self._write(run_id) as connection:
             last = sql.LAST_VERSION.scalar(connection, {"run": run_id})
             if commit.version != (0 if last is None else last + 1):
                 raise _checks.wrong_version(run_id, commit.version, last)
-            _add_index(connection, commit.model)
-            _add_index(connection, commit.server_state)
+            for index in indexes:
+                _add_index(connection, index)
             sql.ADD[COMMITS].run(connection, _rows.commit_values(run_id, commit))
             if round is not None and not _close_round(connection, run_id, round):
                 sql.ADD[ROUNDS].run(connection, _rows.round_values(run_id, round))
@@ -211,6 +241,20 @@ class SqliteStore:
             )
             sql.ADD[METRICS].run_many(connection, _rows.metric_values(run_id, metrics))
             sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
+            if final is not None:
+                _need_version(connection, run_id, final.version)
+                roots = {"model": final.model.root, "state": final.server_state.root}
+                connection.execute(sql.SET_FINAL, {"run": run_id, "at": final.version, **roots})
+
+    def final(self, run_id: str, version: int) -> FinalRow | None:
+        with self._read(run_id) as connection:
+            row = connection.execute(sql.ONE_COMMIT, {"run": run_id, "at": version}).one_or_none()
+            if row is None or row.final_model_root is None:
+                return None
+            read = partial(self._index, connection)
+            return FinalRow(
+                version=version, model=read(row.final_model_root), server_state=read(row.final_server_state_root)
+            )
 
     def last_version(self, run_id: str) -> int | None:
         with self._read(run_id) as connection:
@@ -326,13 +370,13 @@ class SqliteStore:
                 self._need_blobs([group.sums_root])
 
     def _commit_row(self, connection: Connection, values: _rows.Values) -> CommitRow:
-        def read_index(root: str) -> Index:
-            data = str(sql.FIND_INDEX.scalar(connection, {"root_is": root})).encode()
-            if sha256(data) != root:
-                raise StoreError(f"Index {root} in {self._path} is damaged. Restore the file from a copy.")
-            return Index.parse(data)
+        return _rows.commit_row(values, partial(self._index, connection))
 
-        return _rows.commit_row(values, read_index)
+    def _index(self, connection: Connection, root: str) -> Index:
+        data = str(sql.FIND_INDEX.scalar(connection, {"root_is": root})).encode()
+        if sha256(data) != root:
+            raise StoreError(f"Index {root} in {self._path} is damaged. Restore the file from a copy.")
+        return Index.parse(data)
 
     def _backup(self, version: int) -> Path:
         """`record.sqlite.schema-1`, or with another ending where that exists."""

@@ -82,7 +82,7 @@ class GroupRow:
     members: int
     weight: int
     sums_root: str = ""
-    """Root of the index of the sums, where they are kept as blobs."""
+    """Hash of the blob that holds the sums; empty where they are not kept (any more)."""
     number: int = 0
     """From 1 within the run, given by the store; 0 before the store has it."""
     version: int | None = None
@@ -103,6 +103,15 @@ class CommitRow:
     members: int
     weight: int
     created_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinalRow:
+    """A version as it would be had everything that came late for the versions before it come in time."""
+
+    version: int
+    model: Index
+    server_state: Index
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -197,6 +206,9 @@ class Blobs(Protocol):
 
     def size(self, hash: str) -> int: ...
     def has(self, hash: str) -> bool: ...
+    def forget(self, hash: str) -> None:
+        """Deletes a blob that no row names any more; does nothing where there is none."""
+        ...
 
 
 @runtime_checkable
@@ -211,6 +223,9 @@ class Store(Protocol):
     def runs(self) -> Sequence[RunRow]: ...
     def set_status(self, run_id: str, status: RunStatus, *, time_s: float | None) -> None: ...
     def set_plan(self, run_id: str, plan_hash: str) -> None: ...
+    def set_config(self, run_id: str, config: Mapping[str, Any]) -> None:
+        """What a run's settings are from now on, all of them."""
+        ...
 
     def open_round(self, run_id: str, row: RoundRow) -> None: ...
     def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
@@ -219,15 +234,25 @@ class Store(Protocol):
 
     def rounds(self, run_id: str) -> Sequence[RoundRow]: ...
 
-    def add_group(self, run_id: str, group: GroupRow, *, counted: Sequence[tuple[bytes, float]]) -> int:
+    def add_group(
+        self, run_id: str, group: GroupRow, *, counted: Sequence[tuple[bytes, float]], usage: Sequence[UsageRow] = ()
+    ) -> int:
         """Keeps a closed group (`number` 0) that no commit holds yet, with its nonces; returns the number it was given.
 
         From here on its devices may be told *counted*; a round that fails keeps it for a later commit.
         """
         ...
 
-    def groups(self, run_id: str, *, waiting: bool = False) -> Sequence[GroupRow]:
-        """All groups by number, or only those that wait for a commit."""
+    def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> Sequence[GroupRow]:
+        """Groups whose sums are of `since_version` or later, by number; or only those of them that wait for a commit."""
+        ...
+
+    def forget_sums(self, run_id: str, *, before_version: int) -> int:
+        """Deletes the sums of committed groups of versions before that one; returns how many."""
+        ...
+
+    def waiting_nonces(self, run_id: str) -> Sequence[bytes]:
+        """Nonces that were counted in groups that wait for a commit."""
         ...
 
     def commit(
@@ -240,6 +265,7 @@ class Store(Protocol):
         counted: Sequence[tuple[bytes, float]] = (),
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
+        final: FinalRow | None = None,
     ) -> None:
         """Writes one version and all that it means, in one transaction.
 
@@ -252,6 +278,7 @@ class Store(Protocol):
             counted: (nonce, expiry in epoch seconds) of every contribution in it that no waiting group has brought.
             metrics: Values known at the commit.
             usage: What the round cost.
+            final: What an earlier version has become, now that nothing can come late for it any more.
 
         Raises:
             StoreError: the version does not follow the last one, a nonce was settled before, a round or group is closed
@@ -263,6 +290,9 @@ class Store(Protocol):
     def last_commit(self, run_id: str) -> CommitRow | None: ...
     def get_commit(self, run_id: str, version: int) -> CommitRow: ...
     def commits(self, run_id: str) -> Iterator[CommitRow]: ...
+    def final(self, run_id: str, version: int) -> FinalRow | None:
+        """A version with all that came late for those before it; None while that is open, or where nothing is patched."""
+        ...
 
     def token(self, run_id: str, nonce: bytes) -> TokenRow | None: ...
     def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None:

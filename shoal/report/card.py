@@ -4,7 +4,7 @@ After Mitchell et al. 2019, "Model cards for model reporting", https://arxiv.org
 says what no machine can know, the record the rest. What neither says, the card says is unknown; it makes nothing up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,28 +20,42 @@ _KINDS: Final = {
 }
 
 
-def write_card(facts: Facts, path: Path, *, results: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> Path:
+def write_card(
+    facts: Facts,
+    path: Path,
+    *,
+    results: Sequence[tuple[str, str]] = (),
+    told: Collection[str] = (),
+    notes: Sequence[str] = (),
+) -> Path:
     """Writes a run's card; an older one is replaced.
 
     Args:
         facts: of the run.
         path: the file, or the folder to put `CARD.md` into.
         results: (what, value) above the record's own metrics: comparisons, times.
+        told: metrics of the record that are among the results.
         notes: sentences on how the results were measured.
     """
     file = path / FILE_NAME if path.is_dir() else path
-    file.write_text(card_text(facts, results=results, notes=notes), encoding="utf-8")
+    file.write_text(card_text(facts, results=results, told=told, notes=notes), encoding="utf-8")
     return file
 
 
-def card_text(facts: Facts, *, results: Sequence[tuple[str, str]] = (), notes: Sequence[str] = ()) -> str:
+def card_text(
+    facts: Facts,
+    *,
+    results: Sequence[tuple[str, str]] = (),
+    told: Collection[str] = (),
+    notes: Sequence[str] = (),
+) -> str:
     """The card as Markdown; see `write_card`."""
     about = facts.manifest.server.about if facts.manifest is not None and facts.manifest.half is not None else None
     sections = (
         ("Purpose", about.purpose if about else ""),
         ("Data", about.data if about else ""),
         ("How it was trained", _training(facts)),
-        ("Results", _results(facts, results, notes)),
+        ("Results", _results(facts, results, told, notes)),
         ("Limits", about.limits if about else ""),
         ("Privacy", _privacy(facts)),
         ("Licence", about.licence if about else ""),
@@ -96,11 +110,11 @@ def _times(count: int) -> str:
     return "one pass" if count == 1 else f"{count} passes"
 
 
-def _results(facts: Facts, results: Sequence[tuple[str, str]], notes: Sequence[str]) -> str:
+def _results(facts: Facts, results: Sequence[tuple[str, str]], told: Collection[str], notes: Sequence[str]) -> str:
     own = [
         (f"{name} (version {points[-1].version})", f"{points[-1].value:.4g}")
         for name, points in facts.metrics.items()
-        if points
+        if points and name not in told
     ]
     if not results and not own:
         return "Nothing was measured."

@@ -5,8 +5,9 @@ with the same accumulator, server rule and record as a Coordinator. Given the sa
 bits as a fleet (rule 7). `reference.py` is the readable loop that it is held against.
 """
 
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,21 @@ from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
+from shoal.plan.evaluate_version import evaluate_version, hand_over
 from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.left_out import EMPTY, HEED_THE_MASK, left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
-from shoal.plan.run_plan import load_plan
-from shoal.plan.train import evaluate, train
+from shoal.plan.run_plan import keep_rounds, load_plan
+from shoal.plan.runner import Runner
+from shoal.plan.train import train
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import view_tensors
 from shoal.task import Task
 from shoal.tensors import Tensors
+
+log = logging.getLogger("shoal.simulate")
 
 
 @dataclass(frozen=True)
@@ -102,8 +108,11 @@ def go_on(
     evaluate_every: int = 1,
     folder: Path | None = None,
     on_round: Callable[[RoundResult], None] = lambda result: None,
+    runner: Runner | None = None,
 ) -> Simulation:
     """Runs a simulation from where its record stands to its last version. Arguments as for `simulate`.
+
+    `rounds`, if given, is in the run's config from now on. `runner` is one of the run's plan, where there is one already.
 
     Raises:
         StoreError: members keep state between rounds, and the run is taken up in the middle.
@@ -118,12 +127,16 @@ def go_on(
             "that this version of the simulator holds in memory only. Start it anew."
         )
     last = int(found.config["rounds"]) if rounds is None else rounds
+    keep_rounds(store, run_id, last)
     history = []
     try:
-        _enough_members(found.plan.manifest, population)
+        members = _members(found.plan.manifest, population)
         if held_out is not None and not found.plan.manifest.variants("evaluate"):
             raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
-        engine = _Engine(store, run_id, found.plan, population, seed=int(found.config["seed"]), head=taken.last)
+        engine = _Engine(
+            store, run_id, found.plan, population, members, runner=runner or JaxRunner(found.plan),
+            seed=int(found.config["seed"]), head=taken.last,
+        )  # fmt: skip
         engine.next_round = taken.next_round
         while engine.head.version < last:
             evaluated = (
@@ -144,10 +157,20 @@ class _Engine:
     """The sequential backend."""
 
     def __init__(
-        self, store: Store, run_id: str, plan: Plan, population: Population, *, seed: int, head: CommitRow
+        self,
+        store: Store,
+        run_id: str,
+        plan: Plan,
+        population: Population,
+        members: Sequence[str],
+        *,
+        runner: Runner,
+        seed: int,
+        head: CommitRow,
     ) -> None:
         self.store, self.run_id, self.plan, self.population, self.head = store, run_id, plan, population, head
-        self.runner = JaxRunner(plan)
+        self.members = members
+        self.runner = runner
         self.seed = run_seed(seed)
         self.states: dict[str, Tensors] = {}
         self.next_round = 1
@@ -164,7 +187,7 @@ class _Engine:
         number, version = self.next_round, self.head.version
         configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
         members = self.select(configuration)
-        root = self._hand_over()
+        root = hand_over(self.runner, self.store, self.head)
         sums = configuration.accumulator(self.manifest)
         seconds: dict[str, float] = {}
         for member in members:
@@ -194,28 +217,17 @@ class _Engine:
         metrics |= self.evaluate(held_out) if held_out is not None else {}
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
-    def _hand_over(self) -> str:
-        """Makes the runner hold the head; returns its root."""
-        root = self.head.model.root
-        if not self.runner.has_model(root):
-            self.runner.set_model(root, view_tensors(self.store.blobs, self.head.model))
-        return root
-
     def select(self, configuration: Configuration) -> tuple[str, ...]:
         """The cohort: the exact ids, or drawn at random from the run's seed and the version."""
         policy = self.manifest.server.rounds
         if policy.selection.kind == "exact":
             return policy.selection.ids
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(configuration.seed[:16], "little")))
-        ids = self.population.ids
-        return tuple(ids[i] for i in rng.choice(len(ids), policy.goal, replace=False))
+        return tuple(self.members[i] for i in rng.choice(len(self.members), policy.goal, replace=False))
 
     def evaluate(self, held_out: Examples) -> dict[str, float]:
         """The task's metrics of the head on held-out examples, also into the record."""
-        root = self._hand_over()
-        metrics = dict(evaluate(self.runner, self.manifest, root, held_out))
-        self.store.log(self.run_id, self._metric_rows(self.head.version, metrics, "server"))
-        return metrics
+        return evaluate_version(self.runner, self.manifest, self.store, self.run_id, self.head, held_out)
 
     def _metric_rows(self, version: int, metrics: Mapping[str, float], scope: Any) -> list[MetricRow]:
         time_s = time.time() - self.store.run(self.run_id).created_s
@@ -249,15 +261,29 @@ class _Engine:
         )
 
 
-def _enough_members(manifest: Manifest, population: Population) -> None:
-    policy = manifest.server.rounds
-    if missing := sorted(set(policy.selection.ids) - set(population.ids))[:5]:
-        raise DataError(f"Selection names members that the population does not have: {missing}.")
-    if len(population) < policy.goal:
+def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
+    """The users who can take part, in order; who is left out, and why, is said.
+
+    Raises:
+        DataError: they are too few for a round, or one that the selection names is not among them.
+    """
+    policy, out = manifest.server.rounds, left_out(manifest.training, population.sizes())
+    for why, users in out.items():
+        hint = f". {HEED_THE_MASK}" if manifest.training.whole_batches and why != EMPTY else ""
+        log.warning("%s%s", told(users, why), hint)
+    gone = {user for users in out.values() for user in users}
+    members = tuple(user for user in population.ids if user not in gone)
+    if missing := sorted(set(policy.selection.ids) - set(members)):
         raise DataError(
-            f"Expected at least {policy.goal} members for rounds of goal={policy.goal}, the population has {len(population)}. "
-            "Lower RoundPolicy(goal=…), or bring more members."
+            f"Selection names members that the population does not have, or that cannot take part: {named(missing)}."
         )
+    if len(members) < policy.goal:
+        raise DataError(
+            f"Expected at least {policy.goal} members for rounds of goal={policy.goal}, the population has {len(members)}"
+            f"{f' who can take part, and {len(gone)} who cannot' if gone else ''}. Lower RoundPolicy(goal=…), or bring more "
+            "members."
+        )
+    return members
 
 
 def with_goal(task: Task, goal: int) -> Task:

@@ -58,6 +58,14 @@ def test_every_option_says_what_it_is_for(path: tuple[str, ...]) -> None:
         assert getattr(parameter, "help", None), f"{' '.join(path)}: {parameter.name}"
 
 
+@pytest.mark.parametrize("path", ALL, ids=" ".join)
+def test_no_number_stands_for_something_else(path: tuple[str, ...], shoal: Shoal) -> None:
+    told = " ".join(shoal(*path, "--help").out.split())
+    assert not re.search(r"\[default: (0\.0|-1)|\[\[", told), told
+    assert told.count("(as the task says)") == {"host": 8, "simulate": 4}.get(" ".join(path), 0)
+    assert "(the newest)" in told or path != ("predict",)
+
+
 def test_every_command_but_groups_knows_json() -> None:
     without = {
         " ".join(p)

@@ -1,6 +1,8 @@
 """`shoal host` and `shoal device`: what they refuse, and as real processes over sockets."""
 
+import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -8,10 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import numpy as np
 import psutil
 import pytest
 
+from shoal.cli import device_process
+from shoal.data.store import Population
+from shoal.errors import DataError
+from shoal.fleet.device import Device
 from shoal.record.run import open_run
 from shoal.record.sqlite import open_store
 
@@ -88,6 +97,36 @@ def test_a_device_needs_host_and_port(server: str, shoal: Shoal) -> None:
     assert made.code == 1 and "HOST:PORT" in last(made.err)
 
 
+def test_users_without_examples_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    none, some = {"x": np.zeros(0, np.float32)}, {"x": np.zeros(2, np.float32)}
+    population = Population.from_arrays({"a": some, "b": none, "c": some, "d": none})
+    assert device_process.choose(population, first=0, count=None) == ("a", "c")
+    assert caplog.messages == ["b and d are left out: no examples"]
+
+
+def test_users_whose_data_do_not_fit_leave_the_others_alone_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    async def plays(error: Exception | None) -> None:
+        if error is not None:
+            raise error
+
+    async def over(*errors: Exception | None) -> None:
+        status = asyncio.create_task(asyncio.sleep(60))
+        playing = {
+            asyncio.create_task(plays(error)): cast(Device, SimpleNamespace(device_id=f"user-{number}"))
+            for number, error in enumerate(errors)
+        }
+        try:
+            await device_process._until_over(playing, status)
+        finally:
+            status.cancel()
+
+    asyncio.run(over(None, DataError("odd 1"), DataError("odd 2"), DataError("odd 3")))
+    first, whole = caplog.messages
+    assert first.startswith("a user is left out: odd") and "user-1" in whole and "user-2 and user-3" in whole
+    with pytest.raises(DataError, match="odd"):
+        asyncio.run(over(DataError("odd 1"), DataError("odd 2")))
+
+
 # Real processes.
 
 
@@ -130,6 +169,7 @@ def test_two_device_processes_train_digits_to_the_end(start: Start, tmp_path: Pa
         assert all("jaxlib" not in modules_of(process) for process in (host, *devices))
     assert host.wait() == 0, host.text
     assert [device.wait() for device in devices] == [0, 0]
+    assert re.search(r"version 1/6  \d+ updates, [\d,]+ uses of examples  ", host.text)
     assert "listening on 127.0.0.1:" in host.text and "where the time went" in host.text
     assert all("the run is over" in device.text for device in devices)
     with open_run(tmp_path / "run") as run:

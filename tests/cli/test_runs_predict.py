@@ -77,7 +77,7 @@ def test_predict_from_fields_and_from_a_bare_array(trained: Path, tmp_path: Path
     x = np.array([0.0, 1.0, 2.0], np.float32)
     np.savez(tmp_path / "in.npz", x=x)
     made = shoal("predict", trained, tmp_path / "in.npz", "--json")
-    assert made.code == 0, made
+    assert made.code == 0 and made.err == "", "the prediction does not read y: no word about it"
     assert made.json["prediction"] == pytest.approx([1, 4, 7], abs=0.3) and made.json["version"] == 20
     written = shoal("predict", trained, tmp_path / "in.npz", "--version", 0, "--out", tmp_path / "out.npz")
     assert written.code == 0 and last(written.out) == f"wrote: {tmp_path / 'out.npz'}", written
@@ -87,6 +87,7 @@ def test_predict_from_fields_and_from_a_bare_array(trained: Path, tmp_path: Path
 
 def test_what_predict_cannot_use(trained: Path, tmp_path: Path, shoal: Shoal) -> None:
     np.savez(tmp_path / "odd.npz", z=np.zeros(3, np.float32))
+    np.savez(tmp_path / "label.npz", y=np.zeros(3, np.float32))
     np.save(tmp_path / "x.npy", np.zeros(3, np.float32))
     (tmp_path / "broken.npy").write_bytes(b"nothing")
     for arguments, expected in {
@@ -94,7 +95,8 @@ def test_what_predict_cannot_use(trained: Path, tmp_path: Path, shoal: Shoal) ->
         (trained, tmp_path / "missing.npy"): "No such file",
         (trained, tmp_path / "broken.npy"): "broken.npy",
         (trained, tmp_path / "in.txt"): ".npz",
-        (trained, tmp_path / "odd.npz"): "z",
+        (trained, tmp_path / "odd.npz"): "given: z",
+        (trained, tmp_path / "label.npz"): "x is missing",
         (trained, tmp_path / "x.npy"): "fits",
         (trained, tmp_path / "odd.npz", "--version", 99): "99",
         (trained, tmp_path / "odd.npz", "--out", tmp_path / "o.txt"): "--out",

@@ -1,14 +1,16 @@
 """`shoal simulate`: trains, resumes, says what is wrong in one line."""
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.cli import simulate as command
-from shoal.record.run import open_run
+from shoal.record.run import init, open_run
 
-from .conftest import LINE, Shoal
+from .conftest import LINE, Process, Shoal
 
 
 def one_line(text: str) -> str:
@@ -44,8 +46,8 @@ def test_a_run_goes_on_to_the_same_model_as_one_without_a_break(place: Path, tmp
         roots = [run.store.get_commit(run.id, 4).model.root for run in (a, b)]
     assert roots[0] == roots[1]
     assert whole.json["metrics"] == rest.json["metrics"]
-    again = shoal("simulate", *data, "--run", tmp_path / "parts", "--resume", "--rounds", 4)
-    assert again.code == 0 and "already" in again.err, again
+    again = shoal("simulate", *data, "--run", tmp_path / "parts", "--resume")
+    assert again.code == 0 and "version 4 of 4 already" in again.err, "the rounds asked for last are the run's"
 
 
 def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
@@ -67,6 +69,21 @@ def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
     monkeypatch.undo()
     rest = shoal(*line.split("Go on with: shoal ")[1].split())
     assert rest.code == 0 and "version 5" in rest.out, rest
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_sigterm_ends_it_as_ctrl_c_does(place: Path, tmp_path: Path, start: Callable[..., Process]) -> None:
+    made = start(
+        "simulate", place / "line.py", "--data", place / "users", "--rounds", 100_000, "--run", tmp_path / "r"
+    )  # fmt: skip
+    made.until(lambda: "round      3/" in made.text)
+    made.kill(signal.SIGTERM)
+    assert made.wait(20) == 143, made.text
+    line = one_line(made.text)
+    assert "stopped at version" in line and "--resume" in line
+    with open_run(tmp_path / "r") as run:
+        assert run.row.status == "stopped"
 
 
 def test_a_smaller_goal_lowers_the_smallest_group_aloud(place: Path, tmp_path: Path, shoal: Shoal) -> None:
@@ -148,6 +165,12 @@ def test_a_task_file_with_a_mistake_is_named(
         "simulate", tmp_path / "mistaken.py", "--data", place / "users", "--rounds", 1, "--run", tmp_path / "r"
     )
     assert made.code == 1 and expected in one_line(made.err), made
+
+
+def test_a_run_of_a_host_is_not_gone_on_with_here(place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    init("line", kind="host", folder=tmp_path / "r").close()
+    made = shoal("simulate", "--data", place / "users", "--resume", "--run", tmp_path / "r", "--rounds", 3)
+    assert made.code == 1 and "was made by `shoal host`" in one_line(made.err), made
 
 
 def test_debug_shows_where(place: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ import random
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 
-from shoal.policy import RoundPolicy
+from shoal.policy import Late, RoundPolicy
 from tests.fleet import toy
 from tests.fleet.world import Faults, World
 
@@ -18,8 +19,24 @@ UNIFORM = RoundPolicy(
 SURPLUS = RoundPolicy(
     goal=2, minimum_group=2, minimum_fraction=1.0, over_selection=2.0, selection_window_s=20.0, reporting_window_s=30.0
 )
-POLICIES = {"exact": EXACT, "uniform": UNIFORM, "surplus": SURPLUS}
-ROUNDS, NUM_DEVICES = 2, 6
+LATE = replace(SURPLUS, late=Late.discount(0.5, max_staleness=1))
+PATCHED = replace(SURPLUS, late=Late.patch(max_staleness=2))
+STORED = replace(UNIFORM, goal=5, group_size=2, late=Late.discount(0.5, max_staleness=1))
+ASYNCHRONOUS = replace(
+    UNIFORM, goal=2, minimum_fraction=1.0, buffer=2, concurrency=4, late=Late.discount(0.5, max_staleness=2)
+)
+EXACT_STORED = toy.exact(
+    "0", "1", "2", "3", "4", minimum_group=2, group_size=2, selection_window_s=20.0, reporting_window_s=30.0
+)
+POLICIES = {
+    "exact": EXACT, "uniform": UNIFORM, "surplus": SURPLUS, "late": LATE, "patched": PATCHED, "stored": STORED,
+    "asynchronous": ASYNCHRONOUS, "exact_stored": EXACT_STORED,
+}  # fmt: skip
+NUM_DEVICES = 6
+
+
+def rounds(name: str) -> int:
+    return 3 if POLICIES[name].max_staleness else 2
 
 
 @functools.cache
@@ -30,7 +47,7 @@ def plan(name: str) -> object:
 def history(name: str, seed: int, faults: Faults) -> World:
     """One history, run to its end and checked."""
     devices = len(POLICIES[name].selection.ids) or NUM_DEVICES
-    world = World(seed, plan(name), rounds=ROUNDS, num_devices=devices, faults=faults)  # type: ignore[arg-type]
+    world = World(seed, plan(name), rounds=rounds(name), num_devices=devices, faults=faults)  # type: ignore[arg-type]
     world.run()
     world.check(POLICIES[name])
     if name == "exact":
@@ -40,7 +57,7 @@ def history(name: str, seed: int, faults: Faults) -> World:
 
 @functools.cache
 def undisturbed() -> str:
-    world = World(0, plan("exact"), rounds=ROUNDS, num_devices=3, faults=Faults())  # type: ignore[arg-type]
+    world = World(0, plan("exact"), rounds=rounds("exact"), num_devices=3, faults=Faults())  # type: ignore[arg-type]
     world.run()
     return world.final
 
@@ -53,7 +70,7 @@ def any_faults(name: str, seed: int) -> Faults:
         amnesia=rng.choice([0.0, 0.02, 0.1]),
         bad=rng.choice([0.0, 0.1]),
         stop=rng.choice([0.0, 0.0, 0.01]),
-        dead=("5", "2") if name != "exact" and rng.random() < 0.3 else (),
+        dead=("5", "2") if not name.startswith("exact") and rng.random() < 0.3 else (),
     )
 
 

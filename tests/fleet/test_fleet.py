@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from shoal.errors import NetworkError, ProgramError, ProtocolError
+from shoal.fleet import device_host
 from shoal.fleet.link import LocalLink
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -61,8 +63,8 @@ BAD: dict[str, tuple[float, dict[str, Any], str, str]] = {
     "another root": (1.0, {"root": "0" * 64}, "wrong hash", "root"),
     "no root": (1.0, {"root": ""}, "wrong hash", "root"),
     "weight 0": (1.0, {"weight": 0}, "bad weight", "got 0"),
-    "weight -1": (1.0, {"weight": 2**64 - 1}, "bad weight", "weight <= 1024"),
-    "weight 2^40": (1.0, {"weight": 2**40}, "bad weight", "weight <= 1024"),
+    "weight -1": (1.0, {"weight": 2**64 - 1}, "bad weight", "weight <= 1048576"),
+    "weight 2^40": (1.0, {"weight": 2**40}, "bad weight", "weight <= 1048576"),
     "another dtype": (1.0, sliced((DELTA, 0, np.ones(1).tobytes())), "wrong slices", "Expected 4 bytes"),
     "another shape": (1.0, sliced((DELTA, 0, FLOAT * 3)), "wrong slices", "float32[1]"),
     "unknown tensor": (1.0, sliced(("delta/other", 0, FLOAT)), "wrong slices", "Expected a tensor of the update"),
@@ -129,6 +131,25 @@ async def test_absurd_costs_are_not_added_up() -> None:
         await fleet.tasks[0]
         usage = fleet.store.usage(fleet.host.run_id)
         assert all(0.0 <= row.seconds < 60.0 for row in usage)
+
+
+@toy.in_loop
+async def test_what_a_process_starts_once_is_counted_once_and_not_as_the_wire(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+
+    class Slow(toy.ToyRunner):
+        def compile(self) -> float:
+            nonlocal now_s
+            now_s += 3.0 if not self.models else 0.0  # the child starts and compiles at the first call
+            return 0.0
+
+    monkeypatch.setattr(device_host, "time", SimpleNamespace(perf_counter=lambda: now_s))
+    async with toy.fleet(toy.plan(toy.exact("a", "b"))) as fleet:
+        shared = toy.device_host(Slow)
+        fleet.start(*(toy.device(name, fleet.link, host=shared) for name in ("a", "b")))
+        await asyncio.gather(*fleet.tasks)
+        seconds = {row.phase: row.seconds for row in fleet.store.usage(fleet.host.run_id)}
+        assert seconds["compile"] == pytest.approx(3.0) and seconds["wire"] < 3.0
 
 
 # Tokens that are wrong.

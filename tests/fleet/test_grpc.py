@@ -4,18 +4,24 @@ import asyncio
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from shoal.errors import NetworkError, ProtocolError
+from shoal.errors import NetworkError, PlanError, ProtocolError
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer, Tls
+from shoal.fleet.session import MAX_OUTGOING
 from shoal.fleet.tls import make_tls
 from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.plan import Plan
+from shoal.policy import RoundPolicy
+from shoal.record.store import Store
 from tests.fleet import toy
-from tests.fleet.test_fleet import BIG, DELTA, FLOAT, stream_of
+from tests.fleet.test_fleet import BIG, DELTA, FLOAT, stream_of, until
 
 pytestmark = pytest.mark.integration
 
@@ -114,6 +120,62 @@ async def test_what_is_wrong_arrives_as_one_line() -> None:
             await link.push(stream_of(pb.PushSlice(token=token, tensor=DELTA, data=bytes(3 << 20))))
 
 
+def other_bytes(store: Store, hash: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the store reads other bytes of the same length under this hash."""
+    kind, real = type(store.blobs), type(store.blobs).read
+
+    def read(self: Any, asked: str, offset: int, size: int) -> bytes:
+        data: bytes = real(self, asked, offset, size)
+        return bytes(byte ^ 1 for byte in data) if asked == hash else data
+
+    monkeypatch.setattr(kind, "read", read)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ("signature", "The signature of the plan of task 'toy' is wrong. Nothing of it was run."),
+        ("key", "this device trusts"),
+        ("program", "Expected bytes with hash"),
+        ("manifest", "Expected bytes with hash"),
+    ],
+)
+@toy.in_loop
+async def test_a_plan_that_is_not_what_was_signed_is_never_loaded(
+    wrong: str, line: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, loaded = toy.plan(toy.exact("a")), list[Plan]()
+    if wrong == "signature":
+        made = replace(made, signature=bytes(64))
+    shared = toy.device_host(lambda plan: (loaded.append(plan), toy.ToyRunner(plan))[1])
+    if wrong == "key":
+        shared.trusted_key = bytes(32)
+    async with toy.fleet(made) as fleet, served(fleet) as server, linked(server.port) as link:
+        if wrong in ("program", "manifest"):
+            hash = made.manifest.programs[0].hash if wrong == "program" else made.hash
+            other_bytes(fleet.store, hash, monkeypatch)
+        with pytest.raises(PlanError) as refused:
+            await toy.device("a", link, host=shared).run()
+        assert line in str(refused.value) and "\n" not in str(refused.value)
+        assert not loaded and not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@toy.in_loop
+async def test_a_server_is_quiet_once_the_last_session_is_over() -> None:
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet, served(fleet) as server, linked(server.port) as link:
+        with pytest.raises(TimeoutError):
+            async with toy.peer(link) as peer:
+                await peer.check_in()
+                await until(lambda: fleet.host.edge.statistics().sessions_now == 1)
+                await asyncio.wait_for(server.until_quiet(quiet_s=0.0, longest_s=30.0), timeout=0.1)
+        await asyncio.wait_for(server.until_quiet(quiet_s=0.05, longest_s=30.0), timeout=10)
+        assert fleet.host.edge.statistics().sessions_now == 0
+        async with toy.peer(link) as peer:
+            await peer.check_in()
+            await until(lambda: fleet.host.edge.statistics().sessions_now == 1)
+            await server.until_quiet(quiet_s=0.0, longest_s=0.1)  # one that stays is not waited for
+
+
 @toy.in_loop
 async def test_a_port_that_is_taken_is_said() -> None:
     async with toy.fleet(toy.plan(toy.exact("a"))) as fleet, served(fleet) as server:
@@ -176,3 +238,44 @@ async def test_connections_that_are_cut_lose_no_work() -> None:
         assert proxy.times == 0
         again = fleet.host.edge.statistics().up_bytes - made.manifest.update_bytes
         assert 0 <= again <= 1 << 20, "only what was on its way is sent again"
+
+
+class DeafProxy(Proxy):
+    """Passes on what a device says; what it is told only while `hearing` is set."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__(port, after=0, times=0)
+        self.hearing = asyncio.Event()
+        self.hearing.set()
+
+    async def forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, cut: bool) -> None:
+        while data := await reader.read(1 << 16):
+            if not cut:
+                await self.hearing.wait()
+            writer.write(data)
+            await writer.drain()
+
+
+@toy.in_loop
+async def test_a_device_that_never_reads_does_not_fill_the_server_and_others_go_on() -> None:
+    made, num_pulls = toy.plan(RoundPolicy(goal=2, minimum_group=2, over_selection=1.5), BIG), 40
+    async with toy.fleet(made) as fleet, served(fleet) as server, linked(server.port) as link:
+        proxy, edge = DeafProxy(server.port), fleet.host.edge
+        async with proxy as port, linked(port) as deaf, toy.peer(deaf) as peer:
+            fleet.start(toy.device("a", link), toy.device("b", link))
+            token = (await peer.assigned()).token
+            proxy.hearing.clear()
+            head = fleet.store.last_commit(fleet.host.run_id)
+            assert head is not None
+            entry = max(head.model, key=lambda entry: entry.spec.size_bytes)
+            calls = [deaf._stub.Pull(pb.PullRequest(token=token, hash=entry.hash)) for _ in range(num_pulls)]
+            for _ in range(1000):
+                await peer.say(ping=pb.Ping())  # each is answered
+            await asyncio.wait_for(fleet.tasks[0], timeout=15)
+            assert fleet.members == [0, 2]
+            asked_bytes = num_pulls * entry.spec.size_bytes
+            assert edge.statistics().down_bytes < asked_bytes / 4, "what cannot be sent is not read from the record"
+            session = edge._sessions.get("peer")
+            assert session is None or session._outgoing.qsize() <= MAX_OUTGOING
+            for call in calls:
+                call.cancel()

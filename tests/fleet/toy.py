@@ -51,10 +51,16 @@ def exact(*ids: str, **changes: Any) -> RoundPolicy:
     return RoundPolicy(**{"goal": len(ids), "minimum_group": 1, "selection": Selection.exact(ids), **changes})
 
 
-def plan(policy: RoundPolicy, shapes: Mapping[str, tuple[int, ...]] = ONE, *, dtype: str = "float32") -> Plan:
+def plan(
+    policy: RoundPolicy,
+    shapes: Mapping[str, tuple[int, ...]] = ONE,
+    *,
+    dtype: str = "float32",
+    rule: ServerRule | None = None,
+) -> Plan:
     model = tuple(TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
     deltas = tuple(TensorSpec(name=f"delta/{spec.name}", shape=spec.shape, dtype="float32") for spec in model)
-    half = ServerHalf(rounds=policy, rule=ServerRule(), about=About())
+    half = ServerHalf(rounds=policy, rule=rule or ServerRule(), about=About())
     batch = (TensorSpec(name="x", shape=(), dtype="float32"),)
     programs = _programs(model, deltas)
     manifest = Manifest(
@@ -66,7 +72,7 @@ def plan(policy: RoundPolicy, shapes: Mapping[str, tuple[int, ...]] = ONE, *, dt
         metrics=(),
         batch=batch,
         training=Training(
-            batch_size=BATCH, steps_per_block=1, epochs=1, max_examples=1024, max_weight=1024, whole_batches=False,
+            batch_size=BATCH, steps_per_block=1, epochs=1, max_examples=1024, max_weight=1 << 20, whole_batches=False,
             drop_remainder=False, evaluate_batch_size=BATCH,
         ),
         promises=Promises(minimum_group=policy.minimum_group, privacy=Privacy()),
@@ -150,11 +156,22 @@ def examples(value: float = 1.0, num: int = 3) -> Examples:
 
 
 def device(
-    name: str, link: Link, *, value: float = 1.0, host: DeviceHost | None = None, runner: Any = ToyRunner
+    name: str,
+    link: Link,
+    *,
+    value: float = 1.0,
+    host: DeviceHost | None = None,
+    runner: Any = ToyRunner,
+    stays: bool = True,
 ) -> Device:
     """A device whose update is `value` in every element, of weight 3."""
     return Device(
-        name, lambda: examples(value), link=link, host=host or device_host(runner), rng=np.random.default_rng(0)
+        name,
+        lambda: examples(value),
+        link=link,
+        host=host or device_host(runner),
+        rng=np.random.default_rng(0),
+        stays=stays,
     )
 
 

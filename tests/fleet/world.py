@@ -11,7 +11,7 @@ Then all that it knew is gone, but for the store.
 
 import heapq
 import random
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.run_plan import write_initial_model
 from shoal.policy import RoundPolicy
 from shoal.record.memory import MemoryStore
-from shoal.record.store import RunRow
+from shoal.record.store import CommitRow, RunRow
 from shoal.tensors import Index
 from tests.fleet import toy
 
@@ -139,43 +139,55 @@ class TinyEdge:
         self.world = world
         self.coordinator: Any = None
         self.configuration: Configuration | None = None
-        self.group, self.closed = g.ClearGroup(most=0), True
-        self.sums: Accumulator | None = None
+        policy = world.plan.manifest.server.rounds
+        self.groups = g.ClearGroups(policy, most=policy.max_members)
+        self.sums: dict[int, Accumulator] = {}
+        self.closed: tuple[int, ...] | None = None
+        self.is_open = False
         self.sessions: dict[str, int] = {}
-        self.of_nonce: dict[bytes, tuple[str, int]] = {}  # device and stream
+        self.of_nonce: dict[bytes, tuple[str, int, int]] = {}  # device, stream, version
         self.work: list[Callable[[], None]] = []  # checks and additions under way
         self.finished = False
 
     def connect(self, coordinator: Any) -> None:
         self.coordinator = coordinator
 
-    def open_group(self, configuration: Configuration, model: Index) -> None:
+    def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:
         self.world.point()
-        old, self.configuration = self.configuration, configuration
-        if old is None or old.base_version != configuration.base_version or self.sums is None:
-            self.group, self.closed = g.ClearGroup(most=configuration.max_members), False
-            self.sums = configuration.accumulator(self.world.plan.manifest)
-            self.of_nonce.clear()
+        self.configuration, self.is_open = configuration, True
+        self.do(g.Open(configuration.base_version, tuple(taken.items())))
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         self.world.point()
         if device not in self.sessions:
             return False
-        self.of_nonce[assignment.nonce] = (device, self.sessions[device])
-        self.do(g.Joined(assignment.nonce))
+        self.of_nonce[assignment.nonce] = (device, self.sessions[device], assignment.base_version)
+        self.do(g.Joined(assignment.nonce, assignment.base_version))
         self.tell(assignment.nonce, "assigned", assignment.base_version)
         return True
 
-    async def close_group(self) -> GroupResult:
-        self.do(g.Close())
-        while not self.closed:
+    async def close_groups(self, *, final: bool = True) -> list[GroupResult]:
+        self.closed = None
+        if final:
+            self.is_open = False
+        self.do(g.Close(final))
+        while self.closed is None:
             await Pause()
-        assert self.sums is not None
-        return GroupResult(self.sums, tuple((nonce, 1e9) for nonce in self.group.added), Costs())
+        return [
+            GroupResult(
+                self.groups.base_version(group),
+                self.sums.pop(group),
+                tuple((nonce, 1e9) for nonce in self.groups.members(group)),
+                Costs(),
+            )
+            for group in self.closed
+        ]
+
+    def stored(self) -> None:
+        self.do(g.Stored())
 
     def committed(self, version: int) -> None:
         self.do(g.Committed(version))
-        self.sums = None
 
     def failed(self, why: str) -> None:
         raise AssertionError(why)
@@ -187,41 +199,58 @@ class TinyEdge:
             self.world.reply(device, stream, "finished", b"", 0)
 
     def do(self, event: Any) -> None:
-        for command in self.group.step(event, self.world.now_s()):
+        for command in self.groups.step(event, self.world.now_s()):
             self.world.point()
             match command:
                 case g.Check(nonce):
                     bad = "bad" if self.world.chance(self.world.faults.bad) else ""
                     self.work.append(lambda n=nonce, bad=bad: self.do(g.Checked(n, bad)))  # type: ignore[misc]
-                case g.Add(nonce):
-                    self.work.append(lambda n=nonce: self.add(n))  # type: ignore[misc]
+                case g.Add(nonce, group, discount):
+                    self.work.append(lambda n=nonce, at=group, d=discount: self.add(n, at, d))  # type: ignore[misc]
+                case g.Merge(source, target):
+                    self.merge(source, target)
                 case g.Tell(nonce, outcome, version):
                     self.tell(nonce, outcome, version)
-                case g.JoinRound(nonce):
-                    self.coordinator.joined(nonce)
-                case g.CountMember(nonce):
-                    self.coordinator.counted(nonce)
+                case g.JoinRound(nonce, version):
+                    self.coordinator.joined(nonce, version)
+                case g.CountMember(nonce, staleness):
+                    self.coordinator.counted(nonce, self.configuration.base_version, staleness)  # type: ignore[union-attr]
                 case g.ReleaseMember(nonce):
                     self.coordinator.released(nonce)
-                case g.Closed():
-                    self.closed = True
+                case g.Closed(groups):
+                    self.closed = groups
             self.world.point()
 
-    def add(self, nonce: bytes) -> None:
-        assert self.sums is not None and self.configuration is not None
-        number = int(self.of_nonce[nonce][0])
-        value = np.full(1, (number + 1) * (self.configuration.base_version + 1), np.float32)
-        self.sums.add({"delta/params/w": value}, weight=1 << number)
+    def add(self, nonce: bytes, group: int, discount: float) -> None:
+        assert self.configuration is not None
+        device, _, version = self.of_nonce[nonce]
+        if group not in self.sums:
+            self.sums[group] = self.configuration.accumulator(self.world.plan.manifest)
+        value, weight = self.world.update(int(device), version)
+        pieces = [("delta/params/w", 0, np.full(1, value, np.float32))]
+        self.sums[group].add_checked(pieces, weight=weight, discount=discount)
+        self.world.discounts[nonce] = discount
         self.do(g.Added(nonce))
 
+    def merge(self, source: int, target: int) -> None:
+        self.world.merges += 1
+        sums = self.sums.pop(source)
+        if target in self.sums:
+            self.sums[target].merge_all(sums)
+        else:
+            self.sums[target] = sums
+
     def tell(self, nonce: bytes, what: str, version: int) -> None:
-        device, stream = self.of_nonce[nonce]
+        device, stream, _ = self.of_nonce[nonce]
         self.world.reply(device, stream, what, nonce, version)
 
     def left(self, device: str, stream: int) -> None:
         if self.sessions.get(device) == stream:
             del self.sessions[device]
             self.coordinator.left(device)
+            for nonce, (name, _, _) in self.of_nonce.items():
+                if name == device and self.groups.state(nonce) is g.Member.JOINED:
+                    self.coordinator.away(nonce)
 
     def hear(self, device: str, stream: int, what: str, nonce: bytes, version: int) -> None:
         if what == "check_in":
@@ -231,18 +260,18 @@ class TinyEdge:
             if self.finished:
                 return self.world.reply(device, stream, "finished", b"", 0)
             return self.coordinator.arrived(device)  # type: ignore[no-any-return]
-        if self.sums is None and not self.finished:
+        if not self.is_open and not self.finished:
             return self.world.reply(device, stream, "again", nonce, 0)
         row = self.world.store.token(RUN, nonce)
         if row is not None:
             return self.world.reply(device, stream, row.state, nonce, row.version or 0)
-        if self.sums is None or self.configuration is None or version != self.configuration.base_version:
+        if not self.groups.takes(version):
             return self.world.reply(device, stream, "refused", nonce, 0)
         if what == "status":
             return self.world.reply(device, stream, "unknown", nonce, 0)
-        self.of_nonce[nonce] = (device, stream)
-        self.do(g.Joined(nonce))
-        if self.group.state(nonce) is not None:
+        self.of_nonce[nonce] = (device, stream, version)
+        self.do(g.Joined(nonce, version))
+        if self.groups.state(nonce) is not None:
             self.do(g.Offered(nonce))
 
 
@@ -329,6 +358,8 @@ class World:
         self.devices = {str(i): TinyDevice(self, str(i)) for i in range(num_devices)}
         self.server: Server | None = Server(self)
         self.time_s, self.count, self.points, self.num_streams, self.crashes = 0.0, 0, 0, 0, 0
+        self.merges = 0
+        self.discounts: dict[bytes, float] = {}  # at which each update was last added
         self.soon: list[tuple[float, int, Callable[[], None]]] = []
         self.arrival_s: dict[object, float] = {}
         for device in self.devices.values():
@@ -345,6 +376,13 @@ class World:
     async def sleep_until(self, deadline_s: float) -> None:
         while self.time_s < deadline_s:
             await Pause()
+
+    # Updates.
+
+    def update(self, number: int, version: int) -> tuple[float, int]:
+        """What a device makes of a version: value and weight; of a commit's weight can be told who is in it."""
+        spread = version % (1 + self.plan.manifest.server.rounds.max_staleness)
+        return float((number + 1) * (version + 1)), 1 << (number + spread * len(self.devices))
 
     # Chance.
 
@@ -442,14 +480,15 @@ class World:
 
     # What is to hold.
 
-    def counted(self, version: int) -> set[int]:
-        """Devices whose update on the version before is in it, by the store's tokens."""
+    def counted(self, version: int) -> set[tuple[int, int]]:
+        """(device, version trained on) of the updates in a commit, by the store's tokens."""
         found = set()
-        for number in range(len(self.devices)):
-            row = self.store.token(RUN, TOKEN.nonce(RUN, version - 1, str(number)))
-            if row is not None and row.state == "counted":
-                assert row.version == version
-                found.add(number)
+        policy = self.plan.manifest.server.rounds
+        for base in range(max(0, version - 1 - 2 * policy.max_staleness), version):
+            for number in range(len(self.devices)):
+                row = self.store.token(RUN, TOKEN.nonce(RUN, base, str(number)))
+                if row is not None and row.state == "counted" and row.version == version:
+                    found.add((number, base))
         return found
 
     def check(self, policy: RoundPolicy) -> None:
@@ -458,20 +497,48 @@ class World:
         assert [commit.version for commit in commits] == list(range(self.rounds + 1)), "a line without a gap"
         for commit in commits[1:]:
             members = self.counted(commit.version)
-            assert commit.weight == sum(1 << number for number in members), "each once, and nobody else"
-            assert policy.minimum <= commit.members == len(members) <= policy.goal + 1
+            assert commit.weight == sum(self.update(*member)[1] for member in members), "each once, and nobody else"
+            assert policy.minimum <= commit.members == len(members) <= policy.max_members
             if policy.selection.ids:
-                assert members == set(map(int, policy.selection.ids))
+                assert members == {(int(device), commit.version - 1) for device in policy.selection.ids}
+            if policy.late.kind != "patch":
+                self.check_model(commit, commits[commit.version - 1], members)
+            else:
+                self.check_patched(commit)
         for device in self.devices.values():
             for nonce, version in device.told_counted:
                 row = self.store.token(RUN, nonce)
-                assert row is not None and row.state == "counted" and row.version == version, "told is durable"
+                assert row is not None and row.state == "counted", "told is durable"
+                assert row.version is None or version in (0, row.version)
         rounds = self.store.rounds(RUN)
         assert [row.number for row in rounds] == list(range(1, len(rounds) + 1))
-        assert all(row.state != "open" for row in rounds), "each round was closed"
+
+    def check_model(self, commit: CommitRow, before: CommitRow, members: set[tuple[int, int]]) -> None:
+        """The model is the one before plus the mean of the members' updates, each at its discount."""
+        mean = 0.0
+        for number, base in members:
+            value, weight = self.update(number, base)
+            mean += value * weight * self.discounts[TOKEN.nonce(RUN, base, str(number))] / commit.weight
+        assert abs(self.model(commit) - self.model(before) - mean) < 1e-5 * max(1.0, mean)
+
+    def check_patched(self, commit: CommitRow) -> None:
+        """The model is that of a run in which everything that it has taken in came in time."""
+        taken = [member for version in range(1, commit.version + 1) for member in self.counted(version)]
+        if self.merges:
+            return  # a late group below the minimum became part of a later sum
+        total = 0.0
+        for base in range(commit.version):
+            members = [self.update(*member) for member in taken if member[1] == base]
+            total += sum(value * weight for value, weight in members) / max(1, sum(weight for _, weight in members))
+        assert abs(self.model(commit) - total) < 1e-5 * max(1.0, total)
+
+    def model(self, commit: CommitRow) -> float:
+        (entry,) = commit.model
+        return float(self.store.blobs.view(entry.hash, entry.spec)[0])
 
     @property
     def final(self) -> str:
+        """The root of the last model."""
         commit = self.store.last_commit(RUN)
         assert commit is not None
         return commit.model.root

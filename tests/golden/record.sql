@@ -38,12 +38,16 @@ CREATE TABLE commits (
 	members BIGINT NOT NULL,
 	weight BIGINT NOT NULL,
 	created_s DOUBLE NOT NULL,
+	final_model_root TEXT,
+	final_server_state_root TEXT,
 	PRIMARY KEY (run_id, version),
 	FOREIGN KEY(run_id, follows) REFERENCES commits (run_id, version),
 	CHECK ((version = 0 AND follows IS NULL) OR (version > 0 AND follows IS NOT NULL AND follows = version - 1)),
 	FOREIGN KEY(run_id) REFERENCES runs (id),
 	FOREIGN KEY(model_root) REFERENCES indexes (root),
-	FOREIGN KEY(server_state_root) REFERENCES indexes (root)
+	FOREIGN KEY(server_state_root) REFERENCES indexes (root),
+	FOREIGN KEY(final_model_root) REFERENCES indexes (root),
+	FOREIGN KEY(final_server_state_root) REFERENCES indexes (root)
 )
 CREATE TABLE events (
 	id INTEGER NOT NULL,
@@ -114,6 +118,7 @@ CREATE TABLE groups (
 	FOREIGN KEY(run_id) REFERENCES runs (id)
 )
 CREATE INDEX groups_by_version ON groups (run_id, version)
+CREATE INDEX groups_with_sums ON groups (run_id, base_version) WHERE sums_root != ''
 CREATE TABLE rounds (
 	run_id TEXT NOT NULL,
 	number BIGINT NOT NULL,

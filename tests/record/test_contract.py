@@ -10,6 +10,7 @@ import pytest
 
 from shoal.errors import StoreError
 from shoal.record import EventRow, MemoryStore, RoundRow, Store, abandon_open_rounds, open_store, put_tensors, take_up
+from shoal.record.store import FinalRow
 from shoal.tensors import Entry, Index, TensorSpec, sha256
 from tests.record.builders import (
     EMPTY,
@@ -46,6 +47,10 @@ def test_a_run_reads_back(store: Store) -> None:
     assert [row.id for row in store.runs()] == ["a", "b"]
     store.set_status("a", "finished", time_s=9.0)
     assert (store.run("a").status, store.run("a").finished_s) == ("finished", 9.0)
+    store.set_config("a", {"sizes": (3,), "rounds": 7})
+    assert store.run("a").config == {"sizes": [3], "rounds": 7} and store.run("b") == run_row("b")
+    with pytest.raises(ValueError, match="config"):
+        store.set_config("a", {"odd": object()})
 
 
 def test_a_run_is_created_once_and_must_exist(store: Store) -> None:
@@ -157,6 +162,42 @@ def test_a_group_waits_for_its_commit__invariant_2(store: Store) -> None:
     for taken in (waiting, group_row(number=7)):
         with pytest.raises(StoreError, match="to wait for a commit"):
             store.commit("run", commit_row(store, 2), round=round_row(2), groups=[taken])
+
+
+def test_sums_are_kept_while_they_may_be_wanted(store: Store) -> None:
+    with_initial(store)
+    kept = [store.blobs.put(data) for data in (b"one", b"two", b"three")]
+    store.commit("run", commit_row(store, 1), round=round_row(), groups=[group_row(sums_root=kept[0])])
+    store.add_group("run", group_row(base_version=1, sums_root=kept[1]), counted=[(b"a", 1.0)])
+    store.commit("run", commit_row(store, 2), round=round_row(2), groups=[group_row(base_version=1, sums_root=kept[2])])
+    assert [row.base_version for row in store.groups("run", since_version=1)] == [1, 1]
+    assert store.waiting_nonces("run") == [b"a"]
+    assert store.forget_sums("run", before_version=2) == 2, "one still waits for its commit"
+    assert [row.sums_root for row in store.groups("run")] == ["", kept[1], ""]
+    assert [store.blobs.has(hash) for hash in kept] == [False, True, False]
+    assert store.forget_sums("run", before_version=2) == 0
+
+
+def test_a_version_gets_its_final_form_with_a_later_commit(store: Store) -> None:
+    with_initial(store)
+    store.commit("run", commit_row(store, 1), round=round_row())
+    assert store.final("run", 1) is None
+    other = commit_row(store, 9)
+    final = FinalRow(version=1, model=other.model, server_state=other.server_state)
+    store.commit("run", commit_row(store, 2), round=round_row(2), final=final)
+    assert store.final("run", 1) == final and store.final("run", 2) is None
+    assert store.get_commit("run", 1) == commit_row(store, 1), "what devices were given stays as it was"
+
+
+def test_equal_sums_of_two_groups_are_one_blob_until_both_are_forgotten(store: Store) -> None:
+    with_initial(store)
+    root = store.blobs.put(b"sums")
+    store.commit("run", commit_row(store, 1), round=round_row(), groups=[group_row(sums_root=root)])
+    store.commit("run", commit_row(store, 2), round=round_row(2), groups=[group_row(base_version=1, sums_root=root)])
+    store.forget_sums("run", before_version=1)
+    assert store.blobs.has(root)
+    store.forget_sums("run", before_version=2)
+    assert not store.blobs.has(root)
 
 
 def test_a_commit_names_blobs_that_exist__invariant_4(store: Store) -> None:

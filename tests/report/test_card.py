@@ -40,6 +40,11 @@ def test_results_and_notes_come_first(facts: Facts) -> None:
     assert "On all of it." in text
 
 
+def test_what_the_results_tell_is_not_told_twice(facts: Facts) -> None:
+    text = _section(card_text(facts, results=[("federated", "90 %")], told=["accuracy"]), "Results")
+    assert "| accuracy" not in text and "train/loss (version" in text
+
+
 def test_a_run_without_a_plan_has_a_card(facts: Facts) -> None:
     bare = replace(facts, manifest=None, run=replace(facts.run, kind="train"), metrics={}, commits=(), version=None)
     text = card_text(bare)

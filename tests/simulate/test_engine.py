@@ -83,3 +83,19 @@ def test_the_engine_agrees_with_the_readable_loop() -> None:
 def test_too_few_members_are_said() -> None:
     with pytest.raises(DataError, match="at least 3 members"):
         simulate(task(), population(2), rounds=1, store=MemoryStore())
+
+
+def test_users_who_cannot_take_part_are_left_out_and_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    none = {"x": np.zeros((0, 3), np.float32), "y": np.zeros(0, np.int32)}
+    users = {f"none-{i}": none for i in range(5)} | {user: examples for user, examples in population(4).items()}
+    made = simulate(
+        task(), shoal.data.Population.from_arrays(users), rounds=3, store=MemoryStore(), seed=0
+    )  # fmt: skip
+    assert {member for result in made.history for member in result.members} <= {"m0", "m1", "m2", "m3"}
+    assert caplog.messages == ["none-0, none-1, none-2 and 2 more are left out: no examples"]
+
+
+def test_too_few_who_can_take_part_are_said() -> None:
+    small = task(heeds_mask=False, local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=5))
+    with pytest.raises(DataError, match=r"at least 3 members .* has 2 who can take part, and 4 who cannot"):
+        simulate(small, population(), rounds=1, store=MemoryStore())

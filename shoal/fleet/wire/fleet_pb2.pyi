@@ -214,30 +214,42 @@ class Costs(_message.Message):
     def __init__(self, compute_s: _Optional[float] = ..., compile_s: _Optional[float] = ..., data_s: _Optional[float] = ..., wait_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., padding: _Optional[float] = ..., joules: _Optional[float] = ..., steps: _Optional[int] = ..., examples: _Optional[int] = ...) -> None: ...
 
 class Counted(_message.Message):
-    __slots__ = ("version", "token")
+    __slots__ = ("version", "token", "delay_min_s", "delay_max_s")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MIN_S_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MAX_S_FIELD_NUMBER: _ClassVar[int]
     version: int
     token: Token
-    def __init__(self, version: _Optional[int] = ..., token: _Optional[_Union[Token, _Mapping]] = ...) -> None: ...
+    delay_min_s: float
+    delay_max_s: float
+    def __init__(self, version: _Optional[int] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., delay_min_s: _Optional[float] = ..., delay_max_s: _Optional[float] = ...) -> None: ...
 
 class Refused(_message.Message):
-    __slots__ = ("reason", "detail", "token")
+    __slots__ = ("reason", "detail", "token", "delay_min_s", "delay_max_s")
     REASON_FIELD_NUMBER: _ClassVar[int]
     DETAIL_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MIN_S_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MAX_S_FIELD_NUMBER: _ClassVar[int]
     reason: str
     detail: str
     token: Token
-    def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ..., token: _Optional[_Union[Token, _Mapping]] = ...) -> None: ...
+    delay_min_s: float
+    delay_max_s: float
+    def __init__(self, reason: _Optional[str] = ..., detail: _Optional[str] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., delay_min_s: _Optional[float] = ..., delay_max_s: _Optional[float] = ...) -> None: ...
 
 class Released(_message.Message):
-    __slots__ = ("why", "token")
+    __slots__ = ("why", "token", "delay_min_s", "delay_max_s")
     WHY_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MIN_S_FIELD_NUMBER: _ClassVar[int]
+    DELAY_MAX_S_FIELD_NUMBER: _ClassVar[int]
     why: str
     token: Token
-    def __init__(self, why: _Optional[str] = ..., token: _Optional[_Union[Token, _Mapping]] = ...) -> None: ...
+    delay_min_s: float
+    delay_max_s: float
+    def __init__(self, why: _Optional[str] = ..., token: _Optional[_Union[Token, _Mapping]] = ..., delay_min_s: _Optional[float] = ..., delay_max_s: _Optional[float] = ...) -> None: ...
 
 class Incomplete(_message.Message):
     __slots__ = ("token", "missing")

@@ -1,0 +1,567 @@
+"""The virtual fleet: a fleet's own Coordinator, groups and pace steering under a clock that jumps from event to event.
+
+What is real: the round machine, the groups, the pace, the commits and the record, all of them the code of a live host.
+What is made up: the devices. They are drawn from a `VirtualPopulation`: when each may serve (a window a day, more of them by
+night), how fast it is, how it is connected, how often it is lost. Check-ins, by far the most numerous events, are
+handled a second at a time in arrays; whatever happens to a device that was taken is an event of its own.
+
+    population ─ check-ins a second ─> pool ─> Coordinator: round machine ─ assigned ─> training ─ reported ─> groups
+                        └─ too many: told when to come again (pace)          └─ lost       └─ released: aborted
+
+Training itself is left out (`update_of=None`: nothing but who, when and how long), or done by a function that gives each
+device's update; then versions have an accuracy, over virtual time.
+"""
+
+import heapq
+import tomllib
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from shoal import validate
+from shoal.aggregate.accumulator import Accumulator
+from shoal.aggregate.commit import WeightedMean
+from shoal.errors import DataError
+from shoal.fleet import group as g
+from shoal.fleet.configuration import Configuration
+from shoal.fleet.coordinator import Coordinator
+from shoal.fleet.costs import Costs
+from shoal.fleet.edge import GroupResult
+from shoal.fleet.host import run_seed
+from shoal.fleet.keys import HostKeys
+from shoal.fleet.pace import MOST_S, Pace
+from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.manifest import Manifest, Promises, ServerHalf, Training
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import write_initial_model
+from shoal.policy import About, Privacy, RoundPolicy, ServerRule
+from shoal.record.memory import MemoryStore
+from shoal.record.store import RunRow, Store
+from shoal.tensors import Index, Tensors, sha256
+
+DAY_S: Final = 86_400.0
+RUN: Final = "virtual"
+SLOT_S: Final = 600
+"""Check-ins are counted in slots of this length."""
+POOL: Final = 2.0
+"""Devices that are let in to wait, for each that a round takes."""
+
+UpdateOf = Callable[[int, int], tuple[Tensors, int]]
+"""(device, version that it started from) -> its update and the update's weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """One class of connection."""
+
+    name: str = "wifi"
+    share: float = 1.0
+    """Of the devices that have it."""
+    down_mbit_s: float = 50.0
+    up_mbit_s: float = 10.0
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.positive(share=self.share, down_mbit_s=self.down_mbit_s, up_mbit_s=self.up_mbit_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualPopulation:
+    """Devices by the numbers. A file of it is TOML with these names, networks as `[[networks]]`."""
+
+    devices: int = 100_000
+    seed: int = 0
+    daily_swing: float = 4.0
+    """Devices that may serve at the busiest hour, over those at the quietest."""
+    window_hours: float = 3.0
+    """Mean length of the time a day in which a device may serve (log-normal, sigma 0.5); 24: always, every device."""
+    train_s: float = 60.0
+    """Median seconds that a round's training takes."""
+    speed_sigma: float = 0.7
+    """Spread of the devices' speeds (log-normal)."""
+    round_sigma: float = 0.2
+    """Spread of one device's times from round to round (log-normal)."""
+    drop_out: float = 0.08
+    """Share of the assignments whose device is lost before it has reported."""
+    networks: tuple[Network, ...] = (Network(),)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.positive(devices=self.devices, train_s=self.train_s)
+        validate.not_negative(speed_sigma=self.speed_sigma, round_sigma=self.round_sigma)
+        validate.between(1.0, 100.0, daily_swing=self.daily_swing)
+        validate.between(0.1, 24.0, window_hours=self.window_hours)
+        validate.between(0.0, 0.9, drop_out=self.drop_out)
+        if not self.networks:
+            raise ValueError("Expected at least one network.")
+
+    @classmethod
+    def read(cls, path: Path) -> "VirtualPopulation":
+        """Reads a TOML file. Raises DataError for what is wrong in it, naming what is allowed."""
+        try:
+            given = tomllib.loads(path.read_text())
+        except OSError as error:
+            raise DataError(f"Cannot read {path}: {error.strerror}.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is no TOML: {error}.") from error
+        networks = given.pop("networks", [{}])
+        if not isinstance(networks, list) or not all(isinstance(network, dict) for network in networks):
+            raise DataError(f"{path}: expected networks as [[networks]] tables, got {networks!r}.")
+        try:
+            made = tuple(Network(**_numbers(network, Network, path)) for network in networks)
+            return cls(**_numbers(given, cls, path), networks=made)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{path}: {error}") from error
+
+
+def _numbers(given: Mapping[str, Any], cls: type, path: Path) -> dict[str, Any]:
+    """The settings of a table, each of its field's type."""
+    types = {f.name: f.type for f in fields(cls) if f.name != "networks"}
+    for name, value in given.items():
+        if name not in types:
+            raise DataError(f"{path}: expected settings among {', '.join(types)}; got {name!r}.")
+        if types[name] is not str and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise DataError(f"{path}: Expected {name} to be a number, got {value!r}.")
+    return {name: float(value) if types[name] is float else value for name, value in given.items()}
+
+
+@dataclass
+class Tally:
+    """What a virtual run came to."""
+
+    check_ins: dict[int, int] = field(default_factory=dict)
+    """Second at which a slot of `SLOT_S` begins -> check-ins in it."""
+    told_later: int = 0
+    assigned: int = 0
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("used", "aborted", "unused", "dropped", "bytes_down", "bytes_up"), 0.0)
+    )
+    """Device-seconds trained, by what became of them; `used` at its discount, the rest of a late one is `unused`."""
+    commits: list[tuple[float, int, int]] = field(default_factory=list)
+    """(virtual time, updates, late updates among them) of every version."""
+
+    @property
+    def num_check_ins(self) -> int:
+        return sum(self.check_ins.values())
+
+    @property
+    def wasted(self) -> float:
+        """Share of the device-seconds trained that are in no commit, drop-out of the devices' own making apart."""
+        ours = self.seconds["aborted"] + self.seconds["unused"]
+        trained = ours + self.seconds["used"]
+        return ours / trained if trained else 0.0
+
+
+@dataclass(slots=True)
+class _Work:
+    """An assignment under way."""
+
+    device: int
+    version: int
+    begins_s: float
+    """When its training begins (the model is there)."""
+    trains_s: float
+    discount: float = 1.0
+    reported: bool = False
+
+
+class VirtualClock:
+    """Seconds since the virtual fleet began."""
+
+    def __init__(self, *, begins_s: float = 0.0) -> None:
+        """`begins_s`: seconds since the epoch at which it is taken to begin."""
+        self.time_s, self._begins_s = 0.0, begins_s
+
+    def now_s(self) -> float:
+        return self.time_s
+
+    def wall_s(self) -> float:
+        return self._begins_s + self.time_s
+
+    async def sleep_until(self, deadline_s: float) -> None:
+        raise AssertionError("nothing waits in a virtual fleet")
+
+
+class VirtualFleet:
+    """An Edge without bytes, and the devices around it; drives a Coordinator."""
+
+    def __init__(
+        self,
+        population: VirtualPopulation,
+        manifest: Manifest,
+        clock: VirtualClock,
+        *,
+        update_of: UpdateOf | None = None,
+        model_bytes: int = 0,
+        update_bytes: int = 0,
+        steers: bool = True,
+        aborts: bool = True,
+        hears_losses: bool = True,
+        most_delay_s: float = MOST_S,
+    ) -> None:
+        """
+        Args:
+            population: the devices.
+            manifest: of the task; its policy is run.
+            clock: shared with the Coordinator.
+            update_of: gives the devices' updates; None: training is left out, and the manifest has no sums.
+            model_bytes: that a device downloads.
+            update_bytes: that it uploads.
+            steers: whether devices are told when to come again; else they come every minute.
+            hears_losses: whether a device that is lost is replaced at once.
+            most_delay_s: longest mean delay that they are told.
+            aborts: whether a device hears at once that its update is not needed; else when it reports.
+        """
+        self.population, self.manifest, self.clock = population, manifest, clock
+        self._update_of, self._steers, self._aborts, self._hears_losses = update_of, steers, aborts, hears_losses
+        self._policy = manifest.server.rounds
+        self.groups = g.ClearGroups(self._policy, most=self._policy.max_members)
+        self._sums: dict[int, Accumulator] = {}
+        self._closed: tuple[int, ...] = ()
+        self._configuration: Configuration | None = None
+        self._work: dict[bytes, _Work] = {}
+        self.finished = False
+        self.tally = Tally()
+        self.coordinator: Coordinator
+        self._begun = False
+        takes = self._policy.most_at_once
+        self.pace = Pace(devices_a_round=takes, now_s=0.0, most_s=most_delay_s)
+        self._pool = max(takes + 10, int(POOL * takes))
+        self._waiting: set[int] = set()
+        self._rng = np.random.default_rng(population.seed)
+        self._draw_devices(model_bytes, update_bytes)
+        self._soon: list[tuple[float, int, Callable[[], None]]] = []
+        self._count = 0
+        self._due: dict[int, list[np.ndarray]] = {}  # second -> devices that check in
+        self._second = 0
+        self._begin_days()
+
+    # Devices.
+
+    def _draw_devices(self, model_bytes: int, update_bytes: int) -> None:
+        population, rng, n = self.population, self._rng, self.population.devices
+        self._slowness = rng.lognormal(0.0, population.speed_sigma, n)
+        shares = np.array([network.share for network in population.networks])
+        network = rng.choice(len(shares), n, p=shares / shares.sum())
+        down = np.array([x.down_mbit_s for x in population.networks])[network]
+        up = np.array([x.up_mbit_s for x in population.networks])[network]
+        self._down_s, self._up_s = 8e-6 * model_bytes / down, 8e-6 * update_bytes / up
+        self._bytes = model_bytes, update_bytes
+        mean_s = population.window_hours * 3600.0
+        self._window_s = rng.lognormal(np.log(mean_s) - 0.125, 0.5, n)
+        self._window_s[self._window_s >= DAY_S] = np.inf
+        if population.window_hours >= 24.0:
+            self._window_s[:] = np.inf
+        # The number of open windows swings as 1 + a cos; a window of length w smooths the swing of where windows lie.
+        swing = (population.daily_swing - 1.0) / (population.daily_swing + 1.0)
+        amplitude = min(0.999, swing / float(np.sinc(mean_s / DAY_S)))
+        grid = np.linspace(0.0, 1.0, 4097)
+        share_before = grid + amplitude * np.sin(2 * np.pi * grid) / (2 * np.pi)
+        centre_s = np.interp(rng.random(n), share_before, grid) * DAY_S
+        self._start_s = (centre_s - np.minimum(self._window_s, DAY_S) / 2) % DAY_S
+        self._ends_s = np.zeros(n)
+
+    def _begin_days(self) -> None:
+        """The windows of the first day, those that are open when it begins among them."""
+        devices = np.arange(self.population.devices)
+        over_midnight = self._start_s + self._window_s > DAY_S
+        self._ends_s = np.where(over_midnight, self._start_s + self._window_s - DAY_S, self._start_s + self._window_s)
+        first_s = np.where(over_midnight, self._rng.uniform(0.0, 60.0, len(devices)), self._start_s)
+        self._check_in_at(devices, first_s)
+
+    def _check_in_at(self, devices: np.ndarray, times_s: np.ndarray) -> None:
+        """Schedules check-ins; of those whose window is over by then, at the next one's beginning."""
+        closed = times_s >= self._ends_s[devices]
+        if closed.any():
+            late = devices[closed]
+            jitter_s = self._rng.uniform(0.0, 600.0, len(late))
+            day = np.floor((times_s[closed] - self._start_s[late]) / DAY_S) + 1.0
+            begins_s = day * DAY_S + self._start_s[late]
+            self._ends_s[late] = begins_s + self._window_s[late]
+            times_s = times_s.copy()
+            times_s[closed] = np.minimum(begins_s + jitter_s, self._ends_s[late] - 1.0)
+        seconds = np.maximum(times_s.astype(np.int64), self._second + 1)
+        if len(devices) == 1:
+            self._due.setdefault(int(seconds[0]), []).append(devices)
+            return
+        order = np.argsort(seconds, kind="stable")
+        seconds, devices = seconds[order], devices[order]
+        cuts = np.flatnonzero(np.diff(seconds)) + 1
+        for second, group in zip(seconds[np.r_[0, cuts]], np.split(devices, cuts), strict=True):
+            self._due.setdefault(int(second), []).append(group)
+
+    def _come_again(self, devices: np.ndarray) -> None:
+        now_s = self.clock.time_s
+        low, high = self.pace.window(now_s) if self._steers else (55.0, 65.0)
+        self._check_in_at(devices, now_s + self._rng.uniform(low, high, len(devices)))
+
+    def _check_ins(self, second: int) -> None:
+        devices = np.concatenate(self._due.pop(second))
+        slot = second - second % SLOT_S
+        self.tally.check_ins[slot] = self.tally.check_ins.get(slot, 0) + len(devices)
+        self.pace.arrived(len(devices), self.clock.time_s)
+        room = max(0, self._pool - len(self._waiting))
+        if len(devices) > room:
+            devices = self._rng.permutation(devices)
+            self.tally.told_later += len(devices) - room
+            self._come_again(devices[room:])
+        taken = [int(device) for device in devices[:room]]
+        self._waiting.update(taken)
+        if taken:
+            self.coordinator.arrived(*map(str, taken))
+
+    # What the Coordinator says.
+
+    def connect(self, coordinator: Any) -> None:
+        self.coordinator = coordinator
+
+    def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:
+        self._configuration = configuration
+        self.pace.opened(self.clock.time_s)
+        self._do(g.Open(configuration.base_version, tuple(taken.items())))
+
+    def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
+        number, now_s = int(device), self.clock.time_s
+        self._waiting.discard(number)
+        if now_s >= self._ends_s[number]:
+            self._come_again(np.array([number]))
+            return False  # its window closed while it waited
+        population, nonce = self.population, assignment.nonce
+        trains_s = population.train_s * self._slowness[number] * self._rng.lognormal(0.0, population.round_sigma)
+        begins_s = now_s + self._down_s[number]
+        work = self._work[nonce] = _Work(number, assignment.base_version, begins_s, trains_s)
+        self.tally.assigned += 1
+        self.tally.seconds["bytes_down"] += self._bytes[0]
+        self._do(g.Joined(nonce, assignment.base_version))
+        reports_s = begins_s + trains_s + self._up_s[number]
+        if self._rng.random() < population.drop_out:
+            lost_s = now_s + self._rng.random() * (reports_s - now_s)
+            self._at(lost_s, lambda: self._drop(nonce, work))
+        elif reports_s > self._ends_s[number]:
+            self._at(float(self._ends_s[number]), lambda: self._drop(nonce, work))
+        else:
+            self._at(reports_s, lambda: self._report(nonce, work))
+        return True
+
+    async def close_groups(self, *, final: bool = True) -> list[GroupResult]:
+        self._do(g.Close(final))
+        return [
+            GroupResult(
+                self.groups.base_version(group),
+                self._sums.pop(group),
+                tuple((nonce, self.clock.wall_s() + DAY_S) for nonce in self.groups.members(group)),
+                Costs(),
+            )
+            for group in self._closed
+        ]
+
+    def stored(self) -> None:
+        self._do(g.Stored())
+
+    def committed(self, version: int) -> None:
+        self._do(g.Committed(version))
+
+    def failed(self, why: str) -> None:
+        self._do(g.Failed(why))
+
+    def finish(self, why: str) -> None:
+        self.finished = True
+
+    # Work.
+
+    def _at(self, time_s: float, do: Callable[[], None]) -> None:
+        self._count += 1
+        heapq.heappush(self._soon, (time_s, self._count, do))
+
+    def _drop(self, nonce: bytes, work: _Work) -> None:
+        """The device is lost, and its stream breaks."""
+        if self._work.pop(nonce, None) is not work:
+            return
+        if self._hears_losses:
+            self.coordinator.away(nonce)
+        self.tally.seconds["dropped"] += self._trained_s(work)
+        self._come_again(np.array([work.device]))
+
+    def _report(self, nonce: bytes, work: _Work) -> None:
+        if self._work.get(nonce) is not work:
+            return
+        work.reported = True
+        self.tally.seconds["bytes_up"] += self._bytes[1]
+        if self.groups.state(nonce) is None and self.groups.takes(work.version):
+            self._do(g.Joined(nonce, work.version))
+        self._do(g.Offered(nonce))
+
+    def _trained_s(self, work: _Work) -> float:
+        return float(min(work.trains_s, max(0.0, self.clock.time_s - work.begins_s)))
+
+    def _do(self, event: g.Event) -> None:
+        pending: list[g.Event] = [event]
+        while pending:
+            for command in self.groups.step(pending.pop(0), self.clock.time_s):
+                answer = self._carry_out(command)
+                if answer is not None:
+                    pending.append(answer)
+
+    def _carry_out(self, command: g.Command) -> g.Event | None:
+        assert self._configuration is not None
+        match command:
+            case g.Check(nonce):
+                return g.Checked(nonce)
+            case g.Add(nonce, group, discount):
+                self._add(nonce, group, discount)
+                return g.Added(nonce)
+            case g.Merge(source, target):
+                sums = self._sums.pop(source)
+                if target in self._sums:
+                    self._sums[target].merge_all(sums)
+                else:
+                    self._sums[target] = sums
+            case g.Tell(nonce, outcome):
+                self._tell(nonce, outcome)
+            case g.JoinRound(nonce, version):
+                self.coordinator.joined(nonce, version)
+            case g.CountMember(nonce, staleness):
+                self.coordinator.counted(nonce, self._configuration.base_version, staleness)
+            case g.ReleaseMember(nonce):
+                self.coordinator.released(nonce)
+            case g.Closed(groups):
+                self._closed = groups
+        return None
+
+    def _add(self, nonce: bytes, group: int, discount: float) -> None:
+        assert self._configuration is not None
+        if group not in self._sums:
+            self._sums[group] = self._configuration.accumulator(self.manifest)
+        work = self._work[nonce]
+        work.discount = discount
+        update: Tensors = {}
+        weight = 1
+        if self._update_of is not None:
+            update, weight = self._update_of(work.device, work.version)
+        pieces = ((name, 0, value.reshape(-1)) for name, value in update.items())
+        self._sums[group].add_checked(pieces, weight=weight, discount=discount)
+
+    def _tell(self, nonce: bytes, outcome: str) -> None:
+        work = self._work.get(nonce)
+        if work is None:
+            return  # it was lost
+        if outcome != "counted" and not work.reported and not self._aborts:
+            return  # it hears of it when it reports
+        del self._work[nonce]
+        trained_s, seconds = self._trained_s(work), self.tally.seconds
+        if outcome == "counted":
+            seconds["used"] += work.discount * trained_s
+            seconds["unused"] += (1.0 - work.discount) * trained_s
+        elif work.reported:
+            seconds["unused"] += trained_s
+        else:
+            seconds["aborted"] += trained_s
+        self._come_again(np.array([work.device]))
+
+    # Time.
+
+    def run(self, *, until_s: float, commits: int = 1 << 30) -> None:
+        """Lets the fleet live until then, or for so many commits, or until the run's last version."""
+        enough = len(self.tally.commits) + commits
+        if not self._begun:
+            self._begun = True
+            _at_once(self.coordinator.take_up())
+        while not self.finished and self.clock.time_s < until_s and len(self.tally.commits) < enough:
+            while (event := self.coordinator.pending()) is not None:
+                _at_once(self.coordinator.step(event))
+            self._next(until_s)
+
+    def _next(self, until_s: float) -> None:
+        """What happens next: a second's check-ins, an event of a device, or the Coordinator's clock."""
+        wake_s = self.coordinator.wake_s
+        event_s = min(self._soon[0][0] if self._soon else until_s, until_s if wake_s is None else wake_s, until_s)
+        while self._second + 1 <= event_s:
+            self._second += 1
+            if self._second in self._due:
+                self.clock.time_s = float(self._second)
+                return self._check_ins(self._second)
+        self.clock.time_s = max(self.clock.time_s, event_s)
+        if self._soon and self._soon[0][0] <= event_s:
+            heapq.heappop(self._soon)[2]()
+
+
+def virtual_fleet(
+    population: VirtualPopulation, policy: RoundPolicy, *, rounds: int = 1 << 30, **settings: Any
+) -> VirtualFleet:
+    """A fleet that trains nothing: who takes part, when, and what becomes of the work. Its record is in memory.
+
+    Args:
+        population: the devices.
+        policy: how rounds are run.
+        rounds: versions after which it ends.
+        settings: of `VirtualFleet`.
+    """
+    plan = bare_plan(policy)
+    store, clock = MemoryStore(), VirtualClock()
+    run = RunRow(
+        id=RUN, name=plan.manifest.task, kind="simulate", plan_hash="", config={}, provenance={}, status="running",
+        created_s=0.0,
+    )  # fmt: skip
+    store.create_run(run)
+    write_initial_model(store, RUN, plan, {}, time_s=0.0)
+    fleet = VirtualFleet(population, plan.manifest, clock, **settings)
+    drive(fleet, store, RUN, rounds=rounds, keys=HostKeys.make(), seed=population.seed)
+    return fleet
+
+
+def bare_plan(policy: RoundPolicy) -> Plan:
+    """A plan without programs and tensors."""
+    half = ServerHalf(rounds=policy, rule=ServerRule(), about=About())
+    manifest = Manifest(
+        task="virtual", programs=(), broadcast=(), device_state=(), sums=(), metrics=(), batch=(),
+        training=Training(
+            batch_size=1, steps_per_block=1, epochs=1, max_examples=1, max_weight=1, whole_batches=False,
+            drop_remainder=False, evaluate_batch_size=1,
+        ),
+        promises=Promises(minimum_group=policy.minimum_group, privacy=Privacy()), server_hash=sha256(half.data), half=half,
+    )  # fmt: skip
+    return Plan(manifest, {})
+
+
+def drive(fleet: VirtualFleet, store: Store, run_id: str, *, rounds: int, keys: HostKeys, seed: int) -> None:
+    """Gives a fleet its Coordinator, the one of a live host, which goes on from where the record stands."""
+    commits = fleet.tally.commits
+    Coordinator(
+        store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=WeightedMean(fleet.manifest.server.rule),
+        token_key=keys.token, run_seed=run_seed(seed), last_version=rounds, clock=fleet.clock,
+        rng=np.random.default_rng(seed), in_thread=in_this_thread, beside=done_at_once,
+        on_commit=lambda commit: commits.append((fleet.clock.time_s, commit.row.members, commit.late)),
+    )  # fmt: skip
+
+
+async def in_this_thread(work: Callable[[], Any]) -> Any:
+    """What a Coordinator awaits in place of a thread."""
+    return work()
+
+
+class Done:
+    """What has been done already, for those who await it."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
+
+
+def done_at_once(work: Coroutine[Any, Any, None]) -> Awaitable[None]:
+    """What a Coordinator begins and awaits later."""
+    _at_once(work)
+    return Done()
+
+
+def _at_once(steps: Coroutine[Any, Any, None]) -> None:
+    """Runs what never waits."""
+    try:
+        steps.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("a virtual fleet's Coordinator waited")

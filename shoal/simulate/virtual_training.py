@@ -1,0 +1,63 @@
+"""Training for a virtual fleet: a device's update is what the plan's own programs make of a user's examples.
+
+Device number i plays user i modulo the number of users, so that a fleet of any size trains on the data at hand. It is
+asked for an update when that is added, however late: it starts from the version that the device was sent.
+"""
+
+import numpy as np
+
+from shoal.data.store import Examples, Population
+from shoal.fleet.configuration import round_seed
+from shoal.fleet.host import run_seed
+from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.plan import Plan
+from shoal.plan.train import evaluate, train
+from shoal.record.store import Store
+from shoal.record.tensor_blobs import view_tensors
+from shoal.tensors import Tensors
+
+
+class VirtualTraining:
+    """Gives the devices of a virtual fleet their updates. One run's; not thread-safe."""
+
+    def __init__(self, plan: Plan, population: Population, store: Store, run_id: str, *, seed: int) -> None:
+        """
+        Args:
+            plan: of the task. One whose devices keep state is refused: here a device is a number, and keeps nothing.
+            population: the users' examples; those without are left out.
+            store: the record of the run; holds the versions.
+            run_id: the run.
+            seed: of the run.
+
+        Raises:
+            ValueError: the plan's devices keep state.
+        """
+        if plan.manifest.device_state:
+            raise ValueError(
+                f"Task {plan.manifest.task!r} keeps state on devices ({len(plan.manifest.device_state)} tensors), which a "
+                "virtual fleet does not hold. Simulate it without --virtual, or leave the training out."
+            )
+        self._manifest, self._population = plan.manifest, population
+        self._users = [user for user, size in population.sizes().items() if size]
+        self._store, self._run, self._seed = store, run_id, run_seed(seed)
+        self._runner = JaxRunner(plan)
+
+    def update_of(self, device: int, version: int) -> tuple[Tensors, int]:
+        """The update of a device that started from a version, and its weight."""
+        user = self._users[device % len(self._users)]
+        update = train(
+            self._runner, self._manifest, self._hand_over(version), self._population[user], None,
+            seed=round_seed(self._seed, version), member=str(device),
+        )  # fmt: skip
+        return update.sums, update.weight
+
+    def evaluate(self, version: int, examples: Examples) -> dict[str, float]:
+        """The task's metrics of a version."""
+        return dict(evaluate(self._runner, self._manifest, self._hand_over(version), examples))
+
+    def _hand_over(self, version: int) -> str:
+        model = self._store.get_commit(self._run, version).model
+        if not self._runner.has_model(model.root):
+            tensors = {name: np.asarray(value) for name, value in view_tensors(self._store.blobs, model).items()}
+            self._runner.set_model(model.root, tensors)
+        return model.root
