@@ -42,7 +42,7 @@ class Goal:
             return None
         sign, limit = self.bound.split()
         value = self.value if self.judged is None else self.judged
-        return {"<=": value <= float(limit), ">=": value >= float(limit), "<": value < float(limit)}[sign]
+        return bool({"<=": value <= float(limit), ">=": value >= float(limit), "<": value < float(limit)}[sign])
 
     def to_json(self, name: str) -> dict[str, Any]:
         made: dict[str, Any] = {

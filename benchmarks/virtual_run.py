@@ -56,7 +56,7 @@ def train(
         if len(fleet.tally.commits) == known:
             break
         version = len(fleet.tally.commits)
-        points.append((fleet.tally.commits[-1][0], training.evaluate(version, test)["accuracy"]))
+        points.append((float(fleet.tally.commits[-1][0]), float(training.evaluate(version, test)["accuracy"])))
     return Curve(tuple(points), fleet.tally)
 
 
