@@ -112,7 +112,8 @@ def place(
         ),
     ] = 0,
     space: Annotated[
-        float, typer.Option("--space", min=0.0, max=1.0, help="Copies of rows, as a part of all rows.")
+        float,
+        typer.Option("--space", min=0.0, max=1.0, help="Copies of rows, as a part of all rows.", show_default="none"),
     ] = 0.0,
     json: options.AsJson = False,
 ) -> None:

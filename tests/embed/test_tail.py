@@ -61,7 +61,7 @@ def test_a_late_read_is_asked_of_a_copy(tmp_path: Path, monkeypatch: pytest.Monk
         for ids in ([100], [100, 1500, 101, 7]):
             np.testing.assert_array_equal(store.lookup("items", ids), vectors()[ids])
         told = store.statistics().tables["items"]
-        assert 2 <= told.hedged_reads <= 4 and told.approximate == 0
+        assert told.hedged_reads >= 2 and told.approximate == 0
 
 
 @needs_aio
