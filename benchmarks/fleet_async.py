@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks.frame import Goal, run, table
 from benchmarks.virtual_run import Curve, train
 from shoal.policy import Late, RoundPolicy
-from shoal.simulate.virtual import VirtualPopulation
+from shoal.simulate.virtual_population import VirtualPopulation
 
 AT_ONCE: Final = 1000
 SERVER_RATE: Final = 2.0

@@ -12,7 +12,8 @@ from typing import Any
 
 from benchmarks.frame import Goal, run, table
 from shoal.policy import Late, RoundPolicy
-from shoal.simulate.virtual import VirtualPopulation, virtual_fleet
+from shoal.simulate.virtual import virtual_fleet
+from shoal.simulate.virtual_population import VirtualPopulation
 
 POLICY = RoundPolicy(
     goal=300,

@@ -21,7 +21,8 @@ import numpy as np
 from benchmarks.frame import Goal, run, table
 from benchmarks.virtual_run import Curve, train
 from shoal.policy import Late, RoundPolicy
-from shoal.simulate.virtual import VirtualPopulation, virtual_fleet
+from shoal.simulate.virtual import virtual_fleet
+from shoal.simulate.virtual_population import VirtualPopulation
 
 GOAL, TARGET, HOURS = 100, 0.74, 6.0
 ROUNDS: Final = RoundPolicy(goal=GOAL, over_selection=1.3, selection_window_s=60.0, reporting_window_s=180.0)

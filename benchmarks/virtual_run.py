@@ -10,7 +10,8 @@ from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
 from shoal.policy import RoundPolicy
 from shoal.record.memory import MemoryStore
-from shoal.simulate.virtual import Tally, VirtualClock, VirtualFleet, VirtualPopulation, drive
+from shoal.simulate.virtual import Tally, VirtualClock, VirtualFleet, drive
+from shoal.simulate.virtual_population import VirtualPopulation
 from shoal.simulate.virtual_training import VirtualTraining
 
 

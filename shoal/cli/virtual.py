@@ -44,7 +44,8 @@ def simulate_virtually(
     from shoal.plan.build import build
     from shoal.record.lock import only_writer
     from shoal.record.sqlite import open_store
-    from shoal.simulate.virtual import VirtualClock, VirtualFleet, VirtualPopulation, drive
+    from shoal.simulate.virtual import VirtualClock, VirtualFleet, drive
+    from shoal.simulate.virtual_population import VirtualPopulation
     from shoal.simulate.virtual_training import VirtualTraining
 
     devices = VirtualPopulation.read(file)

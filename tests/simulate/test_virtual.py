@@ -7,7 +7,8 @@ import pytest
 
 from shoal.errors import DataError
 from shoal.policy import Late, RoundPolicy
-from shoal.simulate.virtual import DAY_S, Network, VirtualPopulation, virtual_fleet
+from shoal.simulate.virtual import DAY_S, virtual_fleet
+from shoal.simulate.virtual_population import Network, VirtualPopulation
 
 SMALL = VirtualPopulation(devices=3_000, window_hours=12.0)
 PAPER = RoundPolicy(goal=50, over_selection=1.3, selection_window_s=60.0, reporting_window_s=200.0, adaptive=False)
@@ -68,6 +69,22 @@ def test_asynchronous_rounds_run_too() -> None:
     fleet = virtual_fleet(SMALL, policy)
     fleet.run(until_s=900.0)
     assert len(fleet.tally.commits) > 10 and fleet.coordinator.snapshot().outstanding <= 60
+
+
+def test_what_a_fleet_does_without_is_seen() -> None:
+    whole, unsteered, not_told = (
+        virtual_fleet(SMALL, PAPER, **settings) for settings in ({}, {"steers": False}, {"aborts": False})
+    )
+    for fleet in (whole, unsteered, not_told):
+        fleet.run(until_s=900.0)
+    assert unsteered.tally.num_check_ins > 2 * whole.tally.num_check_ins, "all come every minute"
+    assert whole.tally.seconds["aborted"] > 0.0 and not_told.tally.seconds["aborted"] == 0.0
+    assert not_told.tally.seconds["unused"] > 0.0, "they train to the end, for nothing"
+
+
+def test_the_population_of_the_examples_is_one() -> None:
+    path = Path(__file__).parents[2] / "examples" / "population.toml"
+    assert VirtualPopulation.read(path).devices == 20_000
 
 
 def test_a_population_comes_from_a_file(tmp_path: Path) -> None:
