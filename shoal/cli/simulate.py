@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EPILOG = options.examples(
     "shoal simulate task.py --data name:digits --split dirichlet:0.3 --users 100 --rounds 10",
     "shoal simulate examples/one_task.py:task --data users/ --held-out test.npz --rounds 20 --goal 4",
-    "shoal simulate task.py --virtual population.toml --hours 24 --late patch:5",
+    "shoal simulate examples/fashion.py --virtual examples/population.toml --hours 3 --late patch:5",
     "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
 )
 
