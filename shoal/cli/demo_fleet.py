@@ -80,7 +80,7 @@ class Processes:
         try:
             stdin.write(json.dumps(order).encode() + b"\n")
             stdin.flush()
-        except OSError:
+        except OSError:  # it has ended: the reader of its news says so
             pass
 
     def news(self, *, timeout_s: float) -> News | None:
@@ -108,7 +108,7 @@ class Processes:
             assert child.process.stdin is not None
             try:
                 child.process.stdin.close()
-            except OSError:
+            except OSError:  # it has ended already
                 pass
         deadline = time.monotonic() + END_S
         for child in self._children.values():
@@ -138,7 +138,7 @@ class Processes:
         while not self._is_ending:  # nobody hears any more then
             try:
                 return self._news.put(news, timeout=0.5)
-            except queue.Full:
+            except queue.Full:  # whoever reads is busy; asked again until it reads, or the end comes
                 pass
 
     def _story(self, name: str, code: int) -> str:

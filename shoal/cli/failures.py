@@ -66,7 +66,7 @@ def _told(error: Exception) -> int:
     if line:
         try:
             print(line, file=sys.stderr)
-        except BrokenPipeError:
+        except BrokenPipeError:  # nobody reads any more: the code says it
             pass
     return code
 

@@ -252,6 +252,6 @@ def _size_bytes(folder: Path) -> int:
         for name in names:
             try:
                 total += os.stat(os.path.join(parent, name)).st_size
-            except OSError:
+            except OSError:  # gone since it was listed: it takes no room
                 continue
     return total
