@@ -29,7 +29,7 @@ from shoal.fleet import round as r
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.costs import Costs
 from shoal.fleet.edge import Coordinator as HeardByEdge
-from shoal.fleet.edge import GroupResult
+from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest

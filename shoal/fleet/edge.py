@@ -9,25 +9,22 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol, runtime_checkable
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Final, Protocol, runtime_checkable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from google.protobuf.message import DecodeError
 
-from shoal.aggregate.accumulator import Accumulator
 from shoal.clock import Clock
-from shoal.errors import NetworkError, PlanError, ProtocolError, StoreError, UpdateRefused
-from shoal.fixed import FixedPoint, refuse_bad_weight
+from shoal.errors import NetworkError, PlanError, ProtocolError, StoreError
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
-from shoal.fleet.costs import Costs
-from shoal.fleet.offer import MAX_INLINE_BYTES, Offer
+from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.offer import Offer
 from shoal.fleet.pace import Pace
 from shoal.fleet.session import Session
-from shoal.fleet.staging import Limits, StagedUpdate
-from shoal.fleet.token import read_token
+from shoal.fleet.staging import Limits
+from shoal.fleet.updates import Held, Updates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
@@ -37,11 +34,8 @@ from shoal.tensors import Index
 log = logging.getLogger("shoal.edge")
 
 MAX_CONTROL_BYTES: Final = 64 << 10
-MAX_SLICE_BYTES: Final = 1 << 20
 MAX_DEVICE_ID_BYTES: Final = 200
 MAX_SESSIONS: Final = 20_000
-MAX_KNOWN_TOKENS: Final = 50_000
-OPEN_WAIT_S: Final = 20.0
 BUSY_DELAY_S: Final = (5.0, 15.0)
 
 
@@ -59,18 +53,6 @@ class Coordinator(Protocol):
 
 
 @dataclass(frozen=True)
-class GroupResult:
-    """A closed group: its sum, who is in it, what it cost."""
-
-    base_version: int
-    """The version whose sum it is part of."""
-    sums: Accumulator
-    counted: tuple[tuple[bytes, float], ...]
-    """(nonce, expiry) of every member."""
-    costs: Costs
-
-
-@dataclass(frozen=True)
 class Statistics:
     """Counters since the Edge started; they only rise, but for the two that say `now`."""
 
@@ -82,22 +64,6 @@ class Statistics:
     released: int
     down_bytes: int
     up_bytes: int
-
-
-@dataclass
-class _Held:
-    """A token that may still count: on which session its device is, and what has come in."""
-
-    base_version: int
-    expires_s: float
-    token: pb.Token
-    session: Session | None = None
-    update: StagedUpdate | None = None
-    root: str = ""
-    weight: int = 0
-    costs: pb.Costs = field(default_factory=pb.Costs)
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while slices are written: two calls for one token do not mix, and what is written is not closed."""
 
 
 class Edge:
@@ -113,50 +79,40 @@ class Edge:
         clock: Clock,
         limits: Limits | None = None,
     ) -> None:
-        self._plan, self._manifest, self._run, self._key = plan, plan.manifest, run, token_key
-        self._blobs, self._clock, self._limits = blobs, clock, limits or Limits()
+        self._plan, self._manifest, self._run = plan, plan.manifest, run
+        self._blobs, self._clock = blobs, clock
         self._coordinator: Coordinator | None = None
+        self._updates = Updates(
+            plan.manifest, run=run, token_key=token_key, clock=clock, limits=limits or Limits(),
+            token_row=self._token_row, tell=self._tell, again=self._again,
+        )  # fmt: skip
         self._sessions: dict[str, Session] = {}
         self._num_sessions = 0
-        self._held: dict[bytes, _Held] = {}
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
-        takes = self._manifest.server.rounds.most_at_once
-        self._pace = Pace(devices_a_round=takes, now_s=clock.now_s())
-        self._pool = takes + max(takes, 10)  # devices that come and go are let in to wait
+        self._pace = Pace(devices_a_round=self._manifest.server.rounds.most_at_once, now_s=clock.now_s())
         self._num_waiting = 0
-        self._configuration: Configuration | None = None
-        self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
-        policy = self._manifest.server.rounds
-        self._groups: g.Groups = g.ClearGroups(policy, most=policy.max_members)
-        self._sums: dict[int, Accumulator] = {}
-        self._costs: dict[int, Costs] = {}
-        self._fixed: Mapping[str, FixedPoint] = {}
-        self._closed: asyncio.Future[tuple[int, ...]] | None = None
-        self._is_open = asyncio.Event()
-        self._broken: dict[int, str] = {}  # groups of which an addition broke off
         self._offer = Offer(plan, Index(()), blobs)
         self._assigned = pb.Assigned()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._pushes = asyncio.Semaphore(4)
         self._finished = ""
-        self._check_ins = self._counted = self._refused = self._released = 0
-        self._down_bytes = self._up_bytes = 0
+        self._check_ins = self._refused = self._released = 0
+        self._down_bytes = 0
         self._bytes_before = (0, 0)
 
     def connect(self, coordinator: Coordinator) -> None:
         """Whom to tell of arrivals and members. Called once, before the first session."""
         self._coordinator = coordinator
+        self._updates.sums.connect(coordinator)
 
     def statistics(self) -> Statistics:
         return Statistics(
             sessions_now=self._num_sessions,
-            staged_now=sum(held.update is not None for held in self._held.values()),
+            staged_now=self._updates.num_staged,
             check_ins=self._check_ins,
-            counted=self._counted,
+            counted=self._updates.sums.num_counted,
             refused=self._refused,
             released=self._released,
             down_bytes=self._down_bytes,
-            up_bytes=self._up_bytes,
+            up_bytes=self._updates.up_bytes,
         )
 
     # What the Coordinator says.
@@ -169,24 +125,20 @@ class Edge:
             model: what its devices start from.
             taken: version -> members that sums of the record hold already.
         """
-        if self._configuration is None or self._configuration.base_version != configuration.base_version:
+        present = self._updates.configuration
+        if present is None or present.base_version != configuration.base_version:
             self._pace.opened(self._clock.now_s())
             self._offer = Offer(self._plan, model, self._blobs)
-        self._configuration, self._fixed = configuration, configuration.fixed(self._manifest)
         self._assigned = self._offer.assigned(configuration, run=self._run)
-        self._do(self._groups.step(g.Open(configuration.base_version, tuple(taken.items())), self._clock.now_s()))
-        for nonce in [n for n in self._held if self._groups.state(n) is None]:
-            self._forget(self._held.pop(nonce))
-        self._nonces = {device: nonce for device, nonce in self._nonces.items() if nonce in self._held}
-        self._is_open.set()
+        self._updates.open(configuration, taken=taken)
+        self._nonces = {device: nonce for device, nonce in self._nonces.items() if self._updates.held(nonce)}
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         """Sends a device its assignment; False where it has gone."""
         session = self._sessions.get(device)
-        if session is None or self._configuration is None:
+        if session is None or self._updates.configuration is None:
             return False
-        self._know(token, assignment)
-        self._hold(assignment, token, session)
+        self._updates.assigned(token, assignment, session)
         self._nonces[device] = assignment.nonce
         self._stop_waiting(session)
         message = pb.FromEdge(assigned=self._assigned)
@@ -203,42 +155,29 @@ class Edge:
         Raises:
             StoreError: an addition broke off; the sums are of no use.
         """
-        self._closed = asyncio.get_running_loop().create_future()
-        if final:
-            self._is_open.clear()
-        self._do(self._groups.step(g.Close(final), self._clock.now_s()))
-        groups = await self._closed
-        if broken := [self._broken.pop(group) for group in groups if group in self._broken]:
-            for group in groups:
-                del self._sums[group], self._costs[group]
-            raise StoreError(f"The sum of a group is broken: {broken[0]}")
-        down, up = self._bytes_before
+        groups = await self._updates.close(final=final)
         if groups:
-            costs = self._costs[groups[0]]
-            costs.down_bytes, costs.up_bytes = self._down_bytes - down, self._up_bytes - up
-            self._bytes_before = (self._down_bytes, self._up_bytes)
-        return [self._result(group) for group in groups]
-
-    def _result(self, group: int) -> GroupResult:
-        counted = tuple((nonce, self._held[nonce].expires_s) for nonce in self._groups.members(group))
-        return GroupResult(self._groups.base_version(group), self._sums.pop(group), counted, self._costs.pop(group))
+            (down, up), now = self._bytes_before, (self._down_bytes, self._updates.up_bytes)
+            groups[0].costs.down_bytes, groups[0].costs.up_bytes = now[0] - down, now[1] - up
+            self._bytes_before = now
+        return groups
 
     def stored(self) -> None:
         """The sums that were closed are durable, and wait for a commit: their members are told."""
-        self._do(self._groups.step(g.Stored(), self._clock.now_s()))
+        self._updates.sums.step(g.Stored())
 
     def committed(self, version: int) -> None:
         """The sums that were closed are durable, in this version: their members are told."""
-        self._do(self._groups.step(g.Committed(version), self._clock.now_s()))
+        self._updates.sums.step(g.Committed(version))
 
     def failed(self, why: str) -> None:
         """The sums that were closed could not be used; their members are told, and train anew."""
-        self._do(self._groups.step(g.Failed(why), self._clock.now_s()))
+        self._updates.sums.step(g.Failed(why))
 
     def finish(self, why: str) -> None:
         """The run is over: every device is told."""
         self._finished = why
-        self._is_open.set()  # whoever waits for a round is answered
+        self._updates.finish()
         for session in list(self._sessions.values()):
             session.send(pb.FromEdge(finished=pb.Finished(why=why)))
 
@@ -246,10 +185,7 @@ class Edge:
         """Ends every session and forgets what is staged."""
         for session in list(self._sessions.values()):
             session.end()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._drop_updates()
+        await self._updates.drop()
 
     # What devices say.
 
@@ -294,7 +230,7 @@ class Edge:
             case "check_in":
                 self._check_in(session, message.check_in)
             case "report":
-                await self._report(session, message.report)
+                await self._updates.report(session, message.report)
             case "gave_up":
                 self._gave_up(message.gave_up)
             case "ping":
@@ -332,7 +268,7 @@ class Edge:
         self._forget_lost_work(device)
         session.stays = check_in.stay
         self._pace.arrived(1, self._clock.now_s())
-        if not session.stays and not session.waiting and self._num_waiting >= self._pool:
+        if not session.stays and not session.waiting and self._num_waiting >= self._pace.pool:
             low, high = self._again()
             later = pb.Later(delay_min_s=low, delay_max_s=high, why="enough devices wait for now")
             return session.send(pb.FromEdge(later=later))
@@ -343,266 +279,47 @@ class Edge:
         session.waiting = False
 
     def _left(self, device: str) -> None:
-        self._to_coordinator(lambda c: c.left(device))
+        self._told().left(device)
         nonce = self._nonces.get(device)
-        if nonce is not None and self._groups.state(nonce) is g.Member.JOINED:
-            self._to_coordinator(lambda c: c.away(nonce))
+        if nonce is not None and self._updates.state(nonce) is g.Member.JOINED:
+            self._told().away(nonce)
 
     def _forget_lost_work(self, device: str) -> None:
         """One who checks in has nothing in hand: what it had of a version before is lost, and its place is free."""
         nonce = self._nonces.pop(device, None)
-        held = self._held.get(nonce) if nonce is not None else None
-        present = self._configuration
+        held, present = self._updates.held(nonce), self._updates.configuration
         if nonce is not None and held is not None and present is not None and held.base_version < present.base_version:
-            self._do(self._groups.step(g.Gone(nonce, "it checked in anew"), self._clock.now_s()))
+            self._updates.sums.step(g.Gone(nonce, "it checked in anew"))
 
     def _wait(self, session: Session) -> None:
         if not session.waiting:  # one who asks again before the answer waits no less
             session.waiting = True
             self._num_waiting += 1
-            self._to_coordinator(lambda c: c.arrived(session.device))
-
-    async def _report(self, session: Session, report: pb.Report) -> None:
-        held, nonce = await self._admit(session, report.token)
-        if held is None:
-            return
-        async with held.lock:
-            if self._groups.state(nonce) is not g.Member.JOINED:
-                return  # reported before, and told when the round ends; or the round has ended, and it was told
-            try:
-                update = self._update(held, report.root)
-                for part in report.slices:
-                    await self._write(held, update, part.tensor, part.offset, part.data)
-            except (ProtocolError, UpdateRefused) as error:
-                return self._refuse(nonce, error)
-            if self._groups.state(nonce) is not g.Member.JOINED:
-                return  # the round has closed meanwhile, and told it so
-            if missing := update.missing[:100]:
-                return session.send(pb.FromEdge(incomplete=pb.Incomplete(token=report.token, missing=missing)))
-            held.root, held.weight, held.costs = report.root, report.weight, report.costs
-            self._do(self._groups.step(g.Offered(nonce), self._clock.now_s()))
-
-    async def _admit(self, session: Session | None, token: pb.Token) -> tuple[_Held | None, bytes]:
-        """The token's place in the open group; None (and an answer, where there is a session) if it has none any more.
-
-        Raises:
-            ProtocolError: the token is not one of this run, or has expired.
-            NetworkError: no round is open, and none opens soon.
-        """
-        assignment = self._read_token(token)
-        nonce = assignment.nonce
-        row: TokenRow | None = None
-        if self._place(nonce) is None:
-            row = await self._settled(nonce)
-        held = self._place(nonce)
-        if held is None and row is None and self._takes(assignment):
-            held = self._hold(assignment, token, session)
-            if self._groups.state(nonce) is None:
-                return None, nonce  # the round is closing, and has told it so
-        if held is not None:
-            held.session = session or held.session
-        elif session is not None:
-            session.send(_answer(row, token, self._again()))
-        return held, nonce
-
-    async def _settled(self, nonce: bytes) -> TokenRow | None:
-        """What the record says of a nonce, as of the round that is open now."""
-        while True:
-            await self._until_open()
-            before = self._configuration
-            row = await self._coordinator_row(nonce)
-            if self._is_open.is_set() and self._configuration is before:
-                return row
-
-    def _place(self, nonce: bytes) -> _Held | None:
-        return self._held.get(nonce) if self._groups.state(nonce) is not None else None
-
-    def _takes(self, assignment: pb.Assignment) -> bool:
-        present = self._configuration
-        late = -1 if present is None else present.base_version - assignment.base_version
-        return self._is_open.is_set() and 0 <= late <= self._manifest.server.rounds.max_staleness
-
-    async def _until_open(self) -> None:
-        # Between two rounds, and after a restart before the first, nobody can say yet what a token is worth.
-        try:
-            async with asyncio.timeout(OPEN_WAIT_S):
-                await self._is_open.wait()
-        except TimeoutError:
-            raise NetworkError("No round is open at the moment; try again.") from None
+            self._told().arrived(session.device)
 
     def _gave_up(self, message: pb.GaveUp) -> None:
-        nonce = self._read_token(message.token).nonce
+        nonce = self._updates.read_token(message.token).nonce
         log.info("a device gave up in %s: %s", message.stage[:40], message.why[:200])
-        self._do(self._groups.step(g.Gone(nonce, message.why[:200]), self._clock.now_s()))
-        if self._groups.state(nonce) is None and nonce in self._held:
-            self._forget(self._held.pop(nonce))
+        self._updates.gave_up(nonce, message.why)
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         """The bytes of one blob that the token gives a right to. Raises ProtocolError for any other."""
-        self._read_token(request.token)
+        self._updates.read_token(request.token)
         async for piece in self._offer.pull(request):
             self._down_bytes += len(piece.data)
             yield piece
 
     async def push(self, slices: AsyncIterator[bytes]) -> pb.PushReply:
-        """Takes slices of an update in, each a serialized `PushSlice`; says how much of each tensor is here.
-
-        Those that wait for their turn are not parsed yet: with many devices pushing at once that is what memory goes to.
-
-        A slice that begins before what is here adds what is new in it: a device that sends again does no harm.
-
-        Raises:
-            ProtocolError: the token is wrong, or the slices are; the update is refused then.
-            NetworkError: not now.
-        """
-        held: _Held | None = None
-        nonce, name, root = b"", "", ""
-        async for data in slices:
-            async with self._pushes:
-                part = _parsed(data)
-                if held is None:
-                    held, nonce = await self._admit(None, part.token)
-                    root = part.root
-                name = part.tensor or name
-                if held is None or not await self._take(held, nonce, root, name, part):
-                    break  # the round has closed, or the update is whole: what comes now is for nothing
-        return pb.PushReply(received=await self._received(held, nonce) if held is not None else {})
-
-    async def _take(self, held: _Held, nonce: bytes, root: str, name: str, part: pb.PushSlice) -> bool:
-        async with held.lock:
-            if self._groups.state(nonce) is not g.Member.JOINED:
-                return False
-            try:
-                await self._write(held, self._update(held, root), name, part.offset, part.data)
-            except (ProtocolError, UpdateRefused) as error:
-                self._refuse(nonce, error)
-                raise ProtocolError(str(error)) from error
-        return True
+        """Takes slices of an update in, as `Updates.push` does."""
+        return await self._updates.push(slices)
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
-        """What became of an assignment, and how much of its update is here. Raises NetworkError: not now."""
-        try:
-            assignment = self._read_token(request.token)
-        except ProtocolError as error:
-            return pb.StatusReply(state=pb.StatusReply.EXPIRED, reason=str(error))
-        nonce = assignment.nonce
-        if (held := self._place(nonce)) is not None:
-            received = await self._received(held, nonce)
-            return pb.StatusReply(state=pb.StatusReply.PENDING, received=received)
-        row = await self._settled(nonce)
-        if row is not None and row.state == "counted":
-            return pb.StatusReply(state=pb.StatusReply.COUNTED, version=row.version or 0)
-        if row is not None and row.state == "refused":
-            return pb.StatusReply(state=pb.StatusReply.REFUSED, reason=row.reason)
-        if not self._takes(assignment):
-            return pb.StatusReply(state=pb.StatusReply.REFUSED, reason="late")
-        return pb.StatusReply(state=pb.StatusReply.UNKNOWN)
+        """What became of an assignment, as `Updates.status` says."""
+        return await self._updates.status(request)
 
-    async def _received(self, held: _Held, nonce: bytes) -> dict[str, int]:
-        async with held.lock:
-            if self._groups.state(nonce) not in (g.Member.JOINED, None):
-                return {spec.name: spec.size_bytes for spec in self._manifest.update}
-            return held.update.received if held.update is not None else {}
+    # Between the machine and the devices.
 
-    # Between the machine and the world.
-
-    async def _write(self, held: _Held, update: StagedUpdate, name: str, offset: int, data: bytes) -> None:
-        if len(data) > MAX_SLICE_BYTES:
-            raise ProtocolError(f"Expected slices of at most {MAX_SLICE_BYTES} bytes, got {len(data)}.")
-        self._up_bytes += len(data)
-        if len(data) > MAX_INLINE_BYTES:
-            await _in_thread(update.write, name, offset, data)
-        else:
-            update.write(name, offset, data)
-        if update.refusal is not None:
-            raise update.refusal  # nothing that follows can make it good
-
-    def _refuse(self, nonce: bytes, error: Exception) -> None:
-        reason = error.reason if isinstance(error, UpdateRefused) else "wrong slices"
-        log.warning("an update was refused: %s", error)
-        self._do(self._groups.step(g.Checked(nonce, reason, str(error)), self._clock.now_s()))
-
-    def _do(self, commands: list[g.Command]) -> None:
-        for command in commands:
-            match command:
-                case g.Check(nonce):
-                    self._check(nonce)
-                case g.Add(nonce, group, discount):
-                    self._add(nonce, group, discount)
-                case g.Merge(source, target):
-                    self._merge(source, target)
-                case g.Tell():
-                    self._tell(command)
-                case g.JoinRound(nonce, version):
-                    self._to_coordinator(lambda c, n=nonce, v=version: c.joined(n, v))  # type: ignore[misc]
-                case g.CountMember(nonce, staleness):
-                    self._count(nonce, staleness)
-                case g.ReleaseMember(nonce):
-                    self._to_coordinator(lambda c, n=nonce: c.released(n))  # type: ignore[misc]
-                case g.Closed(groups):
-                    assert self._closed is not None
-                    self._closed.set_result(groups)
-
-    def _check(self, nonce: bytes) -> None:
-        held = self._held[nonce]
-        assert held.update is not None
-        try:
-            refuse_bad_weight(held.weight, self._manifest.training.max_weight)
-            held.update.check(held.root)
-            checked = g.Checked(nonce)
-        except UpdateRefused as refusal:
-            log.warning("an update was refused: %s", refusal)
-            checked = g.Checked(nonce, refusal.reason, str(refusal))
-        self._do(self._groups.step(checked, self._clock.now_s()))
-
-    def _add(self, nonce: bytes, group: int, discount: float) -> None:
-        held = self._held[nonce]
-        assert held.update is not None and self._configuration is not None
-        if group not in self._sums:
-            self._sums[group], self._costs[group] = self._configuration.accumulator(self._manifest), Costs()
-        work = (held.update, held.weight, discount, group)
-        self._costs[group].add(held.costs)
-        if self._manifest.update_bytes > self._limits.memory_bytes:
-            self._spawn(self._add_behind(nonce, held, work))
-            return
-        self._add_pieces(*work)
-        self._added(nonce, held)
-
-    async def _add_behind(self, nonce: bytes, held: _Held, work: tuple[StagedUpdate, int, float, int]) -> None:
-        await _in_thread(self._add_pieces, *work)
-        self._added(nonce, held)
-
-    def _add_pieces(self, update: StagedUpdate, weight: int, discount: float, group: int) -> None:
-        try:
-            self._sums[group].add_checked(update.pieces(), weight=weight, discount=discount)
-        except Exception as error:  # half of it may be in the sum: nothing can be done with that any more
-            log.exception("an update could not be added")
-            self._broken[group] = f"an update could not be added: {error}"
-
-    def _added(self, nonce: bytes, held: _Held) -> None:
-        self._forget(held)
-        self._do(self._groups.step(g.Added(nonce), self._clock.now_s()))
-
-    def _merge(self, source: int, target: int) -> None:
-        sums, costs = self._sums.pop(source), self._costs.pop(source)
-        if source in self._broken:
-            self._broken[target] = self._broken.pop(source)
-        if target not in self._sums:
-            self._sums[target], self._costs[target] = sums, costs
-            return
-        self._sums[target].merge_all(sums)
-        self._costs[target].merge(costs)
-
-    def _count(self, nonce: bytes, staleness: int) -> None:
-        assert self._configuration is not None
-        self._counted += 1
-        version = self._configuration.base_version
-        self._to_coordinator(lambda c: c.counted(nonce, version, staleness))
-
-    def _tell(self, tell: g.Tell) -> None:
-        held = self._held.pop(tell.nonce, None)
-        if held is not None:
-            self._forget(held)
+    def _tell(self, held: Held | None, tell: g.Tell) -> None:
         self._refused += tell.outcome == "refused"
         self._released += tell.outcome == "released"
         session = held.session if held is not None else None
@@ -634,87 +351,12 @@ class Edge:
         """From when to when, in seconds from now, a device that goes away should come again."""
         return self._pace.window(self._clock.now_s())
 
-    def _hold(self, assignment: pb.Assignment, token: pb.Token, session: Session | None) -> _Held:
-        held = self._held.setdefault(assignment.nonce, _Held(assignment.base_version, assignment.expires_s, token))
-        held.session, held.token = session or held.session, token
-        held.expires_s = max(held.expires_s, assignment.expires_s)
-        self._do(self._groups.step(g.Joined(assignment.nonce, assignment.base_version), self._clock.now_s()))
-        return held
+    async def _token_row(self, nonce: bytes) -> TokenRow | None:
+        return await self._told().token_row(nonce)
 
-    def _update(self, held: _Held, root: str) -> StagedUpdate:
-        """What is staged of an update; begun here, and begun anew where it is another than before."""
-        if held.update is not None and root and held.root and root != held.root:
-            held.update.close()
-            held.update = None
-        held.root = root or held.root
-        if held.update is None:
-            if sum(h.update is not None for h in self._held.values()) >= self._limits.updates:
-                raise NetworkError("This Edge holds as many updates as it may; try again later.")
-            held.update = StagedUpdate(self._manifest.update, self._fixed, self._limits)
-        return held.update
-
-    def _forget(self, held: _Held) -> None:
-        update, held.update = held.update, None
-        if update is None:
-            return
-        if held.lock.locked():
-            self._spawn(_close_behind(update, held.lock))
-        else:
-            update.close()
-
-    def _know(self, token: pb.Token, assignment: pb.Assignment) -> None:
-        if len(self._known) >= MAX_KNOWN_TOKENS:
-            self._known.clear()
-        self._known[token.signature] = (token.signed, assignment)
-
-    def _read_token(self, token: pb.Token) -> pb.Assignment:
-        signed, assignment = self._known.get(token.signature, (b"", None))
-        if assignment is None or signed != token.signed or assignment.expires_s <= self._clock.wall_s():
-            assignment = read_token(token, self._key, wall_s=self._clock.wall_s())
-            self._know(token, assignment)  # a signature is checked once, not with every call
-        if assignment.run != self._run:
-            raise ProtocolError("The token is of another run; check in again.")
-        return assignment
-
-    def _drop_updates(self) -> None:
-        for held in self._held.values():
-            self._forget(held)
-        self._held.clear()
-
-    def _to_coordinator(self, say: Callable[[Coordinator], None]) -> None:
+    def _told(self) -> Coordinator:
         assert self._coordinator is not None, "connect comes first"
-        say(self._coordinator)
-
-    async def _coordinator_row(self, nonce: bytes) -> TokenRow | None:
-        assert self._coordinator is not None, "connect comes first"
-        return await self._coordinator.token_row(nonce)
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-
-async def _in_thread(work: Callable[..., None], *args: object) -> None:
-    """Runs in a thread; one who is cancelled still waits for its end, so that a lock outlives what it guards."""
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args))
-    try:
-        await asyncio.shield(running)
-    except asyncio.CancelledError:
-        await asyncio.wait([running])
-        raise
-
-
-async def _close_behind(update: StagedUpdate, lock: asyncio.Lock) -> None:
-    async with lock:
-        update.close()
-
-
-def _parsed(data: bytes) -> pb.PushSlice:
-    try:
-        return pb.PushSlice.FromString(data)
-    except DecodeError as error:
-        raise ProtocolError(f"Expected a slice, got {len(data)} bytes that are none.") from error
+        return self._coordinator
 
 
 def _runtime(info: pb.RuntimeInfo) -> Runtime:
@@ -736,16 +378,3 @@ def _refused(reason: str, detail: str) -> pb.FromEdge:
 def _busy(why: str) -> pb.Later:
     low, high = BUSY_DELAY_S
     return pb.Later(delay_min_s=low, delay_max_s=high, why=why)
-
-
-def _answer(row: TokenRow | None, token: pb.Token, again: tuple[float, float]) -> pb.FromEdge:
-    low, high = again
-    if row is not None and row.state == "counted":
-        return pb.FromEdge(counted=pb.Counted(version=row.version or 0, token=token, delay_min_s=low, delay_max_s=high))
-    if row is not None and row.state == "refused":
-        return pb.FromEdge(refused=pb.Refused(reason=row.reason, token=token, delay_min_s=low, delay_max_s=high))
-    return pb.FromEdge(
-        refused=pb.Refused(
-            reason="late", detail="The round has closed.", token=token, delay_min_s=low, delay_max_s=high
-        )
-    )

@@ -32,6 +32,8 @@ class Pace:
     def __init__(self, *, devices_a_round: int, now_s: float, most_s: float = MOST_S) -> None:
         """`most_s`: longest mean delay."""
         self._wanted, self._most_s = devices_a_round, most_s
+        self.pool = devices_a_round + max(devices_a_round, 10)
+        """How many of those that come and go are let in to wait."""
         self._period_s, self._opened_s = FIRST_PERIOD_S, now_s
         self._rate, self._seen_s = 0.0, now_s
         self.delay_s = FIRST_PERIOD_S

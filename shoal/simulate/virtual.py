@@ -19,13 +19,11 @@ from typing import Any, Final
 
 import numpy as np
 
-from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import WeightedMean
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.coordinator import Coordinator
-from shoal.fleet.costs import Costs
-from shoal.fleet.edge import GroupResult
+from shoal.fleet.group_sums import GroupResult, GroupSums
 from shoal.fleet.host import run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.pace import MOST_S, Pace
@@ -43,8 +41,8 @@ DAY_S: Final = 86_400.0
 RUN: Final = "virtual"
 SLOT_S: Final = 600
 """Check-ins are counted in slots of this length."""
-POOL: Final = 2.0
-"""Devices that are let in to wait, for each that a round takes."""
+
+NO_COSTS: Final = pb.Costs()
 
 UpdateOf = Callable[[int, int], tuple[Tensors, int]]
 """(device, version that it started from) -> its update and the update's weight."""
@@ -140,10 +138,7 @@ class VirtualFleet:
         self.population, self.manifest, self.clock = population, manifest, clock
         self._update_of, self._steers, self._aborts, self._hears_losses = update_of, steers, aborts, hears_losses
         self._policy = manifest.server.rounds
-        self.groups = g.ClearGroups(self._policy, most=self._policy.max_members)
-        self._sums: dict[int, Accumulator] = {}
-        self._closed: tuple[int, ...] = ()
-        self._configuration: Configuration | None = None
+        self.sums = GroupSums(manifest, self, clock.now_s)
         self._work: dict[bytes, _Work] = {}
         self.finished = False
         self.tally = Tally()
@@ -151,7 +146,6 @@ class VirtualFleet:
         self._begun = False
         takes = self._policy.most_at_once
         self.pace = Pace(devices_a_round=takes, now_s=0.0, most_s=most_delay_s)
-        self._pool = max(takes + 10, int(POOL * takes))
         self._waiting: set[int] = set()
         self._rng = np.random.default_rng(population.seed)
         self._draw_devices(model_bytes, update_bytes)
@@ -225,7 +219,7 @@ class VirtualFleet:
         slot = second - second % SLOT_S
         self.tally.check_ins[slot] = self.tally.check_ins.get(slot, 0) + len(devices)
         self.pace.arrived(len(devices), self.clock.time_s)
-        room = max(0, self._pool - len(self._waiting))
+        room = max(0, self.pace.pool - len(self._waiting))
         if len(devices) > room:
             devices = self._rng.permutation(devices)
             self.tally.told_later += len(devices) - room
@@ -239,11 +233,12 @@ class VirtualFleet:
 
     def connect(self, coordinator: Any) -> None:
         self.coordinator = coordinator
+        self.sums.connect(coordinator)
 
     def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:
-        self._configuration = configuration
         self.pace.opened(self.clock.time_s)
-        self._do(g.Open(configuration.base_version, tuple(taken.items())))
+        self.sums.configuration = configuration
+        self.sums.step(g.Open(configuration.base_version, tuple(taken.items())))
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         number, now_s = int(device), self.clock.time_s
@@ -257,7 +252,7 @@ class VirtualFleet:
         work = self._work[nonce] = _Work(number, assignment.base_version, begins_s, trains_s)
         self.tally.assigned += 1
         self.tally.seconds["bytes_down"] += self._bytes[0]
-        self._do(g.Joined(nonce, assignment.base_version))
+        self.sums.step(g.Joined(nonce, assignment.base_version))
         reports_s = begins_s + trains_s + self._up_s[number]
         if self._rng.random() < population.drop_out:
             lost_s = now_s + self._rng.random() * (reports_s - now_s)
@@ -269,25 +264,17 @@ class VirtualFleet:
         return True
 
     async def close_groups(self, *, final: bool = True) -> list[GroupResult]:
-        self._do(g.Close(final))
-        return [
-            GroupResult(
-                self.groups.base_version(group),
-                self._sums.pop(group),
-                tuple((nonce, self.clock.wall_s() + DAY_S) for nonce in self.groups.members(group)),
-                Costs(),
-            )
-            for group in self._closed
-        ]
+        self.sums.step(g.Close(final))
+        return self.sums.take_closed(lambda nonce: self.clock.wall_s() + DAY_S)
 
     def stored(self) -> None:
-        self._do(g.Stored())
+        self.sums.step(g.Stored())
 
     def committed(self, version: int) -> None:
-        self._do(g.Committed(version))
+        self.sums.step(g.Committed(version))
 
     def failed(self, why: str) -> None:
-        self._do(g.Failed(why))
+        self.sums.step(g.Failed(why))
 
     def finish(self, why: str) -> None:
         self.finished = True
@@ -312,51 +299,21 @@ class VirtualFleet:
             return
         work.reported = True
         self.tally.seconds["bytes_up"] += self._bytes[1]
-        if self.groups.state(nonce) is None and self.groups.takes(work.version):
-            self._do(g.Joined(nonce, work.version))
-        self._do(g.Offered(nonce))
+        if self.sums.groups.state(nonce) is None and self.sums.groups.takes(work.version):
+            self.sums.step(g.Joined(nonce, work.version))
+        self.sums.step(g.Offered(nonce))
 
     def _trained_s(self, work: _Work) -> float:
         return float(min(work.trains_s, max(0.0, self.clock.time_s - work.begins_s)))
 
-    def _do(self, event: g.Event) -> None:
-        pending: list[g.Event] = [event]
-        while pending:
-            for command in self.groups.step(pending.pop(0), self.clock.time_s):
-                answer = self._carry_out(command)
-                if answer is not None:
-                    pending.append(answer)
+    # What the groups want.
 
-    def _carry_out(self, command: g.Command) -> g.Event | None:
-        assert self._configuration is not None
-        match command:
-            case g.Check(nonce):
-                return g.Checked(nonce)
-            case g.Add(nonce, group, discount):
-                self._add(nonce, group, discount)
-                return g.Added(nonce)
-            case g.Merge(source, target):
-                sums = self._sums.pop(source)
-                if target in self._sums:
-                    self._sums[target].merge_all(sums)
-                else:
-                    self._sums[target] = sums
-            case g.Tell(nonce, outcome):
-                self._tell(nonce, outcome)
-            case g.JoinRound(nonce, version):
-                self.coordinator.joined(nonce, version)
-            case g.CountMember(nonce, staleness):
-                self.coordinator.counted(nonce, self._configuration.base_version, staleness)
-            case g.ReleaseMember(nonce):
-                self.coordinator.released(nonce)
-            case g.Closed(groups):
-                self._closed = groups
-        return None
+    def check(self, nonce: bytes) -> g.Checked:
+        """Every update is a good one."""
+        return g.Checked(nonce)
 
-    def _add(self, nonce: bytes, group: int, discount: float) -> None:
-        assert self._configuration is not None
-        if group not in self._sums:
-            self._sums[group] = self._configuration.accumulator(self.manifest)
+    def add(self, nonce: bytes, group: int, discount: float) -> g.Added:
+        """Adds the update, where there is one."""
         work = self._work[nonce]
         work.discount = discount
         update: Tensors = {}
@@ -364,9 +321,16 @@ class VirtualFleet:
         if self._update_of is not None:
             update, weight = self._update_of(work.device, work.version)
         pieces = ((name, 0, value.reshape(-1)) for name, value in update.items())
-        self._sums[group].add_checked(pieces, weight=weight, discount=discount)
+        self.sums.begin_adding(group, NO_COSTS)
+        self.sums.add(group, pieces, weight=weight, discount=discount)
+        return g.Added(nonce)
 
-    def _tell(self, nonce: bytes, outcome: str) -> None:
+    def closed(self) -> None:
+        """`close_groups` finds them."""
+
+    def tell(self, tell: g.Tell) -> None:
+        """What becomes of a device's time."""
+        nonce, outcome = tell.nonce, tell.outcome
         work = self._work.get(nonce)
         if work is None:
             return  # it was lost

@@ -17,7 +17,7 @@ from shoal.errors import StoreUnavailable
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.costs import Costs
-from shoal.fleet.edge import GroupResult
+from shoal.fleet.group_sums import GroupResult
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import write_initial_model
 from shoal.policy import Late, RoundPolicy, ServerRule
@@ -227,7 +227,7 @@ async def test_an_addition_that_broke_off_is_in_no_commit(monkeypatch: pytest.Mo
             assert {kind for kind, _ in told} == {"refused"}, "half an update is nobody's"
         fleet.start(*(toy.device(name, fleet.link) for name in "ab"))
         await fleet.tasks[0]
-        assert fleet.model["params/w"][0] == 1.0 and not fleet.host.edge._sums
+        assert fleet.model["params/w"][0] == 1.0 and not fleet.host.edge._updates.sums._sums
 
 
 @toy.in_loop

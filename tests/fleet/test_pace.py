@@ -79,7 +79,7 @@ async def test_an_answer_says_when_to_come_again() -> None:
 async def test_one_who_comes_and_goes_is_told_later_when_enough_wait() -> None:
     made = toy.plan(RoundPolicy(goal=8, over_selection=1.0, selection_window_s=60.0))
     async with toy.fleet(made) as fleet:
-        fleet.host.edge._pool = 0  # as many wait as may
+        fleet.host.edge._pace.pool = 0  # as many wait as may
         async with toy.peer(fleet.link) as peer:
             await peer.check_in()
             kind, told = await peer.hear()

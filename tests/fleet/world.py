@@ -17,13 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import WeightedMean
 from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.coordinator import Coordinator
-from shoal.fleet.costs import Costs
-from shoal.fleet.edge import GroupResult
+from shoal.fleet.group_sums import GroupResult, GroupSums
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import write_initial_model
@@ -138,11 +136,9 @@ class TinyEdge:
     def __init__(self, world: "World") -> None:
         self.world = world
         self.coordinator: Any = None
-        self.configuration: Configuration | None = None
-        policy = world.plan.manifest.server.rounds
-        self.groups = g.ClearGroups(policy, most=policy.max_members)
-        self.sums: dict[int, Accumulator] = {}
-        self.closed: tuple[int, ...] | None = None
+        self.sums = GroupSums(world.plan.manifest, self, world.now_s)
+        self.groups = self.sums.groups
+        self.is_closed = False
         self.is_open = False
         self.sessions: dict[str, int] = {}
         self.of_nonce: dict[bytes, tuple[str, int, int]] = {}  # device, stream, version
@@ -151,10 +147,12 @@ class TinyEdge:
 
     def connect(self, coordinator: Any) -> None:
         self.coordinator = coordinator
+        self.sums.connect(coordinator)
 
     def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:
         self.world.point()
-        self.configuration, self.is_open = configuration, True
+        self.is_open = True
+        self.sums.configuration = configuration
         self.do(g.Open(configuration.base_version, tuple(taken.items())))
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
@@ -163,25 +161,17 @@ class TinyEdge:
             return False
         self.of_nonce[assignment.nonce] = (device, self.sessions[device], assignment.base_version)
         self.do(g.Joined(assignment.nonce, assignment.base_version))
-        self.tell(assignment.nonce, "assigned", assignment.base_version)
+        self.say(assignment.nonce, "assigned", assignment.base_version)
         return True
 
     async def close_groups(self, *, final: bool = True) -> list[GroupResult]:
-        self.closed = None
+        self.is_closed = False
         if final:
             self.is_open = False
         self.do(g.Close(final))
-        while self.closed is None:
+        while not self.is_closed:
             await Pause()
-        return [
-            GroupResult(
-                self.groups.base_version(group),
-                self.sums.pop(group),
-                tuple((nonce, 1e9) for nonce in self.groups.members(group)),
-                Costs(),
-            )
-            for group in self.closed
-        ]
+        return self.sums.take_closed(lambda nonce: 1e9)
 
     def stored(self) -> None:
         self.do(g.Stored())
@@ -201,46 +191,33 @@ class TinyEdge:
     def do(self, event: Any) -> None:
         for command in self.groups.step(event, self.world.now_s()):
             self.world.point()
-            match command:
-                case g.Check(nonce):
-                    bad = "bad" if self.world.chance(self.world.faults.bad) else ""
-                    self.work.append(lambda n=nonce, bad=bad: self.do(g.Checked(n, bad)))  # type: ignore[misc]
-                case g.Add(nonce, group, discount):
-                    self.work.append(lambda n=nonce, at=group, d=discount: self.add(n, at, d))  # type: ignore[misc]
-                case g.Merge(source, target):
-                    self.merge(source, target)
-                case g.Tell(nonce, outcome, version):
-                    self.tell(nonce, outcome, version)
-                case g.JoinRound(nonce, version):
-                    self.coordinator.joined(nonce, version)
-                case g.CountMember(nonce, staleness):
-                    self.coordinator.counted(nonce, self.configuration.base_version, staleness)  # type: ignore[union-attr]
-                case g.ReleaseMember(nonce):
-                    self.coordinator.released(nonce)
-                case g.Closed(groups):
-                    self.closed = groups
+            self.world.merges += isinstance(command, g.Merge)
+            self.sums.carry_out(command)
             self.world.point()
 
+    def check(self, nonce: bytes) -> None:
+        bad = "bad" if self.world.chance(self.world.faults.bad) else ""
+        self.work.append(lambda: self.do(g.Checked(nonce, bad)))
+
     def add(self, nonce: bytes, group: int, discount: float) -> None:
-        assert self.configuration is not None
+        self.work.append(lambda: self.add_now(nonce, group, discount))
+
+    def add_now(self, nonce: bytes, group: int, discount: float) -> None:
         device, _, version = self.of_nonce[nonce]
-        if group not in self.sums:
-            self.sums[group] = self.configuration.accumulator(self.world.plan.manifest)
         value, weight = self.world.update(int(device), version)
         pieces = [("delta/params/w", 0, np.full(1, value, np.float32))]
-        self.sums[group].add_checked(pieces, weight=weight, discount=discount)
+        self.sums.begin_adding(group, pb.Costs())
+        self.sums.add(group, pieces, weight=weight, discount=discount)
         self.world.discounts[nonce] = discount
         self.do(g.Added(nonce))
 
-    def merge(self, source: int, target: int) -> None:
-        self.world.merges += 1
-        sums = self.sums.pop(source)
-        if target in self.sums:
-            self.sums[target].merge_all(sums)
-        else:
-            self.sums[target] = sums
+    def tell(self, tell: g.Tell) -> None:
+        self.say(tell.nonce, tell.outcome, tell.version)
 
-    def tell(self, nonce: bytes, what: str, version: int) -> None:
+    def closed(self) -> None:
+        self.is_closed = True
+
+    def say(self, nonce: bytes, what: str, version: int) -> None:
         device, stream, _ = self.of_nonce[nonce]
         self.world.reply(device, stream, what, nonce, version)
 
