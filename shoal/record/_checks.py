@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from shoal import validate
 from shoal.errors import StoreError
-from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, TokenRow, UsageRow
+from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, TokenRow, UsageRow
 
 Counted = Sequence[tuple[bytes, float]]
 
@@ -83,6 +83,14 @@ def check_round(row: RoundRow) -> None:
     validate.not_negative(
         base_version=row.base_version, selected=row.selected, counted=row.counted, released=row.released
     )
+
+
+def check_log(log: RoundLog | None, row: RoundRow | None) -> None:
+    if log is not None and (row is None or log.round != row.number or log.kept < 1):
+        raise ValueError(
+            f"Expected the log of the round that is closed, kept for at least 1 round, got that of round {log.round}, "
+            f"kept for {log.kept}."
+        )
 
 
 def check_open(row: RoundRow) -> None:

@@ -31,11 +31,13 @@ def round_values(run_id: str, row: RoundRow) -> Values:
         "opened_s": float(row.opened_s), "closed_s": _maybe(float, row.closed_s), "selected": int(row.selected),
         "counted": int(row.counted), "released": int(row.released), "reason": row.reason,
         "configuration": to_json(row.configuration, what="the round's configuration"),
+        "analytics": to_json(row.analytics, what="the round's analytics"),
     }  # fmt: skip
 
 
 def round_row(values: Values) -> RoundRow:
-    return RoundRow(**{**_without_run(values), "configuration": json.loads(values["configuration"])})
+    read = {name: json.loads(values[name]) for name in ("configuration", "analytics")}
+    return RoundRow(**{**_without_run(values), **read})
 
 
 def group_values(run_id: str, row: GroupRow, *, number: int, version: int | None) -> Values:

@@ -2,16 +2,17 @@
 
 from typing import Final
 
-from sqlalchemy import BindParameter, bindparam, func, select, update
+from sqlalchemy import BindParameter, bindparam, delete, func, select, update
 
 from shoal.record._prepared import Prepared, adding
-from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUNDS, RUNS, TOKENS, USAGE
+from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUND_LOGS, ROUNDS, RUNS, TOKENS, USAGE
 
 _RUN: Final[BindParameter[str]] = bindparam("run")
 _NUMBER: Final[BindParameter[int]] = bindparam("at")
 _NONCE: Final[BindParameter[bytes]] = bindparam("nonce_is")
 ADD: Final = {
-    table: adding(table) for table in (RUNS, INDEXES, COMMITS, ROUNDS, GROUPS, TOKENS, METRICS, USAGE, EVENTS)
+    table: adding(table)
+    for table in (RUNS, INDEXES, COMMITS, ROUNDS, ROUND_LOGS, GROUPS, TOKENS, METRICS, USAGE, EVENTS)
 }
 FIND_RUN: Final = Prepared(select(RUNS.c.id).where(RUNS.c.id == _RUN))
 LAST_VERSION: Final = Prepared(select(func.max(COMMITS.c.version)).where(COMMITS.c.run_id == _RUN))
@@ -29,6 +30,8 @@ CLOSE_ROUND: Final = Prepared(
     update(ROUNDS).where(ROUNDS.c.run_id == _RUN, ROUNDS.c.number == _NUMBER, ROUNDS.c.state == "open"),
     [column.name for column in ROUNDS.columns if not column.primary_key],
 )
+ONE_LOG: Final = Prepared(select(ROUND_LOGS.c.data).where(ROUND_LOGS.c.run_id == _RUN, ROUND_LOGS.c.round == _NUMBER))
+FORGET_LOGS: Final = Prepared(delete(ROUND_LOGS).where(ROUND_LOGS.c.run_id == _RUN, ROUND_LOGS.c.round <= _NUMBER))
 ALL_GROUPS: Final = select(GROUPS).where(GROUPS.c.run_id == _RUN).order_by(GROUPS.c.number)
 _OLD: Final = (
     GROUPS.c.run_id == _RUN, GROUPS.c.sums_root != "", GROUPS.c.base_version < bindparam("before"),

@@ -22,6 +22,7 @@ from shoal.record.store import (
     FinalRow,
     GroupRow,
     MetricRow,
+    RoundLog,
     RoundRow,
     RunRow,
     RunStatus,
@@ -104,6 +105,7 @@ class _Run:
     row: RunRow
     commits: list[CommitRow] = field(default_factory=list)
     rounds: dict[int, RoundRow] = field(default_factory=dict)
+    logs: dict[int, bytes] = field(default_factory=dict)
     groups: dict[int, GroupRow] = field(default_factory=dict)
     tokens: dict[bytes, tuple[TokenRow, int]] = field(default_factory=dict)  # with the group's number, or 0
     metrics: list[MetricRow] = field(default_factory=list)
@@ -117,7 +119,7 @@ class _Run:
 
     def copy(self) -> "_Run":
         return _Run(
-            self.row, list(self.commits), dict(self.rounds), dict(self.groups), dict(self.tokens), list(self.metrics),
+            self.row, list(self.commits), dict(self.rounds), dict(self.logs), dict(self.groups), dict(self.tokens), list(self.metrics),
             list(self.usage), list(self.events), dict(self.finals),
         )  # fmt: skip
 
@@ -179,7 +181,7 @@ class MemoryStore:
 
     def open_round(self, run_id: str, row: RoundRow) -> None:
         _checks.check_open(row)
-        row = replace(row, configuration=plain(row.configuration, what="the round's configuration"))
+        row = _plain_round(row)
         with self._lock:
             run = self._run(run_id)
             _need_version(run, row.base_version)
@@ -187,10 +189,13 @@ class MemoryStore:
                 raise _checks.round_exists(row.number, run.rounds[row.number].state)
             run.rounds[row.number] = row
 
-    def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
+    def close_round(
+        self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = (), log: RoundLog | None = None
+    ) -> None:
         _checks.check_closed(row)
         _checks.check_usage(usage)
-        row = replace(row, configuration=plain(row.configuration, what="the round's configuration"))
+        _checks.check_log(log, row)
+        row = _plain_round(row)
         with self._lock:
             run = self._run(run_id)
             _need_version(run, row.base_version)
@@ -199,11 +204,16 @@ class MemoryStore:
                 raise _checks.not_open(row.number, None if found is None else found.state)
             run.rounds[row.number] = row
             run.usage.extend(usage)
+            _keep_log(run, log)
 
     def rounds(self, run_id: str) -> list[RoundRow]:
         with self._lock:
             rounds = self._run(run_id).rounds
             return [rounds[number] for number in sorted(rounds)]
+
+    def round_log(self, run_id: str, round: int) -> bytes | None:
+        with self._lock:
+            return self._run(run_id).logs.get(round)
 
     def add_group(self, run_id: str, group: GroupRow, *, counted: Counted, usage: Sequence[UsageRow] = ()) -> int:
         _checks.check_new_group(group)
@@ -258,14 +268,16 @@ class MemoryStore:
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
         final: FinalRow | None = None,
+        log: RoundLog | None = None,
     ) -> None:
         _checks.check_commit(commit, round, groups, counted)
+        _checks.check_log(log, round)
         _checks.check_metrics(metrics)
         _checks.check_usage(usage)
         self._need_blobs([group.sums_root for group in groups])
         self._need_blobs([entry.hash for index in (commit.model, commit.server_state) for entry in index])
         if round is not None:
-            round = replace(round, configuration=plain(round.configuration, what="the round's configuration"))
+            round = _plain_round(round)
         with self._lock:
             run = self._run(run_id)
             if commit.version != len(run.commits):
@@ -278,6 +290,7 @@ class MemoryStore:
             self._apply(run, commit, round, groups, counted)
             run.metrics.extend(replace(row, value=float(row.value)) for row in metrics)
             run.usage.extend(usage)
+            _keep_log(run, log)
             if final is not None:
                 _need_version(run, final.version)
                 run.finals[final.version] = final
@@ -382,6 +395,17 @@ class MemoryStore:
         for hash in hashes:
             if hash and not self._blobs.has(hash):
                 raise missing(hash, "this store")
+
+
+def _plain_round(row: RoundRow) -> RoundRow:
+    configuration = plain(row.configuration, what="the round's configuration")
+    return replace(row, configuration=configuration, analytics=plain(row.analytics, what="the round's analytics"))
+
+
+def _keep_log(run: _Run, log: RoundLog | None) -> None:
+    if log is not None:
+        run.logs[log.round] = log.data
+        run.logs = {number: data for number, data in run.logs.items() if number > log.round - log.kept}
 
 
 def _need_version(run: _Run, version: int) -> None:

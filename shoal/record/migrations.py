@@ -32,7 +32,13 @@ def late_groups(connection: Connection) -> None:
         connection.execute(text(f"ALTER TABLE commits ADD COLUMN {column} TEXT REFERENCES indexes (root)"))
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups)
+def analytics(connection: Connection) -> None:
+    """Number 3: what was seen of a round's devices, and the logs of the newest rounds."""
+    connection.execute(text("ALTER TABLE rounds ADD COLUMN analytics TEXT DEFAULT '{}' NOT NULL"))
+    schema.ROUND_LOGS.create(connection)
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups, analytics)
 """Step n, at place n - 1, makes schema n out of schema n - 1."""
 
 

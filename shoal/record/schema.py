@@ -27,7 +27,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """The number of the newest migration."""
 
 METADATA: Final = MetaData()
@@ -109,9 +109,20 @@ ROUNDS: Final = Table(
     Column("released", BigInteger, nullable=False),
     Column("reason", Text, nullable=False),
     Column("configuration", Text, nullable=False),
+    Column("analytics", Text, nullable=False, server_default="{}"),
     ForeignKeyConstraint(["run_id", "base_version"], ["commits.run_id", "commits.version"]),
     CheckConstraint("state IN ('open', 'committed', 'abandoned')"),
     Index("rounds_by_state", "run_id", "state"),
+)
+
+# Few: the newest rounds', what their machine was told, so that it can be run again.
+ROUND_LOGS: Final = Table(
+    "round_logs",
+    METADATA,
+    _run_id(key=True),
+    Column("round", BigInteger, primary_key=True, autoincrement=False),
+    Column("data", LargeBinary, nullable=False),
+    ForeignKeyConstraint(["run_id", "round"], ["rounds.run_id", "rounds.number"]),
 )
 
 GROUPS: Final = Table(

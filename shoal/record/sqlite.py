@@ -22,13 +22,14 @@ from shoal.record import _statements as sql
 from shoal.record._checks import Counted
 from shoal.record._database import Database
 from shoal.record.blobs import FolderBlobs, disk, make_folder, missing
-from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUNDS, RUNS, TOKENS, USAGE
+from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUND_LOGS, ROUNDS, RUNS, TOKENS, USAGE
 from shoal.record.store import (
     CommitRow,
     EventRow,
     FinalRow,
     GroupRow,
     MetricRow,
+    RoundLog,
     RoundRow,
     RunRow,
     RunStatus,
@@ -157,18 +158,27 @@ class SqliteStore:
                 raise _checks.round_exists(row.number, state)
             sql.ADD[ROUNDS].run(connection, values)
 
-    def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
+    def close_round(
+        self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = (), log: RoundLog | None = None
+    ) -> None:
         _checks.check_closed(row)
         _checks.check_usage(usage)
+        _checks.check_log(log, row)
         with self._write(run_id) as connection:
             _need_version(connection, run_id, row.base_version)
             if not _close_round(connection, run_id, row):
                 raise _checks.not_open(row.number, None)
             sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
+            _keep_log(connection, run_id, log)
 
     def rounds(self, run_id: str) -> list[RoundRow]:
         with self._read(run_id) as connection:
             return [_rows.round_row(row._asdict()) for row in connection.execute(sql.ALL_ROUNDS, {"run": run_id})]
+
+    def round_log(self, run_id: str, round: int) -> bytes | None:
+        with self._read(run_id) as connection:
+            data = sql.ONE_LOG.scalar(connection, {"run": run_id, "at": round})
+        return None if data is None else bytes(data)
 
     def add_group(self, run_id: str, group: GroupRow, *, counted: Counted, usage: Sequence[UsageRow] = ()) -> int:
         _checks.check_new_group(group)
@@ -219,8 +229,10 @@ class SqliteStore:
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
         final: FinalRow | None = None,
+        log: RoundLog | None = None,
     ) -> None:
         _checks.check_commit(commit, round, groups, counted)
+        _checks.check_log(log, round)
         _checks.check_metrics(metrics)
         _checks.check_usage(usage)
         self._need_groups(groups)
@@ -241,6 +253,7 @@ class SqliteStore:
             )
             sql.ADD[METRICS].run_many(connection, _rows.metric_values(run_id, metrics))
             sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
+            _keep_log(connection, run_id, log)
             if final is not None:
                 _need_version(connection, run_id, final.version)
                 roots = {"model": final.model.root, "state": final.server_state.root}
@@ -413,6 +426,12 @@ def _close_round(connection: Connection, run_id: str, row: RoundRow) -> bool:
     if state is not None:
         raise _checks.not_open(row.number, state)
     return False
+
+
+def _keep_log(connection: Connection, run_id: str, log: RoundLog | None) -> None:
+    if log is not None:
+        sql.ADD[ROUND_LOGS].run(connection, {"run_id": run_id, "round": int(log.round), "data": log.data})
+        sql.FORGET_LOGS.run(connection, {"run": run_id, "at": int(log.round) - int(log.kept)})
 
 
 def _take_groups(connection: Connection, run_id: str, version: int, groups: Sequence[GroupRow]) -> None:

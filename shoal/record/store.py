@@ -71,6 +71,19 @@ class RoundRow:
     """Why it closed: goal | window | abandoned: …"""
     configuration: Mapping[str, Any] = field(default_factory=dict)
     """The round configuration: fixed points, seed, windows."""
+    analytics: Mapping[str, Any] = field(default_factory=dict)
+    """What was seen of its devices, never of one: written when it closes (`fleet/analytics.py` says in what form)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoundLog:
+    """What a round's machine was told, so that it can be run again. Kept of the newest rounds only."""
+
+    round: int
+    data: bytes
+    """In the form of `fleet/round_log.py`."""
+    kept: int
+    """Rounds whose logs stay: those of round `round - kept` and before go."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,11 +241,16 @@ class Store(Protocol):
         ...
 
     def open_round(self, run_id: str, row: RoundRow) -> None: ...
-    def close_round(self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = ()) -> None:
+    def close_round(
+        self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = (), log: RoundLog | None = None
+    ) -> None:
         """Ends an open round without a commit. One still open when a run is taken up again: see `resume.take_up`."""
         ...
 
     def rounds(self, run_id: str) -> Sequence[RoundRow]: ...
+    def round_log(self, run_id: str, round: int) -> bytes | None:
+        """A round's log; None where it was not kept, or not so long."""
+        ...
 
     def add_group(
         self, run_id: str, group: GroupRow, *, counted: Sequence[tuple[bytes, float]], usage: Sequence[UsageRow] = ()
@@ -266,6 +284,7 @@ class Store(Protocol):
         metrics: Sequence[MetricRow] = (),
         usage: Sequence[UsageRow] = (),
         final: FinalRow | None = None,
+        log: RoundLog | None = None,
     ) -> None:
         """Writes one version and all that it means, in one transaction.
 
@@ -279,6 +298,7 @@ class Store(Protocol):
             metrics: Values known at the commit.
             usage: What the round cost.
             final: What an earlier version has become, now that nothing can come late for it any more.
+            log: What the round's machine was told.
 
         Raises:
             StoreError: the version does not follow the last one, a nonce was settled before, a round or group is closed

@@ -131,12 +131,21 @@ CREATE TABLE rounds (
 	released BIGINT NOT NULL,
 	reason TEXT NOT NULL,
 	configuration TEXT NOT NULL,
+	analytics TEXT DEFAULT '{}' NOT NULL,
 	PRIMARY KEY (run_id, number),
 	FOREIGN KEY(run_id, base_version) REFERENCES commits (run_id, version),
 	CHECK (state IN ('open', 'committed', 'abandoned')),
 	FOREIGN KEY(run_id) REFERENCES runs (id)
 )
 CREATE INDEX rounds_by_state ON rounds (run_id, state)
+CREATE TABLE round_logs (
+	run_id TEXT NOT NULL,
+	round BIGINT NOT NULL,
+	data BLOB NOT NULL,
+	PRIMARY KEY (run_id, round),
+	FOREIGN KEY(run_id, round) REFERENCES rounds (run_id, number),
+	FOREIGN KEY(run_id) REFERENCES runs (id)
+)
 CREATE TABLE tokens (
 	run_id TEXT NOT NULL,
 	nonce BLOB NOT NULL,

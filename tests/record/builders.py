@@ -22,6 +22,7 @@ def round_row(number: int = 1, **changes: Any) -> RoundRow:
     values: dict[str, Any] = {
         "number": number, "base_version": number - 1, "state": "committed", "opened_s": 1.0, "closed_s": 2.0,
         "selected": 3, "counted": 2, "released": 1, "reason": "goal", "configuration": {"bits": 64},
+        "analytics": {"counts": {"selected": 3}},
     }  # fmt: skip
     return RoundRow(**{**values, **changes})
 
@@ -64,6 +65,7 @@ def contents(store: Store) -> dict[str, Any]:
         row.id: [
             row, store.last_version(row.id), list(store.commits(row.id)), list(store.rounds(row.id)),
             list(store.groups(row.id)), list(store.metrics(row.id)), list(store.usage(row.id)), list(store.events(row.id)),
+            [store.round_log(row.id, round.number) for round in store.rounds(row.id)],
         ]
         for row in store.runs()
     }  # fmt: skip

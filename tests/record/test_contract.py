@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from shoal.errors import StoreError
-from shoal.record import EventRow, MemoryStore, RoundRow, Store, abandon_open_rounds, open_store, put_tensors, take_up
+from shoal.record import (
+    EventRow,
+    MemoryStore,
+    RoundLog,
+    RoundRow,
+    Store,
+    abandon_open_rounds,
+    open_store,
+    put_tensors,
+    take_up,
+)
 from shoal.record.store import FinalRow
 from shoal.tensors import Entry, Index, TensorSpec, sha256
 from tests.record.builders import (
@@ -271,6 +281,9 @@ def test_a_round_closes_once(store: Store) -> None:
         ({"metrics": [metric_row(scope="class")]}, "device_class"),
         ({"metrics": [metric_row("")]}, "metric with a name"),
         ({"usage": [usage_row(seconds=math.inf)]}, "finite seconds"),
+        ({"log": RoundLog(round=1, data=b"", kept=1)}, "log of the round that is closed"),
+        ({"round": round_row(), "log": RoundLog(round=1, data=b"", kept=0)}, "at least 1 round"),
+        ({"round": round_row(analytics={"odd": math.nan})}, "analytics to be JSON"),
     ],
 )
 def test_callers_mistakes_are_value_errors(store: Store, what: dict[str, object], match: str) -> None:
@@ -278,6 +291,19 @@ def test_callers_mistakes_are_value_errors(store: Store, what: dict[str, object]
     with pytest.raises(ValueError, match=match):
         store.commit("run", commit_row(store, 1), **{"round": None, **what})  # type: ignore[arg-type]
     assert store.last_version("run") == 0
+
+
+def test_logs_of_the_newest_rounds_are_kept(store: Store) -> None:
+    with_initial(store)
+    for number in (1, 2, 4):
+        log = RoundLog(round=number, data=bytes([0, number, 255]), kept=2)
+        store.commit("run", commit_row(store, number if number < 4 else 3, round=number),
+                     round=round_row(number, base_version=0), log=log)  # fmt: skip
+    assert [store.round_log("run", number) for number in range(5)] == [None, None, None, None, b"\0\4\xff"]
+    store.open_round("run", open_row(5, base_version=3))
+    log = RoundLog(round=5, data=b"5", kept=2)
+    store.close_round("run", round_row(5, base_version=3, state="abandoned"), log=log)
+    assert [store.round_log("run", number) for number in (4, 5)] == [b"\0\4\xff", b"5"]
 
 
 def test_metrics_of_any_value_read_back(store: Store) -> None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import StoreError
-from shoal.record import MemoryStore, Store, open_store, take_up
+from shoal.record import MemoryStore, RoundLog, Store, open_store, take_up
 from tests.record.builders import (
     commit_row,
     contents,
@@ -40,7 +40,12 @@ def do(store: Store, call: Call) -> object:
     last = store.last_version("run") or 0
     made: dict[str, Callable[[], object]] = {
         "open": lambda: store.open_round("run", open_row(number + 1, base_version=last)),
-        "close": lambda: store.close_round("run", round_row(number + 1, state="abandoned"), usage=[usage_row()]),
+        "close": lambda: store.close_round(
+            "run",
+            round_row(number + 1, state="abandoned"),
+            usage=[usage_row()],
+            log=RoundLog(round=number + 1, data=b"log", kept=2),
+        ),
         "group": lambda: store.add_group("run", group_row(base_version=last), counted=counted),
         "commit": lambda: _commit(store, last + 1 + number // 4, number + 1, counted, groups),
         "refuse": lambda: store.refuse("run", bytes([number]), reason="late", expires_s=float(number)),
@@ -64,6 +69,7 @@ def _commit(
         groups=[group_row(number=number, base_version=0) for number in groups],
         counted=counted,
         metrics=[metric_row(version=version)],
+        log=RoundLog(round=round, data=bytes([round]), kept=1),
     )
 
 

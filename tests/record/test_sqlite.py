@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, text
 
 from shoal.errors import StoreError
-from shoal.record import migrations, open_store, schema, sqlite
+from shoal.record import RoundLog, migrations, open_store, schema, sqlite
 from shoal.record.sqlite import DATABASE_NAME
 from tests.record.builders import (
     commit_row,
@@ -145,7 +145,7 @@ def test_a_newer_schema_is_left_untouched(tmp_path: Path) -> None:
     execute(tmp_path, "UPDATE meta SET value = '7' WHERE key = 'schema'")
     before = (tmp_path / DATABASE_NAME).read_bytes()
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"has schema 7; .* up to 2\. Upgrade shoal"):
+        with pytest.raises(StoreError, match=r"has schema 7; .* up to 3\. Upgrade shoal"):
             open_store(tmp_path, read_only=read_only)
     assert (tmp_path / DATABASE_NAME).read_bytes() == before
     assert not list(tmp_path.glob("*.schema-*"))
@@ -165,15 +165,15 @@ def test_an_older_schema_is_copied_and_brought_forward(tmp_path: Path, monkeypat
         with_initial(store)
         before = contents(store)
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_colour))
-    with pytest.raises(StoreError, match="has schema 2, older than 3"):
+    with pytest.raises(StoreError, match="has schema 3, older than 4"):
         open_store(tmp_path, read_only=True)
     for _ in range(2):  # the second time there is nothing to do
         with closing(open_store(tmp_path)) as store, store._database.read() as connection:
             assert connection.execute(text("SELECT colour FROM runs")).scalar() == "grey"
-            assert migrations.schema_version(connection) == 3
+            assert migrations.schema_version(connection) == 4
     monkeypatch.undo()
     (copy,) = tmp_path.glob("*.schema-*")
-    assert copy.name == f"{DATABASE_NAME}.schema-2"
+    assert copy.name == f"{DATABASE_NAME}.schema-3"
     (tmp_path / "old").mkdir()
     shutil.copytree(tmp_path / "blobs", tmp_path / "old" / "blobs")
     shutil.copy(copy, tmp_path / "old" / DATABASE_NAME)
@@ -181,37 +181,40 @@ def test_an_older_schema_is_copied_and_brought_forward(tmp_path: Path, monkeypat
         assert contents(store) == before
 
 
-def test_schema_1_is_brought_to_2(tmp_path: Path) -> None:
-    """The tables as they were: without the index, and without the two columns of a version's final form."""
+def test_older_schemas_are_brought_forward(tmp_path: Path) -> None:
+    """The tables as they were: what later numbers have added is left out."""
     newest = (Path(__file__).parents[1] / "golden" / "record.sql").read_text()
-    lines = [line for line in newest.splitlines() if "groups_with_sums" not in line and "final_" not in line]
-    old = re.sub(r",\n\)", "\n)", "\n".join(lines))
-    statements = re.split(r"\n(?=CREATE )", old)
-    with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as connection:
-        for statement in statements:
-            connection.execute(statement)
-        connection.execute("INSERT INTO meta VALUES ('schema', '1')")
-        connection.commit()
-    with closing(open_store(tmp_path)) as store:
-        with_initial(store)
-        assert store.final("run", 0) is None
-        query = "SELECT sums_root FROM groups WHERE run_id = 'r' AND base_version < 3 AND sums_root != ''"
-        with store._database.read() as connection:
-            assert "groups_with_sums" in str(connection.execute(text(f"EXPLAIN QUERY PLAN {query}")).all())
-            assert migrations.schema_version(connection) == 2
+    without_logs = re.sub(r"CREATE TABLE round_logs .*?\n\)\n", "", newest, flags=re.DOTALL)
+    second = [line for line in without_logs.splitlines() if "analytics" not in line]
+    first = [line for line in second if "groups_with_sums" not in line and "final_" not in line]
+    for number, lines in ((1, first), (2, second)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        statements = re.split(r"\n(?=CREATE )", re.sub(r",\n\)", "\n)", "\n".join(lines)))
+        execute(folder, *statements, f"INSERT INTO meta VALUES ('schema', '{number}')")
+        with closing(open_store(folder)) as store:
+            with_initial(store)
+            assert store.final("run", 0) is None
+            store.open_round("run", open_row())
+            store.close_round("run", round_row(state="abandoned"), log=RoundLog(round=1, data=b"log", kept=1))
+            assert store.rounds("run") == [round_row(state="abandoned")] and store.round_log("run", 1) == b"log"
+            query = "SELECT sums_root FROM groups WHERE run_id = 'r' AND base_version < 3 AND sums_root != ''"
+            with store._database.read() as connection:
+                assert "groups_with_sums" in str(connection.execute(text(f"EXPLAIN QUERY PLAN {query}")).all())
+                assert migrations.schema_version(connection) == 3
 
 
 def test_a_step_that_fails_leaves_the_schema_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_store(tmp_path).close()
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_colour, fail))
     for copies in (1, 2):
-        with pytest.raises(StoreError, match=r"from schema 3 to 4 failed: no colour left\. It still has schema 3"):
+        with pytest.raises(StoreError, match=r"from schema 4 to 5 failed: no colour left\. It still has schema 4"):
             open_store(tmp_path)
         assert len(list(tmp_path.glob("*.schema-*"))) == copies
     with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         assert "half" not in tables
-        assert connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("3",)
+        assert connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("4",)
 
 
 def test_the_schema_has_no_table_of_devices() -> None:
