@@ -30,6 +30,8 @@ from shoal.tensors import TensorSpec
 
 MIN_EXPONENT, MAX_EXPONENT = -1000, 1000  # 2**exponent and 2**-exponent are then normal numbers
 MAX_COUNT = 1 << 48
+STEPS = "steps/taken"
+"""Name of the sum of the members' steps, where updates are divided by them (FedNova): see `local.py`."""
 CHUNK = 1 << 18  # elements: the float64 temporaries of one chunk stay in a core's cache
 
 
@@ -126,8 +128,10 @@ class SumSpec:
 
 
 def refuse_bad_values(values: np.ndarray, fixed: FixedPoint, *, name: str) -> None:
-    """Raises UpdateRefused if an element is not finite or is above the bound."""
+    """Raises UpdateRefused if an element is not finite or is above the bound, or a number of steps below 1."""
     flat = values.reshape(-1)
+    if name == STEPS and not np.all(flat >= 1):
+        raise UpdateRefused(f"Expected {name} >= 1, got {flat[:1]}: no step, no update.", reason="out of bounds")
     for start in range(0, flat.size, CHUNK):
         part = flat[start : start + CHUNK].astype(np.float64, copy=False)
         largest = float(np.max(np.abs(part), initial=0.0))

@@ -10,6 +10,12 @@ Data flow of the default rule, local SGD (McMahan et al. 2017, algorithm 1, Clie
     batches (k, B, …), mask (k, B), key (2,) ─block─> carry, as often as the examples last
     carry, broadcast ─finish─> delta/… = reached - received, weight, metric sums, device state
 
+With `Local(partial="fednova")` it is delta/params/… = (reached - received) / steps, and the steps are a sum of their own: the
+server multiplies the mean by the mean number of steps (Wang et al. 2020, "Tackling the objective inconsistency problem",
+equation 7 with tau_eff as for FedAvg). So devices that take few steps, because they have little data or were interrupted, draw the
+model to their data as strongly as their weight says. Departure: steps are counted alike whatever the optimizer, which is the
+paper's normalisation for plain SGD; with momentum or decay its ||a||_1 is another number.
+
 Guarantees:
     * A wholly masked step changes nothing: not a parameter, a counter or a statistic.
     * Masked examples count for nothing: not in the loss, the gradient, the metrics or the weight. They repeat real ones
@@ -25,7 +31,7 @@ from typing import Any, Final, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from shoal.fixed import SumSpec
+from shoal.fixed import STEPS, SumSpec
 from shoal.task import Loss, Sum, Task, Tree, Variables, check_metrics
 from shoal.tensors import TensorSpec, specs_of
 
@@ -221,12 +227,18 @@ def sgd_rule(task: Task) -> LocalRule:
 
     def finish(carry: Named, broadcast: Named) -> Report:
         delta = {s.name: carry[s.name].astype(jnp.float32) - broadcast[s.name].astype(jnp.float32) for s in averaged}
+        sums: dict[str, Named] = {"delta": delta}
+        if task.local.partial == "fednova":
+            steps = carry["step"].astype(jnp.float32)
+            for name in [name for name in delta if name.startswith("params/")]:
+                delta[name] = delta[name] / jnp.maximum(steps, 1.0)
+            sums |= {"steps": {"taken": steps}}
         metrics = {f"{name}/{part}": carry[f"metric/{name}/{part}"] for name in metric_bounds for part in _PARTS}
         weight = carry["weight"] if task.local.weighting == "examples" else jnp.minimum(carry["weight"], 1)
         kept = {f"private/{spec.name}": carry[spec.name] for spec in private}
         if private:
             kept["rounds"] = carry["rounds"] + 1
-        return Report({"delta": delta}, weight, _sorted(metrics), _sorted(kept))
+        return Report(sums, weight, _sorted(metrics), _sorted(kept))
 
     return LocalRule(
         begin=begin,
@@ -234,7 +246,11 @@ def sgd_rule(task: Task) -> LocalRule:
         finish=finish,
         broadcast=specs,
         device_state=_device_state_specs(private),
-        sums=(*_delta_sums(task, averaged), *metric_sums(metric_bounds, task.local.max_examples)),
+        sums=(
+            *_delta_sums(task, averaged),
+            *metric_sums(metric_bounds, task.local.max_examples),
+            *(_steps_sums(task) if task.local.partial == "fednova" else ()),
+        ),
     )
 
 
@@ -306,6 +322,12 @@ def _delta_sums(task: Task, averaged: list[TensorSpec]) -> tuple[SumSpec, ...]:
         )
         for spec in averaged
     )  # fmt: skip
+
+
+def _steps_sums(task: Task) -> tuple[SumSpec, ...]:
+    local = task.local
+    most = local.epochs * -(-(local.max_examples // local.epochs) // local.batch_size)
+    return (SumSpec(tensor=TensorSpec(name=STEPS, shape=(), dtype="float32"), bound=float(most), weighted=True),)
 
 
 def metric_sums(bounds: Mapping[str, tuple[float, float]], max_examples: int) -> tuple[SumSpec, ...]:

@@ -95,12 +95,16 @@ class Local:
     """An update counts as many times as it saw examples, or once."""
     drop_remainder: bool = False
     """Leave out the partial last batch of an epoch."""
+    partial: Literal["drop", "fednova"] = "drop"
+    """What becomes of the steps of a device that is interrupted for good: dropped, or reported. With `fednova` every
+    device's update is divided by its steps and the mean multiplied by the mean number of steps (Wang et al. 2020)."""
 
     def __post_init__(self) -> None:
         validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
         if self.max_examples < self.epochs:
             raise ValueError(f"Expected max_examples >= epochs={self.epochs}, got max_examples={self.max_examples}.")
         validate.one_of(("examples", "uniform"), weighting=self.weighting)
+        validate.one_of(("drop", "fednova"), partial=self.partial)
 
     @property
     def max_weight(self) -> int:

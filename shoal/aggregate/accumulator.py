@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from shoal.errors import UpdateRefused
-from shoal.fixed import FixedPoint, SumSpec, add, read, refuse_bad_values, refuse_bad_weight
+from shoal.fixed import STEPS, FixedPoint, SumSpec, add, read, refuse_bad_values, refuse_bad_weight
 from shoal.tensors import check
 
 
@@ -51,12 +51,13 @@ class Accumulator:
         Args:
             pieces: (tensor, first element, values (n,)); every element once.
             weight: of the update. The mean is over whole weights: what is discounted makes the step smaller, as in FedBuff.
-            discount: what a late update counts, in (0, 1]; unweighted sums (metrics) are not discounted.
+            discount: what a late update counts, in (0, 1]; unweighted sums (metrics) are not discounted, nor are steps.
         """
         assert self.members < self.max_members, "the round closes before its group is full"
         for name, start, values in pieces:
             total = self.totals[name].reshape(-1)[start : start + values.size]
-            add(total, values, self.fixed[name], weight=weight * discount if self._weighted[name] else 1)
+            times = weight if name == STEPS else weight * discount
+            add(total, values, self.fixed[name], weight=times if self._weighted[name] else 1)
         self.weight += weight
         self.members += 1
 
@@ -91,6 +92,10 @@ class Accumulator:
             for name in sorted(names)
             if values[f"{name}/denominator"]
         }
+
+    def mean_steps(self) -> float:
+        """What the mean update is multiplied by: the members' mean steps where updates are divided by them, else 1."""
+        return self._scalar(STEPS) / self.weight if STEPS in self.totals else 1.0
 
     def _scalar(self, name: str) -> float:
         return float(read(self.totals[name], self.fixed[name]))

@@ -12,7 +12,7 @@ import numpy as np
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.server_rule import initial_slot, slots, step
 from shoal.errors import QuorumNotReached
-from shoal.fixed import CHUNK, FixedPoint, read
+from shoal.fixed import CHUNK, read
 from shoal.policy import ServerRule
 from shoal.record.store import Blobs
 from shoal.tensors import Entry, Index, Tensors, TensorSpec, check
@@ -59,7 +59,7 @@ class WeightedMean:
             if name not in sums.totals:
                 entries.append(entry)
                 continue
-            made = self._commit_tensor(entry, sums.totals[name], sums.fixed[name], sums.weight, kept, blobs)
+            made = self._commit_tensor(entry, sums, kept, blobs)
             entries.append(made.pop("value"))
             slot_entries += made.values()
         return Index(tuple(entries)), Index(tuple(sorted(slot_entries, key=lambda entry: entry.spec.name)))
@@ -67,13 +67,13 @@ class WeightedMean:
     def _commit_tensor(
         self,
         entry: Entry,
-        total: np.ndarray,
-        fixed: FixedPoint,
-        weight: int,
+        sums: Accumulator,
         kept: Mapping[str, Entry],
         blobs: Blobs,
     ) -> dict[str, Entry]:
-        rule = self._rule if entry.spec.name.startswith("params/") else ServerRule()  # statistics take the plain mean
+        total, fixed = sums.totals[f"delta/{entry.spec.name}"], sums.fixed[f"delta/{entry.spec.name}"]
+        rule = self._rule if _is_param(entry) else ServerRule()  # statistics take the plain mean
+        times = sums.mean_steps() if _is_param(entry) else 1.0
         names = {slot: f"{slot}/{entry.spec.name}" for slot in slots(rule)}
         specs = {"value": entry.spec} | {
             slot: TensorSpec(name=name, shape=entry.spec.shape, dtype="float32") for slot, name in names.items()
@@ -83,7 +83,7 @@ class WeightedMean:
         writers = {part: blobs.writer() for part in specs}
         flat = total.reshape(-1)
         for piece in _pieces(flat.size):
-            mean = read(flat[piece], fixed, divisor=weight)
+            mean = times * read(flat[piece], fixed, divisor=sums.weight)
             slot_values = {
                 slot: olds[slot][piece].astype(np.float64)
                 if slot in olds
@@ -129,7 +129,7 @@ def _is_param(entry: Entry) -> bool:
 
 def _mean(sums: Accumulator, name: str) -> np.ndarray:
     key = f"delta/{name}"
-    return read(sums.totals[key], sums.fixed[key], divisor=sums.weight).astype(np.float32)
+    return (sums.mean_steps() * read(sums.totals[key], sums.fixed[key], divisor=sums.weight)).astype(np.float32)
 
 
 def _only(sums: Accumulator, prefix: str) -> Accumulator:

@@ -65,6 +65,11 @@ class Blocks:
         """Steps that train on something: masked-out steps are not counted."""
         return num_steps(len(self.examples), self.batch_size, self.epochs, drop_remainder=self.drop_remainder)
 
+    @property
+    def num_examples(self) -> int:
+        """Examples under a true mask, over all epochs."""
+        return self._num_used() * self.epochs
+
     def __len__(self) -> int:
         """The number of blocks."""
         return num_blocks(
@@ -79,7 +84,7 @@ class Blocks:
     def padding(self) -> float:
         """Waste: the fraction of slots under a false mask, padded / total, in [0, 1)."""
         total = len(self) * self.steps_per_block * self.batch_size
-        return 1 - self._num_used() * self.epochs / total
+        return 1 - self.num_examples / total
 
     def __iter__(self) -> Iterator[Block]:
         k, waiting = self.steps_per_block, self._no_steps()

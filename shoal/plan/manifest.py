@@ -11,7 +11,7 @@ from typing import Any, Final, Literal, Self
 
 from shoal import validate
 from shoal.errors import PlanError
-from shoal.fixed import SumSpec
+from shoal.fixed import STEPS, SumSpec
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
 from shoal.tensors import PARSE_ERRORS, TensorSpec, canonical_json, check_hash, parse_json, sha256, total_bytes
 
@@ -319,6 +319,11 @@ class Manifest:
     def update(self) -> tuple[TensorSpec, ...]:
         """The tensors of an update, in their order."""
         return tuple(spec.tensor for spec in self.sums)
+
+    @property
+    def takes_partial(self) -> bool:
+        """Whether a device that is interrupted may report the steps it took: updates are divided by their steps."""
+        return any(spec.tensor.name == STEPS for spec in self.sums)
 
     @property
     def model_bytes(self) -> int:

@@ -48,6 +48,7 @@ def train(
     seed: bytes,
     member: str,
     should_stop: Callable[[], bool] = lambda: False,
+    is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Update:
     """One member's local training.
 
@@ -59,11 +60,13 @@ def train(
         device_state: what the member kept from its last counted round, None at first.
         seed: the round's, 32 bytes.
         member: the member's name.
-        should_stop: asked between two blocks.
+        should_stop: asked between two blocks: the result is not needed any more.
+        is_interrupted: asked between two blocks: the device can go no further. What it did by then is its update, at the
+            weight of the whole training, where the plan takes partial work and a block is done.
 
     Raises:
         DataError: the examples do not fit the task.
-        DeviceError: `should_stop` said so.
+        DeviceError: `should_stop` said so; or it was interrupted, and there is nothing to report.
         ProgramError: a program failed.
     """
     randomness = member_randomness(seed, member)
@@ -86,14 +89,22 @@ def train(
     runner.begin(root, device_state if device_state is not None else no_state(manifest))
     data_s = 0.0
     begun = time.perf_counter()
-    for batches, mask in blocks:
+    is_whole = True
+    for number, (batches, mask) in enumerate(blocks):
         data_s += time.perf_counter() - begun
         if should_stop():
             raise DeviceError("The training was stopped: its result is not needed any more.", stage="train")
+        if is_interrupted():
+            if not number or not manifest.takes_partial:
+                raise DeviceError("The training was interrupted, and has nothing to report.", stage="train")
+            is_whole = False
+            break
         runner.block(batches, mask, randomness.key)
         begun = time.perf_counter()
     update = runner.finish()
-    return replace(update, seconds={**update.seconds, "data": data_s})
+    # FedNova: a device's weight is that of its data, however many steps it took.
+    weight = update.weight if is_whole else min(blocks.num_examples, training.max_weight)
+    return replace(update, weight=weight, seconds={**update.seconds, "data": data_s})
 
 
 def no_state(manifest: Manifest) -> Tensors:
