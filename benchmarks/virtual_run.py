@@ -46,7 +46,8 @@ def train(
     run = begin_run(store, plan, built.model, kind="simulate", rounds=1 << 30, seed=population.seed, clock=clock)
     training = VirtualTraining(plan, users, store, run, seed=population.seed)
     fleet = VirtualFleet(
-        population, plan.manifest, clock, update_of=training.update_of, model_bytes=plan.manifest.update_bytes,
+        population, plan.manifest, clock, update_of=training.update_of, blocks_of=training.partial,
+        model_bytes=plan.manifest.update_bytes,
         update_bytes=plan.manifest.update_bytes, **settings,
     )  # fmt: skip
     drive(fleet, store, run, rounds=1 << 30, keys=keys, seed=population.seed)

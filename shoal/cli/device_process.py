@@ -36,6 +36,8 @@ KEPT_BYTES: Final = 256 << 20
 STATUS_S: Final = 0.5
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
+LEAVE_S: Final = 5.0
+"""For devices that are told to end to report what they did, where the plan takes partial work."""
 LINE_S: Final = 10.0
 """Between two lines of status where nobody looks on."""
 
@@ -167,7 +169,12 @@ async def play(
     try:
         await _until_over(playing, watching)
     except asyncio.CancelledError:
-        host.close()  # ends a program that is running, so that its devices can end
+        try:
+            reporting = [task for task, device in playing.items() if device.interrupt()]
+            if reporting:
+                await asyncio.wait(reporting, timeout=LEAVE_S)
+        finally:
+            host.close()  # ends a program that is running, so that its devices can end
         raise
     finally:
         for task in (watching, *playing):

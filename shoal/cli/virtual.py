@@ -75,7 +75,7 @@ def simulate_virtually(
             training = VirtualTraining(plan, population, store, run_id, seed=seed) if population is not None else None
             fleet = VirtualFleet(
                 devices, plan.manifest, clock, update_of=training.update_of if training is not None else None,
-                model_bytes=_bytes(plan), update_bytes=plan.manifest.update_bytes,
+                blocks_of=training.partial if training is not None else None, model_bytes=_bytes(plan), update_bytes=plan.manifest.update_bytes,
             )  # fmt: skip
             drive(fleet, store, run_id, rounds=rounds or 1 << 30, keys=keys, seed=seed)
             screen.say(f"{words.count(devices.devices, 'virtual device')} of {file}; run: {folder}")

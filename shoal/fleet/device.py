@@ -52,6 +52,8 @@ class _Work:
     stopped: bool = False
     training: bool = False
     """A thread is at it, which stops between two blocks and cannot be cancelled."""
+    takes_partial: bool = False
+    """The plan takes the steps of an interrupted training."""
     update: Update | None = None
     report: pb.Report | None = None
 
@@ -111,6 +113,7 @@ class Device:
         self._work: _Work | None = None
         self._producing: asyncio.Task[None] | None = None
         self._checked_in: Stream | None = None
+        self._is_leaving = False
         self._refusals = 0
         self._failures = 0
         """Streams that broke since the last assignment: each makes the next pause longer."""
@@ -127,6 +130,18 @@ class Device:
             await self._run()
         finally:
             await self._drop_work()
+
+    def interrupt(self) -> bool:
+        """The device can go no further: its conditions have changed, or its process is to end.
+
+        A training stops between two blocks; where the plan takes partial work its steps are reported, and `run` returns
+        once the Edge has them. Returns whether there is something to wait for; else `run` may be cancelled.
+        """
+        self._is_leaving = True
+        work = self._work
+        if work is None or self._producing is None:
+            return False
+        return work.update is not None or (work.training and work.takes_partial)
 
     async def _run(self) -> None:
         while True:
@@ -161,6 +176,8 @@ class Device:
                 done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if self._producing in done:
                     await self._produced(stream)
+                    if self._is_leaving and self._work is None:
+                        return True
                 if hearing in done:
                     message, hearing = hearing.result(), None
                     if await self._hear(message, stream):
@@ -198,7 +215,9 @@ class Device:
                 await self._stay(stream, message.released)
             case "incomplete" if work is not None and work.report is not None:
                 await self._push(work)
-                await stream.send(pb.FromDevice(report=work.report))
+                await self._report(work, stream)
+            case "ping" if self._is_leaving and work is not None:
+                return True  # what was sent before it, the report, has been taken in
             case "later":
                 self._away_s = self._drawn(message.later)
             case "incompatible":
@@ -207,7 +226,7 @@ class Device:
                 return True
             case kind:
                 log.debug("%s: ignored %s", self.device_id, kind)
-        return False
+        return self._is_leaving and self._work is None
 
     def _is_of_other_work(self, message: pb.FromEdge) -> bool:
         """Whether it is an answer about an update that the device has no more: what it holds now is not touched by it."""
@@ -246,11 +265,13 @@ class Device:
                 self._work = None
             case _:
                 await self._push(work)
-                return await stream.send(pb.FromDevice(report=work.report))
+                return await self._report(work, stream)
         await self._check_in(stream)
 
     async def _stay(self, stream: Stream, answer: pb.Counted | pb.Refused | pb.Released) -> None:
         """Waits for the next assignment: without a word where it has checked in on this stream; or goes away."""
+        if self._is_leaving:
+            return
         if not self._stays:
             self._away_s = self._drawn(answer)
         elif self._checked_in is stream:
@@ -303,8 +324,13 @@ class Device:
                 raise
             await self._refused("wrong slices", str(error))
             return await self._check_in(stream)
-        await stream.send(pb.FromDevice(report=work.report))
+        await self._report(work, stream)
         self._say("reported")
+
+    async def _report(self, work: _Work, stream: Stream) -> None:
+        await stream.send(pb.FromDevice(report=work.report))
+        if self._is_leaving:
+            await stream.send(pb.FromDevice(ping=pb.Ping()))
 
     async def _produce(self, work: _Work) -> None:
         """One assignment, from the plan to an update that is ready to be reported."""
@@ -350,6 +376,7 @@ class Device:
             raise DeviceError("The training was stopped before it began.", stage="train")
         if not prepared.runner.has_model(work.assigned.model):
             raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
+        work.takes_partial = prepared.manifest.takes_partial
         work.training = True
         self.progress.stage = "training"
         try:
@@ -363,6 +390,7 @@ class Device:
                 seed=work.assigned.configuration.seed,
                 member=self.device_id,
                 should_stop=lambda: work.stopped,
+                is_interrupted=lambda: self._is_leaving,
             )
         finally:
             work.training = False
@@ -418,6 +446,8 @@ class Device:
         await stream.send(pb.FromDevice(gave_up=gave_up))
         if isinstance(error, DataError | PlanError | MissingExtra):
             raise error
+        if self._is_leaving:
+            return
         log.warning("%s: %s", self.device_id, error)
         await self._pause(REFUSED_DELAY_S)
         await self._check_in(stream)

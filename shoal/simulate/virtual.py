@@ -44,8 +44,10 @@ SLOT_S: Final = 600
 
 NO_COSTS: Final = pb.Costs()
 
-UpdateOf = Callable[[int, int], tuple[Tensors, int]]
-"""(device, version that it started from) -> its update and the update's weight."""
+UpdateOf = Callable[[int, int, int], tuple[Tensors, int]]
+"""(device, version that it started from, blocks that it does at most) -> its update and the update's weight."""
+ALL: Final = 1 << 30
+"""Blocks of a training that is not interrupted."""
 
 
 @dataclass
@@ -86,6 +88,8 @@ class _Work:
     trains_s: float
     discount: float = 1.0
     reported: bool = False
+    blocks: int = ALL
+    """Done at most: fewer than the training has where it was interrupted."""
 
 
 class VirtualClock:
@@ -115,6 +119,7 @@ class VirtualFleet:
         clock: VirtualClock,
         *,
         update_of: UpdateOf | None = None,
+        blocks_of: Callable[[int], int] | None = None,
         model_bytes: int = 0,
         update_bytes: int = 0,
         steers: bool = True,
@@ -128,6 +133,7 @@ class VirtualFleet:
             manifest: of the task; its policy is run.
             clock: shared with the Coordinator.
             update_of: gives the devices' updates; None: training is left out, and the manifest has no sums.
+            blocks_of: device -> blocks of its training. Given: one that is interrupted reports those it has done.
             model_bytes: that a device downloads.
             update_bytes: that it uploads.
             steers: whether devices are told when to come again; else they come every minute.
@@ -136,6 +142,7 @@ class VirtualFleet:
             aborts: whether a device hears at once that its update is not needed; else when it reports.
         """
         self.population, self.manifest, self.clock = population, manifest, clock
+        self._blocks_of = blocks_of
         self._update_of, self._steers, self._aborts, self._hears_losses = update_of, steers, aborts, hears_losses
         self._policy = manifest.server.rounds
         self.sums = GroupSums(manifest, self, clock.now_s)
@@ -256,9 +263,10 @@ class VirtualFleet:
         reports_s = begins_s + trains_s + self._up_s[number]
         if self._rng.random() < population.drop_out:
             lost_s = now_s + self._rng.random() * (reports_s - now_s)
-            self._at(lost_s, lambda: self._drop(nonce, work))
+            is_connected = population.interrupted > 0.0 and self._rng.random() < population.interrupted
+            self._at(lost_s, lambda: self._interrupt(nonce, work) if is_connected else self._drop(nonce, work))
         elif reports_s > self._ends_s[number]:
-            self._at(float(self._ends_s[number]), lambda: self._drop(nonce, work))
+            self._at(float(self._ends_s[number]), lambda: self._interrupt(nonce, work))
         else:
             self._at(reports_s, lambda: self._report(nonce, work))
         return True
@@ -294,6 +302,18 @@ class VirtualFleet:
         self.tally.seconds["dropped"] += self._trained_s(work)
         self._come_again(np.array([work.device]))
 
+    def _interrupt(self, nonce: bytes, work: _Work) -> None:
+        """The device can go no further, and reports the blocks that it has done, if that may be and there are any."""
+        if self._work.get(nonce) is not work:
+            return
+        done = 0
+        if self._blocks_of is not None:
+            done = int(self._trained_s(work) / work.trains_s * self._blocks_of(work.device))
+        if not done:
+            return self._drop(nonce, work)
+        work.blocks, work.trains_s = done, self._trained_s(work)
+        self._at(self.clock.time_s + float(self._up_s[work.device]), lambda: self._report(nonce, work))
+
     def _report(self, nonce: bytes, work: _Work) -> None:
         if self._work.get(nonce) is not work:
             return
@@ -319,7 +339,7 @@ class VirtualFleet:
         update: Tensors = {}
         weight = 1
         if self._update_of is not None:
-            update, weight = self._update_of(work.device, work.version)
+            update, weight = self._update_of(work.device, work.version, work.blocks)
         pieces = ((name, 0, value.reshape(-1)) for name, value in update.items())
         self.sums.begin_adding(group, NO_COSTS)
         self.sums.add(group, pieces, weight=weight, discount=discount)

@@ -43,6 +43,9 @@ class VirtualPopulation:
     """Spread of one device's times from round to round (log-normal)."""
     drop_out: float = 0.08
     """Share of the assignments whose device is lost before it has reported."""
+    interrupted: float = 0.0
+    """Share of those losses in which the device is still connected, and may report what it did where the plan takes partial
+    work. A device whose window ends is always still connected."""
     networks: tuple[Network, ...] = (Network(),)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +58,7 @@ class VirtualPopulation:
         validate.between(1.0, 100.0, daily_swing=self.daily_swing)
         validate.between(0.1, 24.0, window_hours=self.window_hours)
         validate.between(0.0, 0.9, drop_out=self.drop_out)
+        validate.between(0.0, 1.0, interrupted=self.interrupted)
         if not self.networks:
             raise ValueError("Expected at least one network.")
 

@@ -4,8 +4,12 @@ Device number i plays user i modulo the number of users, so that a fleet of any 
 asked for an update when that is added, however late: it starts from the version that the device was sent.
 """
 
+from collections.abc import Callable
+from itertools import count
+
 import numpy as np
 
+from shoal.data.batch import num_blocks
 from shoal.data.store import Examples, Population
 from shoal.fleet.configuration import round_seed
 from shoal.fleet.host import run_seed
@@ -38,18 +42,36 @@ class VirtualTraining:
                 "virtual fleet does not hold. Simulate it without --virtual, or leave the training out."
             )
         self._manifest, self._population = plan.manifest, population
-        self._users = [user for user, size in population.sizes().items() if size]
+        self._sizes = population.sizes()
+        self._users = [user for user, size in self._sizes.items() if size]
         self._store, self._run, self._seed = store, run_id, run_seed(seed)
         self._runner = JaxRunner(plan)
 
-    def update_of(self, device: int, version: int) -> tuple[Tensors, int]:
-        """The update of a device that started from a version, and its weight."""
-        user = self._users[device % len(self._users)]
+    def update_of(self, device: int, version: int, blocks: int = 1 << 30) -> tuple[Tensors, int]:
+        """The update of a device that started from a version, and its weight; after so many blocks it is interrupted."""
+        asked = count()
         update = train(
-            self._runner, self._manifest, self._hand_over(version), self._population[user], None,
-            seed=round_seed(self._seed, version), member=str(device),
+            self._runner, self._manifest, self._hand_over(version), self._population[self._user(device)], None,
+            seed=round_seed(self._seed, version), member=str(device), is_interrupted=lambda: next(asked) >= blocks,
         )  # fmt: skip
         return update.sums, update.weight
+
+    def blocks_of(self, device: int) -> int:
+        """Blocks that a device's training has."""
+        training = self._manifest.training
+        used = min(self._sizes[self._user(device)], training.max_examples // training.epochs)
+        return num_blocks(
+            used, training.batch_size, training.epochs, steps_per_block=training.steps_per_block,
+            drop_remainder=training.drop_remainder,
+        )  # fmt: skip
+
+    @property
+    def partial(self) -> Callable[[int], int] | None:
+        """`blocks_of` where the plan takes the work of devices that are interrupted: what a virtual fleet is given."""
+        return self.blocks_of if self._manifest.takes_partial else None
+
+    def _user(self, device: int) -> str:
+        return self._users[device % len(self._users)]
 
     def evaluate(self, version: int, examples: Examples) -> dict[str, float]:
         """The task's metrics of a version."""

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from shoal.data.store import Examples
-from shoal.fixed import SumSpec
+from shoal.fixed import STEPS, SumSpec
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.host import Host, begin_run
@@ -57,9 +57,12 @@ def plan(
     *,
     dtype: str = "float32",
     rule: ServerRule | None = None,
+    partial: bool = False,
 ) -> Plan:
     model = tuple(TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
     deltas = tuple(TensorSpec(name=f"delta/{spec.name}", shape=spec.shape, dtype="float32") for spec in model)
+    if partial:
+        deltas = (*deltas, TensorSpec(name=STEPS, shape=(), dtype="float32"))
     half = ServerHalf(rounds=policy, rule=rule or ServerRule(), about=About())
     batch = (TensorSpec(name="x", shape=(), dtype="float32"),)
     programs = _programs(model, deltas)
@@ -117,6 +120,7 @@ class ToyRunner:
         self.manifest = plan.manifest
         self.models: dict[str, Tensors] = {}
         self.values: list[float] = []
+        self.steps = 0
 
     def compile(self) -> float:
         return 0.0
@@ -128,14 +132,17 @@ class ToyRunner:
         return root in self.models
 
     def begin(self, root: str, device_state: Tensors) -> None:
-        self.values = []
+        self.values, self.steps = [], 0
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
         self.values += batches["x"][mask].tolist()
+        self.steps += 1
 
     def finish(self) -> Update:
         mean = float(np.mean(self.values))
         sums = {s.name: np.full(s.shape, mean, s.numpy_dtype) for s in self.manifest.update}
+        if STEPS in sums:
+            sums[STEPS] = np.array(self.steps, np.float32)
         return Update(sums, len(self.values), {}, {"compute": 0.0})
 
     def evaluate(self, root: str, batch: Tensors, mask: np.ndarray) -> Tensors:
@@ -163,11 +170,12 @@ def device(
     host: DeviceHost | None = None,
     runner: Any = ToyRunner,
     stays: bool = True,
+    num: int = 3,
 ) -> Device:
-    """A device whose update is `value` in every element, of weight 3."""
+    """A device whose update is `value` in every element, of weight `num`."""
     return Device(
         name,
-        lambda: examples(value),
+        lambda: examples(value, num),
         link=link,
         host=host or device_host(runner),
         rng=np.random.default_rng(0),

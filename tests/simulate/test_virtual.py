@@ -82,6 +82,18 @@ def test_what_a_fleet_does_without_is_seen() -> None:
     assert not_told.tally.seconds["unused"] > 0.0, "they train to the end, for nothing"
 
 
+def test_interrupted_devices_report_the_blocks_they_did() -> None:
+    short = VirtualPopulation(devices=3_000, window_hours=1.0, daily_swing=1.0, drop_out=0.2, interrupted=1.0)
+    dropped = {}
+    for name, blocks_of in {"drop": None, "partial": lambda device: 10}.items():
+        fleet = virtual_fleet(short, PAPER, blocks_of=blocks_of)
+        fleet.run(until_s=1200.0)
+        seconds = fleet.tally.seconds
+        dropped[name] = seconds["dropped"] / sum(seconds[fate] for fate in ("used", "aborted", "unused", "dropped"))
+    assert dropped["drop"] > 0.1
+    assert dropped["partial"] < 0.01, "only those that had not done a block"
+
+
 def test_the_population_of_the_examples_is_one() -> None:
     path = Path(__file__).parents[2] / "examples" / "population.toml"
     assert VirtualPopulation.read(path).devices == 20_000
