@@ -26,19 +26,23 @@ from shoal.aggregate.sums import merge_saved, save_sums
 from shoal.clock import Clock
 from shoal.errors import ShoalError, StoreError, StoreUnavailable
 from shoal.fleet import round as r
+from shoal.fleet.analytics import Folding, Seen
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.costs import Costs
 from shoal.fleet.edge import Coordinator as HeardByEdge
 from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
-from shoal.record.store import CommitRow, FinalRow, GroupRow, MetricRow, RoundRow, Store, TokenRow, UsageRow
+from shoal.record.store import CommitRow, FinalRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
 from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
 
 RETRY_S: Final = (0.5, 30.0)
+EVENTS_KEPT: Final = 100
+"""Rounds whose events are kept."""
 
 T = TypeVar("T")
 
@@ -54,6 +58,10 @@ class Edge(Protocol):
     def stored(self) -> None: ...
     def committed(self, version: int) -> None: ...
     def failed(self, why: str) -> None: ...
+    def take_analytics(self) -> Seen:
+        """What was seen of devices since this was asked last."""
+        ...
+
     def finish(self, why: str) -> None: ...
 
 
@@ -87,11 +95,14 @@ class Coordinator:
         clock: Clock,
         rng: np.random.Generator,
         population: str = "default",
+        events_kept: int = EVENTS_KEPT,
         on_commit: Callable[[Commit], None] = lambda commit: None,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
         beside: Callable[[Coroutine[Any, Any, None]], Awaitable[None]] = asyncio.ensure_future,
     ) -> None:
-        """`in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
+        """`events_kept`: rounds whose events stay in the record, to be run again; 0: none.
+
+        `in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
         self._in_thread, self._beside = in_thread, beside
         self.store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
@@ -103,6 +114,13 @@ class Coordinator:
             nonce_of=lambda version, device: token_key.nonce(run, version, device),
             rng=rng,
         )
+        self._recorder = RoundRecorder(self._machine, is_on=events_kept > 0)
+        self._events_kept = events_kept
+        self._folding = Folding(self._policy.minimum_group)
+        self._analytics: dict[str, Any] = {}
+        """Of the round that is being closed."""
+        self._begun_s = 0.0
+        self._selected_s: float | None = None
         self._events: asyncio.Queue[r.Event] = asyncio.Queue()
         self.wake_s: float | None = None
         """When it wants to be woken, if nothing happens before."""
@@ -208,7 +226,7 @@ class Coordinator:
         """Steps the machine, then carries out its commands; what they answer is stepped at once, in order."""
         pending = [event]
         while pending:
-            for command in self._machine.step(pending.pop(0), self._clock.now_s()):
+            for command in self._recorder.step(pending.pop(0), self._clock.now_s()):
                 answer = await self._carry_out(command)
                 if answer is not None:
                     pending.append(answer)
@@ -218,6 +236,8 @@ class Coordinator:
             case r.OpenRound(round, base_version):
                 self._open(round, base_version)
             case r.Assign(devices):
+                if self._selected_s is None and self._machine.snapshot().phase is r.Phase.REPORTING:
+                    self._selected_s = self._clock.now_s()
                 for device in devices:
                     self._assign(device)
             case r.StoreGroup():
@@ -227,7 +247,8 @@ class Coordinator:
             case r.AbandonRound(round, reason):
                 log.warning("round %d abandoned: %s", round, reason)
                 await self._until_journaled()
-                await self._abandon(self._round_row(round), reason)
+                self._look_back()
+                await self._abandon(self._round_row(round), reason, self._log(round))
                 return r.Abandoned()
             case r.Finish():
                 assert self._head is not None
@@ -241,6 +262,7 @@ class Coordinator:
     def _open(self, round: int, base_version: int) -> None:
         assert self._head is not None and self._head.version == base_version
         self._opened_s = self._clock.wall_s()
+        self._begun_s, self._selected_s, self._analytics = self._clock.now_s(), None, {}
         self._configuration = configure(self._manifest, run_seed=self._run_seed, round=round, base_version=base_version)
         self._signed_configuration = hashlib.sha256(
             self._configuration.to_proto().SerializeToString(deterministic=True)
@@ -314,6 +336,7 @@ class Coordinator:
         except StoreError as error:  # an addition broke off: the sum is of no use
             return self._failed(error)
         await self._until_journaled()
+        self._look_back()
         try:
             commit = await self._durably(lambda: self._write_commit(groups, round, reason))
         except StoreError:
@@ -387,6 +410,7 @@ class Coordinator:
             ],
             usage=usage,
             final=final if final is not None and final.version else None,
+            log=self._log(round),
         )
         if any(row.sums_root for row in rows):
             self.store.forget_sums(self._run, before_version=row.version - self._policy.max_staleness)
@@ -452,11 +476,30 @@ class Coordinator:
             counted=snapshot.counted,
             released=snapshot.released,
             configuration=self._configuration.to_json(),
+            analytics=self._analytics,
         )
 
-    async def _abandon(self, row: RoundRow, reason: str) -> None:
+    def _look_back(self) -> None:
+        """What was seen of the round's devices, and where its time went; once, also where its commit fails."""
+        if not self._analytics:
+            now_s = self._clock.now_s()
+            selected_s = now_s if self._selected_s is None else self._selected_s
+            seconds = {"selecting": selected_s - self._begun_s, "reporting": now_s - selected_s}
+            self._analytics = self._folding.fold(self._edge.take_analytics()) | {"seconds": seconds}
+
+    def _log(self, round: int) -> RoundLog | None:
+        """What the round's machine was told."""
+        if not self._events_kept:
+            return None
+        try:
+            return RoundLog(round=round, data=self._recorder.data(), kept=self._events_kept)
+        except Exception:  # our bug; it costs the log and nothing else
+            log.exception("the events of round %d could not be kept", round)
+            return None
+
+    async def _abandon(self, row: RoundRow, reason: str, events: RoundLog | None = None) -> None:
         closed = replace(row, state="abandoned", closed_s=self._clock.wall_s(), reason=reason)
         try:
-            await self._in_thread(lambda: self.store.close_round(self._run, closed))
+            await self._in_thread(lambda: self.store.close_round(self._run, closed, log=events))
         except StoreError as error:  # the journal of a round that gave nothing is not worth the run
             log.error("round %d could not be closed in the record: %s", row.number, error)

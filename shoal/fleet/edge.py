@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from shoal.clock import Clock
 from shoal.errors import NetworkError, PlanError, ProtocolError, StoreError
 from shoal.fleet import group as g
+from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.offer import Offer
@@ -86,6 +87,7 @@ class Edge:
             plan.manifest, run=run, token_key=token_key, clock=clock, limits=limits or Limits(),
             token_row=self._token_row, tell=self._tell, again=self._again,
         )  # fmt: skip
+        self._seen = self._updates.sums.analytics
         self._sessions: dict[str, Session] = {}
         self._num_sessions = 0
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
@@ -102,6 +104,10 @@ class Edge:
         """Whom to tell of arrivals and members. Called once, before the first session."""
         self._coordinator = coordinator
         self._updates.sums.connect(coordinator)
+
+    def take_analytics(self) -> Seen:
+        """What was seen of devices since this was asked last."""
+        return self._seen.take()
 
     def statistics(self) -> Statistics:
         return Statistics(
@@ -139,6 +145,8 @@ class Edge:
         if session is None or self._updates.configuration is None:
             return False
         self._updates.assigned(token, assignment, session)
+        now_s = self._clock.now_s()
+        self._seen.assigned(assignment.nonce, now_s, waited_s=now_s - session.waiting_since_s)
         self._nonces[device] = assignment.nonce
         self._stop_waiting(session)
         message = pb.FromEdge(assigned=self._assigned)
@@ -215,11 +223,14 @@ class Edge:
                     )
                 await self._handle(session, message)
         except ProtocolError as error:
+            self._seen.error("protocol", self._clock.now_s())
             session.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
         except (NetworkError, StoreError) as error:
+            self._seen.error("server busy", self._clock.now_s())
             log.warning("a device is told to come later: %s", error)
             session.send(pb.FromEdge(later=_busy(str(error))))
         except Exception:  # our bug; it ends this session and nothing else
+            self._seen.error("server failed", self._clock.now_s())
             log.exception("a message of a device could not be handled")
             session.send(pb.FromEdge(later=_busy("the server has failed at this message; it was logged there")))
         finally:
@@ -240,6 +251,7 @@ class Edge:
 
     def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
         self._check_ins += 1
+        self._seen.count("check_ins")
         device = check_in.device_id
         if not 0 < len(device.encode()) <= MAX_DEVICE_ID_BYTES:
             raise ProtocolError(f"Expected a device id of 1 to {MAX_DEVICE_ID_BYTES} bytes.")
@@ -251,6 +263,7 @@ class Edge:
         try:
             self._manifest.pick(_runtime(check_in.runtime))
         except PlanError as error:
+            self._seen.error("incompatible runtime", self._clock.now_s())
             return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=str(error))))
         if device not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
             return session.send(pb.FromEdge(later=_busy("full")))
@@ -269,6 +282,7 @@ class Edge:
         session.stays = check_in.stay
         self._pace.arrived(1, self._clock.now_s())
         if not session.stays and not session.waiting and self._num_waiting >= self._pace.pool:
+            self._seen.count("told_later")
             low, high = self._again()
             later = pb.Later(delay_min_s=low, delay_max_s=high, why="enough devices wait for now")
             return session.send(pb.FromEdge(later=later))
@@ -282,6 +296,7 @@ class Edge:
         self._told().left(device)
         nonce = self._nonces.get(device)
         if nonce is not None and self._updates.state(nonce) is g.Member.JOINED:
+            self._seen.away(nonce, self._clock.now_s())
             self._told().away(nonce)
 
     def _forget_lost_work(self, device: str) -> None:
@@ -293,13 +308,14 @@ class Edge:
 
     def _wait(self, session: Session) -> None:
         if not session.waiting:  # one who asks again before the answer waits no less
-            session.waiting = True
+            session.waiting, session.waiting_since_s = True, self._clock.now_s()
             self._num_waiting += 1
             self._told().arrived(session.device)
 
     def _gave_up(self, message: pb.GaveUp) -> None:
         nonce = self._updates.read_token(message.token).nonce
         log.info("a device gave up in %s: %s", message.stage[:40], message.why[:200])
+        self._seen.gave_up(nonce, message.stage, self._clock.now_s())
         self._updates.gave_up(nonce, message.why)
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:

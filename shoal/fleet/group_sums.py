@@ -13,6 +13,7 @@ import numpy as np
 from shoal.aggregate.accumulator import Accumulator
 from shoal.errors import StoreError
 from shoal.fleet import group as g
+from shoal.fleet.analytics import Analytics
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -65,7 +66,10 @@ class GroupSums:
         self.groups = g.ClearGroups(policy, most=policy.max_members)
         self.num_counted = 0
         """Updates added since it began."""
+        self.analytics = Analytics()
+        """What is seen of members; whoever speaks with them adds what the machine does not hear of."""
         self._manifest, self._keeper, self._now_s = manifest, keeper, now_s
+        self._patches = policy.late.kind == "patch"
         self._round: Round | None = None
         self.configuration: Configuration | None = None
         """Of the round that is open, or was last; set before the machine hears of it."""
@@ -80,6 +84,10 @@ class GroupSums:
 
     def step(self, event: g.Event) -> None:
         """Steps the machine, then carries out its commands; what they answer is stepped at once, in order."""
+        if isinstance(event, g.Open):
+            self.analytics.round_began(self._now_s())
+        elif isinstance(event, g.Offered):
+            self.analytics.whole(event.nonce, self._now_s())
         pending = [event]
         while pending:
             for command in self.groups.step(pending.pop(0), self._now_s()):
@@ -97,18 +105,26 @@ class GroupSums:
                 return self._keeper.add(nonce, group, discount)
             case g.Merge(source, target):
                 self._merge(source, target)
-            case g.Tell():
+            case g.Tell(nonce, outcome):
+                self.analytics.told(nonce, outcome, command.reason, self._now_s())
                 self._keeper.tell(command)
             case g.JoinRound(nonce, version):
+                self.analytics.joined(nonce)
                 self._round.joined(nonce, version)
             case g.CountMember(nonce, staleness):
                 assert self.configuration is not None
                 self.num_counted += 1
+                self.analytics.count("counted")
+                if staleness:
+                    self.analytics.count("patched" if self._patches else "discounted")
                 self._round.counted(nonce, self.configuration.base_version, staleness)
             case g.ReleaseMember(nonce):
+                self.analytics.gone(nonce)
                 self._round.released(nonce)
             case g.Closed(groups):
                 self._closed = groups
+                for group in groups:
+                    self.analytics.closed(self.groups.members(group), self._now_s())
                 self._keeper.closed()
         return None
 

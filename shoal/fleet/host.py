@@ -15,7 +15,7 @@ import numpy as np
 from shoal.aggregate.commit import CallProgram, WeightedMean
 from shoal.clock import Clock, SystemClock
 from shoal.errors import StoreError
-from shoal.fleet.coordinator import Commit, Coordinator
+from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.edge import Edge
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
@@ -84,6 +84,7 @@ class Host:
         rng: np.random.Generator | None = None,
         limits: Limits | None = None,
         call_program: CallProgram | None = None,
+        events_kept: int = EVENTS_KEPT,
         on_commit: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
         """
@@ -96,6 +97,7 @@ class Host:
             rng: draws devices; None: seeded by the system.
             limits: of staged updates.
             call_program: runs the plan's server programs, where its rule is one.
+            events_kept: rounds whose events stay in the record, to be run again; 0: none.
             on_commit: told of each version once it is durable.
         """
         found = load_plan(store, run_id)
@@ -123,6 +125,7 @@ class Host:
             last_version=self.last_version,
             clock=clock,
             rng=rng or np.random.default_rng(),
+            events_kept=events_kept,
             on_commit=on_commit,
         )
         self._clock = clock

@@ -36,10 +36,10 @@ one; tokens that devices still hold join its first round as if it had assigned t
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Any, Final, Self
 
 import numpy as np
 
@@ -50,6 +50,7 @@ from shoal.policy import RoundPolicy
 OVERHEAD_S: Final = 1.0
 """What a round is taken to cost besides waiting for reports, before one has been measured."""
 SHORTEST_S: Final = 1e-3
+_NOT_SAVED: Final = frozenset({"policy", "_nonce_of", "_rng", "_story"})
 
 
 class Phase(Enum):
@@ -296,6 +297,31 @@ class RoundMachine:
             selected=self._selected,
             released=self._released,
         )
+
+    def saved(self) -> dict[str, Any]:
+        """All that `step` goes by but the policy and what nonces are: a copy, by attribute; and the generator's state."""
+        kept = {name: value for name, value in vars(self).items() if name not in _NOT_SAVED}
+        return {name: value.copy() if hasattr(value, "copy") else value for name, value in kept.items()} | {
+            "rng": self._rng.bit_generator.state
+        }
+
+    @classmethod
+    def restored(
+        cls,
+        policy: RoundPolicy,
+        saved: Mapping[str, Any],
+        *,
+        nonce_of: Callable[[int, str], bytes],
+        rng: np.random.Generator,
+    ) -> Self:
+        """A machine that goes on as the one that was `saved`; `rng` is one of its kind, and takes its state."""
+        made = cls(policy, last_version=0, nonce_of=nonce_of, rng=rng)
+        kept = made.saved().keys()
+        if kept != saved.keys():
+            raise ValueError(f"Expected the state of a round machine ({', '.join(sorted(kept))}), got {sorted(saved)}.")
+        rng.bit_generator.state = saved["rng"]
+        vars(made).update({name: value for name, value in saved.items() if name != "rng"})
+        return made
 
     def step(self, event: Event, now_s: float) -> list[Command]:
         """Advances by one event. Raises InvalidTransition, with the story, for one that the state does not allow."""

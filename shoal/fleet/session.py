@@ -16,6 +16,8 @@ class Session:
         """Its id; empty before it has checked in."""
         self.waiting = False
         """It has checked in, and is to be assigned."""
+        self.waiting_since_s = 0.0
+        """When it began to."""
         self.stays = False
         """When it is through with an assignment it waits for the next."""
         self._outgoing: asyncio.Queue[pb.FromEdge | None] = asyncio.Queue(MAX_OUTGOING)

@@ -188,6 +188,8 @@ class Updates:
         if held is not None:
             held.session = session or held.session
         elif session is not None:
+            if row is None:
+                self.sums.analytics.count("refused_late")
             session.send(_answer(row, token, self._again()))
         return held, nonce
 
@@ -227,6 +229,7 @@ class Updates:
             if self.state(nonce) is not g.Member.JOINED:
                 return  # reported before, and told when the round ends; or the round has ended, and it was told
             try:
+                self.sums.analytics.sending(nonce, self._clock.now_s())
                 update = self._update(held, report.root)
                 for part in report.slices:
                     await self._write(held, update, part.tensor, part.offset, part.data)
@@ -287,6 +290,7 @@ class Updates:
             if self.state(nonce) is not g.Member.JOINED:
                 return False
             try:
+                self.sums.analytics.sending(nonce, self._clock.now_s())
                 await self._write(held, self._update(held, root), name, part.offset, part.data)
             except (ProtocolError, UpdateRefused) as error:
                 self._refuse(nonce, error)

@@ -10,9 +10,10 @@ a fifth, older rounds fading. A device that was still out when its round closed 
 and no more (Kaplan and Meier 1958); so devices that drop out, and those that we let go, need no telling apart.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import exp, log
-from typing import Final
+from typing import Any, Final
 
 SMALLEST_S: Final = 1e-3
 GROWTH: Final = 1.2
@@ -49,6 +50,17 @@ class ReportTimes:
                 counts[number] *= FADE
                 if counts[number] < NOTHING:
                     del counts[number]
+
+    def copy(self) -> "ReportTimes":
+        return ReportTimes(dict(self._reported), dict(self._still_out))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"reported": sorted(self._reported.items()), "still_out": sorted(self._still_out.items())}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "ReportTimes":
+        """Raises KeyError, TypeError or ValueError for what `to_json` would not have written."""
+        return cls(*({int(number): float(count) for number, count in data[part]} for part in ("reported", "still_out")))
 
     @property
     def known(self) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 
 from shoal.aggregate.commit import WeightedMean
 from shoal.fleet import group as g
+from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.group_sums import GroupResult, GroupSums
@@ -146,6 +147,7 @@ class VirtualFleet:
         self._update_of, self._steers, self._aborts, self._hears_losses = update_of, steers, aborts, hears_losses
         self._policy = manifest.server.rounds
         self.sums = GroupSums(manifest, self, clock.now_s)
+        self._seen = self.sums.analytics
         self._work: dict[bytes, _Work] = {}
         self.finished = False
         self.tally = Tally()
@@ -153,7 +155,7 @@ class VirtualFleet:
         self._begun = False
         takes = self._policy.most_at_once
         self.pace = Pace(devices_a_round=takes, now_s=0.0, most_s=most_delay_s)
-        self._waiting: set[int] = set()
+        self._waiting: dict[int, float] = {}  # device -> since when
         self._rng = np.random.default_rng(population.seed)
         self._draw_devices(model_bytes, update_bytes)
         self._soon: list[tuple[float, int, Callable[[], None]]] = []
@@ -225,14 +227,16 @@ class VirtualFleet:
         devices = np.concatenate(self._due.pop(second))
         slot = second - second % SLOT_S
         self.tally.check_ins[slot] = self.tally.check_ins.get(slot, 0) + len(devices)
+        self._seen.count("check_ins", len(devices))
         self.pace.arrived(len(devices), self.clock.time_s)
         room = max(0, self.pace.pool - len(self._waiting))
         if len(devices) > room:
             devices = self._rng.permutation(devices)
             self.tally.told_later += len(devices) - room
+            self._seen.count("told_later", len(devices) - room)
             self._come_again(devices[room:])
         taken = [int(device) for device in devices[:room]]
-        self._waiting.update(taken)
+        self._waiting.update(dict.fromkeys(taken, self.clock.time_s))
         if taken:
             self.coordinator.arrived(*map(str, taken))
 
@@ -249,7 +253,7 @@ class VirtualFleet:
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         number, now_s = int(device), self.clock.time_s
-        self._waiting.discard(number)
+        since_s = self._waiting.pop(number, now_s)
         if now_s >= self._ends_s[number]:
             self._come_again(np.array([number]))
             return False  # its window closed while it waited
@@ -260,6 +264,7 @@ class VirtualFleet:
         self.tally.assigned += 1
         self.tally.seconds["bytes_down"] += self._bytes[0]
         self.sums.step(g.Joined(nonce, assignment.base_version))
+        self._seen.assigned(nonce, now_s, waited_s=now_s - since_s)
         reports_s = begins_s + trains_s + self._up_s[number]
         if self._rng.random() < population.drop_out:
             lost_s = now_s + self._rng.random() * (reports_s - now_s)
@@ -274,6 +279,9 @@ class VirtualFleet:
     async def close_groups(self, *, final: bool = True) -> list[GroupResult]:
         self.sums.step(g.Close(final))
         return self.sums.take_closed(lambda nonce: self.clock.wall_s() + DAY_S)
+
+    def take_analytics(self) -> Seen:
+        return self._seen.take()
 
     def stored(self) -> None:
         self.sums.step(g.Stored())
@@ -297,6 +305,9 @@ class VirtualFleet:
         """The device is lost, and its stream breaks."""
         if self._work.pop(nonce, None) is not work:
             return
+        if self.clock.time_s >= work.begins_s:
+            self._seen.training(nonce)
+        self._seen.away(nonce, self.clock.time_s)
         if self._hears_losses:
             self.coordinator.away(nonce)
         self.tally.seconds["dropped"] += self._trained_s(work)
@@ -319,6 +330,7 @@ class VirtualFleet:
             return
         work.reported = True
         self.tally.seconds["bytes_up"] += self._bytes[1]
+        self._seen.sending(nonce, self.clock.time_s - float(self._up_s[work.device]))
         if self.sums.groups.state(nonce) is None and self.sums.groups.takes(work.version):
             self.sums.step(g.Joined(nonce, work.version))
         self.sums.step(g.Offered(nonce))

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 
+from shoal.fleet.round_log import replay
 from shoal.policy import Late, RoundPolicy
 from tests.fleet import toy
-from tests.fleet.world import Faults, World
+from tests.fleet.world import RUN, Faults, World
 
 EXACT = toy.exact("0", "1", "2", selection_window_s=20.0, reporting_window_s=30.0)
 UNIFORM = RoundPolicy(
@@ -50,9 +51,21 @@ def history(name: str, seed: int, faults: Faults) -> World:
     world = World(seed, plan(name), rounds=rounds(name), num_devices=devices, faults=faults)  # type: ignore[arg-type]
     world.run()
     world.check(POLICIES[name])
+    if seed % 5 == 0:
+        check_logs(world)
     if name == "exact":
         assert world.final == undisturbed(), "the same bits"
     return world
+
+
+def check_logs(world: World) -> None:
+    """Every round that a machine closed can be run again, and closes as it did."""
+    for row in world.store.rounds(RUN):
+        log = world.store.round_log(RUN, row.number)
+        assert (log is None) == (row.reason in ("", "the host stopped")), row
+        if log is not None:
+            close = replay(log).close
+            assert close is not None and (close.round, close.reason) == (row.number, row.reason)
 
 
 @functools.cache

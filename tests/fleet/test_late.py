@@ -14,6 +14,7 @@ from shoal.aggregate.commit import WeightedMean
 from shoal.aggregate.sums import save_sums
 from shoal.clock import SystemClock
 from shoal.errors import StoreUnavailable
+from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.costs import Costs
@@ -67,6 +68,9 @@ class ScriptedEdge:
 
     def assign(self, *_: object) -> bool:
         return False
+
+    def take_analytics(self) -> Seen:
+        return Seen()
 
     def stored(self) -> None: ...
     def committed(self, version: int) -> None: ...

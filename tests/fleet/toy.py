@@ -215,13 +215,13 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    made: Plan, *, rounds: int = 1, store: Store | None = None, limits: Limits | None = None
+    made: Plan, *, rounds: int = 1, store: Store | None = None, limits: Limits | None = None, events_kept: int = 100
 ) -> AsyncIterator[Fleet]:
     """A running host in this process; `tasks[0]` ends with its last version."""
     store = store or MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
     run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0)
-    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0))
+    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0), events_kept=events_kept)
     running = Fleet(store, host)
     running.tasks.append(asyncio.create_task(host.run()))
     try:

@@ -19,6 +19,7 @@ import numpy as np
 
 from shoal.aggregate.commit import WeightedMean
 from shoal.fleet import group as g
+from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.group_sums import GroupResult, GroupSums
@@ -172,6 +173,9 @@ class TinyEdge:
         while not self.is_closed:
             await Pause()
         return self.sums.take_closed(lambda nonce: 1e9)
+
+    def take_analytics(self) -> Seen:
+        return self.sums.analytics.take()
 
     def stored(self) -> None:
         self.do(g.Stored())
