@@ -5,6 +5,10 @@ would be the first to be forgotten is not taken in (bypass).
 Ideal packing: with Belady's cache, each query reads its misses in blocks that hold nothing else: ceil(misses / vectors
 a block). No layout has such blocks for all queries at once. It is no bound for a cache that prefetches across
 queries, only a mark; what is asked for the first time costs a read even here.
+Foreseen: a made-up table has more to tell than its trace. A placement learnt from many *futures* (`generator.futures`: the
+same users, histories, communities and drift, other draws) knows all that can be learnt of the test, and Belady's cache
+before it knows the rest. What that reads (`reads_behind`) is out of reach of whoever learns from the trace, as far as
+our partitioner can show it; Belady's cache has fewest misses, not fewest reads, so it is a mark again and no proof.
 """
 
 import heapq
@@ -12,6 +16,8 @@ import heapq
 import numpy as np
 
 from shoal.embed._compiled import compiled
+from shoal.embed.choose import Copies, choose_blocks, copies_of
+from shoal.embed.layout import Layout
 from shoal.embed.trace import Trace
 
 
@@ -24,6 +30,21 @@ def ideal_reads(trace: Trace, is_miss: np.ndarray, vectors_per_block: int) -> np
     """Block reads of each query, (queries,), if its misses were packed as tightly as can be."""
     missed = np.concatenate([[0], np.cumsum(is_miss)])[trace.indptr]
     return np.asarray(-(-np.diff(missed) // vectors_per_block))
+
+
+def reads_behind(trace: Trace, is_miss: np.ndarray, layout: Layout) -> np.ndarray:
+    """Block reads of each query, (queries,) int64, if a cache left just these lookups (lookups,) bool to the layout."""
+    missed = trace.only(is_miss)
+    reads = np.zeros(len(trace), np.int64)
+    _reads_behind(copies_of(layout), missed.indptr, missed.ids, reads)
+    return reads
+
+
+@compiled
+def _reads_behind(copies: Copies, indptr: np.ndarray, ids: np.ndarray, reads: np.ndarray) -> None:
+    for query in range(len(reads)):
+        mine = np.unique(ids[indptr[query] : indptr[query + 1]])
+        reads[query] = choose_blocks(copies, mine, len(mine), np.empty(len(mine), np.int64))
 
 
 @compiled

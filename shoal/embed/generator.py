@@ -12,7 +12,8 @@ lookups for each vector, not lookups, are kept, so that the share of compulsory 
 paper's data is known; what comes out is described by `describe`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Final
 
@@ -90,6 +91,8 @@ class Generated:
     """Ids in the order in which the rows came to be: neighbours have something in common."""
     community_order: np.ndarray
     """(rows,) the rows community by community at the start, most asked for first: what an oracle would place."""
+    name_of: np.ndarray
+    """(rows,) the id of each row of the generator's own count."""
 
     def permuted(self) -> Trace:
         """The same trace with ids at random: the order says nothing."""
@@ -98,6 +101,26 @@ class Generated:
 
 def generate(kind: TableKind) -> Generated:
     """Makes a table's trace. The same kind gives the same trace."""
+    return next(_worlds(kind, kind.epochs, 0))
+
+
+def futures(kind: TableKind, from_epoch: int, number: int) -> Iterator[Trace]:
+    """What might have happened from an epoch on: users, communities and drift are those of `generate(kind)`, the draws are others.
+
+    A placement learnt from many of these knows all that can be known of the true trace beforehand: `bounds.py` says for what.
+
+    Yields:
+        `number` traces of epochs `from_epoch` to the last; ids are named as in `generate(kind).trace`.
+    """
+    validate.between(0, kind.epochs - 1, from_epoch=from_epoch)
+    worlds = _worlds(kind, from_epoch, number)
+    next(worlds)
+    for world in worlds:
+        yield world.trace
+
+
+def _worlds(kind: TableKind, from_epoch: int, number: int) -> Iterator[Generated]:
+    """The true trace, then `number` others that part from it at an epoch."""
     rng = np.random.default_rng(kind.seed)
     members, starts = _communities(kind.rows, rng)
     popularity = _shares(len(starts) - 1, rng.uniform(0.9, 1.1), rng)
@@ -108,11 +131,41 @@ def generate(kind: TableKind) -> Generated:
     num_users = max(4, kind.num_queries // 20)
     users = _users(num_users, popularity, rng)
     head = rng.permutation(kind.rows)[: max(1, kind.rows // 200)]
-    head_until = np.cumsum(np.arange(1, len(head) + 1) ** -1.05)
-    exponent = 1 / (1 - rng.uniform(0.6, 0.8))
+    world = _World(kind, starts, popularity, users, head, exponent=1 / (1 - rng.uniform(0.6, 0.8)))
     history = np.full((num_users, HISTORY), -1, np.int32), np.zeros(num_users, np.int64)
-    ids, indptr = [], [np.zeros(1, np.int64)]
+    parts, known = list[tuple[np.ndarray, np.ndarray]](), [members]
+    at_parting = history
     for epoch in range(kind.epochs):
+        if epoch == from_epoch:
+            at_parting = history[0].copy(), history[1].copy()
+        parts.append(world.epoch(rng, epoch, members, history))
+        members = _drifted(members, starts, kind, newborn, epoch, rng)
+        known.append(members)
+    true = _in_creation_order(kind, _trace_of(parts, kind.rows), first_members, starts, rng)
+    yield true
+    for future in range(number):
+        rng = np.random.default_rng([kind.seed, future])
+        history = at_parting[0].copy(), at_parting[1].copy()
+        parts = [world.epoch(rng, epoch, known[epoch], history) for epoch in range(from_epoch, kind.epochs)]
+        yield replace(true, trace=_trace_of(parts, kind.rows).renamed(true.name_of))
+
+
+@dataclass(frozen=True)
+class _World:
+    """What stays as it is while queries are drawn."""
+
+    kind: TableKind
+    starts: np.ndarray
+    popularity: np.ndarray
+    users: tuple[np.ndarray, np.ndarray]
+    head: np.ndarray
+    exponent: float
+
+    def epoch(
+        self, rng: np.random.Generator, epoch: int, members: np.ndarray, history: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The sizes of an epoch's queries and their ids; the histories of users go on."""
+        kind = self.kind
         num = kind.num_queries // kind.epochs
         sizes = (
             1 + rng.negative_binomial(2, 2 / (2 + kind.mean_bag - 1), num)
@@ -121,22 +174,24 @@ def generate(kind: TableKind) -> Generated:
         )
         sizes = np.minimum(sizes, kind.rows // 2).astype(np.int64)
         flash = np.array(
-            [num // 2, num // 2 + num // 100, rng.integers(len(popularity))]
+            [num // 2, num // 2 + num // 100, rng.integers(len(self.popularity))]
             if epoch == kind.epochs // 2
             else [-1, -1, 0]
         )
-        share = min(0.5, 50 * float(popularity[flash[2]]))
-        who = np.searchsorted(_until(num_users, 0.7), rng.random(num)).astype(np.int64)
+        share = min(0.5, 50 * float(self.popularity[flash[2]]))
+        who = np.searchsorted(_until(len(history[1]), 0.7), rng.random(num)).astype(np.int64)
+        head_until = np.cumsum(np.arange(1, len(self.head) + 1) ** -1.05)
         made = np.empty(sizes.sum(), np.int64)
         length = _epoch(
-            rng, sizes, who, users[0], users[1], members, starts, exponent, head, head_until / head_until[-1],
+            rng, sizes, who, *self.users, members, self.starts, self.exponent, self.head, head_until / head_until[-1],
             *history, np.array([kind.from_history, kind.from_head, kind.cold, share]), flash, kind.rows, made,
         )  # fmt: skip
-        ids.append(made[: length.sum()])
-        indptr.append(indptr[-1][-1] + np.cumsum(length))
-        members = _drifted(members, starts, kind, newborn, epoch, rng)
-    trace = Trace(np.concatenate(indptr), np.concatenate(ids), kind.rows)
-    return _in_creation_order(kind, trace, first_members, starts, rng)
+        return length, made[: length.sum()]
+
+
+def _trace_of(parts: Sequence[tuple[np.ndarray, np.ndarray]], rows: int) -> Trace:
+    lengths = np.concatenate([length for length, _ in parts])
+    return Trace(np.concatenate([[0], np.cumsum(lengths)]), np.concatenate([ids for _, ids in parts]), rows)
 
 
 def _communities(rows: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +252,7 @@ def _in_creation_order(
     name_of = np.empty(kind.rows, np.int64)
     name_of[np.argsort(born, kind="stable")] = np.arange(kind.rows)
     _, first = np.unique(members, return_index=True)
-    return Generated(kind, trace.renamed(name_of), name_of[members[np.sort(first)]])
+    return Generated(kind, trace.renamed(name_of), name_of[members[np.sort(first)]], name_of)
 
 
 @compiled

@@ -19,7 +19,6 @@ from shoal import validate
 from shoal.embed.cache import Cache
 from shoal.embed.layout import Layout
 from shoal.embed.placement import depth_above
-from shoal.embed.replicate import kept
 from shoal.embed.simulate import replay
 from shoal.embed.trace import Trace
 
@@ -87,7 +86,7 @@ def sample_blocks(trace: Trace, layout: Layout, rate: float, *, seed: int = 0) -
     if not is_kept.any():
         is_kept[np.argmax(heat)] = True
     share = float(is_kept.mean())
-    return Sample(share, 1 / share, kept(trace, is_kept[layout.block_of[trace.ids]]))
+    return Sample(share, 1 / share, trace.only(is_kept[layout.block_of[trace.ids]]))
 
 
 def rate_for(capacity: int, num_blocks: int, *, entries: int = 300, blocks: int = 500) -> float:

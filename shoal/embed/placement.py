@@ -72,14 +72,9 @@ def place(
 
 def _placed(trace: Trace, missed: Trace, vectors_per_block: int, plan: Plan, number: int, threads: int) -> Layout:
     """The misses placed, with the whole queries at a small weight."""
-    both = Trace(
-        np.concatenate([missed.indptr, missed.indptr[-1] + trace.indptr[1:]]),
-        np.concatenate([missed.ids, trace.ids]),
-        trace.num_rows,
-    )
     weights = np.repeat([1.0, plan.queries_weight], len(trace))
     settings = replace(plan.partition, seed=plan.partition.seed + number + 1)
-    order = partition(both, vectors_per_block, settings, weights=weights, threads=threads)
+    order = partition(Trace.joined([missed, trace]), vectors_per_block, settings, weights=weights, threads=threads)
     return Layout.from_order(order, vectors_per_block)
 
 

@@ -45,7 +45,7 @@ def replicate_residual(
             break
         is_chosen = np.zeros(layout.num_rows, bool)
         is_chosen[chosen] = True
-        order = partition(kept(alone, is_chosen[alone.ids]), size, replace(settings, seed=settings.seed + number + 1))
+        order = partition(alone.only(is_chosen[alone.ids]), size, replace(settings, seed=settings.seed + number + 1))
         layout = with_blocks(layout, order[is_chosen[order]].reshape(-1, size))
     return layout
 
@@ -73,17 +73,11 @@ def with_blocks(layout: Layout, blocks: np.ndarray) -> Layout:
     return Layout.from_blocks(ids, layout.num_rows, homes=layout.block_of)
 
 
-def kept(trace: Trace, is_kept: np.ndarray) -> Trace:
-    """The trace with only some of its lookups, (lookups,) bool; empty queries stay."""
-    until = np.concatenate([[0], np.cumsum(is_kept)])
-    return Trace(until[trace.indptr], trace.ids[is_kept], trace.num_rows)
-
-
 def lonely(layout: Layout, missed: Trace) -> Trace:
     """Of each query's misses, those that no other of its misses shares a chosen block with."""
     is_alone = np.zeros(missed.num_lookups, np.bool_)
     _lonely(copies_of(layout), missed.indptr, missed.ids, is_alone)
-    return kept(missed, is_alone)
+    return missed.only(is_alone)
 
 
 @compiled

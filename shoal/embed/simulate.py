@@ -156,5 +156,4 @@ def _prefetch(state: State, ids: np.ndarray, depth: int, last_query: np.ndarray,
 
 def misses(trace: Trace, replayed: Replay) -> Trace:
     """The trace of what was missed: each query's misses, empty queries kept."""
-    kept = np.concatenate([[0], np.cumsum(replayed.is_miss)])
-    return Trace(kept[trace.indptr], trace.ids[replayed.is_miss], trace.num_rows)
+    return trace.only(replayed.is_miss)

@@ -67,6 +67,19 @@ class Trace:
         with path.open("wb") as file:
             np.savez(file, indptr=self.indptr, ids=self.ids)
 
+    @classmethod
+    def joined(cls, traces: Sequence[Self]) -> Self:
+        """Traces of one table, one after another."""
+        ends = np.cumsum([0, *(trace.num_lookups for trace in traces)])
+        indptr = [trace.indptr[1:] + end for trace, end in zip(traces, ends[:-1], strict=True)]
+        ids = np.concatenate([trace.ids for trace in traces])
+        return cls(np.concatenate([np.zeros(1, np.int64), *indptr]), ids, max(trace.num_rows for trace in traces))
+
+    def only(self, is_kept: np.ndarray) -> Self:
+        """The same queries with only some of their lookups, (lookups,) bool; empty queries stay."""
+        until = np.concatenate([[0], np.cumsum(is_kept)])
+        return type(self)(until[self.indptr], self.ids[is_kept], self.num_rows)
+
     def slice(self, begin: int, end: int) -> Self:
         """Queries begin to end - 1."""
         bounds = self.indptr[begin : end + 1]

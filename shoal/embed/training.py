@@ -132,7 +132,7 @@ def learn(
     small = max(size, int(TYPICAL * record.rows))
     layout = place(train, size, lambda: Cache("s3-fifo", small, record.rows), plan).hot_first(heat)
     warm = train.slice(max(0, len(train) - 2 * len(tune)), len(train))
-    both = _joined(warm, tune)
+    both = Trace.joined([warm, tune])
     say(f"{record.name}: replaying {len(tune):,} queries at {len(SIZES)} sizes")
     points = [_best(table, part, both, len(warm), layout, heat, policies) for part in SIZES]
     points.append(Point(record.rows * table.codec.row_bytes, 0.0, record.policy, None))
@@ -146,11 +146,6 @@ def _seen_first(order: np.ndarray, train: Trace) -> np.ndarray:
     """Rows that were never asked for come last, in order of id: nothing is known of them but that."""
     seen = train.counts()[order] > 0
     return np.concatenate([order[seen], np.sort(order[~seen])])
-
-
-def _joined(first: Trace, second: Trace) -> Trace:
-    indptr = np.concatenate([first.indptr, first.indptr[-1] + second.indptr[1:]])
-    return Trace(indptr, np.concatenate([first.ids, second.ids]), first.num_rows)
 
 
 def _best(

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.embed import Layout, Trace
-from shoal.embed.bounds import belady, ideal_reads
+from shoal.embed.bounds import belady, ideal_reads, reads_behind
 from shoal.embed.cache import POLICIES, Cache
 from shoal.embed.simulate import replay
 
@@ -37,3 +37,10 @@ def test_it_misses_as_often_as_the_plain_one_and_no_policy_less(ids, capacity):
 def test_misses_are_packed():
     trace = Trace.of([[0, 1, 2], [0], [3, 4, 5, 6, 7]], 8)
     assert ideal_reads(trace, np.array([1, 1, 1, 0, 1, 1, 1, 1, 1], bool), 4).tolist() == [1, 0, 2]
+
+
+def test_reads_of_what_a_cache_leaves():
+    trace = Trace.of([[0, 1, 2], [0], [], [3, 4, 5, 6, 7]], 8)
+    layout = Layout.in_id_order(8, 4)
+    assert reads_behind(trace, np.ones(9, bool), layout).tolist() == [1, 1, 0, 2]
+    assert reads_behind(trace, np.array([1, 1, 1, 0, 0, 1, 1, 1, 1], bool), layout).tolist() == [1, 0, 0, 1]

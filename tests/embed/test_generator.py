@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from shoal.embed.generator import TableKind, describe, generate, patterns, tables
-from shoal.embed.partition import fanout
+from shoal.embed.generator import TableKind, describe, futures, generate, patterns, tables
+from shoal.embed.partition import fanout, partition
 
 KIND = TableKind(name="small", rows=1500, mean_bag=12, compulsory=0.05, cold=0.06, epochs=3, seed=1)
 
@@ -66,3 +66,25 @@ def test_bad_kinds_are_refused():
         TableKind(name="x", rows=10, mean_bag=0.5, compulsory=0.1, cold=0)
     with pytest.raises(ValueError, match="rows > 0"):
         TableKind(name="x", rows=0, mean_bag=2, compulsory=0.1, cold=0)
+
+
+def test_futures_share_the_world_but_not_the_draws():
+    kind = TableKind(name="t", rows=1500, mean_bag=20, compulsory=0.1, cold=0.05, seed=2)
+    true, (one, two) = generate(kind).trace, futures(kind, 3, 2)
+    begin = 3 * (kind.num_queries // kind.epochs)
+    past, ahead = true.slice(0, begin), true.slice(begin, len(true))
+    assert len(one) == len(two) == len(ahead)
+    assert not np.array_equal(one.ids, two.ids) and not np.array_equal(one.ids[:100], ahead.ids[:100])
+    order = partition(one, 32)
+    block_of = np.empty(1500, np.int64)
+    block_of[order] = np.arange(1500) // 32
+    # What is learnt from one future holds in another better than what is learnt from the past does, as users' histories go on.
+    learnt = np.empty(1500, np.int64)
+    learnt[partition(past.slice(0, len(past) // 2), 32)] = np.arange(1500) // 32
+    assert fanout(two, block_of) < fanout(two, learnt)
+
+
+def test_futures_start_inside_the_trace():
+    kind = TableKind(name="t", rows=200, mean_bag=5, compulsory=0.1, cold=0.05)
+    with pytest.raises(ValueError, match="from_epoch"):
+        next(futures(kind, 5, 1))

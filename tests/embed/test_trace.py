@@ -40,3 +40,10 @@ def test_bad_traces_are_refused():
         Trace(np.array([0, 2]), np.array([0]), 1)
     with pytest.raises(ValueError, match="from 0 to 1"):
         Trace(np.array([0, 1]), np.array([2]), 2)
+
+
+def test_joined_and_thinned():
+    first, second = Trace.of([[1, 2], []], 4), Trace.of([[3]], 6)
+    both = Trace.joined([first, second])
+    assert both.indptr.tolist() == [0, 2, 2, 3] and both.ids.tolist() == [1, 2, 3] and both.num_rows == 6
+    assert both.only(np.array([False, True, True])).indptr.tolist() == [0, 1, 1, 2]
