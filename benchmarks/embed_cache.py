@@ -139,12 +139,14 @@ def _hits(pairs: int) -> dict[str, float]:
         replica_ids=np.zeros(0, np.int32), replica_slots=np.zeros(0, np.int32), replica_valid=np.zeros(0, np.uint8),
     )  # fmt: skip
     out, entries, missed = np.empty((batch, words), np.uint32), np.empty(batch, np.int32), np.empty(batch, np.int64)
+    no_blocks = np.empty(0, np.int64)
     hit_s, bare_s = [], []
     for number in range(2 * pairs + 4):
         ids = rng.integers(0, capacity, batch)
         begun = time.perf_counter()
         if number % 2:
             assert kernel.probe_rows(held.state, view, ids, out, entries, missed) == (0, 0)
+            kernel.settle(held.state, view, ids, entries, PER_BLOCK, no_blocks)
             hit_s.append(time.perf_counter() - begun)
         else:
             np.take(view.cached, ids, axis=0, out=out)

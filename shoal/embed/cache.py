@@ -13,8 +13,7 @@ Policies:
         entry, 4 hashes, raises only its least counters, and is halved after 10 counts an entry. As in libCacheSim a
         vector is counted once more when it leaves the window, and the window takes what the main part has not.
 
-What comes with a block that was read for another vector is *prefetched*. Which of it is offered is the caller's matter
-(`prefetch.py`); where the state says *duel*, an offered vector enters only if its sketched frequency beats that of
+What comes with a block that was read for another vector is *prefetched*. Which of it is offered is the caller's matter; where the state says *duel*, an offered vector enters only if its sketched frequency beats that of
 the vector that would be evicted for it.
 
 Where the state says *read-aware*, the cache is told what a vector costs when it is missing, which is a read only if no
@@ -149,6 +148,16 @@ def _new_state(policy: int, capacity: int, duel: bool) -> State:
         mark=np.zeros(capacity, np.uint8),
         sketch=np.zeros(max(SKETCH_HASHES, SKETCH_PER_ENTRY * capacity) if has_sketch else 1, np.int8),
     )
+
+
+def prefetch_pays(prefetched: int, used: int, *, least: float = 0.05, fewest: int = 1000) -> bool:
+    """The break-even test that keeps prefetch on: whether enough of what entered unasked was asked for before it left.
+
+    A prefetched vector that is never asked for pushes out one that may have been. Below a share of `least` prefetch is
+    switched off; before `fewest` vectors entered nothing can be said. `miniature.py` compares whole settings beforehand; this is
+    for when a trace no longer tells.
+    """
+    return prefetched < fewest or used >= least * prefetched
 
 
 # The functions below are compiled. `state` is a State, ids and entries are integers.

@@ -36,7 +36,8 @@ def divide(curves: Mapping[str, Points], total_bytes: float) -> dict[str, float]
 
     Args:
         curves: block reads over bytes for each table, weighted alike (the same stretch of time).
-        total_bytes: at least the sum of the tables' smallest measured budgets.
+        total_bytes: at least the sum of the tables' smallest measured budgets; what is beyond the largest is spread
+            over the tables as the rest is.
 
     Raises:
         ValueError: Less than every table's smallest budget together; a curve without points.
@@ -55,7 +56,8 @@ def divide(curves: Mapping[str, Points], total_bytes: float) -> dict[str, float]
         taken = min(left, size)
         given[name] += taken
         left -= taken
-    return given
+    spread = left / max(1e-9, sum(given.values()))
+    return {name: size * (1 + spread) for name, size in given.items()}
 
 
 def reads_of(curves: Mapping[str, Points], given: Mapping[str, float]) -> float:
@@ -68,13 +70,13 @@ def reads_of(curves: Mapping[str, Points], given: Mapping[str, float]) -> float:
 
 
 def redivide(
-    curves: Mapping[str, Points], current: Mapping[str, float], *, least_gain: float = 0.03
+    curves: Mapping[str, Points], current: Mapping[str, float], *, total_bytes: float = 0.0, least_gain: float = 0.03
 ) -> dict[str, float]:
-    """The best division of the same bytes, or the current one where the best saves less than `least_gain` of the reads."""
+    """The best division of `total_bytes`, by default the same bytes, or the current one where the best saves less than `least_gain` of the reads."""
     validate.between(0, 1, least_gain=least_gain)
-    best = divide(curves, sum(current.values()))
+    best = divide(curves, total_bytes or sum(current.values()))
     before, after = reads_of(curves, current), reads_of(curves, best)
-    return best if after < (1 - least_gain) * before else dict(current)
+    return best if before - after > least_gain * before else dict(current)
 
 
 def _slope(a: tuple[float, float], b: tuple[float, float]) -> float:

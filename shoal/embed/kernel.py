@@ -1,7 +1,8 @@
 """The compiled half of a lookup: probe and copy, choose blocks, scatter what was read, admit it to the cache.
 
-One lookup is `probe_rows` (under the table's lock), and where rows are missing `plan_reads`, then for each round of a
-lane `reads.read_round` and `scatter` (without a lock), `admit_round` (under it). All run without the GIL.
+One lookup is `probe_rows` (under the table's lock), where rows are missing `plan_reads`, and `settle` tells the cache of the hits;
+then for each round of a lane `reads.read_round` and `scatter` (without a lock), `admit_round` (under it). All run without the
+GIL. The cache is told the same, in the same order, as in `simulate.replay`: so a replay foretells a store's reads.
 
 Where a row is (`View.where`): a slot of the block file; ABSENT where it was never written; below that, -2 - r for row r of
 the memory of hot rows.
@@ -15,7 +16,23 @@ import numpy as np
 
 from shoal.embed._compiled import compiled
 from shoal.embed._memory import copy, prefetch
-from shoal.embed.cache import CAPACITY, HAS_SKETCH, POLICY, S3_FIFO, State, _home, admit, probe, touch
+from shoal.embed.cache import (
+    CAPACITY,
+    HAS_SKETCH,
+    LISTS,
+    POLICY,
+    READ_AWARE,
+    S3_FIFO,
+    State,
+    _home,
+    admit,
+    is_worth,
+    probe,
+    spare,
+    touch,
+    was_prefetched,
+)  # fmt: skip
+from shoal.embed.choose import MOST_COPIES, cover
 from shoal.embed.reads import OK, Queue
 
 ABSENT: Final = -1
@@ -53,7 +70,7 @@ class View(NamedTuple):
 def probe_rows(
     state: State, view: View, ids: np.ndarray, out: np.ndarray, entries: np.ndarray, missed: np.ndarray
 ) -> tuple[int, int]:
-    """Copies the rows that are in memory: `ids` (n,) int64 -> `out` (n, W); `entries` (n,) int32 is scratch.
+    """Copies the rows that are in memory: `ids` (n,) int64 -> `out` (n, W); `entries` (n,) int32: their entries in the cache.
 
     Returns:
         How many are missing, their places in `missed`, and how many were in the memory of hot rows. The first is
@@ -63,11 +80,10 @@ def probe_rows(
     for i in range(len(ids)):
         if not 0 <= ids[i] < rows:
             return -1 - i, 0
-    # Pass by pass over a chunk: its probes wait for memory together, then its touches, then its copies.
+    # Pass by pass over a chunk: its probes wait for memory together, then its copies.
     for begin in range(0, len(ids), CHUNK):
         end = min(begin + CHUNK, len(ids))
         _probe_all(state, ids[begin:end], entries[begin:end])
-        touch_all(state, entries[begin:end])
         _copy_all(view.cached, entries[begin:end], out[begin:end])
     count, resident, words = 0, 0, out.shape[1]
     for i in range(len(ids)):
@@ -84,6 +100,56 @@ def probe_rows(
             missed[count] = i
             count += 1
     return count, resident
+
+
+@compiled
+def settle(
+    state: State, view: View, ids: np.ndarray, entries: np.ndarray, slots_per_block: int, blocks: np.ndarray
+) -> int:
+    """Tells the cache of the hits; to a read-aware one a hit counts for nothing where its block is read anyway.
+
+    Args:
+        entries: (n,) int32 as `probe_rows` left them: -1 where the cache had nothing.
+        blocks: (blocks,) int64 rising: what the lookup reads.
+
+    Returns:
+        How many hits are the first of a prefetched row.
+    """
+    used = 0
+    for i in range(len(entries)):
+        if entries[i] >= 0:
+            used += was_prefetched(state, entries[i])
+    if not state.head[READ_AWARE] or not len(blocks):
+        touch_all(state, entries)
+        return used
+    for i in range(len(entries)):
+        if entries[i] >= 0:
+            if _lies_in(view, ids[i], slots_per_block, blocks):
+                spare(state, entries[i])
+            else:
+                touch(state, entries[i])
+    return used
+
+
+@compiled
+def _lies_in(view: View, id: int, slots_per_block: int, blocks: np.ndarray) -> bool:
+    """Whether the row, or a copy of it that is valid, is in one of the blocks, rising."""
+    if _is_among(blocks, view.where[id] // slots_per_block):
+        return True
+    if len(view.replica_ids) == 0:
+        return False
+    r = np.searchsorted(view.replica_ids, id)
+    while r < len(view.replica_ids) and view.replica_ids[r] == id:
+        if view.replica_valid[r] and _is_among(blocks, view.replica_slots[r] // slots_per_block):
+            return True
+        r += 1
+    return False
+
+
+@compiled
+def _is_among(rising: np.ndarray, number: int) -> bool:
+    at = np.searchsorted(rising, number)
+    return bool(at < len(rising) and rising[at] == number)
 
 
 @compiled
@@ -160,7 +226,7 @@ def plan_reads(view: View, slots_per_block: int, ids: np.ndarray, missed: np.nda
         slots[m] = view.where[ids[missed[m]]]
     if len(view.replica_ids):
         _cover(view, slots_per_block, ids, missed, slots)
-    order = np.argsort(slots)
+    order = np.argsort(slots, kind="mergesort")  # of a row that is asked for twice the first place comes first
     slots, places = slots[order], missed[order]
     blocks, starts, count = np.empty(len(slots), np.int64), np.empty(len(slots) + 1, np.int64), 0
     for m in range(len(slots)):
@@ -175,53 +241,25 @@ def plan_reads(view: View, slots_per_block: int, ids: np.ndarray, missed: np.nda
 
 @compiled
 def _cover(view: View, slots_per_block: int, ids: np.ndarray, missed: np.ndarray, slots: np.ndarray) -> None:
-    """Greedy: rows with fewest copies first, each from a block already chosen, else from the one that most rows want.
-
-    References: Fan et al., 2024, MaxEmbed, ASPLOS (online page choice).
-    """
-    num = len(missed)
-    first, last = np.empty(num, np.int64), np.empty(num, np.int64)
-    options = 0
-    for m in range(num):
+    """Chooses the copy of each row that is read: `slots` (M,) are those of the homes, and become those."""
+    starts = np.zeros(len(missed) + 1, np.int64)
+    options = np.empty(len(missed) * MOST_COPIES, np.int64)
+    end = 0
+    for m in range(len(missed)):
         id = ids[missed[m]]
-        first[m] = np.searchsorted(view.replica_ids, id)
-        last[m] = first[m]
-        while last[m] < len(view.replica_ids) and view.replica_ids[last[m]] == id:
-            last[m] += 1
-        options += 1 + last[m] - first[m]
-    size = 16
-    while size < 3 * options:
-        size *= 2
-    keys, wanted, chosen = np.full(size, -1, np.int64), np.zeros(size, np.int64), np.zeros(size, np.uint8)
-    for m in range(num):
-        wanted[_bucket(keys, slots[m] // slots_per_block)] += 1
-        for r in range(first[m], last[m]):
+        options[end] = slots[m]
+        end += 1
+        r = np.searchsorted(view.replica_ids, id)
+        while r < len(view.replica_ids) and view.replica_ids[r] == id and end - starts[m] < MOST_COPIES:
             if view.replica_valid[r]:
-                wanted[_bucket(keys, view.replica_slots[r] // slots_per_block)] += 1
-    for m in np.argsort(last - first, kind="mergesort"):
-        best, best_slot = _bucket(keys, slots[m] // slots_per_block), slots[m]
-        for r in range(first[m], last[m]):
-            if not view.replica_valid[r]:
-                continue
-            other = _bucket(keys, view.replica_slots[r] // slots_per_block)
-            if (chosen[other], wanted[other]) > (chosen[best], wanted[best]):
-                best, best_slot = other, np.int64(view.replica_slots[r])
-        wanted[_bucket(keys, slots[m] // slots_per_block)] -= 1
-        for r in range(first[m], last[m]):
-            if view.replica_valid[r]:
-                wanted[_bucket(keys, view.replica_slots[r] // slots_per_block)] -= 1
-        chosen[best] = 1
-        slots[m] = best_slot
-
-
-@compiled
-def _bucket(keys: np.ndarray, key: int) -> int:
-    """Where a key is in an open hash table of a power of two, entered if it is new."""
-    at = (key * 2654435761) & (len(keys) - 1)
-    while keys[at] != key and keys[at] != -1:
-        at = (at + 1) & (len(keys) - 1)
-    keys[at] = key
-    return at
+                options[end] = view.replica_slots[r]
+                end += 1
+            r += 1
+        starts[m + 1] = end
+    chosen = np.empty(len(missed), np.int64)
+    cover(starts, options[:end] // slots_per_block, chosen)
+    for m in range(len(missed)):
+        slots[m] = options[chosen[m]]
 
 
 @compiled
@@ -248,10 +286,12 @@ def admit_round(
     slots_per_block: int,
     ids: np.ndarray,
     capacity: int,
+    prefetches: bool,
 ) -> int:
     """Lets the cache take what came with the rows that were asked for, then those; how many of the former it took.
 
-    In the order of `simulate.replay`, so that a replay foretells a store's reads.
+    Args:
+        prefetches: whether `View.offered` counts.
     """
     words = view.cached.shape[1]
     for b in range(begin, end):
@@ -261,23 +301,41 @@ def admit_round(
     taken = 0
     rows = slice(plan.starts[begin], plan.starts[end])
     order = np.argsort(plan.places[rows]) + plan.starts[begin]  # as they were asked for
+    asked = np.sort(ids) if prefetches and np.any(view.offered[plan.blocks[begin:end]] > 0) else ids
     block_of = np.repeat(np.arange(begin, end), np.diff(plan.starts[begin : end + 1]))
     for m in order:
         b = block_of[m - plan.starts[begin]]
-        if m != _first(plan, b) or queue.status[b - begin] != OK:
+        if not prefetches or m != _first(plan, b) or queue.status[b - begin] != OK:
             continue
         for place in range(view.offered[plan.blocks[b]]):
             slot = plan.blocks[b] * slots_per_block + place
             id = view.id_at[slot]
-            if id < 0 or _is_wanted(plan, b, slot) or not is_live(view, id, slot) or probe(state, id) >= 0:
+            if id < 0 or _is_among(asked, id) or not is_live(view, id, slot) or probe(state, id) >= 0:
                 continue
             taken += _take(state, view, queue, b - begin, place * words, id, True)
     for m in order:
         b = block_of[m - plan.starts[begin]]
         id, slot = ids[plan.places[m]], plan.slots[m]
-        if queue.status[b - begin] == OK and is_live(view, id, slot) and probe(state, id) < 0:
+        if _is_again(plan, b, m) or queue.status[b - begin] != OK or not is_live(view, id, slot):
+            continue
+        if probe(state, id) < 0 and is_worth(state, _num_rows(plan, b)):
             _take(state, view, queue, b - begin, slot % slots_per_block * words, id, False)
     return taken
+
+
+@compiled
+def _is_again(plan: Plan, b: int, m: int) -> bool:
+    """Whether the row was asked for earlier in the same lookup."""
+    return bool(m > plan.starts[b] and plan.slots[m] == plan.slots[m - 1])
+
+
+@compiled
+def _num_rows(plan: Plan, b: int) -> int:
+    """The rows that a block gives, each once."""
+    number = 0
+    for m in range(plan.starts[b], plan.starts[b + 1]):
+        number += not _is_again(plan, b, m)
+    return number
 
 
 @compiled
@@ -288,11 +346,6 @@ def _first(plan: Plan, b: int) -> int:
         if plan.places[m] < plan.places[first]:
             first = m
     return first
-
-
-@compiled
-def _is_wanted(plan: Plan, b: int, slot: int) -> bool:
-    return bool(np.any(plan.slots[plan.starts[b] : plan.starts[b + 1]] == slot))
 
 
 @compiled
@@ -328,6 +381,18 @@ def refresh_cached(state: State, view: View, ids: np.ndarray, rows: np.ndarray) 
         if entry >= 0:
             for k in range(rows.shape[1]):
                 view.cached[entry, k] = rows[i, k]
+
+
+@compiled
+def carry_over(old: State, old_rows: np.ndarray, new: State, new_rows: np.ndarray) -> None:
+    """Puts what one cache holds into another, empty one, as far as it has room."""
+    for entry in range(old.head[CAPACITY]):
+        if old.id_of[entry] < 0 or new.head[LISTS + 2] == 0:
+            continue
+        at = admit(new, old.id_of[entry], False)
+        if at >= 0:
+            for k in range(old_rows.shape[1]):
+                new_rows[at, k] = old_rows[entry, k]
 
 
 @compiled

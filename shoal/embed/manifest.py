@@ -23,7 +23,7 @@ from shoal.errors import StoreError
 from shoal.record.blobs import _sync_folder, disk
 from shoal.tensors import PARSE_ERRORS, Tensors, canonical_json, frame_parts, parse_json, sha256, unpack
 
-FORMAT: Final = "shoal embed/1"
+FORMAT: Final = "shoal embed/2"
 NAME: Final = "manifest.json"
 Tier = Literal["auto", "dram", "block"]
 
@@ -49,8 +49,8 @@ class TableRecord:
     """The cache's eviction."""
     admission: str
     """What becomes of a read block's other rows."""
-    threshold: int
-    """Of the admission by threshold."""
+    read_aware: bool
+    """Whether the cache counts what a miss costs in reads."""
     shadow: bool
     """Whether an int8 copy of all rows is kept in memory for lookups with a deadline."""
     block_bytes: int

@@ -153,12 +153,3 @@ def _reads(
     small = max(1, round(capacity * sample.rate))
     depth = depth_above(layout, counts, setting.threshold)
     return sample.reads(layout, setting.cache(small, trace.num_rows), depth, skip=skip)
-
-
-def prefetch_pays(prefetched: int, prefetch_hits: int, reads: int, *, least: float = 0.05) -> bool:
-    """The break-even test that keeps prefetch on: whether enough of what entered unasked was asked for in time.
-
-    A prefetched vector that is never asked for pushes out one that may have been. Below `least` of them used, prefetch is switched
-    off for the table; with fewer than a thousand reads nothing can be said yet.
-    """
-    return reads < 1000 or prefetched == 0 or prefetch_hits / prefetched >= least

@@ -33,6 +33,8 @@ class TableSpec:
     admission: str = "threshold"
     """Which offered rows of a read block enter the cache: all that a `retrain` offers (`threshold`), or those that are asked
     for more often than the row that they would drive out (`duel`)."""
+    read_aware: bool = True
+    """The cache counts block reads, not misses: a row that comes with others of its block is worth less to it."""
     shadow: bool = False
     """Keep an int8 copy of all rows in memory, for lookups with a deadline."""
 
@@ -121,7 +123,7 @@ def _record(name: str, spec: TableSpec, reason: str | None, cache_bytes: int) ->
         cache_bytes=cache_bytes if reason is None else spec.size_bytes,
         policy=spec.policy,
         admission=spec.admission,
-        threshold=0,
+        read_aware=spec.read_aware,
         shadow=spec.shadow,
         block_bytes=block_bytes_for(Codec(spec.dim, spec.dtype).row_bytes),
         state="",

@@ -94,6 +94,11 @@ class TableStatistics:
     block_reads: int
     read_bytes: int
     prefetched: int
+    """Rows that entered the cache because a neighbour was asked for."""
+    prefetch_hits: int
+    """Of these, how many were asked for before they left."""
+    prefetches: bool
+    """Whether neighbours enter; switched off where too few are used, until the rows are placed anew."""
     hedged_reads: int
     approximate: int
     damaged_blocks: int
@@ -216,6 +221,7 @@ class EmbeddingStore:
         threads: int = 8,
         tail: Tail | None = None,
         tidy: bool = True,
+        remember: int = 0,
         clock: Clock | None = None,
     ) -> Self:
         """Opens a store as it was last committed.
@@ -227,6 +233,7 @@ class EmbeddingStore:
             threads: of the engine `threads`.
             tail: hedging of late reads; none by default.
             tidy: compact after updates, within the write budget. Off: only when `compact` is called.
+            remember: the latest lookups of each table to remember, for `rebalance`; 5 bytes each. None by default.
             clock: whose seconds fill the write budget.
 
         Raises:
@@ -234,8 +241,10 @@ class EmbeddingStore:
         """
         folder = Path(path)
         validate.one_of(("auto", "aio", "threads"), engine=engine)
+        validate.not_negative(remember=remember)
         options = {
-            "direct": direct, "engine": engine, "threads": threads, "tail": tail, "tidy": tidy, "clock": clock or SystemClock(),
+            "direct": direct, "engine": engine, "threads": threads, "tail": tail, "tidy": tidy, "remember": remember,
+            "clock": clock or SystemClock(),
         }  # fmt: skip
         Manifest.read(folder)  # says that there is none, before a lock file is made
         lock = FolderLock(folder, write=not read_only)
@@ -248,10 +257,8 @@ class EmbeddingStore:
     def _open_table(self, record: TableRecord) -> Table:
         state, _ = read_state(self.folder / record.state, record.state_hash)
         lanes = Lanes(record.block_bytes, engine=self._options["engine"], threads=self._options["threads"])
-        tail = self._options["tail"]
-        table = Table(
-            record, self.folder, state, lanes, read_only=self.read_only, direct=self._options["direct"], tail=tail
-        )
+        kept = {name: self._options[name] for name in ("direct", "tail", "remember")}
+        table = Table(record, self.folder, state, lanes, read_only=self.read_only, **kept)
         table.restore_resident()
         return table
 
@@ -448,6 +455,30 @@ class EmbeddingStore:
                 self._table(name)
             learned: dict[str, Any] = training.retrain(self, dict(trace), **options)
             return learned
+
+    def rebalance(self, *, least_gain: float = 0.03) -> dict[str, float]:
+        """Divides memory between the tables, and chooses their evictions, by the latest lookups (see `open`'s `remember`).
+
+        Writes no block, and changes nothing where that would save less than `least_gain` of the reads. Call it from time to time.
+
+        Returns:
+            Bytes of memory of each table that was weighed: tables in blocks that remember enough queries.
+        """
+        from shoal.embed import training
+
+        with self._writing:
+            self._check_writable()
+            return training.rebalance(self, least_gain=least_gain)
+
+    def _configure(self, settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Gives tables other caches, durably; no row moves."""
+        changed = {
+            name: (replace(self._tables[name].record, **some), self._tables[name].state())
+            for name, some in settings.items()
+        }
+        self._checkpoint(changed)
+        for name in settings:
+            self._tables[name].adopt(self._manifest_record(name))
 
     def compact(self, *, most_blocks: int | None = None) -> int:
         """Tidies up at once, whatever the budget says; returns the blocks written. By default until nothing is left to do."""
@@ -744,6 +775,7 @@ def _statistics_of(table: Table) -> TableStatistics:
         map_bytes=table.map_bytes,
         is_direct=table.file.direct,
         engine=table.lanes.engine,
+        prefetches=table.prefetches,
         most_worn=int(np.sort(table.space.wear)[used]) if len(table.space.wear) else 0,
         **asdict(table.counters),
     )

@@ -25,11 +25,12 @@ import numpy as np
 
 from shoal.embed import checksum, kernel, reads
 from shoal.embed.blockfile import BlockFile
-from shoal.embed.cache import Cache, drop, probe
+from shoal.embed.cache import Cache, drop, prefetch_pays, probe
 from shoal.embed.changes import Change
 from shoal.embed.codec import Codec
 from shoal.embed.kernel import Plan, View
 from shoal.embed.manifest import TableRecord
+from shoal.embed.recent import Recent
 from shoal.embed.space import DELTA, HOME, Space
 from shoal.embed.tail import Tail
 from shoal.errors import StoreError
@@ -37,6 +38,7 @@ from shoal.tensors import Tensors
 
 ABSENT: Final = -1
 MOST_SLOTS: Final = 2**31 - 2
+_NO_READS: Final = Plan(np.empty(0, np.int64), np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
 _FIXED_BYTES: Final = 512
 """What a cache takes whatever its size."""
 
@@ -56,6 +58,8 @@ class Counters:
     read_bytes: int = 0
     prefetched: int = 0
     """Rows that entered the cache because a neighbour was asked for."""
+    prefetch_hits: int = 0
+    """Of these, how many were asked for before they left."""
     hedged_reads: int = 0
     """Reads of a copy because the first was late."""
     approximate: int = 0
@@ -71,7 +75,7 @@ class Table:
     """An open table. `lock` guards its arrays; one writer at a time, by the store's lock."""
 
     def __init__(self, record: TableRecord, folder: Path, state: Tensors, lanes: reads.Lanes, **options: Any) -> None:
-        """`options`: read_only, direct, tail."""
+        """`options`: read_only, direct, tail, remember."""
         self.record, self.codec, self.path = record, record.codec, folder / record.blocks
         self.slots_per_block = record.block_bytes // self.codec.row_bytes
         self.lock = threading.Lock()
@@ -82,6 +86,8 @@ class Table:
             direct=options.get("direct", True),
         )
         self.lanes, self.tail = lanes, options.get("tail") or Tail()
+        remembered = int(options.get("remember", 0))
+        self.recent = Recent(remembered, record.rows) if remembered else None
         self.counters, self.damaged = Counters(), set[int]()
         self._take_state(state)
         self._make_cache()
@@ -127,14 +133,43 @@ class Table:
         return made
 
     def _make_cache(self) -> None:
-        duel = self.record.admission == "duel"
         words, rows = self.codec.words, self.record.rows
-        budget = self.record.cache_bytes - self.view.resident.nbytes - _FIXED_BYTES
+        room = self.record.cache_bytes - self.view.resident.nbytes - _FIXED_BYTES
         self.capacity = 0
-        if self.record.tier == "block" and budget > 0:
-            self.capacity = min(rows, Cache.capacity_of(budget, self.codec.row_bytes, self.record.policy, duel=duel))
-        self.cache = Cache(self.record.policy, max(1, self.capacity), rows, duel=duel)
+        if self.record.tier == "block" and room > 0:
+            self.capacity = min(
+                rows, Cache.capacity_of(room, self.codec.row_bytes, self.record.policy, duel=self._duels)
+            )
+        self.cache = self.new_cache()
+        self._prefetch_again()
         self.view = self.view._replace(cached=np.zeros((max(1, self.capacity), words), np.uint32))
+
+    def _prefetch_again(self) -> None:
+        self.prefetches = True
+        self._weighed_from = self.counters.prefetched, self.counters.prefetch_hits
+
+    def new_cache(self) -> Cache:
+        """An empty cache like the table's own."""
+        record = self.record
+        return Cache(record.policy, max(1, self.capacity), record.rows, duel=self._duels, read_aware=record.read_aware)
+
+    @property
+    def _duels(self) -> bool:
+        return self.record.admission == "duel"
+
+    def cache_room(self, size_bytes: int) -> float:
+        """What is left for the cache of so much memory."""
+        rows = max(2 * self.slots_per_block, size_bytes // 10 // self.codec.row_bytes)
+        return max(0, size_bytes - min(self.record.rows, rows) * self.codec.row_bytes - _FIXED_BYTES)
+
+    def adopt(self, record: TableRecord) -> None:
+        """The table has another cache from now on; what fits of the old one moves over."""
+        with self.lock:
+            old, cached, had = self.cache, self.view.cached, self.capacity
+            self.record = record
+            self._make_cache()
+            if had and self.capacity:
+                kernel.carry_over(old.state, cached, self.cache.state, self.view.cached)
 
     @property
     def resident_capacity(self) -> int:
@@ -177,17 +212,20 @@ class Table:
         if self.mirror is not None:
             with self.lock:
                 self._refuse_range(ids, kernel.gather(self.mirror, ids, out))
-                self._count(len(ids), len(ids), 0)
+                self._count(ids, len(ids), 0)
             return out, None
         missed = np.empty(len(ids), np.int64)
         entries = np.empty(len(ids), np.int32)
         with self.lock:
             count, resident = kernel.probe_rows(self.cache.state, self.view, ids, out, entries, missed)
             self._refuse_range(ids, -1 - count if count < 0 else -1)
-            self._count(len(ids), len(ids) - count, resident)
+            self._count(ids, len(ids) - count, resident)
+            plan = kernel.plan_reads(self.view, self.slots_per_block, ids, missed[:count]) if count else _NO_READS
+            self.counters.prefetch_hits += kernel.settle(
+                self.cache.state, self.view, ids, entries, self.slots_per_block, plan.blocks
+            )
             if not count:
                 return out, None
-            plan = kernel.plan_reads(self.view, self.slots_per_block, ids, missed[:count])
             epoch = self.space.enter()
         try:
             return out, self._fetch(ids, out, plan, deadline_s)
@@ -202,9 +240,11 @@ class Table:
                 f"at place {place}. Map unknown ids to a row of their own."
             )
 
-    def _count(self, lookups: int, hits: int, resident: int) -> None:
+    def _count(self, ids: np.ndarray, hits: int, resident: int) -> None:
+        if self.recent is not None:
+            self.recent.add(ids)
         self.counters.queries += 1
-        self.counters.lookups += lookups
+        self.counters.lookups += len(ids)
         self.counters.hits += hits
         self.counters.resident_hits += resident
 
@@ -249,9 +289,17 @@ class Table:
                 self.slots_per_block,
                 ids,
                 self.capacity,
+                self.prefetches,
             )
+            self._weigh_prefetch()
         for place in bad.tolist():
             self._rescue(ids, out, plan, begin + place)
+
+    def _weigh_prefetch(self) -> None:
+        """Switches prefetch off where it does not pay: until the rows are placed anew."""
+        entered, used = self._weighed_from
+        if not prefetch_pays(self.counters.prefetched - entered, self.counters.prefetch_hits - used):
+            self.prefetches = False
 
     def _rescue(self, ids: np.ndarray, out: np.ndarray, plan: Plan, index: int) -> None:
         """Serves the rows of a bad block from a second read, or from a copy."""
@@ -520,6 +568,7 @@ class Table:
             self.space = space
             space.use(blocks, np.full(len(blocks), HOME, np.uint8))
             space.retire(old)
+            self._prefetch_again()
             if same:
                 self.cache, self.capacity = cache, capacity
                 self.view = self.view._replace(cached=cached)

@@ -1,29 +1,31 @@
 """What a store learns from a trace: where rows should lie, which cache each table should have, how much memory it should get.
 
 1. *Placement.* A table's rows are placed by the first 70 % of its queries, above all by what a cache misses of them: hot rows
-   hit wherever they lie (`placement.py`).
-2. *Cache.* On the other 30 %, replays tell the block reads of each eviction and each offer of neighbours, at several sizes:
-   the table's curve. "No neighbours" is always among them, so prefetch is off where it does not pay.
-3. *Memory.* It is shared out by the curves' convex hulls: always to the table where the next byte saves most reads. The last
-   point of a curve is the whole table in memory and no reads: a table gets there when its lookups a byte earn it.
-4. *Writing.* A table is written anew only if the replay says that this saves reads; with `most_blocks`, only the blocks that save
-   most, and its memory stays as it is.
+   hit wherever they lie (`placement.py`). If the other 30 % read no less of the new placement than of the present one, with
+   the memory that the table has, it stays where it is.
+2. *Cache.* On the other 30 % miniature caches (`miniature.py`) tell the block reads of each setting at several sizes: the table's
+   curve. Settings without neighbours are always among them, so prefetch is off where it does not pay.
+3. *Memory.* It is divided along the curves' convex hulls (`divide.py`). The last point of a curve is the whole table in memory
+   and no reads: a table gets there when its lookups a byte earn it.
+4. *Drift.* With `most_blocks` placement goes on from the present one and only the blocks that save most are written; caches and
+   memory stay. `rebalance` is the other half: it divides memory anew by what was asked of late, and writes no block.
 
 References: Eisenman et al., 2019, Bandana, arXiv 1811.05922 (thresholds chosen by simulation; memory by hit curves); Cidon et
 al., 2015, Dynacache, HotCloud (allocation on hulls).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from shoal import validate
-from shoal.embed.cache import Cache
+from shoal.embed.divide import divide, redivide
 from shoal.embed.layout import Layout
+from shoal.embed.miniature import SETTINGS, Curve, Setting, read_curve
 from shoal.embed.partition import Settings, partition
-from shoal.embed.placement import Plan, place
+from shoal.embed.placement import Plan, depth_above, place
 from shoal.embed.simulate import misses, replay
 from shoal.embed.trace import Trace
 from shoal.errors import DataError
@@ -34,37 +36,26 @@ if TYPE_CHECKING:
 
 SIZES: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 """Parts of a table in memory at which its curve is measured."""
-THRESHOLDS: Final = (0, 2, 5, 10, 20)
-"""Neighbours are offered to the cache if they were asked for more often than this."""
-TYPICAL: Final = 0.05
-"""Part of the rows that the cache holds whose misses placement is trained on."""
-RESIDENT: Final = 0.1
-"""Part of a table's memory that is for rows that change often (see `Table.resident_capacity`)."""
+LEAST_GAIN: Final = 0.01
+"""A new placement must save such a part of the reads to be worth writing."""
+FEWEST: Final = 100
+"""Queries that must be remembered before memory is divided by them."""
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One size of a table's memory and what it is good for."""
-
-    size_bytes: int
-    reads: float
-    """Block reads a query, times queries: of the tuning part."""
-    policy: str
-    offered: np.ndarray | None
-    """(blocks,) neighbours offered; None for a whole table in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learned:
     """What was learned of one table."""
 
-    layout: Layout
-    curve: tuple[Point, ...]
-    """By rising size, reads never rising."""
+    layout: Layout | None
+    """Where its rows should lie; None: where they do."""
+    heat: np.ndarray
+    """(rows,) lookups in the part that was placed by."""
+    curve: Curve
+    """Block reads of the tuning part over bytes of memory."""
     present_reads: float
-    """Reads of the tuning part with the layout that the table has now, at its present memory."""
+    """Those at present."""
     queries: int
     """Of the tuning part."""
 
@@ -82,7 +73,7 @@ def retrain(
     """See the module. The caller holds the store's writer.
 
     Args:
-        most_blocks: write so many blocks of each table at most, those that save most reads; memory stays as it is.
+        most_blocks: write so many blocks of each table at most, those that save most reads; caches and memory stay as they are.
         policies: evictions to choose from.
         settings: of the partitioner.
         space: further copies of rows, as a part of the rows: they save reads, and serve when a block is late or damaged.
@@ -102,13 +93,64 @@ def retrain(
     if most_blocks is not None:
         validate.positive(most_blocks=most_blocks)
         return {name: _move(store, name, trace, most_blocks, settings, say) for name, trace in traces.items()}
+    choices = [setting for setting in SETTINGS if setting.policy in policies]
+    total = _memory_for(store, traces)
+    smallest = total / 2 / max(1, len(traces))
     learned = {
-        name: learn(store._tables[name], trace, policies, settings, space, say) for name, trace in traces.items()
+        name: learn(store._tables[name], trace, choices, Plan(partition=settings, space=space), smallest, say)
+        for name, trace in traces.items()
     }
-    say("sharing out the memory")
-    total = sum(store._tables[name].record.cache_bytes for name in learned)
-    shares = share_out({name: _allowed(store._tables[name], one.curve) for name, one in learned.items()}, total)
-    return {name: _settle(store, name, learned[name], shares[name], say) for name in learned}
+    say("dividing the memory")
+    given = divide({name: _points(store._tables[name], one.curve) for name, one in learned.items()}, total)
+    return {name: _settle(store, name, learned[name], given[name], say) for name in learned}
+
+
+def rebalance(store: "EmbeddingStore", *, least_gain: float = 0.03) -> dict[str, float]:
+    """Divides memory anew between the tables in blocks, and chooses their evictions, by the queries that they remember.
+
+    Nothing changes where that saves less than `least_gain` of the reads. The caller holds the store's writer.
+
+    Returns:
+        Bytes of memory of each table that was weighed.
+    """
+    plain = [setting for setting in SETTINGS if np.isinf(setting.threshold)]
+    tables = {
+        name: table
+        for name, table in store._tables.items()
+        if table.mirror is None and table.recent is not None and len(table.recent.trace()) >= FEWEST
+    }
+    current = {name: float(table.record.cache_bytes) for name, table in tables.items()}
+    if not tables:
+        return current
+    total = _memory_for(store, tables)
+    smallest, curves = total / 2 / len(tables), {}
+    for name, table in tables.items():
+        assert table.recent is not None
+        trace = table.recent.trace()
+        sizes = _sizes(table, smallest)
+        curves[name] = _curve(table, trace, len(trace) // 3, _present_layout(table), trace.counts(), plain, sizes)
+    given = redivide(
+        {name: _points(tables[name], curve) for name, curve in curves.items()},
+        current,
+        total_bytes=total,
+        least_gain=least_gain,
+    )
+    if given != current:
+        store._configure(
+            {
+                name: _cache_of(_setting_at(curves[name], size)) | {"cache_bytes": int(size)}
+                for name, size in given.items()
+            }
+        )
+    return given
+
+
+def _memory_for(store: "EmbeddingStore", names: Iterable[str]) -> float:
+    """What the store has for these tables: all that others and shadows do not take."""
+    names = set(names)
+    others = sum(table.record.cache_bytes for name, table in store._tables.items() if name not in names)
+    shadows = sum(0 if table.shadow is None else table.shadow.nbytes for table in store._tables.values())
+    return float(store.statistics().dram_bytes - others - shadows)
 
 
 def _check(store: "EmbeddingStore", name: str, trace: Trace) -> None:
@@ -119,57 +161,75 @@ def _check(store: "EmbeddingStore", name: str, trace: Trace) -> None:
         raise DataError(f"Expected a trace of table {name!r} with at least 10 queries, got {len(trace)}.")
 
 
-def learn(
-    table: "Table", trace: Trace, policies: tuple[str, ...], settings: Settings, space: float, say: Progress
-) -> Learned:
-    """Placement and curve of one table; changes nothing."""
+def learn(table: "Table", trace: Trace, choices: list[Setting], plan: Plan, smallest: float, say: Progress) -> Learned:
+    """Placement and curve of one table; changes nothing.
+
+    Args:
+        smallest: bytes at which its curve begins at the latest.
+    """
     record, size = table.record, table.slots_per_block
-    trace = Trace(trace.indptr, trace.ids, record.rows)
-    train, tune = trace.split(0.7, 0.3)
+    train, tune = Trace(trace.indptr, trace.ids, record.rows).split(0.7, 0.3)
     say(f"{record.name}: placing {record.rows:,} rows by {len(train):,} queries")
-    heat = train.counts()
-    plan = Plan(partition=settings, space=space)
-    small = max(size, int(TYPICAL * record.rows))
-    layout = place(train, size, lambda: Cache("s3-fifo", small, record.rows), plan).hot_first(heat)
+    heat, setting = train.counts(), Setting(policy="s3-fifo", read_aware=True)
+    room = setting.capacity(table.cache_room(record.cache_bytes), table.codec.row_bytes)
+    layout = place(train, size, lambda: setting.cache(max(size, min(room, record.rows)), record.rows), plan)
+    layout = layout.hot_first(heat)
     warm = train.slice(max(0, len(train) - 2 * len(tune)), len(train))
-    both = Trace.joined([warm, tune])
+    both, skip = Trace.joined([warm, tune]), len(warm)
     say(f"{record.name}: replaying {len(tune):,} queries at {len(SIZES)} sizes")
-    points = [_best(table, part, both, len(warm), layout, heat, policies) for part in SIZES]
-    points.append(Point(record.rows * table.codec.row_bytes, 0.0, record.policy, None))
-    present = _present_layout(table)
-    capacity = max(1, table.capacity)
-    now = replay(both, present, Cache(record.policy, capacity, record.rows), skip=len(warm))
-    return Learned(layout=layout, curve=_falling(points), present_reads=float(now.block_reads), queries=len(tune))
+    present, now = _present_layout(table), [float(record.cache_bytes)]
+    plain = [setting for setting in choices if np.isinf(setting.threshold)]
+    stays = _curve(table, both, skip, present, heat, plain, now).reads[0]
+    moves = _curve(table, both, skip, layout, heat, choices, now).reads[0]
+    sizes = _sizes(table, smallest)
+    is_better = table.mirror is not None or moves < (1 - LEAST_GAIN) * stays
+    curve = _curve(table, both, skip, layout, heat, choices, sizes) if is_better else _curve(
+        table, both, skip, present, heat, plain, sizes
+    )  # fmt: skip
+    as_it_is = replay(both, present, table.new_cache(), skip=skip).block_reads if table.mirror is None else 0
+    return Learned(
+        layout=layout if is_better else None, heat=heat, curve=curve, present_reads=as_it_is, queries=len(tune)
+    )
 
 
-def _seen_first(order: np.ndarray, train: Trace) -> np.ndarray:
-    """Rows that were never asked for come last, in order of id: nothing is known of them but that."""
-    seen = train.counts()[order] > 0
-    return np.concatenate([order[seen], np.sort(order[~seen])])
+def _sizes(table: "Table", smallest: float) -> list[float]:
+    whole = table.record.rows * table.codec.row_bytes
+    return sorted({min(SIZES[0] * whole, smallest), *(part * whole for part in SIZES[1:])})
 
 
-def _best(
-    table: "Table", part: float, trace: Trace, skip: int, layout: Layout, heat: np.ndarray, policies: tuple[str, ...]
-) -> Point:
-    """The best eviction and offer of one size: first the eviction without neighbours, then the offer."""
-    row_bytes, rows = table.codec.row_bytes, table.record.rows
-    size_bytes = max(int(part * rows * row_bytes), 8 * row_bytes)
+def _curve(
+    table: "Table",
+    trace: Trace,
+    skip: int,
+    layout: Layout,
+    heat: np.ndarray,
+    settings: list[Setting],
+    sizes: list[float],
+) -> Curve:
+    """The table's curve over bytes of its memory, of which a part is for rows that change often."""
+    rooms = [table.cache_room(int(size)) for size in sizes]
+    curve = read_curve(trace, layout, heat, rooms, table.codec.row_bytes, settings=settings, skip=skip)
+    return replace(curve, budgets=tuple(sizes))
 
-    def reads(policy: str, offered: np.ndarray | None) -> int:
-        capacity = Cache.capacity_of((1 - RESIDENT) * size_bytes, row_bytes, policy)
-        return replay(trace, layout, Cache(policy, min(rows, capacity), rows), offered, skip=skip).block_reads
 
-    plain = {policy: reads(policy, None) for policy in policies}
-    policy = min(plain, key=lambda name: plain[name])
-    best, offer = plain[policy], np.zeros(layout.num_blocks, np.int16)
-    members = layout.ids_of()
-    heat_of = np.where(members >= 0, heat[np.maximum(members, 0)], -1)
-    for threshold in THRESHOLDS:
-        offered = (heat_of > threshold).sum(axis=1).astype(np.int16)
-        found = reads(policy, offered)
-        if found < best:
-            best, offer = found, offered
-    return Point(size_bytes, float(best), policy, offer)
+def _points(table: "Table", curve: Curve) -> list[tuple[float, float]]:
+    """(bytes, reads) as far as the caller's choice of tier lets them be."""
+    whole = (float(table.record.rows * table.codec.row_bytes), 0.0)
+    if table.record.asked == "dram":
+        return [whole]
+    points = list(zip(curve.budgets, curve.reads, strict=True))
+    return points if table.record.asked == "block" else [*points, whole]
+
+
+def _setting_at(curve: Curve, size: float) -> Setting:
+    """The setting of the largest measured size that fits."""
+    return curve.settings[max(0, int(np.searchsorted(curve.budgets, size * (1 + 1e-9), side="right")) - 1)]
+
+
+def _cache_of(setting: Setting) -> dict[str, Any]:
+    """A setting as fields of a table's record."""
+    admission = "duel" if setting.duel else "threshold"
+    return {"policy": setting.policy, "admission": admission, "read_aware": setting.read_aware}
 
 
 def _present_layout(table: "Table") -> Layout:
@@ -178,96 +238,39 @@ def _present_layout(table: "Table") -> Layout:
     absent = np.flatnonzero(where < 0)
     first = -(-(int(where.max(initial=-1)) + 1) // table.slots_per_block) * table.slots_per_block
     where[absent] = first + np.arange(len(absent))
-    return Layout(where, table.slots_per_block)
+    valid = table.view.replica_valid > 0
+    replicas = table.view.replica_ids[valid].astype(np.int64), table.view.replica_slots[valid].astype(np.int64)
+    return Layout(where, table.slots_per_block, *replicas)
 
 
-def _falling(points: list[Point]) -> tuple[Point, ...]:
-    """By rising size; a point that is no better than a smaller one is left out."""
-    made: list[Point] = []
-    for point in sorted(points, key=lambda one: one.size_bytes):
-        if not made or point.reads < made[-1].reads:
-            made.append(point)
-    return tuple(made)
-
-
-def _allowed(table: "Table", curve: tuple[Point, ...]) -> tuple[Point, ...]:
-    """The points that the caller's choice of tier leaves."""
-    if table.record.asked == "dram":
-        return curve[-1:]
-    return curve[:-1] if table.record.asked == "block" else curve
-
-
-def share_out(curves: Mapping[str, tuple[Point, ...]], total_bytes: int) -> dict[str, Point]:
-    """Gives each table a point of its curve: together at most `total_bytes`, with few reads in all.
-
-    Greedy on the lower convex hulls, by reads saved a byte: optimal but for the last step, which may not fit. Every table gets its
-    first point, also where these together are too much.
-    """
-    hulls = {name: _hull(curve) for name, curve in curves.items()}
-    at = dict.fromkeys(hulls, 0)
-    left = total_bytes - sum(hull[0].size_bytes for hull in hulls.values())
-    while True:
-        steps = [
-            (_slope(hull[at[name]], hull[at[name] + 1]), name)
-            for name, hull in hulls.items()
-            if at[name] + 1 < len(hull) and hull[at[name] + 1].size_bytes - hull[at[name]].size_bytes <= left
-        ]
-        if not steps:
-            return {name: hulls[name][at[name]] for name in hulls}
-        _, name = max(steps)
-        left -= hulls[name][at[name] + 1].size_bytes - hulls[name][at[name]].size_bytes
-        at[name] += 1
-
-
-def _slope(one: Point, other: Point) -> float:
-    return (one.reads - other.reads) / max(1, other.size_bytes - one.size_bytes)
-
-
-def _hull(curve: tuple[Point, ...]) -> list[Point]:
-    made: list[Point] = []
-    for point in curve:
-        while len(made) >= 2 and _slope(made[-2], made[-1]) <= _slope(made[-1], point):
-            made.pop()
-        made.append(point)
-    return made
-
-
-def _settle(store: "EmbeddingStore", name: str, learned: Learned, point: Point, say: Progress) -> dict[str, Any]:
-    """Writes a table as it was learned, where that saves reads."""
-    table = store._tables[name]
-    whole = point.offered is None
-    per_query = learned.present_reads / max(1, learned.queries)
-    told: dict[str, Any] = {"reads_before": per_query, "reads_after": point.reads / max(1, learned.queries)}
-    if not whole and table.mirror is None and point.reads >= learned.present_reads:
-        reason = (
-            f"kept: the replay foretells {told['reads_after']:.3g} block reads a query anew, {per_query:.3g} as it is"
-        )
-        return told | _settings(table) | {"reason": reason, "reads_after": per_query, "written_blocks": 0}
-    if whole:
-        reason = (
-            f"{_lookups_a_byte(learned, point)} block reads saved a kilobyte: no other table would save more with these "
-            f"{point.size_bytes} bytes"
+def _settle(store: "EmbeddingStore", name: str, learned: Learned, given: float, say: Progress) -> dict[str, Any]:
+    """Gives a table its memory and cache, and where that saves reads its new places."""
+    table, whole = store._tables[name], store._tables[name].record.rows * store._tables[name].codec.row_bytes
+    points = _points(table, learned.curve)
+    sizes, at_size = [size for size, _ in points], [reads for _, reads in points]
+    reads = float(np.interp(given, sizes, at_size)) / max(1, learned.queries)
+    told = {"reads_before": learned.present_reads / max(1, learned.queries), "reads_after": reads, "written_blocks": 0}
+    in_memory = given >= whole and table.record.asked != "block"
+    setting = _setting_at(learned.curve, given)
+    size = whole if in_memory else int(given)
+    if in_memory:
+        saved = 1024 * (points[0][1] - points[-1][1]) / max(1.0, points[-1][0] - points[0][0])
+        reason = f"{saved:.3g} block reads saved a kilobyte: no other table would save more with these {size} bytes"
+    else:
+        reason = f"{size} bytes of memory serve it best: {reads:.3g} block reads a query foretold"
+    settings = _cache_of(setting) | {"cache_bytes": size, "reason": reason, "tier": "dram" if in_memory else "block"}
+    if learned.layout is None and not in_memory:
+        store._configure(
+            {name: settings | {"reason": f"{reason}; its rows stay where they are, a new placement saves no reads"}}
         )
     else:
-        reason = (
-            f"{point.size_bytes} bytes of memory serve it best: {told['reads_after']:.3g} block reads a query foretold"
-        )
-    say(f"{name}: writing {learned.layout.num_blocks:,} blocks")
-    written = store.place(
-        name,
-        learned.layout,
-        offered=np.zeros(learned.layout.num_blocks, np.int16) if point.offered is None else point.offered,
-        tier="dram" if whole else "block",
-        reason=reason,
-        policy=point.policy,
-        cache_bytes=point.size_bytes,
-    )
-    return told | _settings(store._tables[name]) | {"written_blocks": written}
-
-
-def _lookups_a_byte(learned: Learned, point: Point) -> str:
-    before = learned.curve[0]
-    return f"{1024 * _slope(before, point):.3g}"
+        layout = learned.layout or _present_layout(table)
+        say(f"{name}: writing {layout.num_blocks:,} blocks")
+        offered = np.zeros(layout.num_blocks, np.int16)
+        if learned.layout is not None and not in_memory:
+            offered = depth_above(layout, learned.heat, setting.threshold).astype(np.int16)
+        told["written_blocks"] = store.place(name, layout, offered=offered, **settings)
+    return told | _settings(store._tables[name])
 
 
 def _settings(table: "Table") -> dict[str, Any]:
@@ -283,24 +286,26 @@ def _move(
     if table.mirror is not None:
         return _settings(table) | {"written_blocks": 0, "reads_before": 0.0, "reads_after": 0.0}
     trace = Trace(trace.indptr, trace.ids, table.record.rows)
-    present = _present_layout(table)
-    before = replay(trace, present, Cache(table.record.policy, max(1, table.capacity), table.record.rows))
+    before = replay(trace, _present_layout(table), table.new_cache())
     missed = misses(trace, before)
     say(f"{name}: placing anew from where rows lie")
-    start = np.argsort(present.slot_of, kind="stable")
-    order = _seen_first(
-        partition(missed, table.slots_per_block, replace(settings, multilevel=False), start=start), trace
-    )
-    layout = Layout.from_order(order, table.slots_per_block).hot_first(trace.counts())
-    members = layout.ids_of()
-    counts = trace.counts()
-    hot = np.where(members >= 0, counts[np.maximum(members, 0)], -1) > int(np.quantile(counts[counts > 0], 0.8))
-    offered = hot.sum(axis=1).astype(np.int16) if table.view.offered.any() else None
+    start = np.argsort(_present_layout(table).slot_of, kind="stable")
+    order = partition(missed, table.slots_per_block, replace(settings, multilevel=False), start=start)
+    layout = Layout.from_order(_seen_first(order, trace), table.slots_per_block).hot_first(trace.counts())
+    offered = None
+    if table.view.offered.any():
+        counts = trace.counts()
+        offered = depth_above(layout, counts, float(np.quantile(counts[counts > 0], 0.8))).astype(np.int16)
     written = store.place(name, layout, offered=offered, most_blocks=most_blocks, misses=missed)
-    cache = Cache(table.record.policy, max(1, table.capacity), table.record.rows)
-    after = replay(trace, _present_layout(table), cache)
+    after = replay(trace, _present_layout(table), table.new_cache())
     return _settings(table) | {
         "written_blocks": written,
         "reads_before": before.reads_per_query,
         "reads_after": after.reads_per_query,
     }
+
+
+def _seen_first(order: np.ndarray, train: Trace) -> np.ndarray:
+    """Rows that were never asked for come last, in order of id: nothing is known of them but that."""
+    seen = train.counts()[order] > 0
+    return np.concatenate([order[seen], np.sort(order[~seen])])

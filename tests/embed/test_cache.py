@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.embed import cache
-from shoal.embed.cache import Cache, admit, drop, probe, touch, was_prefetched
+from shoal.embed.cache import Cache, admit, drop, prefetch_pays, probe, touch, was_prefetched
 
 pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
 
@@ -172,3 +172,8 @@ def test_a_read_aware_cache_counts_what_a_miss_costs():
     plain = Cache("s3-fifo", 1, 100)
     admit(plain.state, 0, False)
     assert cache.is_worth(plain.state, 9)
+
+
+def test_prefetch_breaks_even():
+    assert prefetch_pays(0, 0) and prefetch_pays(999, 0)
+    assert prefetch_pays(1000, 50) and not prefetch_pays(1000, 49)

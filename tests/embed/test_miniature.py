@@ -3,7 +3,7 @@ import pytest
 
 from shoal.embed import Layout
 from shoal.embed.generator import TableKind, generate
-from shoal.embed.miniature import Setting, prefetch_pays, rate_for, read_curve, sample_blocks
+from shoal.embed.miniature import Setting, rate_for, read_curve, sample_blocks
 from shoal.embed.partition import Settings, partition
 from shoal.embed.placement import depth_above
 from shoal.embed.simulate import replay
@@ -58,10 +58,3 @@ def test_a_curve_falls_and_picks_the_better(placed):
     curve = read_curve(trace, layout, counts, [2e4, 1e5, 4e5], 128, settings=settings)
     assert curve.reads[0] > curve.reads[1] > curve.reads[2]
     assert curve.settings[1] == settings[1]
-
-
-def test_prefetch_breaks_even():
-    assert prefetch_pays(0, 0, 10_000)
-    assert prefetch_pays(1000, 0, 10)
-    assert prefetch_pays(1000, 100, 10_000)
-    assert not prefetch_pays(1000, 10, 10_000)
