@@ -134,11 +134,18 @@ class Coordinator:
         """Groups of the record that the next commit takes in."""
         self._taken: dict[int, int] = {}
         self.finished = asyncio.Event()
+        self.on_step: Callable[[], None] = lambda: None
+        """Told whenever the machine has moved: what it wants may be another."""
         edge.connect(self)
 
     def snapshot(self) -> r.Snapshot:
         """Where the round is."""
         return self._machine.snapshot()
+
+    @property
+    def machine(self) -> r.RoundMachine:
+        """To be asked what it wants; only `step` moves it."""
+        return self._machine
 
     # What the Edge says.
 
@@ -230,6 +237,7 @@ class Coordinator:
                 answer = await self._carry_out(command)
                 if answer is not None:
                     pending.append(answer)
+            self.on_step()
 
     async def _carry_out(self, command: r.Command) -> r.Event | None:
         match command:

@@ -323,6 +323,40 @@ class RoundMachine:
         vars(made).update({name: value for name, value in saved.items() if name != "rng"})
         return made
 
+    def demand(self) -> int:
+        """How many devices it could use beyond those that wait; below zero: so many of these are too many."""
+        if self._phase in (Phase.IDLE, Phase.DONE) or self._stopping:
+            return -len(self._waiting)
+        if self._phase in (Phase.COMMITTING, Phase.ABANDONING):  # what the next round will want
+            is_last = self._phase is Phase.COMMITTING and self._version + 1 >= self._last_version
+            number = 0 if is_last else self.policy.most_at_once
+            number -= len(self._behind) + len(self._outstanding) if self.policy.buffer else 0
+            return max(number - len(self._able()), -len(self._waiting))
+        training = len(self._outstanding)
+        if self.policy.buffer:
+            number = self.policy.at_once - training - len(self._behind)
+        elif self._phase is Phase.SELECTING:
+            number = self.policy.num_selected - training - len(self._counted)
+        else:
+            number = self.policy.goal - training - len(self._counted)
+        return max(number - sum(map(self._may_be_taken, self._able())), -len(self._waiting))
+
+    def waits(self, device: str) -> bool:
+        """Whether the device waits for an assignment."""
+        return device in self._waiting
+
+    def may_take(self, device: str) -> bool:
+        """Whether the device could be assigned in this round, or in the next where this one is at its end."""
+        exact = self.policy.selection.ids
+        if exact and device not in exact:
+            return False
+        return self._phase is Phase.COMMITTING or self._may_be_taken(device)
+
+    def expects(self, device: str) -> bool:
+        """Whether the device has an assignment of this version that it has not reported on."""
+        in_round = self._phase in (Phase.SELECTING, Phase.REPORTING)
+        return in_round and bool(self._outstanding) and self._nonce(device) in self._outstanding
+
     def step(self, event: Event, now_s: float) -> list[Command]:
         """Advances by one event. Raises InvalidTransition, with the story, for one that the state does not allow."""
         self._story.append((now_s, self._phase, event))
