@@ -20,7 +20,7 @@ class RuntimeInfo(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., version: _Optional[_Iterable[int]] = ..., calling_convention: _Optional[int] = ..., platforms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class CheckIn(_message.Message):
-    __slots__ = ("population", "tasks", "device_id", "runtime", "software", "codecs", "memory_bytes", "held", "device_class", "credential", "stay")
+    __slots__ = ("population", "tasks", "device_id", "runtime", "software", "codecs", "memory_bytes", "held", "device_class", "credential", "stay", "unfit")
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     TASKS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,7 @@ class CheckIn(_message.Message):
     DEVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
     CREDENTIAL_FIELD_NUMBER: _ClassVar[int]
     STAY_FIELD_NUMBER: _ClassVar[int]
+    UNFIT_FIELD_NUMBER: _ClassVar[int]
     population: str
     tasks: _containers.RepeatedScalarFieldContainer[str]
     device_id: str
@@ -43,7 +44,8 @@ class CheckIn(_message.Message):
     device_class: str
     credential: bytes
     stay: bool
-    def __init__(self, population: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., device_id: _Optional[str] = ..., runtime: _Optional[_Union[RuntimeInfo, _Mapping]] = ..., software: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., device_class: _Optional[str] = ..., credential: _Optional[bytes] = ..., stay: _Optional[bool] = ...) -> None: ...
+    unfit: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, population: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., device_id: _Optional[str] = ..., runtime: _Optional[_Union[RuntimeInfo, _Mapping]] = ..., software: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., memory_bytes: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., device_class: _Optional[str] = ..., credential: _Optional[bytes] = ..., stay: _Optional[bool] = ..., unfit: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Token(_message.Message):
     __slots__ = ("signed", "signature")
