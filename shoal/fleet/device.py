@@ -7,7 +7,7 @@ nothing: the token and the update are kept, and after reconnecting the device fi
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -49,6 +49,8 @@ class _Work:
 
     assigned: pb.Assigned
     run: str
+    task: str = ""
+    """Its name, once the plan is here."""
     stopped: bool = False
     training: bool = False
     """A thread is at it, which stops between two blocks and cannot be cancelled."""
@@ -95,6 +97,8 @@ class Device:
         host: DeviceHost,
         rng: np.random.Generator,
         stays: bool = True,
+        population: str = "default",
+        tasks: Sequence[str] = (),
         on_progress: Callable[["Device"], None] = lambda device: None,
     ) -> None:
         """
@@ -105,9 +109,14 @@ class Device:
             host: what the process shares.
             rng: for the jitter of its delays.
             stays: whether it waits for the next assignment; else it goes away after each and comes when it was told to.
+            population: which it is of.
+            tasks: names of those that it serves; none: any.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
         self._stays, self._on_progress = stays, on_progress
+        self._population, self._tasks = population, tuple(tasks)
+        self._unfit: dict[str, DataError] = {}
+        """Tasks that its examples do not fit, and why."""
         self._away_s: float | None = None
         """How long it is to be gone, once it was told so."""
         self._work: _Work | None = None
@@ -221,6 +230,8 @@ class Device:
             case "later":
                 self._away_s = self._drawn(message.later)
             case "incompatible":
+                if self._unfit:  # and nothing else is to be done here
+                    raise next(iter(self._unfit.values()))
                 raise PlanError(message.incompatible.needs)
             case "finished":
                 return True
@@ -283,7 +294,9 @@ class Device:
         self._say("waiting")
         self._checked_in = stream
         check_in = pb.CheckIn(
-            population="default",
+            population=self._population,
+            tasks=self._tasks,
+            unfit=self._unfit,
             device_id=self.device_id,
             runtime=_runtime_info(self._host.runtime),
             software="shoal",
@@ -353,6 +366,7 @@ class Device:
         begun = time.perf_counter()
         self._say("fetching")
         prepared = await host.prepare(assigned, self._link, spent)
+        work.task = prepared.manifest.task
         await host.ensure_model(assigned, prepared, self._link, spent)
         self._say("queued")
         loop = asyncio.get_running_loop()
@@ -444,6 +458,9 @@ class Device:
         self.progress.last_error = str(error)
         gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
         await stream.send(pb.FromDevice(gave_up=gave_up))
+        if isinstance(error, DataError) and work.task:
+            self._unfit[work.task] = error
+            return await self._check_in(stream)
         if isinstance(error, DataError | PlanError | MissingExtra):
             raise error
         if self._is_leaving:

@@ -16,9 +16,10 @@ from typing import Final, Protocol, runtime_checkable
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from shoal.clock import Clock
-from shoal.errors import NetworkError, PlanError, ProtocolError, StoreError
+from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
+from shoal.fleet.check_in import check_device_id, needs
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.offer import Offer
@@ -27,7 +28,6 @@ from shoal.fleet.session import Session
 from shoal.fleet.staging import Limits
 from shoal.fleet.updates import Held, Updates
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.record.store import Blobs, TokenRow
 from shoal.tensors import Index
@@ -35,7 +35,6 @@ from shoal.tensors import Index
 log = logging.getLogger("shoal.edge")
 
 MAX_CONTROL_BYTES: Final = 64 << 10
-MAX_DEVICE_ID_BYTES: Final = 200
 MAX_SESSIONS: Final = 20_000
 BUSY_DELAY_S: Final = (5.0, 15.0)
 
@@ -79,8 +78,9 @@ class Edge:
         blobs: Blobs,
         clock: Clock,
         limits: Limits | None = None,
+        population: str = "default",
     ) -> None:
-        self._plan, self._manifest, self._run = plan, plan.manifest, run
+        self._plan, self._manifest, self._run, self._population = plan, plan.manifest, run, population
         self._blobs, self._clock = blobs, clock
         self._coordinator: Coordinator | None = None
         self._updates = Updates(
@@ -253,18 +253,12 @@ class Edge:
         self._check_ins += 1
         self._seen.count("check_ins")
         device = check_in.device_id
-        if not 0 < len(device.encode()) <= MAX_DEVICE_ID_BYTES:
-            raise ProtocolError(f"Expected a device id of 1 to {MAX_DEVICE_ID_BYTES} bytes.")
-        if check_in.tasks and self._manifest.task not in check_in.tasks:
-            needs = f"a device that serves task {self._manifest.task!r}; this one serves {list(check_in.tasks)[:3]}"
-            return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=needs)))
+        check_device_id(device)
+        if why := needs(check_in, self._manifest, population=self._population):
+            self._seen.error("incompatible", self._clock.now_s())
+            return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
         if self._finished:
             return session.send(pb.FromEdge(finished=pb.Finished(why=self._finished)))
-        try:
-            self._manifest.pick(_runtime(check_in.runtime))
-        except PlanError as error:
-            self._seen.error("incompatible runtime", self._clock.now_s())
-            return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=str(error))))
         if device not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
             return session.send(pb.FromEdge(later=_busy("full")))
         if session.device and session.device != device:
@@ -373,18 +367,6 @@ class Edge:
     def _told(self) -> Coordinator:
         assert self._coordinator is not None, "connect comes first"
         return self._coordinator
-
-
-def _runtime(info: pb.RuntimeInfo) -> Runtime:
-    if len(info.version) != 3:
-        raise ProtocolError(f"Expected a runtime version of three numbers, got {list(info.version)[:4]}.")
-    major, minor, patch = info.version
-    return Runtime(
-        kind=info.kind,
-        version=(major, minor, patch),
-        calling_convention=info.calling_convention,
-        platforms=tuple(info.platforms),
-    )
 
 
 def _refused(reason: str, detail: str) -> pb.FromEdge:

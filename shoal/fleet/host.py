@@ -43,6 +43,7 @@ def begin_run(
     seed: int,
     config: Mapping[str, Any] | None = None,
     clock: Clock | None = None,
+    population: str = "default",
 ) -> str:
     """Writes a new run into the record: plan, initial model, settings. Returns its id.
 
@@ -56,6 +57,8 @@ def begin_run(
         rounds: versions that the line will have beyond the first.
         seed: of the run.
         config: further settings, as JSON.
+        clock: time.
+        population: the devices that it draws on.
     """
     now_s = (clock or SystemClock()).wall_s()
     run_id = new_run_id(now_s, entropy=secrets.randbits(15))
@@ -63,7 +66,7 @@ def begin_run(
     store.create_run(
         RunRow(
             id=run_id, name=plan.manifest.task, kind=kind, plan_hash=plan.hash, config=kept, provenance=provenance(),
-            status="stopped", created_s=now_s,
+            status="stopped", created_s=now_s, population=population,
         )
     )  # fmt: skip
     write_initial_model(store, run_id, plan, model, time_s=now_s)
@@ -113,6 +116,7 @@ class Host:
             blobs=store.blobs,
             clock=clock,
             limits=limits,
+            population=found.row.population,
         )
         self.coordinator = Coordinator(
             store=store,
@@ -126,6 +130,7 @@ class Host:
             clock=clock,
             rng=rng or np.random.default_rng(),
             events_kept=events_kept,
+            population=found.row.population,
             on_commit=on_commit,
         )
         self._clock = clock
