@@ -234,6 +234,8 @@ class Device:
                     raise next(iter(self._unfit.values()))
                 raise PlanError(message.incompatible.needs)
             case "finished":
+                if self._unfit and not self.progress.counted:
+                    raise next(iter(self._unfit.values()))
                 return True
             case kind:
                 log.debug("%s: ignored %s", self.device_id, kind)

@@ -11,7 +11,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
-from shoal.fleet.edge import Edge
+from shoal.fleet.door import Door
 from shoal.fleet.wire import fleet_pb2 as pb
 
 log = logging.getLogger("shoal.edge")
@@ -50,7 +50,7 @@ class Tls:
 class GrpcServer:
     """Serves an Edge on one address."""
 
-    def __init__(self, edge: Edge, *, address: str, tls: Tls | None = None) -> None:
+    def __init__(self, edge: Door, *, address: str, tls: Tls | None = None) -> None:
         self._edge, self._address, self._tls = edge, address, tls
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
         self._servicer = _Servicer(edge)
@@ -108,7 +108,7 @@ def _handlers(servicer: "_Servicer") -> Any:
 
 
 class _Servicer:
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, edge: Door) -> None:
         self._edge = edge
         self._num_sessions = 0
         self._left_s = asyncio.get_running_loop().time()

@@ -107,6 +107,7 @@ class Host:
         if found.plan.public_key != keys.public:
             raise StoreError(f"The keys are not those of run {run_id}: its plan is signed by another key.")
         self.store, self.run_id, self.plan = store, run_id, found.plan
+        self.population = found.row.population
         self.last_version = int(found.config["rounds"]) if rounds is None else rounds
         clock = clock or SystemClock()
         self.edge = Edge(

@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol, runtime_checkable
 
 from shoal.errors import NetworkError
-from shoal.fleet.edge import Edge
+from shoal.fleet.door import Door
 from shoal.fleet.wire import fleet_pb2 as pb
 
 
@@ -36,7 +36,7 @@ class Link(Protocol):
 class LocalLink:
     """An Edge in the same process: the same messages, without a socket."""
 
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, edge: Door) -> None:
         self._edge = edge
 
     @asynccontextmanager
@@ -58,7 +58,7 @@ class LocalLink:
 
 
 class _LocalStream:
-    def __init__(self, edge: Edge) -> None:
+    def __init__(self, edge: Door) -> None:
         self._outgoing: asyncio.Queue[pb.FromDevice] = asyncio.Queue()
         self._incoming = edge.session(self._sent())
 

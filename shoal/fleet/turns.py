@@ -2,7 +2,7 @@
 
 A round needs many devices at once. Dealt out one by one, few devices would be divided between runs none of which could
 then begin; so runs take turns. The run whose turn it is gets every device that it may take, until it wants no more, one
-that goes before it wants some, or it has had the time of its selection window; then the turn is another's, and so are the
+that goes before it wants some, or it has kept others waiting for its selection window; then the turn is another's, and so are the
 devices that nobody has assigned yet.
 
 By weight, the run goes first that has had the fewest devices for its weight (stride scheduling: Waldspurger and Weihl
@@ -23,6 +23,7 @@ Invariants (tests cite them by number):
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -165,7 +166,7 @@ class Turns:
         self._idle: dict[str, frozenset[str]] = {}
         self._given: dict[str, tuple[str, frozenset[str]]] = {}  # device -> run, what it can serve
         self._turn = ""
-        self._ends_s = 0.0
+        self._ends_s = inf
         self._passed: set[str] = set()  # runs whose turn ended without what they wanted, since the last that did not
 
     def snapshot(self) -> Snapshot:
@@ -175,6 +176,17 @@ class Turns:
             turn=self._turn,
             had=tuple((name, run.had) for name, run in self._runs.items()),
         )
+
+    @property
+    def num_idle(self) -> int:
+        return len(self._idle)
+
+    def given(self) -> dict[str, list[str]]:
+        """Run -> devices that it was given and has not assigned."""
+        made: dict[str, list[str]] = {name: [] for name in self._runs}
+        for device, (run, _) in self._given.items():
+            made[run].append(device)
+        return made
 
     def step(self, events: Iterable[Event], now_s: float) -> list[Command]:
         """Advances by some events at once, then deals devices out."""
@@ -245,19 +257,19 @@ class Turns:
             if self._turn and self._free(self._turn) <= 0:
                 self._turn = ""
                 self._passed.clear()
-            if self._turn and now_s >= self._ends_s:
-                commands += self._pass_over()
-            if not self._turn and not self._begin_turn(now_s):
+            if not self._turn and not self._begin_turn():
                 break
-            given = self._give(self._turn)
-            commands += given
-            if not given:
+            if given := self._give(self._turn):
+                commands += given
+            elif self._is_overdue(now_s):
+                commands += self._pass_over()
+            else:
                 break
         # Devices that the run whose turn it is may not take need not wait for its end.
-        for name in self._in_order([name for name in self._runs if name != self._turn]):
+        for name in self._in_order(self._others()):
             commands += self._give(name)
         commands += self._dismiss()
-        if self._turn and now_s < self._ends_s and any(self._free(name) > 0 for name in self._runs.keys() - {self._turn}):
+        if self._turn and self._ends_s < inf:
             commands.append(WakeAt(self._ends_s))
         return commands
 
@@ -297,19 +309,28 @@ class Turns:
         return self._end_turn()
 
     def _pass_over(self) -> list[Command]:
-        """The turn has lasted as long as it may. It goes on where nobody else could use the devices."""
-        others = self._could_use([name for name in self._runs if name != self._turn])
-        if not others:
-            return []
+        """The run whose turn it is cannot be filled."""
         self._passed.add(self._turn)
-        if set(others) <= self._passed:
+        if self._passed >= set(self._could_use(self._others())):
             self._passed = {self._turn}
         return self._end_turn()
 
+    def _is_overdue(self, now_s: float) -> bool:
+        """Whether the turn has kept the others waiting as long as it may: its clock runs while one could use devices."""
+        if not self._could_use(self._others()):
+            self._ends_s = inf
+        elif self._ends_s == inf:
+            self._ends_s = now_s + self._runs[self._turn].patience_s
+        return now_s >= self._ends_s
+
+    def _others(self) -> list[str]:
+        return [name for name in self._runs if name != self._turn]
+
     def _could_use(self, names: Sequence[str]) -> list[str]:
-        """Those that want devices and may take one that is idle, or waits where the turn is."""
+        """Those that want devices and may take one that is idle, or that the run whose turn it is was given."""
         wanting = [name for name in names if self._free(name) > 0]
-        pool = {**self._idle, **{d: self._given[d][1] for d in self._mine()}} if wanting else {}
+        given = {device: runs for device, (of, runs) in self._given.items() if of == self._turn} if wanting else {}
+        pool = {**self._idle, **given}
         return [name for name in wanting if any(name in pool[d] and self._may_take(name, d) for d in pool)]
 
     def _mine(self) -> list[str]:
@@ -323,13 +344,12 @@ class Turns:
         self._runs[name].waiting -= set(mine)
         return self._back(name, mine)
 
-    def _begin_turn(self, now_s: float) -> bool:
+    def _begin_turn(self) -> bool:
         wanting = [name for name in self._runs if self._free(name) > 0 and self._eligible(name)]
         able = self._in_order([name for name in wanting if name not in self._passed] or wanting)
         if not able:
             return False
-        self._turn, run = able[0], self._runs[able[0]]
-        self._ends_s = now_s + run.patience_s
+        self._turn, self._ends_s = able[0], inf
         return True
 
     def _give(self, name: str) -> list[Command]:

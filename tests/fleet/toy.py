@@ -58,16 +58,18 @@ def plan(
     dtype: str = "float32",
     rule: ServerRule | None = None,
     partial: bool = False,
+    task: str = "toy",
+    field: str = "x",
 ) -> Plan:
     model = tuple(TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
     deltas = tuple(TensorSpec(name=f"delta/{spec.name}", shape=spec.shape, dtype="float32") for spec in model)
     if partial:
         deltas = (*deltas, TensorSpec(name=STEPS, shape=(), dtype="float32"))
     half = ServerHalf(rounds=policy, rule=rule or ServerRule(), about=About())
-    batch = (TensorSpec(name="x", shape=(), dtype="float32"),)
-    programs = _programs(model, deltas)
+    batch = (TensorSpec(name=field, shape=(), dtype="float32"),)
+    programs = _programs(model, deltas, field)
     manifest = Manifest(
-        task="toy",
+        task=task,
         programs=tuple(programs),
         broadcast=model,
         device_state=(),
@@ -85,12 +87,12 @@ def plan(
     return Plan(manifest, {program.hash: program.name.encode() for program in programs}).sign(KEYS.signing)
 
 
-def _programs(model: tuple[TensorSpec, ...], deltas: tuple[TensorSpec, ...]) -> list[Program]:
+def _programs(model: tuple[TensorSpec, ...], deltas: tuple[TensorSpec, ...], field: str) -> list[Program]:
     def renamed(prefix: str, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name=prefix + s.name, shape=s.shape, dtype=s.dtype) for s in specs)
 
     feed = (
-        TensorSpec(name="batch/x", shape=(1, BATCH), dtype="float32"),
+        TensorSpec(name=f"batch/{field}", shape=(1, BATCH), dtype="float32"),
         TensorSpec(name="mask", shape=(1, BATCH), dtype="bool"),
         TensorSpec(name="key", shape=(2,), dtype="uint32"),
     )
@@ -135,7 +137,7 @@ class ToyRunner:
         self.values, self.steps = [], 0
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
-        self.values += batches["x"][mask].tolist()
+        self.values += next(iter(batches.values()))[mask].tolist()
         self.steps += 1
 
     def finish(self) -> Update:
