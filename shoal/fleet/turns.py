@@ -2,8 +2,8 @@
 
 A round needs many devices at once. Dealt out one by one, few devices would be divided between runs none of which could
 then begin; so runs take turns. The run whose turn it is gets every device that it may take, until it wants no more, one
-that goes before it wants some, or it has kept others waiting for its selection window; then the turn is another's, and so are the
-devices that nobody has assigned yet.
+that goes before it wants some, or it has kept others waiting for its selection window; then the turn is another's, and so
+are the devices that nobody has enough of yet.
 
 By weight, the run goes first that has had the fewest devices for its weight (stride scheduling: Waldspurger and Weihl
 1995, "Stride scheduling: deterministic proportional-share resource management"). One that did not want any meanwhile
@@ -252,17 +252,17 @@ class Turns:
 
     def _deal(self, now_s: float) -> list[Command]:
         commands = self._take_back()
-        commands += self._give_way()
+        self._give_way()
         while True:
             if self._turn and self._free(self._turn) <= 0:
                 self._turn = ""
                 self._passed.clear()
             if not self._turn and not self._begin_turn():
                 break
-            if given := self._give(self._turn):
+            if given := [*self._fetch(self._turn), *self._give(self._turn)]:
                 commands += given
             elif self._is_overdue(now_s):
-                commands += self._pass_over()
+                self._pass_over()
             else:
                 break
         # Devices that the run whose turn it is may not take need not wait for its end.
@@ -297,23 +297,22 @@ class Turns:
             commands += self._back(name, back)
         return commands
 
-    def _give_way(self) -> list[Command]:
+    def _give_way(self) -> None:
         """The turn is over where a run that goes before it wants devices."""
         if not self._turn or self._turn in self._passed:
-            return []
+            return
         before = self._in_order([*self._runs])
         others = [name for name in before[: before.index(self._turn)] if name not in self._passed]
         equal = self._runs[self._turn].stride
-        if not any(self._by_order or self._runs[name].stride < equal for name in self._could_use(others)):
-            return []
-        return self._end_turn()
+        if any(self._by_order or self._runs[name].stride < equal for name in self._could_use(others)):
+            self._turn = ""
 
-    def _pass_over(self) -> list[Command]:
+    def _pass_over(self) -> None:
         """The run whose turn it is cannot be filled."""
         self._passed.add(self._turn)
         if self._passed >= set(self._could_use(self._others())):
             self._passed = {self._turn}
-        return self._end_turn()
+        self._turn = ""
 
     def _is_overdue(self, now_s: float) -> bool:
         """Whether the turn has kept the others waiting as long as it may: its clock runs while one could use devices."""
@@ -327,30 +326,39 @@ class Turns:
         return [name for name in self._runs if name != self._turn]
 
     def _could_use(self, names: Sequence[str]) -> list[str]:
-        """Those that want devices and may take one that is idle, or that the run whose turn it is was given."""
-        wanting = [name for name in names if self._free(name) > 0]
-        given = {device: runs for device, (of, runs) in self._given.items() if of == self._turn} if wanting else {}
-        pool = {**self._idle, **given}
-        return [name for name in wanting if any(name in pool[d] and self._may_take(name, d) for d in pool)]
+        """Those that want devices and may take one that is idle, or that another was given which has not enough yet."""
+        return [name for name in names if self._free(name) > 0 and self._pool(name)]
 
-    def _mine(self) -> list[str]:
-        run = self._runs[self._turn]
-        return [device for device, (of, _) in self._given.items() if of == self._turn and device in run.waiting]
-
-    def _end_turn(self) -> list[Command]:
-        name, mine = self._turn, self._mine()
-        self._turn = ""
-        self._runs[name].wants += len(mine)
-        self._runs[name].waiting -= set(mine)
-        return self._back(name, mine)
+    def _pool(self, name: str) -> list[str]:
+        if idle := self._eligible(name):
+            return idle
+        unfilled = {other for other in self._runs if other != name and self._free(other) > 0}
+        given = [device for device, (of, runs) in self._given.items() if of in unfilled and name in runs]
+        return [device for device in given if self._may_take(name, device)]
 
     def _begin_turn(self) -> bool:
-        wanting = [name for name in self._runs if self._free(name) > 0 and self._eligible(name)]
+        wanting = self._could_use([*self._runs])
         able = self._in_order([name for name in wanting if name not in self._passed] or wanting)
         if not able:
             return False
         self._turn, self._ends_s = able[0], inf
         return True
+
+    def _fetch(self, name: str) -> list[Command]:
+        """What waits at runs that have not enough yet is for the one whose turn it is, where it needs more than idle."""
+        missing = self._free(name) - len(self._eligible(name))
+        commands: list[Command] = []
+        for other in [other for other in self._others() if self._free(other) > 0]:
+            if missing <= 0:
+                break
+            waiting = self._runs[other].waiting
+            found = [d for d, (of, runs) in self._given.items() if of == other and d in waiting and name in runs]
+            found = [device for device in found if self._may_take(name, device)][:missing]
+            missing -= len(found)
+            self._runs[other].wants += len(found)
+            self._runs[other].waiting = waiting.difference(found)
+            commands += self._back(other, found)
+        return commands
 
     def _give(self, name: str) -> list[Command]:
         free = self._free(name)

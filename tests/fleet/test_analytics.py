@@ -257,7 +257,7 @@ async def test_a_round_of_a_host_is_in_the_record() -> None:
         assert seen.counts["selected"] == row.selected and seen.counts["counted"] == 2 == seen.shapes["-v[]+^"]
         assert seen.shapes["-v[*"] == 1 and seen.counts["lost"] == 1 and "own words" not in json.dumps(row.analytics)
         assert {k: e.count for k, e in seen.errors.items()} == {
-            "incompatible runtime": 1, "gave up training": 1, "stream broke": 1,
+            "incompatible": 1, "gave up training": 1, "stream broke": 1,
         }  # fmt: skip
         assert sum(seen.times["train"].values()) == 2 and row.analytics["seconds"]["selecting"] >= 0.0
 

@@ -226,7 +226,7 @@ def test_it_wakes_only_for_somebody_else() -> None:
     assert WakeAt(3.0 + PATIENCE_S) in commands
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_history_keeps_the_invariants_and_starves_nobody(data: st.DataObject) -> None:
     names = ["a", "b", "c"][: data.draw(st.integers(1, 3))]
