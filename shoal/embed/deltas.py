@@ -29,8 +29,10 @@ import numpy as np
 from shoal.embed import checksum, kernel
 from shoal.embed.blockfile import aligned
 from shoal.embed.changes import Change
+from shoal.embed.kernel import ABSENT
 from shoal.embed.space import DELTA, HOME
-from shoal.embed.table import ABSENT, Table
+from shoal.embed.stored import stored_rows
+from shoal.embed.table import Table
 
 SPARE: Final = 0.10
 """Part of a file's blocks that tidying keeps free."""
@@ -271,7 +273,7 @@ def _values(table: Table, ids: np.ndarray, new_ids: np.ndarray, new_rows: np.nda
     at = np.minimum(np.searchsorted(new_ids[order], ids), max(0, len(new_ids) - 1))
     is_new = new_ids[order][at] == ids if len(new_ids) else np.zeros(len(ids), bool)
     made = np.empty((len(ids), table.codec.words), np.uint32)
-    made[~is_new] = table.stored_rows(ids[~is_new])
+    made[~is_new] = stored_rows(table, ids[~is_new])
     made[is_new] = new_rows[order[at[is_new]]]
     return made
 

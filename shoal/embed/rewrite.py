@@ -19,9 +19,11 @@ from shoal.embed import checksum
 from shoal.embed._compiled import compiled
 from shoal.embed.blockfile import aligned
 from shoal.embed.deltas import Step, undo, write_blocks
+from shoal.embed.kernel import ABSENT
 from shoal.embed.layout import Layout
 from shoal.embed.space import FREE, HOME
-from shoal.embed.table import ABSENT, Table
+from shoal.embed.stored import stored_rows
+from shoal.embed.table import Table
 from shoal.embed.trace import Trace
 from shoal.tensors import Tensors
 
@@ -152,7 +154,7 @@ def some(table: Table, layout: Layout, chosen: np.ndarray, offered: np.ndarray) 
     members[never] = -1
     held = members >= 0
     rows = np.zeros((*members.shape, table.codec.words), np.uint32)
-    rows[held] = table.stored_rows(members[held].astype(np.int64))
+    rows[held] = stored_rows(table, members[held].astype(np.int64))
     step = write_blocks(
         table, members, rows, np.full(len(members), HOME, np.uint8), offered=offered[chosen].astype(np.int16)
     )

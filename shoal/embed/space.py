@@ -43,6 +43,10 @@ class Space:
         self._reclaim()
         return int(self._is_free.sum())
 
+    @property
+    def has_readers(self) -> bool:
+        return bool(self._readers)
+
     def enter(self) -> int:
         """A reader begins: the blocks in use now stay as they are until it leaves."""
         self._readers[self._epoch] += 1

@@ -17,26 +17,26 @@ Guarantees:
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, final
 
 import numpy as np
 
-from shoal.embed import checksum, kernel, reads
+from shoal.embed import kernel, reads, stored
 from shoal.embed.blockfile import BlockFile
-from shoal.embed.cache import Cache, drop, prefetch_pays, probe
-from shoal.embed.changes import Change
+from shoal.embed.cache import Cache, prefetch_pays
 from shoal.embed.codec import Codec
 from shoal.embed.kernel import Plan, View
 from shoal.embed.manifest import TableRecord
 from shoal.embed.recent import Recent
-from shoal.embed.space import DELTA, HOME, Space
+from shoal.embed.space import HOME, Space
 from shoal.embed.tail import Tail
 from shoal.errors import StoreError
 from shoal.tensors import Tensors
 
-ABSENT: Final = -1
 MOST_SLOTS: Final = 2**31 - 2
 _NO_READS: Final = Plan(np.empty(0, np.int64), np.zeros(1, np.int64), np.empty(0, np.int64), np.empty(0, np.int64))
 _FIXED_BYTES: Final = 512
@@ -79,6 +79,7 @@ class Table:
         self.record, self.codec, self.path = record, record.codec, folder / record.blocks
         self.slots_per_block = record.block_bytes // self.codec.row_bytes
         self.lock = threading.Lock()
+        self._is_idle, self._is_closed = threading.Condition(self.lock), False
         self.file = BlockFile(
             self.path,
             record.block_bytes,
@@ -120,10 +121,10 @@ class Table:
         """(rows,) int32: each row's slot in a HOME block, where its placement is; -1 where it has none."""
         self.changes = 0
         """Changes applied: the time by which hot rows are told from others."""
-        self._free_resident = list(range(capacity - 1, -1, -1))
+        self.free_resident = list(range(capacity - 1, -1, -1))
         self.changed = np.zeros(self.record.rows if self.record.tier == "dram" else 0, bool)
         """Rows of a table in memory whose block is out of date."""
-        self._pending = (state["resident_ids"].copy(), state["resident_rows"].copy())
+        self.pending = (state["resident_ids"].copy(), state["resident_rows"].copy())
 
     def _homes(self) -> np.ndarray:
         made = np.full(self.record.rows, -1, np.int32)
@@ -182,22 +183,15 @@ class Table:
 
     @property
     def num_resident(self) -> int:
-        return len(self.resident_id) - len(self._free_resident)
+        return len(self.resident_id) - len(self.free_resident)
 
     def _load_mirror(self) -> np.ndarray:
         """All rows, from the blocks."""
         mirror = np.zeros((self.record.rows, self.codec.words), np.uint32)
         for first in range(0, self.record.rows, 1 << 16):
             ids = np.arange(first, min(first + (1 << 16), self.record.rows))
-            mirror[ids] = self.stored_rows(ids)
+            mirror[ids] = stored.stored_rows(self, ids)
         return mirror
-
-    def restore_resident(self) -> None:
-        """Puts the rows that rested in memory when the state was written where they were."""
-        ids, rows = self._pending
-        if len(ids):
-            self.apply(Change(table=self.record.name, row_ids=ids, rows=rows))
-        self._pending = (ids[:0], rows[:0])
 
     # Reading.
 
@@ -211,12 +205,14 @@ class Table:
         out = np.empty((len(ids), self.codec.words), np.uint32)
         if self.mirror is not None:
             with self.lock:
+                self._refuse_closed()
                 self._refuse_range(ids, kernel.gather(self.mirror, ids, out))
                 self._count(ids, len(ids), 0)
             return out, None
         missed = np.empty(len(ids), np.int64)
         entries = np.empty(len(ids), np.int32)
         with self.lock:
+            self._refuse_closed()
             count, resident = kernel.probe_rows(self.cache.state, self.view, ids, out, entries, missed)
             self._refuse_range(ids, -1 - count if count < 0 else -1)
             self._count(ids, len(ids) - count, resident)
@@ -231,7 +227,28 @@ class Table:
             return out, self._fetch(ids, out, plan, deadline_s)
         finally:
             with self.lock:
-                self.space.leave(epoch)
+                self._leave(epoch)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While this is entered, no block in use is written over and the file stays open."""
+        with self.lock:
+            self._refuse_closed()
+            epoch = self.space.enter()
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._leave(epoch)
+
+    def _leave(self, epoch: int) -> None:
+        self.space.leave(epoch)
+        if self._is_closed:
+            self._is_idle.notify_all()
+
+    def _refuse_closed(self) -> None:
+        if self._is_closed:
+            raise StoreError(f"The store of table {self.record.name!r} is closed. Open it again.")
 
     def _refuse_range(self, ids: np.ndarray, place: int) -> None:
         if place >= 0:
@@ -305,14 +322,18 @@ class Table:
         """Serves the rows of a bad block from a second read, or from a copy."""
         block = int(plan.blocks[index])
         mine = slice(plan.starts[index], plan.starts[index + 1])
-        again = self._try_block(block)
+        again = stored.try_block(self, block)
         if again is None:
             with self.lock:
                 if block not in self.damaged:
                     self.damaged.add(block)
                     self.counters.damaged_blocks += 1
         for place, slot in zip(plan.places[mine].tolist(), plan.slots[mine].tolist(), strict=True):
-            row = again[slot % self.slots_per_block] if again is not None else self._copy_of(int(ids[place]), block)
+            row = (
+                again[slot % self.slots_per_block]
+                if again is not None
+                else stored.copy_of(self, int(ids[place]), block)
+            )
             if row is None:
                 wanted = sorted({int(i) for i in ids[plan.places[mine]]})
                 raise StoreError(
@@ -321,42 +342,6 @@ class Table:
                     "or restore the file from a copy."
                 )
             out[place] = row
-
-    def _try_block(self, block: int) -> np.ndarray | None:
-        """The rows in a block, (slots, words), or None where it is damaged."""
-        try:
-            data = self.file.read(np.array([block]))[0]
-        except StoreError:
-            return None
-        words = data.view(np.uint64)
-        if int(checksum.of_words(words, np.uint64(block))) != int(self.sums[block]):
-            return None
-        return self._slots(data)
-
-    def _slots(self, block: np.ndarray) -> np.ndarray:
-        used = self.slots_per_block * self.codec.row_bytes
-        rows: np.ndarray = block[:used].view(np.uint32)
-        return rows.reshape(self.slots_per_block, self.codec.words)
-
-    def _copy_of(self, id: int, but: int) -> Any:
-        """A row's present value from anywhere but one block."""
-        with self.lock:
-            where = int(self.view.where[id])
-            entry = probe(self.cache.state, id) if self.capacity else -1
-            if where < ABSENT:
-                return self.view.resident[-2 - where].copy()
-            if entry >= 0:
-                return self.view.cached[entry].copy()
-            r = slice(*np.searchsorted(self.view.replica_ids, [id, id + 1]))
-            slots = [where, *self.view.replica_slots[r][self.view.replica_valid[r] > 0].tolist()]
-        for slot in slots:
-            if slot >= 0 and slot // self.slots_per_block != but:
-                rows = self._try_block(slot // self.slots_per_block)
-                if rows is not None:
-                    with self.lock:
-                        self.counters.rescued_rows += 1
-                    return rows[slot % self.slots_per_block].copy()
-        return None
 
     def low_precision(self, ids: np.ndarray, places: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Stand-ins for rows that did not come in time: from the int8 copy, else the mean of those that did."""
@@ -373,171 +358,9 @@ class Table:
         self.shadow = np.zeros((self.record.rows, self.shadow_codec.words), np.uint32)
         for first in range(0, self.record.rows, 1 << 16):
             ids = np.arange(first, min(first + (1 << 16), self.record.rows))
-            self.shadow[ids] = self.shadow_codec.encode(self.codec.decode(self.stored_rows(ids)))
+            self.shadow[ids] = self.shadow_codec.encode(self.codec.decode(stored.stored_rows(self, ids)))
 
-    def stored_rows(self, ids: np.ndarray) -> np.ndarray:
-        """The present values of rows (n, words), past the cache: for the writer, which alone may call it.
-
-        Raises StoreError where a block is damaged and a row has no copy.
-        """
-        if self.mirror is not None:
-            copied: np.ndarray = self.mirror[ids]
-            return copied
-        out = np.zeros((len(ids), self.codec.words), np.uint32)
-        where = self.view.where[ids].astype(np.int64)
-        resident = where < ABSENT
-        out[resident] = self.view.resident[-2 - where[resident]]
-        order = np.argsort(where, kind="stable")
-        order = order[where[order] >= 0]
-        blocks = where[order] // self.slots_per_block
-        for start in range(0, len(order), 1 << 14):
-            part = slice(start, start + (1 << 14))
-            self._read_rows(ids, order[part], blocks[part], where, out)
-        return out
-
-    def _read_rows(
-        self, ids: np.ndarray, order: np.ndarray, blocks: np.ndarray, where: np.ndarray, out: np.ndarray
-    ) -> None:
-        unique, index = np.unique(blocks, return_inverse=True)
-        data = self.file.read(unique)
-        sound = checksum.of_blocks(data.view(np.uint64), unique) == self.sums[unique]
-        used = self.slots_per_block * self.codec.row_bytes
-        rows = data[:, :used].view(np.uint32).reshape(len(unique), self.slots_per_block, self.codec.words)
-        out[order] = rows[index, where[order] % self.slots_per_block]
-        for i in order[~sound[index]].tolist():
-            row = self._copy_of(int(ids[i]), int(where[i]) // self.slots_per_block)
-            if row is None:
-                raise StoreError(
-                    f"Block {int(where[i]) // self.slots_per_block} of {self.path} is damaged and row {int(ids[i])} of "
-                    f"table {self.record.name!r} has no copy. Write it again with update, or restore the file."
-                )
-            out[i] = row
-
-    # Changing. The caller is the writer; `lock` is taken here.
-
-    def apply(self, change: Change, values: np.ndarray | None = None) -> None:
-        """Makes a journalled change the table's state.
-
-        Args:
-            values: (rows in `members`, words) the values of the blocks' members, in order, for copies in the cache; not
-                needed where nothing is cached.
-        """
-        with self.lock:
-            self.changes += 1
-            if len(change.blocks):
-                self._grow_to(int(change.blocks.max()) + 1)
-            if len(change.blocks):
-                self._apply_blocks(change, values)  # first: it makes room in memory for the rows
-            self._apply_rows(change.row_ids, change.rows)
-            self._forget_members(change.freed)
-            self.space.retire(change.freed)
-
-    def _apply_rows(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        if not len(ids):
-            return
-        if self.mirror is not None:
-            self.mirror[ids] = rows
-            self.changed[ids] = True
-            return
-        where = self.view.where[ids]
-        new = where >= ABSENT
-        while len(self._free_resident) < int(new.sum()):
-            self._more_resident()
-        taken = [self._free_resident.pop() for _ in range(int(new.sum()))]
-        self.resident_id[taken], self.resident_home[taken] = ids[new], where[new]
-        self.view.where[ids[new]] = -2 - np.array(taken, np.int32)
-        places = -2 - self.view.where[ids]
-        self.view.resident[places] = rows
-        self.resident_stamp[places] = self.changes
-        self._invalidate_replicas(ids)
-        for id in ids[new].tolist():
-            drop(self.cache.state, id)
-
-    def _more_resident(self) -> None:
-        """Only a replay of a store with other settings comes here."""
-        old = len(self.resident_id)
-        more = max(old, 64)
-        self.view = self.view._replace(
-            resident=np.concatenate([self.view.resident, np.zeros((more, self.codec.words), np.uint32)])
-        )
-        self.resident_id = np.append(self.resident_id, np.full(more, -1, np.int32))
-        self.resident_home = np.append(self.resident_home, np.full(more, -1, np.int32))
-        self.resident_stamp = np.append(self.resident_stamp, np.zeros(more, np.int64))
-        self._free_resident = [*range(old + more - 1, old - 1, -1), *self._free_resident]
-
-    def _apply_blocks(self, change: Change, values: np.ndarray | None) -> None:
-        slots = change.blocks[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
-        replaced = change.replaces >= 0
-        self._invalidate_replicas(change.fresh)
-        self._move_replicas(change.replaces[replaced], change.blocks[replaced])
-        self._leave_home(change.members[(change.kinds == HOME) & ~replaced])
-        self.view.id_at[slots.reshape(-1)] = change.members.reshape(-1)
-        held = change.members >= 0
-        held[replaced] &= self._is_home(change.replaces[replaced], change.members[replaced])
-        stays = np.zeros(held.shape, bool)
-        at_home = change.kinds == HOME
-        stays[at_home] = self.view.where[np.maximum(change.members[at_home], 0)] < ABSENT
-        stays &= held
-        self.resident_home[-2 - self.view.where[change.members[stays]]] = slots[stays]
-        homes = held & at_home[:, None]
-        self.home[change.members[homes]] = slots[homes]
-        ids = change.members[held & ~stays]
-        self._release(ids)
-        self.view.where[ids] = slots[held & ~stays]
-        self.sums[change.blocks] = change.sums
-        self.view.offered[change.blocks] = change.offered
-        self.space.use(change.blocks, change.kinds)
-        self.damaged.difference_update(change.blocks.tolist())
-        is_delta = change.kinds == DELTA
-        self._invalidate_replicas(change.members[is_delta][change.members[is_delta] >= 0])
-        if values is not None and self.capacity:
-            ids = change.members[change.members >= 0].astype(np.int64)
-            kernel.refresh_cached(self.cache.state, self.view, ids, values)
-
-    def _leave_home(self, members: np.ndarray) -> None:
-        """Rows that get another HOME block are taken off the list of their present one."""
-        slots = self.home[members[members >= 0]]
-        self.view.id_at[slots[slots >= 0]] = -1
-
-    def _is_home(self, old: np.ndarray, members: np.ndarray) -> np.ndarray:
-        """Which members of replaced HOME blocks are at home there, and not a replica: (b, K)."""
-        made = np.ones(members.shape, bool)
-        if len(self.view.replica_ids):
-            slots = old[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
-            moved = np.isin(slots, self._moved_from)
-            made &= ~moved
-        return made
-
-    def _move_replicas(self, old: np.ndarray, new: np.ndarray) -> None:
-        """Replicas in rewritten blocks go along, with fresh values."""
-        self._moved_from = np.empty(0, np.int64)
-        if not len(self.view.replica_ids) or not len(old):
-            return
-        block_of = dict(zip(old.tolist(), new.tolist(), strict=True))
-        blocks = self.view.replica_slots // self.slots_per_block
-        moved = np.flatnonzero(np.isin(blocks, old))
-        self._moved_from = self.view.replica_slots[moved].astype(np.int64)
-        to = np.array([block_of[b] for b in blocks[moved].tolist()], np.int64)
-        self.view.replica_slots[moved] = to * self.slots_per_block + self._moved_from % self.slots_per_block
-        self.view.replica_valid[moved] = 1
-
-    def _invalidate_replicas(self, ids: np.ndarray) -> None:
-        if len(self.view.replica_ids) and len(ids):
-            self.view.replica_valid[np.isin(self.view.replica_ids, ids)] = 0
-
-    def _release(self, ids: np.ndarray) -> None:
-        """Rows that leave the memory of hot rows."""
-        where = self.view.where[ids]
-        places = (-2 - where[where < ABSENT]).tolist()
-        self.resident_id[places] = -1
-        self._free_resident.extend(places)
-
-    def _forget_members(self, blocks: np.ndarray) -> None:
-        if len(blocks):
-            slots = blocks[:, None] * self.slots_per_block + np.arange(self.slots_per_block)
-            self.view.id_at[slots.reshape(-1)] = -1
-
-    def _grow_to(self, num_blocks: int) -> None:
+    def grow_to(self, num_blocks: int) -> None:
         """Arrays for a file that has grown."""
         more = num_blocks - len(self.sums)
         if more <= 0:
@@ -587,7 +410,7 @@ class Table:
         if target:
             self.file.grow(target)
             with self.lock:
-                self._grow_to(target)
+                self.grow_to(target)
 
     def state(self) -> Tensors:
         """All that the table is opened from, beside its blocks."""
@@ -629,5 +452,10 @@ class Table:
         return sum(a.nbytes for a in (*arrays, self.sums, space.kind, space.wear))
 
     def close(self) -> None:
+        """Waits for the lookups that have begun; those that come later are refused."""
+        with self.lock:
+            self._is_closed = True
+            while self.space.has_readers:
+                self._is_idle.wait()
         self.lanes.close(self.sums)
         self.file.close()

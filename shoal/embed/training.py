@@ -136,7 +136,7 @@ def rebalance(store: "EmbeddingStore", *, least_gain: float = 0.03) -> dict[str,
         least_gain=least_gain,
     )
     if given != current:
-        store._configure(
+        store._write.configure(
             {
                 name: _cache_of(_setting_at(curves[name], size)) | {"cache_bytes": int(size)}
                 for name, size in given.items()
@@ -260,7 +260,7 @@ def _settle(store: "EmbeddingStore", name: str, learned: Learned, given: float, 
         reason = f"{size} bytes of memory serve it best: {reads:.3g} block reads a query foretold"
     settings = _cache_of(setting) | {"cache_bytes": size, "reason": reason, "tier": "dram" if in_memory else "block"}
     if learned.layout is None and not in_memory:
-        store._configure(
+        store._write.configure(
             {name: settings | {"reason": f"{reason}; its rows stay where they are, a new placement saves no reads"}}
         )
     else:

@@ -10,6 +10,7 @@ import pytest
 from shoal.embed import Cache, EmbeddingStore, Layout, TableSpec, Trace
 from shoal.embed.codec import DTYPES
 from shoal.embed.simulate import replay
+from shoal.embed.stored import stored_rows
 from shoal.errors import StoreError
 from tests.embed.builders import DIM, ROWS, flip, small_store, vectors
 
@@ -255,3 +256,52 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
         store.lookup("items", [1])
     with pytest.raises(StoreError, match=r"There is an embedding store in .* already"):
         EmbeddingStore.create(tmp_path, {"a": TableSpec(rows=1, dim=1)})
+
+
+def test_closing_waits_for_lookups_and_refuses_later_ones(tmp_path: Path) -> None:
+    store = small_store(tmp_path)
+    table = store._tables["items"]
+    closing = threading.Thread(target=store.close)
+    with table.reading():  # a lookup that has begun
+        closing.start()
+        while not table._is_closed:
+            pass
+        with pytest.raises(StoreError, match="is closed"):
+            table.rows_of(np.array([1]))
+        rows = stored_rows(table, np.arange(10))  # its file is still open
+        assert closing.is_alive()
+    closing.join()
+    np.testing.assert_array_equal(table.codec.decode(rows), vectors()[:10])
+    with pytest.raises(StoreError, match="is closed"):
+        store.lookup("items", [1])
+    store.close()  # again: nothing happens
+
+
+def test_lookups_of_many_threads_end_well_when_the_store_closes(tmp_path: Path) -> None:
+    store, right, wrong = small_store(tmp_path, dram="20KB"), vectors(), []
+    begun = threading.Barrier(5)
+
+    def ask(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        begun.wait()
+        while True:
+            ids = rng.integers(0, len(right), 64)
+            try:
+                found = store.lookup("items", ids)
+            except StoreError as error:
+                if "is closed" not in str(error):
+                    wrong.append(str(error))
+                return
+            if not np.array_equal(found, right[ids]):
+                wrong.append("other values")
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    while store.statistics().tables["items"].queries < 200:
+        pass
+    store.close()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -238,7 +238,7 @@ def test_a_replayed_store_knows_which_blocks_are_free(tmp_path: Path) -> None:
 
 
 def test_a_long_journal_is_folded_into_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.embed.store._JOURNAL_BYTES", 50_000)
+    monkeypatch.setattr("shoal.embed.writer._JOURNAL_BYTES", 50_000)
     rng, values = np.random.default_rng(0), vectors()
     with small_store(tmp_path, tidy=False) as store:
         epoch = store.statistics().epoch
