@@ -1,6 +1,6 @@
 """Builds a task's plan in a process of its own, so that a host never imports JAX and never runs a task's source.
 
-    python -m shoal.cli.build_plan '{"task": "file.py:task", "seed": 0, "policy": {"goal": 4}, "out": "folder"}'
+    python -m shoal.cli.build_plan '{"task": "file.py:task", "seed": 0, "policy": {"goal": 4}, "each": {}, "out": "folder"}'
 
 It writes `plan` and `model` into the folder, or one line to standard error and exits with 1. Nothing is signed here.
 """
@@ -24,13 +24,16 @@ MARK: Final = "shoal build: "
 BUILD_S: Final = 1800.0
 
 
-def build_in_child(task: str, *, seed: int, policy: Mapping[str, Any]) -> "tuple[Plan, Tensors]":
+def build_in_child(
+    task: str, *, seed: int, policy: Mapping[str, Any], each: Mapping[str, Mapping[str, Any]]
+) -> "tuple[Plan, Tensors]":
     """The unsigned plan of TASK and its initial model.
 
     Args:
         task: TASK of the command line.
         seed: of the initial model.
         policy: fields of `RoundPolicy` that are not as the task says.
+        each: name of a task -> further ones, of that task only.
 
     Raises:
         PlanError: the task cannot be loaded or built; the text says why.
@@ -39,7 +42,7 @@ def build_in_child(task: str, *, seed: int, policy: Mapping[str, Any]) -> "tuple
     from shoal.tensors import unpack
 
     with tempfile.TemporaryDirectory(prefix="shoal-plan-") as out:
-        request = {"task": task, "seed": seed, "policy": dict(policy), "out": out}
+        request = {"task": task, "seed": seed, "policy": dict(policy), "each": each, "out": out}
         command = [sys.executable, "-m", "shoal.cli.build_plan", json.dumps(request)]
         # What the task's file prints is not our result.
         done = subprocess.run(
@@ -75,7 +78,7 @@ def _build(request: Mapping[str, Any]) -> None:
     from shoal.tensors import pack
 
     task = load_task(request["task"])
-    policy = dict(request["policy"])
+    policy = {**request["policy"], **request["each"].get(task.name, {})}
     if "late" in policy:
         policy["late"] = Late(**policy["late"])
     task = task.replace(rounds=replace(task.rounds, **policy))

@@ -50,7 +50,7 @@ async def serve(parent: Parent, order: Mapping[str, Any]) -> None:
     reporting = asyncio.create_task(_report(parent, host))
     try:
         # All devices are the demo's own: none that lost its connection is waited for.
-        async with served(host, evaluation, address="127.0.0.1:0", quiet_s=0.0) as server:
+        async with served(host, [evaluation], address="127.0.0.1:0", quiet_s=0.0) as server:
             if (head := store.last_commit(run_id)) is not None and head.version:
                 evaluation.committed(head)
             parent.tell(kind="ready", port=server.port, public_key=keys.public.hex())

@@ -11,6 +11,7 @@ from shoal.cli.screen import Screen, Stopwatch
 EPILOG = options.examples(
     "shoal device --server 127.0.0.1:8500 --data users/",
     "shoal device --server 127.0.0.1:8500 --data name:digits --users 100 --first 25 --count 25",
+    "shoal device --server 127.0.0.1:8500 --data watches/ --population watches --task steps",
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
 )
 
@@ -37,6 +38,10 @@ def device(
         str,
         typer.Option("--key", help="Key whose plans are run, 64 hexadecimal digits; else that of the first plan seen."),
     ] = "",
+    population: Annotated[str, typer.Option("--population", help="Which population the device is of.")] = "default",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="A task to serve, by name; may be repeated.", show_default="any")
+    ] = None,
     state: Annotated[
         Path | None, typer.Option("--state", help="Folder for what devices keep between rounds; else in memory.")
     ] = None,
@@ -79,14 +84,15 @@ def device(
 
     from shoal.cli import data_argument, device_process
 
-    population = data_argument.open_data(data, split=split, users=users)
-    chosen = device_process.choose(population, first=first, count=count)
+    examples = data_argument.open_data(data, split=split, users=users)
+    chosen = device_process.choose(examples, first=first, count=count)
     watch.lap("data")
     settings = device_process.Settings(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
+        population=population, tasks=tuple(task or ()),
     )  # fmt: skip
-    device_process.run(settings, population, screen=screen, watch=watch, parent=parent)
+    device_process.run(settings, examples, screen=screen, watch=watch, parent=parent)
 
 
 def options_memory(text: str) -> int:

@@ -59,6 +59,9 @@ class Settings:
     in_process: bool = False
     visits: bool = False
     """Come and go, rather than stay and wait."""
+    population: str = "default"
+    tasks: tuple[str, ...] = ()
+    """Those to serve; none: any."""
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
@@ -161,6 +164,7 @@ async def play(
         Device(
             settings.device_id(user), partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
+            population=settings.population, tasks=settings.tasks,
         )
         for user in settings.users
     ]  # fmt: skip

@@ -1,32 +1,30 @@
-"""What a host process does: begins a run or takes one up, serves it, evaluates its versions, tells how it went."""
+"""What a host process does: begins runs or takes them up, serves them, evaluates versions, tells how it went."""
 
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from shoal.aggregate.commit import CallProgram
 from shoal.cli import data_argument, run_folder, words
 from shoal.cli.build_plan import build_in_child
 from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
+from shoal.cli.host_asked import Asked
+from shoal.cli.host_run import ServedRun
 from shoal.cli.run_summary import RunSummary, summarize
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples
 from shoal.errors import StoreError
-from shoal.fleet.coordinator import Commit
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.process import switch_threads_often, use_one_arena
-from shoal.plan.child import ChildRunner
-from shoal.plan.plan import Plan
-from shoal.plan.run_plan import load_plan
+from shoal.fleet.several import SeveralHosts
 from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store
@@ -39,10 +37,10 @@ QUIET_S: Final = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one run is served."""
+    """How the runs of a folder are served."""
 
     folder: Path
-    run_id: str
+    run_ids: tuple[str, ...]
     rounds: int | None
     """Last version; None: as the run says."""
     address: str
@@ -79,21 +77,31 @@ class Settings:
         )
 
 
-def begin(
-    task: str, *, rounds: int, seed: int, policy: Mapping[str, Any], run: Path | None, screen: Screen
-) -> tuple[Path, str]:
-    """Builds the plan of TASK and begins a run of it; returns the run's folder and id."""
+def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tuple[str, ...]]:
+    """Builds the plans of the tasks and begins a run of each; returns the runs' folder and ids."""
     if run is not None:
         run_folder.new_folder(run, "")  # refused before the work, not after
-    screen.say(f"building the plan of {task}")
-    plan, model = build_in_child(task, seed=seed, policy=policy)
-    folder = run_folder.new_folder(run, plan.manifest.task)
-    signed = plan.sign(HostKeys.load_or_make(folder).signing)
+    built = []
+    for task in asked.tasks:
+        screen.say(f"building the plan of {task}")
+        built.append(build_in_child(task, seed=asked.seed, policy=asked.policy, each=asked.policies))
+    names = [plan.manifest.task for plan, _ in built]
+    asked.refuse_strangers(names)
+    folder = run_folder.new_folder(run, names[0])
+    signing = HostKeys.load_or_make(folder).signing
     store = open_store(folder)
     try:
-        return folder, begin_run(store, signed, model, kind="host", rounds=rounds, seed=seed)
+        run_ids = [
+            begin_run(
+                store, plan.sign(signing), model, kind="host", rounds=asked.rounds_of(name), seed=asked.seed,
+                population=asked.population_of(name),
+                config={"weight": asked.each.weights.get(name, 1.0), "order": asked.order} if len(built) > 1 else None,
+            )
+            for name, (plan, model) in zip(names, built, strict=True)
+        ]  # fmt: skip
     finally:
         store.close()
+    return folder, tuple(run_ids)
 
 
 def run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
@@ -115,41 +123,51 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
     held_out = data_argument.open_held_out(settings.held_out)
     store = open_store(settings.folder)
     try:
-        keys, before = HostKeys.load_or_make(settings.folder), summarize(store, settings.run_id)
+        keys = HostKeys.load_or_make(settings.folder)
+        before = [summarize(store, run_id) for run_id in settings.run_ids]
         run_until_told(_serve(settings, store, keys, held_out, screen), parent=parent)
         watch.lap("rounds")
-        _tell(settings, summarize(store, settings.run_id), before, screen, watch)
+        _tell(settings, [summarize(store, run_id) for run_id in settings.run_ids], before, screen, watch)
     except Stopped as stopped:
-        version = store.last_version(settings.run_id)
-        raise Stopped(f"stopped at version {version}. Go on with: {settings.go_on_with()}", code=stopped.code) from None
+        at = " and ".join(f"version {store.last_version(run_id)}" for run_id in settings.run_ids)
+        raise Stopped(f"stopped at {at}. Go on with: {settings.go_on_with()}", code=stopped.code) from None
     finally:
         store.close()
 
 
 async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
-    plan = load_plan(store, settings.run_id).plan
-    server_programs = _ServerPrograms(plan)
-    evaluation = _evaluation(settings, store, plan, held_out, screen)
-    rounds = _Rounds(screen, evaluation)
-    host = Host(
-        store, settings.run_id, keys, rounds=settings.rounds, call_program=server_programs.call(), on_commit=rounds
-    )
-    rounds.last_version = host.last_version
+    several = len(settings.run_ids) > 1
+    runs: list[ServedRun] = []
     try:
+        for run_id in settings.run_ids:
+            runs.append(ServedRun(store, run_id, keys, held_out, screen, rounds=settings.rounds, among=several))
         tls, ca = _tls(settings)
         address = _joined(settings.address, settings.port)
-        async with served(host, evaluation, address=address, tls=tls) as server:
+        evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+        host = _together(store, runs) if several else runs[0].host
+        async with served(host, evaluations, address=address, tls=tls) as server:
             _announce(settings, server.port, ca, keys, screen)
             await host.run()
     finally:
-        if evaluation is not None:
-            evaluation.close()
-        server_programs.close()
+        for run in runs:
+            run.close()
+
+
+def _together(store: Store, runs: Sequence[ServedRun]) -> SeveralHosts:
+    configs = {run.host.run_id: store.run(run.host.run_id).config for run in runs}
+    weights = {run_id: float(config.get("weight", 1.0)) for run_id, config in configs.items()}
+    by_order = any(config.get("order") for config in configs.values())
+    return SeveralHosts([run.host for run in runs], weights=weights, by_order=by_order)
 
 
 @asynccontextmanager
 async def served(
-    host: Host, evaluation: Evaluation | None, *, address: str, tls: Tls | None = None, quiet_s: float = QUIET_S
+    host: Host | SeveralHosts,
+    evaluations: Sequence[Evaluation],
+    *,
+    address: str,
+    tls: Tls | None = None,
+    quiet_s: float = QUIET_S,
 ) -> AsyncGenerator[GrpcServer, None]:
     """Within the block devices can come, and versions are evaluated beside the rounds.
 
@@ -157,76 +175,19 @@ async def served(
     come for `quiet_s`.
     """
     server = host.server(address=address, tls=tls)
-    evaluating = asyncio.create_task(evaluation.run()) if evaluation is not None else None
+    evaluating = [asyncio.create_task(evaluation.run()) for evaluation in evaluations]
     try:
         await server.start()
         yield server
-        if evaluation is not None and evaluating is not None:
+        for evaluation in evaluations:
             evaluation.finish()
-            await evaluating
+        await asyncio.gather(*evaluating)
         await server.until_quiet(quiet_s=quiet_s, longest_s=LINGER_S)
     finally:
-        await _end(evaluating)
+        for task in evaluating:
+            task.cancel()
+        await asyncio.gather(*evaluating, return_exceptions=True)
         await server.close(grace_s=0.5)
-
-
-async def _end(task: "asyncio.Task[None] | None") -> None:
-    if task is not None:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-
-
-def _evaluation(
-    settings: Settings, store: Store, plan: Plan, held_out: Examples | None, screen: Screen
-) -> Evaluation | None:
-    if held_out is None:
-        return None
-    if not plan.manifest.variants("evaluate"):
-        raise ValueError(f"Task {plan.manifest.task!r} has no `evaluate`, so --held-out has no use: leave it out.")
-    evaluation = Evaluation(
-        store, settings.run_id, plan, held_out,
-        on_metrics=lambda version, metrics: screen.say(f"version {version} evaluated: {words.values(metrics)}"),
-    )  # fmt: skip
-    if (head := store.last_commit(settings.run_id)) is not None:
-        evaluation.committed(head)
-    return evaluation
-
-
-class _ServerPrograms:
-    """Runs the plan's server programs in a child process, which is started when the first is called."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._runner = ChildRunner(plan) if plan.manifest.variants("server_step") else None
-
-    def call(self) -> CallProgram | None:
-        return None if self._runner is None else self._runner.call
-
-    def close(self) -> None:
-        if self._runner is not None:
-            self._runner.close()
-
-
-class _Rounds:
-    """A line for each version."""
-
-    def __init__(self, screen: Screen, evaluation: Evaluation | None) -> None:
-        self._screen, self._evaluation, self._watch = screen, evaluation, Stopwatch()
-        self._done, self._slow_s = 0, 0.0  # the first one waits for devices to come and compile
-        self.last_version = 0
-
-    def __call__(self, commit: Commit) -> None:
-        row, self._done = commit.row, self._done + 1
-        self._slow_s = self._slow_s or self._watch.total
-        left = ""
-        if self._done > 1:
-            each_s = (self._watch.total - self._slow_s) / (self._done - 1)
-            left = f", {words.duration((self.last_version - row.version) * each_s)} left"
-        self._screen.say(
-            f"version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
-            f"{row.weight:,} uses of examples  {words.values(commit.metrics)}  {words.duration(commit.seconds)}{left}"
-        )
-        if self._evaluation is not None:
-            self._evaluation.committed(row)
 
 
 def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:
@@ -262,12 +223,20 @@ def _joined(address: str, port: int) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
-def _tell(settings: Settings, summary: RunSummary, before: RunSummary, screen: Screen, watch: Stopwatch) -> None:
-    spent = summary.seconds_since(before)
+def _tell(
+    settings: Settings, after: Sequence[RunSummary], before: Sequence[RunSummary], screen: Screen, watch: Stopwatch
+) -> None:
+    spent: dict[str, float] = {}
+    for summary, at_first in zip(after, before, strict=True):
+        screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or 'no metrics'}")
+        for phase, seconds in summary.seconds_since(at_first).items():
+            spent[phase] = spent.get(phase, 0.0) + seconds
     beside = {"commit": spent.pop("commit", 0.0), "evaluate, beside the rounds": spent.pop("evaluate", 0.0)}
-    screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or 'no metrics'}")
     screen.line(f"where the time went: {words.phases({**watch.seconds, **beside}, total=watch.total)}")
     screen.line(f"and on the devices: {words.phases(spent)}")
-    screen.line(f"sent down {words.size(summary.bytes_down)}, up {words.size(summary.bytes_up)}")
+    down, up = sum(summary.bytes_down for summary in after), sum(summary.bytes_up for summary in after)
+    screen.line(f"sent down {words.size(down)}, up {words.size(up)}")
     screen.line(f"run: {settings.folder}")
-    screen.document(summary.to_json() | {"folder": str(settings.folder), "total_seconds": watch.total})
+    runs = [summary.to_json() for summary in after]
+    told = runs[0] if len(runs) == 1 else {"runs": runs}
+    screen.document(told | {"folder": str(settings.folder), "total_seconds": watch.total})

@@ -43,6 +43,20 @@ def existing_run(chosen: Path | None, *, kind: "RunKind") -> "FoundRun":
     return found
 
 
+def unfinished_runs(chosen: Path | None, *, kind: "RunKind") -> "list[FoundRun]":
+    """The runs of the folder of --run that are not finished, to go on with; where all are, the newest. Oldest first.
+
+    Raises:
+        ValueError: no folder was given, or the newest run is of another kind.
+        DataError: it holds no run.
+    """
+    from shoal.record.run import find_runs
+
+    newest = existing_run(chosen, kind=kind)
+    found = [run for run in find_runs(newest.path) if run.run.kind == kind and run.run.status != "finished"]
+    return found or [newest]
+
+
 def _free(parent: Path, name: str) -> Path:
     number = 1
     while (path := parent / (f"{name}-{number}" if number > 1 else name)).exists():

@@ -41,7 +41,13 @@ def last(text: str) -> str:
     ("arguments", "expected"),
     [
         (("line.py",), "--rounds"),
-        (("a.py", "b.py", "--rounds", 1), "one task a host"),
+        (("line.py", "--rounds", 1, "--order"), "several tasks"),
+        (("a.py", "b.py", "--rounds", 1, "--order", "--weight", "a=2"), "not both"),
+        (("a.py", "--rounds", 1, "--weight", "a=-2"), "TASK=NUMBER"),
+        (("a.py", "--rounds", 1, "--set", "a.speed=2"), "TASK.NAME=VALUE"),
+        (("a.py", "--rounds", 1, "--set", "a.goal=many"), "a.goal=NUMBER"),
+        (("a.py", "--rounds", 1, "--population", "=x"), "--population NAME"),
+        (("--resume", "--run", "x", "--order", "--set", "a.goal=3"), "--order, --set"),
         (("line.py", "--rounds", 1, "--address", "0.0.0.0"), "--tls"),
         (("line.py", "--rounds", 1, "--tls-cert", "c.pem"), "--tls-key"),
         (("line.py", "--rounds", 1, "--tls", "--tls-cert", "c", "--tls-key", "k"), "not both"),
@@ -138,10 +144,10 @@ def begin_host(start: Start, place: Path, tmp_path: Path, *options: object) -> t
     return host, ready.read_text()
 
 
-def versions(folder: Path) -> int:
+def versions(folder: Path, task: str = "line") -> int:
     store = open_store(folder, read_only=True)
     try:
-        return store.last_version(store.runs()[-1].id) or 0
+        return store.last_version(next(run.id for run in store.runs() if run.name == task)) or 0
     finally:
         store.close()
 
@@ -178,6 +184,38 @@ def test_two_device_processes_train_digits_to_the_end(start: Start, tmp_path: Pa
         assert at[-1] == 6 and accuracy[-1] > 0.8
         assert {row.scope for row in run.store.metrics(run.id, "accuracy")} == {"server"}
         assert all(row.counted >= 8 for row in run.store.rounds(run.id))
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(180)
+def test_one_host_serves_two_tasks_and_goes_on_with_both(
+    start: Start, place: Path, tmp_path: Path, shoal: Shoal
+) -> None:
+    (tmp_path / "other.py").write_text(LINE.replace('name="line"', 'name="other"'))
+    host, address = begin_host(
+        start, place, tmp_path, place / "line.py", tmp_path / "other.py", "--rounds", 100_000, "--weight", "line=2",
+        "--set", "other.rounds=5", "--set", "other.minimum-group=2", "--set", "other.goal=2", "--population", "homes",
+    )  # fmt: skip
+    lost = shoal("device", "--server", address, "--data", place / "users", "--in-process", "--population", "cars")
+    assert lost.code == 1 and "population 'homes'" in last(lost.err), lost
+    device = start("device", "--server", address, "--data", place / "users", "--population", "homes")
+    host.until(lambda: "line  version      3/" in host.text and "other  version 5/5" in host.text)
+    host.kill(signal.SIGTERM)
+    assert host.wait(20) == 143 and "--resume" in last(host.text), host.text
+    host, _ = begin_host(start, place, tmp_path, "--resume", "--rounds", versions(tmp_path / "run", "line") + 3)
+    device.kill(signal.SIGTERM)
+    device = start(
+        "device", "--server", (tmp_path / "ready").read_text(), "--data", place / "users", "--population", "homes"
+    )
+    assert host.wait() == 0, host.text
+    assert device.wait() == 0, device.text
+    assert "other" not in host.text, "it was finished before"
+    store = open_store(tmp_path / "run", read_only=True)
+    assert {(run.name, run.status, run.population) for run in store.runs()} == {
+        ("line", "finished", "homes"), ("other", "finished", "homes"),
+    }  # fmt: skip
+    store.close()
 
 
 @pytest.mark.slow
