@@ -6,7 +6,21 @@ from typing import Annotated
 import typer
 
 from shoal import __version__
-from shoal.cli import check, demo_command, device, doctor, embed, host, new, options, predict, runs, simulate
+from shoal.cli import (
+    check,
+    demo_command,
+    device,
+    doctor,
+    embed,
+    host,
+    new,
+    options,
+    predict,
+    replay,
+    report,
+    runs,
+    simulate,
+)
 from shoal.cli.failures import ShoalGroup
 
 app = typer.Typer(
@@ -48,6 +62,8 @@ for _name, _function, _epilog in (
     ("host", host.host, host.EPILOG),
     ("device", device.device, device.EPILOG),
     ("predict", predict.predict, predict.EPILOG),
+    ("report", report.report, report.EPILOG),
+    ("replay", replay.replay, replay.EPILOG),
 ):
     app.command(_name, epilog=_epilog)(_function)
 app.add_typer(embed.app, name="embed")

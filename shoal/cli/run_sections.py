@@ -4,13 +4,13 @@ import time
 from collections import Counter
 from typing import Any, Final
 
-from shoal.cli import words
+from shoal.cli import analytics_section, words
 from shoal.cli.run_summary import summarize
 from shoal.cli.screen import Screen
 from shoal.errors import StoreError
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
-from shoal.record.run import Run
+from shoal.record.run import Run, shown_status
 from shoal.record.store import MetricRow, RoundRow, UsageRow
 
 ROUNDS_SHOWN: Final = 10
@@ -33,7 +33,8 @@ def show(run: Run, screen: Screen) -> None:
     plan, rounds = _plan(run), list(store.rounds(run.id))
     usage, metrics = list(store.usage(run.id)), list(store.metrics(run.id))
     version = store.last_version(run.id)
-    screen.line(f"run {row.id}  {row.name}  {row.kind}  {row.status}  version {'-' if version is None else version}")
+    status = shown_status(run.folder, row)
+    screen.line(f"run {row.id}  {row.name}  {row.kind}  {status}  version {'-' if version is None else version}")
     screen.line(f"made {_when(row.created_s)}{f', ended {_when(row.finished_s)}' if row.finished_s else ''}")
     settings = {name: value for name, value in row.config.items() if name != "plan_blob"}
     _pairs(screen, "config", settings)
@@ -41,11 +42,12 @@ def show(run: Run, screen: Screen) -> None:
     if plan is not None:
         _pairs(screen, "plan", _plan_facts(plan))
     _rounds(screen, rounds)
+    analytics = analytics_section.show(rounds, screen)
     _metrics(screen, metrics)
     _usage(screen, usage)
     screen.line(f"\nrun: {run.folder}")
     document: dict[str, Any] = summarize(store, run.id).to_json() | {
-        "folder": str(run.folder), "created_s": row.created_s, "finished_s": row.finished_s, "config": settings,
+        "status": status, "analytics": analytics, "folder": str(run.folder), "created_s": row.created_s, "finished_s": row.finished_s, "config": settings,
         "provenance": dict(row.provenance), "plan": None if plan is None else _plan_facts(plan),
         "rounds": [{"number": r.number, "state": r.state, "base_version": r.base_version, "selected": r.selected,
                     "counted": r.counted, "released": r.released, "reason": r.reason} for r in rounds],

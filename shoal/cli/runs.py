@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from shoal.record.run import FoundRun
 
 app = typer.Typer(
-    help="List runs, or show one of them.",
+    help="List runs, show one of them, or explain one of its rounds.",
     no_args_is_help=True,
     rich_markup_mode=None,
     epilog=options.examples("shoal runs list", "shoal runs show runs/digits"),
 )
 
 LIST_EPILOG = options.examples("shoal runs list", "shoal runs list experiments/ --json")
+EXPLAIN_EPILOG = options.examples("shoal runs explain runs/digits --round 7")
 SHOW_EPILOG = options.examples("shoal runs show runs/digits", "shoal runs show runs/digits --json")
 
 
@@ -57,18 +58,42 @@ def show(
         run_sections.show(opened, screen)
 
 
+@app.command("explain", epilog=EXPLAIN_EPILOG)
+def explain(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or a folder of them: then the newest.")],
+    round: Annotated[int, typer.Option("--round", min=1, help="Which round.")],
+    json: options.AsJson = False,
+) -> None:
+    """Explain a round: how it ended, what failed first and where, and what took longer than it does."""
+    from shoal.record.run import open_run
+    from shoal.report.explain import explain as explained
+
+    screen = Screen(json=json)
+    with open_run(run) as opened:
+        made = explained(opened.store.rounds(opened.id), round)
+        for line in made.lines():
+            screen.line(line)
+        screen.line(f"run: {opened.folder}")
+        screen.document(made.to_json() | {"folder": str(opened.folder)})
+
+
 def _row(found: "FoundRun") -> dict[str, str]:
     summary = _summary(found)
     shown = {name: value for name, value in list(summary.metrics.items())[:3]}
     return {
-        "run": found.run.id, "task": found.run.name, "kind": found.run.kind, "status": found.run.status,
+        "run": found.run.id, "task": found.run.name, "kind": found.run.kind, "status": found.status,
         "versions": "-" if found.last_version is None else str(found.last_version), "metrics": words.values(shown) or "-",
         "when": time.strftime("%Y-%m-%d %H:%M", time.localtime(found.run.created_s)), "folder": str(found.path),
     }  # fmt: skip
 
 
 def _document(found: "FoundRun") -> dict[str, object]:
-    return {**_summary(found).to_json(), "folder": str(found.path), "created_s": found.run.created_s}
+    return {
+        **_summary(found).to_json(),
+        "status": found.status,
+        "folder": str(found.path),
+        "created_s": found.run.created_s,
+    }
 
 
 def _summary(found: "FoundRun") -> "RunSummary":

@@ -203,6 +203,8 @@ class Step:
 class Replay:
     """A round that was run again, and said what it had said."""
 
+    began_s: float
+    """On the host's clock, which `WakeAt` is in."""
     steps: tuple[Step, ...]
     left_out: int
     """Events at its end that the log does not hold."""
@@ -233,6 +235,8 @@ def replay(data: bytes) -> Replay:
             for at_s, event, commands in log["steps"]
         ]
         left_out = int(log["left_out"])
+        if not told:
+            raise ValueError("it holds no event")
     except (KeyError, TypeError, ValueError, zlib.error) as error:
         raise StoreError(f"The round's log is damaged, or of another version of shoal: {error}.") from error
     steps = []
@@ -248,7 +252,7 @@ def replay(data: bytes) -> Replay:
                 "have changed since, or the log was altered."
             )
         steps.append(Step(at_s - told[0][0], phase, event, tuple(said)))
-    return Replay(tuple(steps), left_out, machine.snapshot())
+    return Replay(told[0][0], tuple(steps), left_out, machine.snapshot())
 
 
 def _unpacked(data: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Final
 from shoal.errors import StoreError
 
 FILE_NAME: Final = "writer.lock"
+TRIES: Final = 10
+"""One who only looks whether the lock is held has it for an instant: a writer does not give up at once."""
+PAUSE_S: Final = 0.02
 
 
 @contextmanager
@@ -24,7 +28,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     path = folder / FILE_NAME
     with path.open("a+", encoding="ascii") as file:
         try:
-            _lock(file.fileno())
+            _lock_soon(file.fileno())
         except OSError as error:
             file.seek(0)
             who = file.read().strip() or "unknown"
@@ -37,7 +41,27 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def _lock(descriptor: int) -> None:
+def was_left(folder: Path) -> bool:
+    """Whether the folder had a writer that has it no more: it ended, or died. Changes nothing."""
+    try:
+        with (folder / FILE_NAME).open("r", encoding="ascii") as file:
+            _lock(file.fileno(), shared=True)  # given back when the file is closed
+    except OSError:  # there is no such file, or it is held
+        return False
+    return True
+
+
+def _lock_soon(descriptor: int) -> None:
+    for tries_left in reversed(range(TRIES)):
+        try:
+            return _lock(descriptor)
+        except OSError:
+            if not tries_left:
+                raise
+            time.sleep(PAUSE_S)
+
+
+def _lock(descriptor: int, *, shared: bool = False) -> None:
     if sys.platform == "win32":
         import msvcrt
 
@@ -45,4 +69,4 @@ def _lock(descriptor: int) -> None:
     else:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

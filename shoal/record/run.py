@@ -19,6 +19,7 @@ import numpy as np
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import DataError, StoreError
+from shoal.record.lock import was_left
 from shoal.record.provenance import provenance
 from shoal.record.sqlite import DATABASE_NAME, open_store
 from shoal.record.store import MetricRow, RunKind, RunRow, RunStatus, Scope, Store
@@ -210,6 +211,16 @@ class FoundRun(NamedTuple):
     run: RunRow
     last_version: int | None
     """None before the initial model."""
+
+    @property
+    def status(self) -> str:
+        """As `shown_status` says it."""
+        return shown_status(self.path, self.run)
+
+
+def shown_status(folder: Path, run: RunRow) -> str:
+    """A run's status, or `stopped (died)` where the process that wrote it ended without a word."""
+    return "stopped (died)" if run.status == "running" and was_left(folder) else run.status
 
 
 def find_runs(root: Path, *, on_error: Callable[[Path, StoreError], None] | None = None) -> list[FoundRun]:

@@ -31,7 +31,8 @@ def examples(help_text: str) -> list[str]:
 
 def test_the_commands_of_the_design_are_there() -> None:
     assert {" ".join(path) for path in ALL} == {
-        "", "demo", "new", "check", "simulate", "host", "device", "predict", "doctor", "runs", "runs list", "runs show",
+        "", "demo", "new", "check", "simulate", "host", "device", "predict", "report", "replay", "doctor", "runs",
+        "runs list", "runs show", "runs explain",
         "embed", "embed inspect", "embed place", "embed replay", "embed tune",
     }  # fmt: skip
 
