@@ -51,6 +51,7 @@ class RoundRecorder:
     def __init__(self, machine: r.RoundMachine, *, is_on: bool = True, most_events: int = MOST_EVENTS) -> None:
         self._machine, self._is_on, self._most = machine, is_on, most_events
         self._saved: dict[str, Any] | None = None
+        self._nonces: dict[str, bytes] = {}
         self._steps: list[tuple[float, r.Event, list[r.Command]]] = []
         self._size = self._left_out = 0
 
@@ -60,6 +61,9 @@ class RoundRecorder:
             return self._machine.step(event, now_s)
         if isinstance(event, _OPENERS):
             self._saved, self._steps, self._size, self._left_out = self._machine.saved(), [], 0, 0
+            self._nonces = {}
+        elif isinstance(event, r.Failed):
+            self._nonces = self._machine.saved()["_nonces"]  # the machine forgets them with its members
         commands = self._machine.step(event, now_s)
         self._size += len(event.devices) if isinstance(event, r.Arrived) else 1
         if self._size <= self._most:
@@ -71,7 +75,7 @@ class RoundRecorder:
     def data(self) -> bytes:
         """The log of the round that is being closed; nothing steps the machine meanwhile."""
         assert self._saved is not None, "a round has begun"
-        names = _Names(self._machine.saved()["_nonces"])
+        names = _Names(self._nonces | self._machine.saved()["_nonces"])
         state = _state_to_json(self._saved, names)
         policy = self._machine.policy.to_json()
         policy["selection"] = {**policy["selection"], "ids": [names.device(i) for i in policy["selection"]["ids"]]}

@@ -92,7 +92,7 @@ def drive(recorder: RoundRecorder, moves: list[tuple[str, int]], on_close: Calla
                 step(r.Stop())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(moves=MOVES, policy=st.sampled_from(POLICIES))
 def test_any_round_runs_again_as_it_ran(moves: list[tuple[str, int]], policy: RoundPolicy) -> None:
     closed: list[tuple[r.Command, bytes]] = []
