@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from shoal.errors import UpdateRefused
+from shoal.errors import RoundError, UpdateRefused
 from shoal.fixed import STEPS, FixedPoint, SumSpec, add, read, refuse_bad_values, refuse_bad_weight
 from shoal.tensors import check
 
@@ -68,9 +68,12 @@ class Accumulator:
             pieces: (tensor, first element, totals (n,) int64); every element once.
             weight: of its members together.
             members: how many they are.
+
+        Raises:
+            RoundError: there is no room for so many.
         """
         if self.members + members > self.max_members:
-            raise ValueError(f"Expected at most {self.max_members} members in a sum, got {self.members} + {members}.")
+            raise RoundError(f"Expected at most {self.max_members} members in a sum, got {self.members} + {members}.")
         for name, start, values in pieces:
             self.totals[name].reshape(-1)[start : start + values.size] += values
         self.weight += weight

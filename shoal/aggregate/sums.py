@@ -31,7 +31,8 @@ def merge_saved(sums: Accumulator, group: GroupRow, blobs: Blobs) -> None:
 
     Raises:
         StoreError: they are missing or damaged.
-        ValueError: they are of another task, or too many members come together.
+        ValueError: they are of another task.
+        RoundError: too many members come together.
     """
     sums.merge(_pieces(group.sums_root, blobs), weight=group.weight, members=group.members)
 

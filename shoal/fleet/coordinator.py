@@ -24,7 +24,7 @@ from shoal.aggregate.commit import Aggregator
 from shoal.aggregate.patch import replay
 from shoal.aggregate.sums import merge_saved, save_sums
 from shoal.clock import Clock
-from shoal.errors import ShoalError, StoreError, StoreUnavailable
+from shoal.errors import RoundError, ShoalError, StoreError, StoreUnavailable
 from shoal.fleet import round as r
 from shoal.fleet.analytics import Folding, Seen
 from shoal.fleet.configuration import Configuration, configure
@@ -56,6 +56,7 @@ class Edge(Protocol):
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool: ...
     async def close_groups(self, *, final: bool = True) -> list[GroupResult]: ...
     def stored(self) -> None: ...
+    def gather(self) -> None: ...
     def committed(self, version: int) -> None: ...
     def failed(self, why: str) -> None: ...
     def take_analytics(self) -> Seen:
@@ -149,8 +150,8 @@ class Coordinator:
 
     # What the Edge says.
 
-    def arrived(self, *devices: str) -> None:
-        self._events.put_nowait(r.Arrived(devices))
+    def arrived(self, *devices: str, edge: str = "") -> None:
+        self._events.put_nowait(r.Arrived(devices, edge))
 
     def left(self, device: str) -> None:
         self._events.put_nowait(r.Left(device))
@@ -158,8 +159,8 @@ class Coordinator:
     def joined(self, nonce: bytes, version: int) -> None:
         self._events.put_nowait(r.Joined(nonce, version))
 
-    def counted(self, nonce: bytes, version: int, staleness: int) -> None:
-        self._events.put_nowait(r.Counted(nonce, version, staleness))
+    def counted(self, nonce: bytes, version: int, staleness: int, *, edge: str = "") -> None:
+        self._events.put_nowait(r.Counted(nonce, version, staleness, edge))
 
     def released(self, nonce: bytes) -> None:
         self._events.put_nowait(r.Released(nonce))
@@ -248,6 +249,8 @@ class Coordinator:
                     self._selected_s = self._clock.now_s()
                 for device in devices:
                     self._assign(device)
+            case r.Gather():
+                self._edge.gather()
             case r.StoreGroup():
                 return await self._store_group()
             case r.CommitRound(round, reason):
@@ -345,16 +348,33 @@ class Coordinator:
             return self._failed(error)
         await self._until_journaled()
         self._look_back()
+        taken, left = self._that_fit(groups)
+        if not (taken or self._waiting):
+            return self._failed(RoundError("the Edges that held the round's groups are gone"))
         try:
-            commit = await self._durably(lambda: self._write_commit(groups, round, reason))
+            commit = await self._durably(lambda: self._write_commit(taken, round, reason))
+            self._head, self._waiting = commit.row, []
+            for group in left:
+                self._waiting.append(await self._durably(lambda g=group: self._write_group(g)))  # type: ignore[misc]
         except StoreError:
             raise  # the record is not what this host takes it for: it must not go on
         except ShoalError as error:
             return self._failed(error)
-        self._head, self._waiting = commit.row, []
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
-        return r.Committed(commit.row.version)
+        return r.Committed(commit.row.version, frozenset(nonce for group in groups for nonce, _ in group.counted))
+
+    def _that_fit(self, groups: Sequence[GroupResult]) -> tuple[list[GroupResult], list[GroupResult]]:
+        """Those that the version's sum has room for, and the rest, for the next: an Edge knows only its own members."""
+        if self._policy.late.kind == "patch":
+            return list(groups), []  # each has a version of its own; a sum that is too full fails
+        members = sum(row.members for row in self._waiting)
+        fit: list[GroupResult] = []
+        for group in groups:
+            if members + group.sums.members <= self._policy.max_members:
+                fit.append(group)
+                members += group.sums.members
+        return fit, [group for group in groups if not any(group is other for other in fit)]
 
     def _failed(self, error: ShoalError) -> r.Event:
         self._edge.failed(str(error))

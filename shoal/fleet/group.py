@@ -87,6 +87,11 @@ class Gone:
 
 
 @dataclass(frozen=True, slots=True)
+class Dissolve:
+    """The present group will not reach the minimum here: its members are to offer their updates elsewhere."""
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """The sums are wanted: all at the round's end, or (not `final`) those of full groups, to be kept while it goes on."""
 
@@ -112,7 +117,7 @@ class Failed:
     why: str
 
 
-Event = Open | Joined | Offered | Checked | Added | Gone | Close | Stored | Committed | Failed
+Event = Open | Joined | Offered | Checked | Added | Gone | Dissolve | Close | Stored | Committed | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +145,15 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Drop:
+    """Forget the sum of a group: its members offer their updates elsewhere."""
+
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tell:
-    """Tell the member how it ended: counted | refused | released."""
+    """Tell the member how it ended: counted | refused | released | moved (it is to offer its update elsewhere)."""
 
     nonce: bytes
     outcome: str
@@ -180,7 +192,7 @@ class Closed:
     groups: tuple[int, ...]
 
 
-Command = Check | Add | Merge | Tell | JoinRound | CountMember | ReleaseMember | Closed
+Command = Check | Add | Merge | Drop | Tell | JoinRound | CountMember | ReleaseMember | Closed
 
 
 @runtime_checkable
@@ -264,6 +276,8 @@ class ClearGroups:
                 return self._was_added(nonce)
             case Gone(nonce, _):
                 return self._drop(nonce)
+            case Dissolve():
+                return self._dissolve()
             case Close() if self._closing is None:
                 return self._close(event)
             case Stored():
@@ -305,7 +319,7 @@ class ClearGroups:
         for number, group in old.items():
             if not group.members:
                 continue
-            if self._policy.late.kind == "patch" and self.takes(group.version):
+            if self._policy.late.kind == "patch" and self.takes(group.version) and group.version != self._version:
                 self._groups[number] = group
             else:
                 merged.append(Merge(number, self._present))
@@ -433,6 +447,20 @@ class ClearGroups:
             dropped: list[Command] = [ReleaseMember(nonce)]
             return dropped + self._finish_closing()
         return []
+
+    def _dissolve(self) -> list[Command]:
+        group = self._groups[self._present]
+        is_busy = self._closing is not None or self._closed or self._adding is not None or self._queue
+        if is_busy or len(group.members) >= self._policy.minimum_group:
+            return []
+        commands: list[Command] = [Drop(self._present)] if group.members else []
+        self._room[self._version] += len(group.members)
+        for nonce in [*group.members, *self._versions]:
+            self._states.pop(nonce)
+            self._versions.pop(nonce, None)
+            commands += [Tell(nonce, "moved"), ReleaseMember(nonce)]
+        group.members.clear()
+        return commands
 
     def _release(self, nonce: bytes, why: str) -> list[Command]:
         self._forget(nonce)

@@ -105,6 +105,9 @@ class GroupSums:
                 return self._keeper.add(nonce, group, discount)
             case g.Merge(source, target):
                 self._merge(source, target)
+            case g.Drop(group):
+                del self._sums[group], self._costs[group]
+                self._broken.pop(group, None)
             case g.Tell(nonce, outcome):
                 self.analytics.told(nonce, outcome, command.reason, self._now_s())
                 self._keeper.tell(command)

@@ -9,7 +9,7 @@ Invariants (tests cite them by number):
     (1) Versions follow one another: after `Committed(v)` the next round starts from v.
     (2) A nonce is counted at most once.
     (3) A round closes for commit with at least `policy.minimum` updates that may be seen: in the record's groups, or
-        enough for a group; the groups see to it that they are never more than fit their sum.
+        enough for a group of their Edge's; the groups see to it that they are never more than fit their sum.
     (4) With `Selection.exact` only the named devices are assigned, and every one of them counts in every version.
     (5) What was counted before a round was abandoned counts in the next one: the groups go on. Only a commit that
         failed takes its groups along.
@@ -35,10 +35,11 @@ A crash forgets all of this. A new machine is `Started` at the last commit, with
 one; tokens that devices still hold join its first round as if it had assigned them.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from math import ceil
 from typing import Any, Final, Self
 
 import numpy as np
@@ -77,6 +78,8 @@ class Arrived:
     """Devices checked in and wait."""
 
     devices: tuple[str, ...]
+    edge: str = ""
+    """Where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,8 @@ class Counted:
     nonce: bytes
     version: int
     staleness: int = 0
+    edge: str = ""
+    """Whose group it is in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +133,8 @@ class Stored:
 @dataclass(frozen=True, slots=True)
 class Committed:
     version: int
+    closed: frozenset[bytes] | None = None
+    """Nonces in the groups that were closed for it; the others' are below the minimum and go on. None: all are closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +197,11 @@ class StoreGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Gather:
+    """There are groups below the minimum, and nobody comes: let what is at several Edges come together at one."""
+
+
+@dataclass(frozen=True, slots=True)
 class CommitRound:
     """Close the groups, commit; then say `Committed` or `Failed`."""
 
@@ -217,7 +229,7 @@ class WakeAt:
     time_s: float
 
 
-Command = OpenRound | Assign | StoreGroup | CommitRound | AbandonRound | Finish | WakeAt
+Command = OpenRound | Assign | StoreGroup | Gather | CommitRound | AbandonRound | Finish | WakeAt
 
 
 @dataclass(frozen=True)
@@ -263,14 +275,16 @@ class RoundMachine:
         self._last_version, self._nonce_of, self._rng = last_version, nonce_of, rng
         self._phase = Phase.IDLE
         self._version = self._round = 0
-        self._waiting: dict[str, None] = {}  # ordered by arrival
+        self._waiting: dict[str, str] = {}  # device -> its Edge, ordered by arrival
         self._outstanding: set[bytes] = set()  # of this version
         self._behind: dict[bytes, int] = {}  # of versions before: nonce -> version
         self._counted: set[bytes] = set()
         self._late = 0
         self._unstored = 0
-        self._safe: set[bytes] = set()  # those of the counted that are in the record already
-        self._open: set[bytes] = set()  # members of the present group, late ones too
+        self._safe: set[bytes] = set()  # those that are in groups of the record
+        self._open: dict[str, set[bytes]] = {}  # Edge -> members of its present group, late ones too
+        self._edges: set[str] = set()  # that devices have come to
+        self._edge_of: dict[bytes, str] = {}  # of those assigned in this version
         self._gave_way: set[bytes] = set()  # released in this version: taken again only when nobody else waits
         self._deadline_s: float | None = None
         self._wake_s: float | None = None
@@ -366,32 +380,33 @@ class RoundMachine:
                 self._version, self._round = version, round
                 self._counted, self._safe = set(counted), set(counted)
                 commands += self._next_round(now_s)
-            case Arrived(devices):
-                commands += self._arrive(devices, now_s)
+            case Arrived(devices, edge):
+                commands += self._arrive(devices, edge, now_s)
             case Left(device):
                 self._waiting.pop(device, None)
             case Joined(nonce, version):
                 self._join(nonce, version)
-            case Counted(nonce, version, staleness):
-                self._count(nonce, version, staleness, now_s)
+            case Counted():
+                self._count(event, now_s)
             case Released(nonce):
                 self._release(nonce)
             case Away(nonce):
                 if self.policy.selection.kind != "exact":  # there nobody can take its place
                     self._forget_member(nonce)
             case Stored(nonces):
-                self._safe |= nonces & self._counted
-                self._open -= nonces
-            case Committed(version) if self._phase is Phase.COMMITTING and version == self._version + 1:
-                self._commit_done(version, now_s)
+                self._safe |= nonces  # of some it has yet to hear that they are counted
+                for members in self._open.values():
+                    members -= nonces
+            case Committed(version, closed) if self._phase is Phase.COMMITTING and version == self._version + 1:
+                self._commit_done(version, closed)
                 commands += self._next_round(now_s)
             case Failed(why) if self._phase is Phase.COMMITTING:
-                safe = self._safe
+                safe = self._safe & self._counted
                 self._forget_round()
                 self._counted, self._safe = set(safe), safe
                 commands += self._abandon(f"commit failed: {why}", now_s)
             case Abandoned() if self._phase is Phase.ABANDONING:
-                commands += self._next_round(now_s)
+                commands += self._next_round(now_s) + self._gather()
             case Stop():
                 self._stopping = True
             case Tick():
@@ -403,13 +418,14 @@ class RoundMachine:
 
     # Devices and members.
 
-    def _arrive(self, devices: tuple[str, ...], now_s: float) -> list[Command]:
+    def _arrive(self, devices: tuple[str, ...], edge: str, now_s: float) -> list[Command]:
         if self._phase is Phase.DONE:
             return [Finish()]
         in_round = self._phase in (Phase.SELECTING, Phase.REPORTING)
         returning = tuple(d for d in devices if in_round and self._outstanding and self._nonce(d) in self._outstanding)
+        self._edges.add(edge)
         for device in devices:
-            self._waiting[device] = None
+            self._waiting[device] = edge
         return self._send(returning, now_s)  # one that has lost its assignment gets the same one back
 
     def _join(self, nonce: bytes, version: int) -> None:
@@ -421,17 +437,18 @@ class RoundMachine:
         else:
             self._behind[nonce] = version
 
-    def _count(self, nonce: bytes, version: int, staleness: int, now_s: float) -> None:
+    def _count(self, event: Counted, now_s: float) -> None:
+        nonce, staleness = event.nonce, event.staleness
         self._forget_member(nonce)
         if (assigned_s := self._assigned_s.pop(nonce, None)) is not None:
             self._times.reported(now_s - assigned_s)
-        if version != self._version:
+        if event.version != self._version:
             return  # it was added before the last commit, and is in it
         assert nonce not in self._counted, "invariant (2)"
         self._unstored += 1
         self._late += staleness > 0
-        if not staleness or self.policy.late.kind != "patch":
-            self._open.add(nonce)
+        if nonce not in self._safe and (not staleness or self.policy.late.kind != "patch"):
+            self._open.setdefault(event.edge, set()).add(nonce)
         if not staleness or self.policy.buffer:
             self._counted.add(nonce)
 
@@ -439,7 +456,8 @@ class RoundMachine:
         self._gave_way.add(nonce)
         self._assigned_s.pop(nonce, None)
         self._counted.discard(nonce)  # its group could not be stored
-        self._open.discard(nonce)
+        for members in self._open.values():
+            members.discard(nonce)
         self._released += self._forget_member(nonce)
 
     def _forget_member(self, nonce: bytes) -> bool:
@@ -480,12 +498,13 @@ class RoundMachine:
         return [WakeAt(time_s)]
 
     def _forget_round(self) -> None:
-        self._outstanding, self._counted, self._safe, self._gave_way, self._open = set(), set(), set(), set(), set()
+        self._outstanding, self._counted, self._safe, self._gave_way = set(), set(), set(), set()
+        self._open, self._edge_of = {}, {}
         self._late = self._unstored = 0
         self._assigned_s.clear()
         self._nonces.clear()
 
-    def _commit_done(self, version: int, now_s: float) -> None:
+    def _commit_done(self, version: int, closed: frozenset[bytes] | None) -> None:
         oldest = version - self.policy.max_staleness
         self._behind |= dict.fromkeys(self._outstanding, self._version)
         self._behind = {nonce: of for nonce, of in self._behind.items() if of >= oldest}
@@ -495,7 +514,11 @@ class RoundMachine:
                 self._times.still_out(self._closed_s - at_s)
         self._times.fade()
         self._version = version
+        goes_on = closed is not None and self.policy.late.kind != "patch"  # else they are patched in where they belong
+        going_on = {edge: members - closed for edge, members in self._open.items()} if goes_on else {}  # type: ignore[operator]
+        counted = self._counted & set().union(*going_on.values())
         self._forget_round()
+        self._counted, self._open = counted, going_on
         self._assigned_s = kept
 
     def _abandon(self, reason: str, now_s: float) -> list[Command]:
@@ -518,7 +541,7 @@ class RoundMachine:
 
     def _select(self, now_s: float) -> list[Command]:
         assert self._deadline_s is not None
-        taking_part = len(self._outstanding) + len(self._counted)
+        taking_part = self._taking_part
         wanted = self.policy.num_selected - taking_part
         if self._committable >= self.policy.goal:
             return self._commit("goal", now_s)
@@ -528,14 +551,23 @@ class RoundMachine:
         if len(self._waiting) < wanted and not window_over:
             return []
         ready = sum(map(self._may_be_taken, self._able()))
-        can_start = taking_part + ready >= self.policy.minimum
+        can_start = len(self._outstanding) + max(len(self._counted), self._seen) + ready >= self.policy.minimum
         if ready < wanted and not (window_over and can_start):
-            return self._abandon("stopped", now_s) if self._stopping else []
+            if self._stopping:
+                return self._abandon("stopped", now_s)
+            if not window_over or not (gather := self._gather()):
+                return []
+            self._deadline_s = now_s + self.policy.selection_window_s
+            return [*gather, *self._wake(self._deadline_s)]
         self._selected_s = now_s
         if self._closed_s:
             self._overhead_s = max(SHORTEST_S, now_s - self._closed_s)
         entered = self._enter(Phase.REPORTING, now_s + self.policy.reporting_window_s)
         return [*entered, *self._assign(wanted, now_s), *self._report(now_s)]
+
+    def _gather(self) -> list[Command]:
+        sizes = [len(members) for members in self._open.values() if members]
+        return [Gather()] if len(sizes) > 1 and min(sizes) < self.policy.minimum_group else []
 
     def _report(self, now_s: float) -> list[Command]:
         assert self._deadline_s is not None
@@ -548,6 +580,8 @@ class RoundMachine:
             if now_s >= closes_s:
                 return self._commit("window" if now_s >= self._deadline_s else "waiting did not pay", now_s)
             wake = self._wake(closes_s)
+        elif now_s >= self._deadline_s and self._seen >= policy.minimum:
+            return self._commit("window", now_s)
         elif now_s >= self._deadline_s or (self._stopping and not self._outstanding and not self._behind):
             return self._abandon(f"{len(self._counted)} of at least {policy.minimum} reported in the window", now_s)
         else:
@@ -559,13 +593,33 @@ class RoundMachine:
             wanted = 0 if self._stopping else policy.at_once - len(self._outstanding) - len(self._behind)
         else:
             # Those that dropped out are replaced as soon as the goal cannot be met without: waiting would be for nothing.
-            wanted = policy.goal - len(self._counted) - len(self._outstanding)
+            wanted = policy.goal - self._taking_part
         return [*wake, *self._assign(wanted, now_s)]
 
     @property
     def _committable(self) -> int:
-        """Updates that a commit would take in now: beside what is stored, a group of its own or nothing."""
-        return len(self._counted) if len(self._open) >= self.policy.minimum_group else len(self._safe)
+        """Updates that a commit would take in now: what is stored, and what is in groups of their own, or nothing."""
+        small = [members for members in self._open.values() if len(members) < self.policy.minimum_group]
+        return len(self._counted) - sum(len(self._counted & members) for members in small)
+
+    @property
+    def _seen(self) -> int:
+        """Updates that a commit would take in now, late ones too: few devices may all be waiting for it."""
+        groups = (len(members) for members in self._open.values())
+        return len(self._safe) + sum(size for size in groups if size >= self.policy.minimum_group)
+
+    @property
+    def _taking_part(self) -> int:
+        """Members that have reported or may, but for those at an Edge that has too few of them for a group."""
+        taking_part = len(self._outstanding) + len(self._counted)
+        if len(self._edges) <= 1:
+            return taking_part
+        out = Counter(self._edge_of.get(nonce, "") for nonce in self._outstanding)
+        for edge in out.keys() | self._open.keys():
+            members = self._open.get(edge, set())
+            if 0 < len(members) + out[edge] < self.policy.minimum_group:
+                taking_part -= out[edge] + len(members & self._counted)
+        return taking_part
 
     def _closes_s(self, now_s: float) -> float:
         """When the round closes if nothing more comes: at its deadline, or before that when waiting stops to pay."""
@@ -597,6 +651,22 @@ class RoundMachine:
         exact = set(self.policy.selection.ids)
         return [device for device in self._waiting if device in exact] if exact else list(self._waiting)
 
+    def _at_few_edges(self, able: list[str], wanted: int) -> list[str]:
+        """Those of so few Edges that each of them can be expected to have a group of its own."""
+        if len(self._edges) <= 1:
+            return able
+        policy, waiting = self.policy, Counter(map(self._waiting.__getitem__, able))
+        few = max(1, policy.most_at_once // ceil(policy.minimum_group * policy.over_selection - 1e-9))
+        used = {edge for edge, members in self._open.items() if members}
+        used |= {self._edge_of[nonce] for nonce in self._outstanding if nonce in self._edge_of}
+        if len(used | waiting.keys()) <= few or policy.selection.kind == "exact":
+            return able
+        for edge in sorted(waiting, key=lambda edge: self._rng.random() ** (1.0 / waiting[edge]), reverse=True):
+            if len(used) >= few and sum(waiting[edge] for edge in used) >= wanted:
+                break
+            used.add(edge)
+        return [device for device in able if self._waiting[device] in used]
+
     def _may_be_taken(self, device: str) -> bool:
         return self._nonce(device) not in self._counted and self._nonce(device) not in self._outstanding
 
@@ -608,7 +678,7 @@ class RoundMachine:
         return self._send(chosen, now_s)
 
     def _draw(self, wanted: int) -> tuple[str, ...]:
-        able = self._able()
+        able = self._at_few_edges(self._able(), wanted)
         order: Iterable[int] = range(len(able))
         if len(able) > wanted:
             few = min(len(able), 4 * wanted + 16)  # nearly always enough; else all of them, in any order
@@ -627,6 +697,6 @@ class RoundMachine:
 
     def _send(self, devices: tuple[str, ...], now_s: float) -> list[Command]:
         for device in devices:
-            del self._waiting[device]
+            self._edge_of[self._nonce(device)] = self._waiting.pop(device)
             self._assigned_s[self._nonce(device)] = now_s
         return [Assign(devices)] if devices else []

@@ -1,4 +1,4 @@
-"""One history of a server that is killed, by seed; many of them: ``python -m tests.fleet.histories exact 0 1000``."""
+"""One history of a server that is killed, by seed; many of them: ``python -m tests.fleet.histories exact 0 1000 1`` (and on how many Edges)."""
 
 import functools
 import logging
@@ -45,10 +45,12 @@ def plan(name: str) -> object:
     return toy.plan(POLICIES[name])
 
 
-def history(name: str, seed: int, faults: Faults) -> World:
+def history(name: str, seed: int, faults: Faults, *, num_edges: int = 1) -> World:
     """One history, run to its end and checked."""
     devices = len(POLICIES[name].selection.ids) or NUM_DEVICES
-    world = World(seed, plan(name), rounds=rounds(name), num_devices=devices, faults=faults)  # type: ignore[arg-type]
+    world = World(  # type: ignore[arg-type]
+        seed, plan(name), rounds=rounds(name), num_devices=devices, faults=faults, num_edges=num_edges
+    )
     world.run()
     world.check(POLICIES[name])
     if seed % 5 == 0:
@@ -87,20 +89,23 @@ def any_faults(name: str, seed: int) -> Faults:
     )
 
 
-def many(name: str, seeds: Iterable[int]) -> None:
-    begun, crashes, seeds = time.perf_counter(), 0, list(seeds)
+def many(name: str, seeds: Iterable[int], *, num_edges: int = 1) -> None:
+    begun, crashes, edges, seeds = time.perf_counter(), 0, 0, list(seeds)
     for seed in seeds:
         faults = any_faults(name, seed)
+        if num_edges > 1:
+            faults = replace(faults, crash=min(faults.crash, 0.02), edge=random.Random(seed).choice([0.0, 0.02, 0.1]))
         try:
-            crashes += history(name, seed, faults).crashes
+            world = history(name, seed, faults, num_edges=num_edges)
+            crashes, edges = crashes + world.crashes, edges + world.edge_crashes
         except BaseException as error:
-            error.add_note(f"history({name!r}, {seed}, {faults})")
+            error.add_note(f"history({name!r}, {seed}, {faults}, num_edges={num_edges})")
             raise
     print(
-        f"{len(seeds)} histories, {crashes} crashes, {len(seeds) / (time.perf_counter() - begun):.0f} histories per second"
+        f"{len(seeds)} histories, {crashes} crashes, {edges} of Edges, {len(seeds) / (time.perf_counter() - begun):.0f} histories per second"
     )
 
 
 if __name__ == "__main__":
     logging.disable(logging.CRITICAL)
-    many(sys.argv[1], range(int(sys.argv[2]), int(sys.argv[3])))
+    many(sys.argv[1], range(int(sys.argv[2]), int(sys.argv[3])), num_edges=int(sys.argv[4]))

@@ -38,8 +38,8 @@ def test_histories_with_types_checked(name: str) -> None:
     many(name, range(20))
 
 
-def apart(name: str, first: int, last: int) -> None:
-    command = [sys.executable, "-m", "tests.fleet.histories", name, str(first), str(last)]
+def apart(name: str, first: int, last: int, *, num_edges: int = 1) -> None:
+    command = [sys.executable, "-m", "tests.fleet.histories", name, str(first), str(last), str(num_edges)]
     made = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     print(name, made.stdout)
     assert made.returncode == 0, made.stderr[-4000:]
