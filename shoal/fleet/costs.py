@@ -1,9 +1,13 @@
 """What a round cost its members, summed over them: time by phase, bytes, padding. Never kept for one device."""
 
+import json
 from math import isfinite
+from typing import Self
 
+from shoal.errors import ProtocolError
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.record.store import UsageRow
+from shoal.tensors import PARSE_ERRORS, parse_json
 
 PHASES = ("compute", "compile", "data", "wait", "wire")
 MOST_SECONDS = 1e6  # a device may say anything; what is beyond reason is not added
@@ -36,6 +40,23 @@ class Costs:
         self.members += other.members
         self.down_bytes += other.down_bytes
         self.up_bytes += other.up_bytes
+
+    def to_json(self) -> str:
+        return json.dumps(vars(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Reads what `to_json` wrote. Raises ProtocolError for anything else."""
+        costs = cls()
+        try:
+            value = parse_json(text.encode())
+            costs.seconds = {phase: _sane(float(value["seconds"][phase])) for phase in PHASES}
+            costs.padding, costs.joules = float(value["padding"]), float(value["joules"])
+            costs.members, costs.down_bytes = int(value["members"]), int(value["down_bytes"])
+            costs.up_bytes = int(value["up_bytes"])
+        except PARSE_ERRORS as error:
+            raise ProtocolError(f"Expected the costs of a group, got {text[:60]!r}: {error}.") from error
+        return costs
 
     def rows(self, round: int) -> list[UsageRow]:
         """As the record keeps them. `padding` is the part of compute that went into padding."""

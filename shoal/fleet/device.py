@@ -39,6 +39,7 @@ BACK_OFF_S: Final = (0.1, 5.0)
 REFUSED_DELAY_S: Final = 0.5
 REFUSED_LONGEST_S: Final = 60.0
 PUSH_TRIES: Final = 6
+TRIES_ELSEWHERE: Final = 3
 LONGEST_AWAY_S: Final = 86_400.0
 """Whatever an Edge says."""
 
@@ -113,6 +114,8 @@ class Device:
             tasks: names of those that it serves; none: any.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
+        self._home = link
+        """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._on_progress = stays, on_progress
         self._population, self._tasks = population, tuple(tasks)
         self._unfit: dict[str, DataError] = {}
@@ -170,6 +173,8 @@ class Device:
                 if isinstance(error, ProtocolError):
                     log.warning("%s: %s", self.device_id, error)
                     await self._drop_work()
+                if self._failures >= TRIES_ELSEWHERE:
+                    self._link = self._home
                 self._say("reconnecting")
                 first, longest = BACK_OFF_S
                 await self._pause(min(longest, first * 2 ** min(self._failures, 20)))
@@ -229,6 +234,8 @@ class Device:
                 return True  # what was sent before it, the report, has been taken in
             case "later":
                 self._away_s = self._drawn(message.later)
+                if message.later.other_edge:
+                    self._link = self._link.elsewhere(message.later.other_edge)
             case "incompatible":
                 if self._unfit:  # and nothing else is to be done here
                     raise next(iter(self._unfit.values()))

@@ -9,7 +9,7 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -37,6 +37,7 @@ log = logging.getLogger("shoal.edge")
 MAX_CONTROL_BYTES: Final = 64 << 10
 MAX_SESSIONS: Final = 20_000
 BUSY_DELAY_S: Final = (5.0, 15.0)
+MOVING_S: Final = 1.0
 
 
 @runtime_checkable
@@ -95,7 +96,7 @@ class Edge:
         self._num_waiting = 0
         self._offer = Offer(plan, Index(()), blobs)
         self._assigned = pb.Assigned()
-        self._finished = ""
+        self._finished = self._other_edge = ""
         self._check_ins = self._refused = self._released = 0
         self._down_bytes = 0
         self._bytes_before = (0, 0)
@@ -170,6 +171,31 @@ class Edge:
             self._bytes_before = now
         return groups
 
+    # As one of several Edges.
+
+    def gather(self) -> None:
+        """Nothing to do: one Edge alone has all there is."""
+
+    def withdraw(self, nonce: bytes, answer: Callable[[bool], None]) -> None:
+        """Lets go of an update, unless it is in a sum; says whether it is not here (any more)."""
+        self._updates.gave_up(nonce, "its device is at another Edge")
+        answer(self._updates.state(nonce) is None)
+
+    def dissolve(self, address: str) -> None:
+        """Gives up a group that is below the minimum; its devices are told to offer their updates at that address."""
+        self._other_edge = address
+        self._updates.sums.step(g.Dissolve())
+
+    def send_away(self, device: str) -> None:
+        """Tells a device that was taken from those that wait to come later."""
+        session = self._sessions.get(device)
+        if session is not None:
+            self._stop_waiting(session)
+            session.send(pb.FromEdge(later=busy("its update is at another Edge")))
+            session.end()
+
+    # What the Coordinator says of the sums that were closed.
+
     def stored(self) -> None:
         """The sums that were closed are durable, and wait for a commit: their members are told."""
         self._updates.sums.step(g.Stored())
@@ -228,11 +254,11 @@ class Edge:
         except (NetworkError, StoreError) as error:
             self._seen.error("server busy", self._clock.now_s())
             log.warning("a device is told to come later: %s", error)
-            session.send(pb.FromEdge(later=_busy(str(error))))
+            session.send(pb.FromEdge(later=busy(str(error))))
         except Exception:  # our bug; it ends this session and nothing else
             self._seen.error("server failed", self._clock.now_s())
             log.exception("a message of a device could not be handled")
-            session.send(pb.FromEdge(later=_busy("the server has failed at this message; it was logged there")))
+            session.send(pb.FromEdge(later=busy("the server has failed at this message; it was logged there")))
         finally:
             session.end()
 
@@ -260,7 +286,7 @@ class Edge:
         if self._finished:
             return session.send(pb.FromEdge(finished=pb.Finished(why=self._finished)))
         if device not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
-            return session.send(pb.FromEdge(later=_busy("full")))
+            return session.send(pb.FromEdge(later=busy("full")))
         if session.device and session.device != device:
             raise ProtocolError("A session serves one device.")
         old = self._sessions.get(device)
@@ -337,6 +363,10 @@ class Edge:
             return  # the token outlives the session: the device will ask
         low, high = self._again()
         match tell.outcome:
+            case "moved":
+                later = pb.Later(delay_max_s=MOVING_S, why="too few devices are here", other_edge=self._other_edge)
+                session.send(pb.FromEdge(later=later))
+                return session.end()
             case "counted":
                 session.send(
                     pb.FromEdge(
@@ -373,6 +403,7 @@ def _refused(reason: str, detail: str) -> pb.FromEdge:
     return pb.FromEdge(refused=pb.Refused(reason=reason, detail=detail))
 
 
-def _busy(why: str) -> pb.Later:
+def busy(why: str) -> pb.Later:
+    """What a device is told that cannot be served now."""
     low, high = BUSY_DELAY_S
     return pb.Later(delay_min_s=low, delay_max_s=high, why=why)

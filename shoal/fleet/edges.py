@@ -38,6 +38,10 @@ class EdgeLost(NetworkError):
 class Member(c.Edge, Protocol):
     """One of several Edges. `close_groups` asks at once, and may raise `EdgeLost` when it is awaited."""
 
+    def lose(self, why: str) -> None:
+        """Nobody listens to it any more; what it was asked for is answered as from one that holds nothing."""
+        ...
+
     def withdraw(self, nonce: bytes, answer: Callable[[bool], None]) -> None:
         """Lets go of an update, unless it is in a sum; says whether it is not here (any more). A lost Edge says yes."""
         ...
@@ -90,7 +94,7 @@ class Edges:
             address: where devices find just this one; empty: nowhere.
         """
         assert self._coordinator is not None, "the Coordinator is connected first"
-        self.lost(name)
+        self.lost(name, why="another of its name has come")
         self._seats[name] = seat = _Seat(self, name, edge, self._coordinator, address)
         edge.connect(seat)
         if self._finished:
@@ -98,17 +102,25 @@ class Edges:
         elif self._is_open and self._opened is not None:
             edge.open_groups(*self._opened, taken={})
 
-    def lost(self, name: str) -> None:
-        """The link to an Edge is broken: what it says is not heard any more, what it held is given up."""
-        seat = self._seats.pop(name, None)
-        if seat is None:
+    def lost(self, name: str, edge: Member | None = None, *, why: str) -> None:
+        """The link to an Edge is broken: what it says is not heard any more, what it held is given up.
+
+        Args:
+            name: its name; where there is none of that name, nothing happens.
+            edge: if named, just this one in this life.
+            why: in words.
+        """
+        seat = self._seats.get(name)
+        if seat is None or edge not in (None, seat.edge):
             return
+        del self._seats[name]
         for device in [device for device, at in self._at.items() if at is seat]:
             del self._at[device]
             seat.coordinator.left(device)
         for nonce in [nonce for nonce, (holder, _) in self._holder.items() if holder is seat]:
             del self._holder[nonce]
             seat.coordinator.released(nonce)
+        seat.edge.lose(why)
 
     # What the Coordinator says.
 

@@ -9,11 +9,13 @@ import grpc
 
 from shoal.errors import NetworkError, ProtocolError
 from shoal.fleet.grpc_server import OPTIONS
-from shoal.fleet.link import Stream
+from shoal.fleet.link import Link, Stream
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.fleet.wire import fleet_pb2_grpc as rpc
 
 CALL_TIMEOUT_S: Final = 60.0
+MAX_EDGES: Final = 100
+MAX_ADDRESS: Final = 300
 _ENDED: Final = (grpc.aio.UsageError, asyncio.InvalidStateError)
 """What grpc raises, as it happens to notice it, where a call has ended under its user."""
 _FINAL: Final = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED}
@@ -29,6 +31,9 @@ class GrpcLink:
             ca: PEM of the authority that signed the server's certificate; None: no TLS.
             server_name: the name in the certificate, where it is not the host's.
         """
+        self._ca, self._server_name = ca, server_name
+        self._known: dict[str, GrpcLink] = {address: self}
+        """Links to Edges of this host that were named, shared by them all."""
         name = [("grpc.ssl_target_name_override", server_name)] if server_name else []
         options = [
             *OPTIONS,
@@ -73,8 +78,17 @@ class GrpcLink:
         except grpc.RpcError as error:
             raise _translated(error) from error
 
+    def elsewhere(self, address: str) -> Link:
+        """The link to another Edge, with the same authority; this one where too many were named already."""
+        if address not in self._known and len(self._known) < MAX_EDGES and len(address) <= MAX_ADDRESS:
+            self._known[address] = other = GrpcLink(address, ca=self._ca, server_name=self._server_name)
+            other._known = self._known
+        return self._known.get(address, self)
+
     async def close(self) -> None:
-        await self._channel.close()
+        """Closes it and those to the Edges that were named."""
+        for link in self._known.values():
+            await link._channel.close()
 
 
 class _GrpcStream:

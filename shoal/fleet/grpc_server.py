@@ -59,17 +59,7 @@ class GrpcServer:
 
     async def start(self) -> None:
         """Raises NetworkError where the port is taken or cannot be used."""
-        try:
-            if self._tls is None:
-                self.port = self._server.add_insecure_port(self._address)
-            else:
-                credentials = grpc.ssl_server_credentials([(self._tls.key, self._tls.chain)])
-                self.port = self._server.add_secure_port(self._address, credentials)
-        except RuntimeError as error:
-            raise NetworkError(
-                f"Cannot listen on {self._address}: the port is in use or not allowed. "
-                "Choose another with --port, or --port 0 for any free one."
-            ) from error
+        self.port = listen(self._server, self._address, self._tls)
         await self._server.start()
 
     async def until_quiet(self, *, quiet_s: float, longest_s: float) -> None:
@@ -86,6 +76,21 @@ class GrpcServer:
         """Ends all sessions."""
         await self._edge.close()
         await self._server.stop(grace_s)
+
+
+def listen(server: Any, address: str, tls: Tls | None) -> int:
+    """Gives a gRPC server an address; returns the port. Raises NetworkError where that is taken or cannot be used."""
+    try:
+        if tls is None:
+            port: int = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, grpc.ssl_server_credentials([(tls.key, tls.chain)]))
+    except RuntimeError as error:
+        raise NetworkError(
+            f"Cannot listen on {address}: the port is in use or not allowed. "
+            "Choose another with --port, or --port 0 for any free one."
+        ) from error
+    return port
 
 
 def _handlers(servicer: "_Servicer") -> Any:

@@ -31,6 +31,9 @@ class Link(Protocol):
     def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]: ...
     async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply: ...
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply: ...
+    def elsewhere(self, address: str) -> "Link":
+        """The way to another Edge of the same host, which this one has named."""
+        ...
 
 
 class LocalLink:
@@ -55,6 +58,9 @@ class LocalLink:
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
         return await self._edge.status(request)
+
+    def elsewhere(self, address: str) -> Link:
+        return self  # there is no other in this process
 
 
 class _LocalStream:

@@ -385,7 +385,7 @@ class FarEdge:
     def finish(self, why: str) -> None:
         self.say(lambda: self.edge.finish(why))
 
-    def lose(self) -> None:
+    def lose(self, why: str) -> None:
         self.is_lost = True
         for nonce in list(self.asked):
             self.withdrawn(nonce, True)
@@ -458,14 +458,13 @@ class Server:
 
     def kill(self, edge: TinyEdge) -> None:
         """An Edge dies; the Coordinator hears of it some time after, and another takes its place."""
-        far, edge.is_dead = self.far[edge.name], True
+        edge.is_dead = True
         self.world.edge_crashes += 1
         self.world.break_streams(edge)
 
         def lost() -> None:
             if self.world.server is self and self.together is not None:
-                self.together.lost(edge.name)
-                far.lose()
+                self.together.lost(edge.name, why="it died")
                 self.edges = [TinyEdge(self.world, e.name) if e is edge else e for e in self.edges]
                 self.join(next(e for e in self.edges if e.name == edge.name))
 

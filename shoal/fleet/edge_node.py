@@ -1,0 +1,343 @@
+"""An Edge whose Coordinator is in another process or on another machine.
+
+    devices ─ sessions ─> Edge ─ events ─> one stream ─> Coordinator
+                               <─ commands, model ─
+
+The stream is the Edge's life. When it breaks, all that the Edge held is forgotten and its devices' streams end: they keep
+their updates, and offer them at the next life or at another Edge. So an Edge may be killed at any time, and needs no disk
+but for a copy of the plan and the present model.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from itertools import count
+from typing import Any, Final, cast
+
+import grpc
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from shoal.clock import Clock
+from shoal.errors import NetworkError, ProtocolError, StoreError
+from shoal.fleet.batches import Batches
+from shoal.fleet.configuration import Configuration
+from shoal.fleet.edge import Edge, busy
+from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.remote_edge import EDGE_OPTIONS, SLICE_BYTES, VERSION, views
+from shoal.fleet.staging import Limits
+from shoal.fleet.token import read_token
+from shoal.fleet.wire import edges_pb2 as pb
+from shoal.fleet.wire import edges_pb2_grpc as rpc
+from shoal.fleet.wire import fleet_pb2 as fleet
+from shoal.plan.plan import Plan
+from shoal.record.store import Blobs, TokenRow, TokenState
+from shoal.tensors import Index
+
+log = logging.getLogger("shoal.edge")
+
+RETRY_S: Final = (0.1, 2.0)
+
+
+class EdgeNode:
+    """See the module's text. Serve `door` to devices, and run `run` beside it."""
+
+    def __init__(
+        self,
+        coordinator: str,
+        *,
+        credential: bytes,
+        name: str,
+        blobs: Blobs,
+        clock: Clock,
+        address: str = "",
+        ca: bytes | None = None,
+        server_name: str | None = None,
+        limits: Limits | None = None,
+        on_lost: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            coordinator: host:port of its server for Edges.
+            credential: of the run's Edges.
+            name: its own among them.
+            blobs: where copies of plan and model are kept.
+            clock: time.
+            address: where devices find just this Edge; empty: nowhere.
+            ca: PEM of the authority that signed the Coordinator's certificate; None: no TLS.
+            server_name: the name in the certificate, where it is not the host's.
+            limits: of staged updates.
+            on_lost: called whenever the Coordinator does not answer.
+        """
+        self._coordinator, self._credential, self._name, self._address = coordinator, credential, name, address
+        self._blobs, self._clock, self._limits, self._on_lost = blobs, clock, limits, on_lost
+        self._ca, self._server_name = ca, server_name
+        self._model: frozenset[str] = frozenset()
+        self.door = Door()
+        self.is_finished = False
+        """The run is over."""
+
+    async def run(self) -> None:
+        """One life after the other, until the run is over.
+
+        Raises:
+            ProtocolError: the Coordinator refuses this Edge.
+        """
+        first, longest = RETRY_S
+        wait_s = first
+        while not self.is_finished:
+            try:
+                async with self._channel() as channel:
+                    await self._live(rpc.EdgesStub(channel))  # type: ignore[no-untyped-call]
+                wait_s = first
+            except grpc.aio.AioRpcError as error:
+                if error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT):
+                    raise ProtocolError(f"The Coordinator refuses this Edge: {error.details()}") from error
+                log.info("no Coordinator at %s: %s", self._coordinator, (error.details() or "")[:200])
+            if not self.is_finished:
+                self._on_lost()
+                await self._clock.sleep_until(self._clock.now_s() + wait_s)
+                wait_s = min(2 * wait_s, longest)
+
+    def _channel(self) -> Any:
+        name = [("grpc.ssl_target_name_override", self._server_name)] if self._server_name else []
+        options = [*EDGE_OPTIONS, *name, ("grpc.use_local_subchannel_pool", 1)]
+        if self._ca is None:
+            return grpc.aio.insecure_channel(self._coordinator, options=options)
+        credentials = grpc.ssl_channel_credentials(self._ca)
+        return grpc.aio.secure_channel(self._coordinator, credentials, options=options)
+
+    async def _live(self, stub: Any) -> None:
+        """From attaching to the end of the stream."""
+        far = _Far()
+        far.outgoing.put(pb.Event(hello=self._hello()))
+        edge: Edge | None = None
+        call = stub.Attach(_said(far.outgoing))
+        try:
+            async for told in call:
+                for command in told.commands:
+                    if edge is None:
+                        edge = await self._begin(command, stub, far)
+                    else:
+                        await self._carry_out(command, edge, far, stub)
+        finally:
+            self.door.edge = None
+            far.end()
+            call.cancel()
+            if edge is not None:
+                await edge.close()
+
+    def _hello(self) -> pb.Hello:
+        return pb.Hello(credential=self._credential, name=self._name, address=self._address, version=VERSION)
+
+    async def _begin(self, command: pb.Command, stub: Any, far: "_Far") -> Edge:
+        welcome = command.welcome
+        await self._ensure(welcome.plan, stub)
+        plan = Plan.parse(self._blobs.get(welcome.plan))
+        self._blobs.put_all([plan.manifest.data, *plan.programs.values()])
+        edge = Edge(
+            plan=plan,
+            run=welcome.run,
+            token_key=Ed25519PublicKey.from_public_bytes(welcome.token_key),
+            blobs=self._blobs,
+            clock=self._clock,
+            limits=self._limits,
+        )
+        edge.connect(far)
+        self.door.edge, self._token_key = edge, Ed25519PublicKey.from_public_bytes(welcome.token_key)
+        return edge
+
+    async def _carry_out(self, command: pb.Command, edge: Edge, far: "_Far", stub: Any) -> None:
+        match command.WhichOneof("kind"):
+            case "open":
+                await self._open(command.open, edge, stub)
+            case "assign":
+                assign = command.assign
+                assignment = read_token(assign.token, self._token_key, wall_s=self._clock.wall_s())
+                if not edge.assign(assign.device, assign.token, assignment):
+                    far.released(assignment.nonce)
+            case "close":
+                await self._close(command.close, edge, far)
+            case "stored":
+                edge.stored()
+            case "committed":
+                edge.committed(command.committed)
+            case "failed":
+                edge.failed(command.failed)
+            case "finish":
+                self.is_finished = True
+                edge.finish(command.finish)
+            case "answer":
+                far.answer(command.answer)
+            case "withdraw":
+                nonce = command.withdraw
+                edge.withdraw(nonce, lambda gone: far.say(withdrawn=pb.Withdrawn(nonce=nonce, gone=gone)))
+            case "dissolve":
+                edge.dissolve(command.dissolve)
+            case "send_away":
+                edge.send_away(command.send_away)
+            case kind:
+                log.warning("ignored what the Coordinator said: %s", kind)  # it is of a later version
+
+    async def _open(self, opened: pb.Open, edge: Edge, stub: Any) -> None:
+        model = Index.parse(opened.model.encode())
+        hashes = frozenset(entry.hash for entry in model)
+        for hash in hashes:
+            await self._ensure(hash, stub)
+        for hash in self._model - hashes:
+            self._blobs.forget(hash)
+        self._model = hashes
+        configuration = Configuration(
+            round=opened.round,
+            base_version=opened.base_version,
+            seed=opened.seed,
+            max_members=opened.max_members,
+            reporting_window_s=opened.reporting_window_s,
+        )
+        edge.open_groups(configuration, model, taken={taken.version: taken.members for taken in opened.taken})
+
+    async def _ensure(self, hash: str, stub: Any) -> None:
+        """Makes a copy of a blob. Raises StoreError: the Coordinator sent another."""
+        if await asyncio.to_thread(self._blobs.has, hash):
+            return
+        writer = self._blobs.writer()
+        try:
+            async for piece in stub.Fetch(pb.FetchRequest(credential=self._credential, hash=hash)):
+                await asyncio.to_thread(writer.write, piece.data)
+            made = await asyncio.to_thread(writer.finish)
+        except BaseException:
+            writer.discard()
+            raise
+        if made != hash:
+            raise StoreError(f"Expected blob {hash} from the Coordinator, got {made}.")
+
+    async def _close(self, final: bool, edge: Edge, far: "_Far") -> None:
+        try:
+            groups = await edge.close_groups(final=final)
+        except StoreError as error:
+            return far.say(closed=pb.Closed(error=str(error)))
+        far.say(closed=pb.Closed(groups=[_group(group) for group in groups]))
+        for group in groups:
+            for view in views(group):
+                for at in range(0, len(view), SLICE_BYTES):
+                    await far.outgoing.drained()
+                    far.say(sums=bytes(view[at : at + SLICE_BYTES]))
+
+
+def _group(group: GroupResult) -> pb.Group:
+    return pb.Group(
+        base_version=group.base_version,
+        members=group.sums.members,
+        weight=group.sums.weight,
+        nonces=[nonce for nonce, _ in group.counted],
+        expires_s=[expires_s for _, expires_s in group.counted],
+        costs=group.costs.to_json(),
+    )
+
+
+async def _said(outgoing: Batches[pb.Event]) -> AsyncIterator[pb.Said]:
+    async for events in outgoing:
+        yield pb.Said(events=events)
+
+
+class _Far:
+    """The Coordinator, as the Edge sees it, at the other end of a stream."""
+
+    def __init__(self) -> None:
+        self.outgoing: Batches[pb.Event] = Batches()
+        self._asked: dict[int, tuple[bytes, asyncio.Future[TokenRow | None]]] = {}
+        self._numbers = count(1)
+        self._is_ended = False
+
+    def say(self, **event: Any) -> None:
+        self.outgoing.put(pb.Event(**event))
+
+    def arrived(self, *devices: str) -> None:
+        self.say(arrived=pb.Arrived(devices=devices))
+
+    def left(self, device: str) -> None:
+        self.say(left=device)
+
+    def joined(self, nonce: bytes, version: int) -> None:
+        self.say(joined=pb.Joined(nonce=nonce, version=version))
+
+    def counted(self, nonce: bytes, version: int, staleness: int) -> None:
+        self.say(counted=pb.Counted(nonce=nonce, version=version, staleness=staleness))
+
+    def released(self, nonce: bytes) -> None:
+        self.say(released=nonce)
+
+    def away(self, nonce: bytes) -> None:
+        self.say(away=nonce)
+
+    async def token_row(self, nonce: bytes) -> TokenRow | None:
+        if self._is_ended:
+            raise NetworkError("The Coordinator is away; try again.")
+        number = next(self._numbers)
+        answered: asyncio.Future[TokenRow | None] = asyncio.get_running_loop().create_future()
+        self._asked[number] = (nonce, answered)
+        self.say(ask=pb.Ask(number=number, nonce=nonce))
+        try:
+            return await answered
+        finally:
+            del self._asked[number]
+
+    def answer(self, answer: pb.Answer) -> None:
+        nonce, asked = self._asked.get(answer.number, (b"", None))
+        if asked is None or asked.done():
+            return
+        if answer.elsewhere:
+            return asked.set_exception(NetworkError(answer.reason))
+        if not answer.state:
+            return asked.set_result(None)
+        asked.set_result(
+            TokenRow(
+                nonce=nonce,
+                state=cast(TokenState, answer.state),
+                version=answer.version if answer.has_version else None,
+                reason=answer.reason,
+                expires_s=answer.expires_s,
+            )
+        )
+
+    def end(self) -> None:
+        """The stream is broken: whoever waits for an answer is told."""
+        self._is_ended = True
+        self.outgoing.end()
+        for _, asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(NetworkError("The Coordinator is away; try again."))
+
+
+class Door:
+    """What devices come to: the Edge of the present life, or a word to come later."""
+
+    def __init__(self) -> None:
+        self.edge: Edge | None = None
+
+    def _present(self) -> Edge:
+        if self.edge is None:
+            raise NetworkError("The Coordinator is away; try again.")
+        return self.edge
+
+    async def session(self, messages: AsyncIterator[fleet.FromDevice]) -> AsyncGenerator[fleet.FromEdge, None]:
+        if self.edge is None:
+            yield fleet.FromEdge(later=busy("the Coordinator is away"))
+            return
+        async with aclosing(self.edge.session(messages)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def pull(self, request: fleet.PullRequest) -> AsyncIterator[fleet.Slice]:
+        async for piece in self._present().pull(request):
+            yield piece
+
+    async def push(self, slices: AsyncIterator[bytes]) -> fleet.PushReply:
+        return await self._present().push(slices)
+
+    async def status(self, request: fleet.StatusRequest) -> fleet.StatusReply:
+        return await self._present().status(request)
+
+    async def close(self) -> None:
+        if self.edge is not None:
+            await self.edge.close()
