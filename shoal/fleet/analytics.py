@@ -229,7 +229,7 @@ class Analytics:
                 self._time("group", now_s - session.whole_s)
 
     def told(self, nonce: bytes, outcome: str, reason: str, now_s: float) -> None:
-        """How its update ended, as the device is told: counted (which `closed` knew before) | refused | released."""
+        """How its update ended, as the device is told: counted (which `closed` knew before) | refused | released | moved."""
         if outcome == "refused":
             self._end(nonce, "#")
             if reason == "late":
@@ -237,6 +237,8 @@ class Analytics:
             else:
                 self.count("refused")
                 self.error("commit failed" if reason == "failed" else f"refused: {reason}", now_s)
+        elif outcome == "moved":
+            self.moved(nonce)
         elif outcome == "released" and (session := self._open.get(nonce)) is not None:
             self.count("lost" if session.is_away else "released")
             self._end(nonce, "!" if session.is_away else "x")
@@ -250,6 +252,10 @@ class Analytics:
         self.count("gave_up")
         self.error(f"gave up {stage if stage in GIVES_UP_IN else OTHER}", now_s)
         self._end(nonce, "*")
+
+    def moved(self, nonce: bytes) -> None:
+        """It goes on at another Edge."""
+        self._open.pop(nonce, None)
 
     def gone(self, nonce: bytes) -> None:
         """It is no member any more; if nothing was said of its end before, it came back with nothing."""

@@ -178,6 +178,7 @@ class Edge:
 
     def withdraw(self, nonce: bytes, answer: Callable[[bool], None]) -> None:
         """Lets go of an update, unless it is in a sum; says whether it is not here (any more)."""
+        self._seen.moved(nonce)
         self._updates.gave_up(nonce, "its device is at another Edge")
         answer(self._updates.state(nonce) is None)
 

@@ -9,6 +9,7 @@ but for a copy of the plan and the present model.
 """
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
@@ -215,13 +216,17 @@ class EdgeNode:
         try:
             groups = await edge.close_groups(final=final)
         except StoreError as error:
-            return far.say(closed=pb.Closed(error=str(error)))
-        far.say(closed=pb.Closed(groups=[_group(group) for group in groups]))
+            return far.say(closed=pb.Closed(error=str(error), seen=_seen(edge)))
+        far.say(closed=pb.Closed(groups=[_group(group) for group in groups], seen=_seen(edge)))
         for group in groups:
             for view in views(group):
                 for at in range(0, len(view), SLICE_BYTES):
                     await far.outgoing.drained()
                     far.say(sums=bytes(view[at : at + SLICE_BYTES]))
+
+
+def _seen(edge: Edge) -> str:
+    return json.dumps(edge.take_analytics().to_json())
 
 
 def _group(group: GroupResult) -> pb.Group:

@@ -20,6 +20,7 @@ from typing import Protocol, runtime_checkable
 
 from shoal.errors import NetworkError, StoreError
 from shoal.fleet import coordinator as c
+from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -195,6 +196,12 @@ class Edges:
         self._settling.clear()
         for seat in self._seats.values():
             seat.edge.failed(why)
+
+    def take_analytics(self) -> Seen:
+        seen = Seen()
+        for seat in self._seats.values():
+            seen.merge(seat.edge.take_analytics())
+        return seen
 
     def finish(self, why: str) -> None:
         self._finished = why

@@ -17,6 +17,7 @@ import numpy as np
 
 from shoal.errors import ProtocolError, ShoalError, StoreError
 from shoal.fleet import edge as e
+from shoal.fleet.analytics import Seen
 from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
@@ -27,7 +28,7 @@ from shoal.fleet.wire import edges_pb2 as pb
 from shoal.fleet.wire import fleet_pb2 as fleet
 from shoal.plan.manifest import Manifest
 from shoal.record.store import Blobs
-from shoal.tensors import Index
+from shoal.tensors import PARSE_ERRORS, Index, parse_json
 
 log = logging.getLogger("shoal.coordinator")
 
@@ -61,6 +62,7 @@ class RemoteEdge:
         self._asked: dict[bytes, list[Callable[[bool], None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._lost = ""
+        self._seen = Seen()
 
     # What the Coordinator says.
 
@@ -188,6 +190,7 @@ class RemoteEdge:
     def _closed(self, closed: pb.Closed) -> None:
         if self._closing is None or self._closing.done() or self._sums is not None or self._configuration is None:
             raise ProtocolError("Expected the answer to one close, got another.")
+        self._seen.merge(self._analytics(closed.seen))
         if closed.error:
             return self._closing.set_exception(StoreError(closed.error))
         most = 2 + self._manifest.server.rounds.max_staleness + self._configuration.max_members
@@ -195,6 +198,19 @@ class RemoteEdge:
             raise ProtocolError(f"Expected at most {most} groups, got {len(closed.groups)}.")
         self._sums = _Sums(closed, self._configuration, self._manifest)
         self._take(b"")
+
+    def _analytics(self, text: str) -> Seen:
+        try:
+            seen = Seen.from_json(parse_json(text.encode()))
+        except PARSE_ERRORS as error:
+            raise ProtocolError(f"Expected the analytics of an Edge, got {text[:60]!r}: {error}.") from error
+        for errors in seen.errors.values():
+            errors.edge = self.name
+        return seen
+
+    def take_analytics(self) -> Seen:
+        seen, self._seen = self._seen, Seen()
+        return seen
 
     def _take(self, data: bytes) -> None:
         if self._sums is None or self._closing is None:

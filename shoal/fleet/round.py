@@ -282,8 +282,8 @@ class RoundMachine:
         self._late = 0
         self._unstored = 0
         self._safe: set[bytes] = set()  # those that are in groups of the record
-        self._open: dict[str, set[bytes]] = {}  # Edge -> members of its present group, late ones too
-        self._edges: set[str] = set()  # that devices have come to
+        self._open: dict[bytes, str] = {}  # members of present groups, late ones too -> their Edge
+        self._edges: dict[str, None] = {}  # that devices have come to, or their updates
         self._edge_of: dict[bytes, str] = {}  # of those assigned in this version
         self._gave_way: set[bytes] = set()  # released in this version: taken again only when nobody else waits
         self._deadline_s: float | None = None
@@ -395,8 +395,7 @@ class RoundMachine:
                     self._forget_member(nonce)
             case Stored(nonces):
                 self._safe |= nonces  # of some it has yet to hear that they are counted
-                for members in self._open.values():
-                    members -= nonces
+                self._open = {nonce: edge for nonce, edge in self._open.items() if nonce not in nonces}
             case Committed(version, closed) if self._phase is Phase.COMMITTING and version == self._version + 1:
                 self._commit_done(version, closed)
                 commands += self._next_round(now_s)
@@ -423,7 +422,7 @@ class RoundMachine:
             return [Finish()]
         in_round = self._phase in (Phase.SELECTING, Phase.REPORTING)
         returning = tuple(d for d in devices if in_round and self._outstanding and self._nonce(d) in self._outstanding)
-        self._edges.add(edge)
+        self._edges[edge] = None
         for device in devices:
             self._waiting[device] = edge
         return self._send(returning, now_s)  # one that has lost its assignment gets the same one back
@@ -439,6 +438,7 @@ class RoundMachine:
 
     def _count(self, event: Counted, now_s: float) -> None:
         nonce, staleness = event.nonce, event.staleness
+        self._edges[event.edge] = None
         self._forget_member(nonce)
         if (assigned_s := self._assigned_s.pop(nonce, None)) is not None:
             self._times.reported(now_s - assigned_s)
@@ -448,7 +448,7 @@ class RoundMachine:
         self._unstored += 1
         self._late += staleness > 0
         if nonce not in self._safe and (not staleness or self.policy.late.kind != "patch"):
-            self._open.setdefault(event.edge, set()).add(nonce)
+            self._open[nonce] = event.edge
         if not staleness or self.policy.buffer:
             self._counted.add(nonce)
 
@@ -456,8 +456,7 @@ class RoundMachine:
         self._gave_way.add(nonce)
         self._assigned_s.pop(nonce, None)
         self._counted.discard(nonce)  # its group could not be stored
-        for members in self._open.values():
-            members.discard(nonce)
+        self._open.pop(nonce, None)
         self._released += self._forget_member(nonce)
 
     def _forget_member(self, nonce: bytes) -> bool:
@@ -514,9 +513,10 @@ class RoundMachine:
                 self._times.still_out(self._closed_s - at_s)
         self._times.fade()
         self._version = version
-        goes_on = closed is not None and self.policy.late.kind != "patch"  # else they are patched in where they belong
-        going_on = {edge: members - closed for edge, members in self._open.items()} if goes_on else {}  # type: ignore[operator]
-        counted = self._counted & set().union(*going_on.values())
+        going_on: dict[bytes, str] = {}
+        if closed is not None and self.policy.late.kind != "patch":  # else they are patched in where they belong
+            going_on = {nonce: edge for nonce, edge in self._open.items() if nonce not in closed}
+        counted = self._counted & going_on.keys()
         self._forget_round()
         self._counted, self._open = counted, going_on
         self._assigned_s = kept
@@ -566,8 +566,14 @@ class RoundMachine:
         return [*entered, *self._assign(wanted, now_s), *self._report(now_s)]
 
     def _gather(self) -> list[Command]:
-        sizes = [len(members) for members in self._open.values() if members]
+        sizes = self._group_sizes().values()
         return [Gather()] if len(sizes) > 1 and min(sizes) < self.policy.minimum_group else []
+
+    def _group_sizes(self) -> Mapping[str, int]:
+        """Edge -> members of its present group, where there are any."""
+        if len(self._edges) > 1:
+            return Counter(self._open.values())
+        return {next(iter(self._open.values())): len(self._open)} if self._open else {}
 
     def _report(self, now_s: float) -> list[Command]:
         assert self._deadline_s is not None
@@ -599,14 +605,16 @@ class RoundMachine:
     @property
     def _committable(self) -> int:
         """Updates that a commit would take in now: what is stored, and what is in groups of their own, or nothing."""
-        small = [members for members in self._open.values() if len(members) < self.policy.minimum_group]
-        return len(self._counted) - sum(len(self._counted & members) for members in small)
+        small = {edge for edge, size in self._group_sizes().items() if size < self.policy.minimum_group}
+        if not small:
+            return len(self._counted)
+        return len(self._counted) - sum(edge in small and nonce in self._counted for nonce, edge in self._open.items())
 
     @property
     def _seen(self) -> int:
         """Updates that a commit would take in now, late ones too: few devices may all be waiting for it."""
-        groups = (len(members) for members in self._open.values())
-        return len(self._safe) + sum(size for size in groups if size >= self.policy.minimum_group)
+        sizes = self._group_sizes().values()
+        return len(self._safe) + sum(size for size in sizes if size >= self.policy.minimum_group)
 
     @property
     def _taking_part(self) -> int:
@@ -615,11 +623,10 @@ class RoundMachine:
         if len(self._edges) <= 1:
             return taking_part
         out = Counter(self._edge_of.get(nonce, "") for nonce in self._outstanding)
-        for edge in out.keys() | self._open.keys():
-            members = self._open.get(edge, set())
-            if 0 < len(members) + out[edge] < self.policy.minimum_group:
-                taking_part -= out[edge] + len(members & self._counted)
-        return taking_part
+        sizes = out + Counter(self._group_sizes())
+        small = {edge for edge, size in sizes.items() if size < self.policy.minimum_group}
+        counted = sum(edge in small and nonce in self._counted for nonce, edge in self._open.items())
+        return taking_part - counted - sum(out[edge] for edge in small)
 
     def _closes_s(self, now_s: float) -> float:
         """When the round closes if nothing more comes: at its deadline, or before that when waiting stops to pay."""
@@ -657,7 +664,7 @@ class RoundMachine:
             return able
         policy, waiting = self.policy, Counter(map(self._waiting.__getitem__, able))
         few = max(1, policy.most_at_once // ceil(policy.minimum_group * policy.over_selection - 1e-9))
-        used = {edge for edge, members in self._open.items() if members}
+        used = set(self._open.values())
         used |= {self._edge_of[nonce] for nonce in self._outstanding if nonce in self._edge_of}
         if len(used | waiting.keys()) <= few or policy.selection.kind == "exact":
             return able

@@ -35,13 +35,13 @@ _CLASSES: Final = {
     for cls in (
         r.Started, r.Arrived, r.Left, r.Joined, r.Counted, r.Released, r.Away, r.Stored, r.Committed, r.Failed,
         r.Abandoned, r.Tick, r.Stop,
-        r.OpenRound, r.Assign, r.StoreGroup, r.CommitRound, r.AbandonRound, r.Finish, r.WakeAt,
+        r.OpenRound, r.Assign, r.StoreGroup, r.Gather, r.CommitRound, r.AbandonRound, r.Finish, r.WakeAt,
     )
 }  # fmt: skip
 _FIELDS: Final = {cls: tuple(f.name for f in fields(cls)) for cls in _CLASSES.values()}
 _OPENERS: Final = (r.Started, r.Committed, r.Abandoned)
-_NONCES: Final = frozenset({"_outstanding", "_counted", "_safe", "_open", "_gave_way"})
-_BY_NONCE: Final = frozenset({"_behind", "_assigned_s"})
+_NONCES: Final = frozenset({"_outstanding", "_counted", "_safe", "_gave_way"})
+_BY_NONCE: Final = frozenset({"_behind", "_assigned_s", "_open", "_edge_of"})
 _PLAIN: Final = (bool, int, float, str, type(None))
 
 
@@ -156,8 +156,12 @@ def _field_from_json(name: str, value: Any) -> Any:
 def _state_to_json(saved: Mapping[str, Any], names: _Names) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in saved.items():
-        if name in ("_waiting", "_nonces"):
+        if name == "_nonces":
             made[name] = [names.device(device) for device in value]
+        elif name == "_waiting":
+            made[name] = [[names.device(device), edge] for device, edge in value.items()]
+        elif name == "_edges":
+            made[name] = list(value)
         elif name in _NONCES:
             made[name] = sorted(map(names.nonce, value))
         elif name in _BY_NONCE:
@@ -181,7 +185,8 @@ def _plain(name: str, value: Any) -> Any:
 
 def _state_from_json(state: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(state)
-    made["_waiting"] = dict.fromkeys(map(str, state["_waiting"]))
+    made["_waiting"] = {str(number): edge for number, edge in state["_waiting"]}
+    made["_edges"] = dict.fromkeys(state["_edges"])
     made["_nonces"] = {str(number): _nonce(number) for number in state["_nonces"]}
     made |= {name: set(map(_nonce, state[name])) for name in _NONCES}
     made |= {name: {_nonce(number): of for number, of in state[name]} for name in _BY_NONCE}

@@ -282,6 +282,7 @@ class VirtualFleet:
 
     def take_analytics(self) -> Seen:
         return self._seen.take()
+
     def gather(self) -> None:
         """Nothing to do: one Edge alone has all there is."""
 

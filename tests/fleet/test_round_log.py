@@ -162,7 +162,7 @@ def altered(change: Callable[[dict[str, Any]], object]) -> bytes:
         (altered(lambda log: log["state"]["rng"].update(bit_generator="seterr")), "no generator seterr"),
         (altered(lambda log: log["policy"].update(goal=-1)), "goal"),
         (altered(lambda log: log["policy"].update(goal=4)), "run again it says"),
-        (altered(lambda log: log["steps"].insert(1, [0.1, ["Committed", 9], []])), "refuses"),
+        (altered(lambda log: log["steps"].insert(1, [0.1, ["Committed", 9, None], []])), "refuses"),
     ],
 )
 def test_a_log_that_is_altered_is_refused_in_one_line(data: bytes, line: str) -> None:

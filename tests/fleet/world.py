@@ -194,6 +194,7 @@ class TinyEdge:
 
     def take_analytics(self) -> Seen:
         return self.sums.analytics.take()
+
     def on_closed(self) -> None:
         """Nobody but `close_groups` waits for it; see `FarEdge`."""
 
@@ -366,6 +367,9 @@ class FarEdge:
 
     def gather(self) -> None:
         raise AssertionError("it is one of several")
+
+    def take_analytics(self) -> Seen:
+        return self.edge.take_analytics()
 
     def dissolve(self, address: str) -> None:
         self.say(lambda: self.edge.dissolve(address))

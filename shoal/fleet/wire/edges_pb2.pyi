@@ -102,12 +102,14 @@ class Withdrawn(_message.Message):
     def __init__(self, nonce: _Optional[bytes] = ..., gone: _Optional[bool] = ...) -> None: ...
 
 class Closed(_message.Message):
-    __slots__ = ("groups", "error")
+    __slots__ = ("groups", "error", "seen")
     GROUPS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     groups: _containers.RepeatedCompositeFieldContainer[Group]
     error: str
-    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., error: _Optional[str] = ...) -> None: ...
+    seen: str
+    def __init__(self, groups: _Optional[_Iterable[_Union[Group, _Mapping]]] = ..., error: _Optional[str] = ..., seen: _Optional[str] = ...) -> None: ...
 
 class Group(_message.Message):
     __slots__ = ("base_version", "members", "weight", "nonces", "expires_s", "costs")
