@@ -176,6 +176,9 @@ class Edge:
     def gather(self) -> None:
         """Nothing to do: one Edge alone has all there is."""
 
+    def lose(self, why: str) -> None:
+        """Nothing to do: an Edge in the Coordinator's process ends with it."""
+
     def withdraw(self, nonce: bytes, answer: Callable[[bool], None]) -> None:
         """Lets go of an update, unless it is in a sum; says whether it is not here (any more)."""
         self._seen.moved(nonce)

@@ -38,6 +38,8 @@ from shoal.tensors import Index
 log = logging.getLogger("shoal.edge")
 
 RETRY_S: Final = (0.1, 2.0)
+PATIENCE_S: Final = 5.0
+"""How long a device waits for an Edge that has no Coordinator at the moment."""
 
 
 class EdgeNode:
@@ -70,13 +72,13 @@ class EdgeNode:
             limits: of staged updates.
             on_lost: called whenever the Coordinator does not answer.
         """
-        self._coordinator, self._credential, self._name, self._address = coordinator, credential, name, address
+        self._coordinator, self._credential, self._name, self.address = coordinator, credential, name, address
         self._blobs, self._clock, self._limits, self._on_lost = blobs, clock, limits, on_lost
         self._ca, self._server_name = ca, server_name
         self._model: frozenset[str] = frozenset()
-        self.door = Door()
+        self.door = Doorstep()
         self.is_finished = False
-        """The run is over."""
+        """The run is over; the Edge tells that to whoever comes, until the server for devices is closed."""
 
     async def run(self) -> None:
         """One life after the other, until the run is over.
@@ -121,15 +123,18 @@ class EdgeNode:
                         edge = await self._begin(command, stub, far)
                     else:
                         await self._carry_out(command, edge, far, stub)
+                if self.is_finished:
+                    return
         finally:
-            self.door.edge = None
             far.end()
             call.cancel()
-            if edge is not None:
-                await edge.close()
+            if not self.is_finished:  # else whoever comes is told so
+                self.door.edge = None
+                if edge is not None:
+                    await edge.close()
 
     def _hello(self) -> pb.Hello:
-        return pb.Hello(credential=self._credential, name=self._name, address=self._address, version=VERSION)
+        return pb.Hello(credential=self._credential, name=self._name, address=self.address, version=VERSION)
 
     async def _begin(self, command: pb.Command, stub: Any, far: "_Far") -> Edge:
         welcome = command.welcome
@@ -314,35 +319,51 @@ class _Far:
                 asked.set_exception(NetworkError("The Coordinator is away; try again."))
 
 
-class Door:
-    """What devices come to: the Edge of the present life, or a word to come later."""
+class Doorstep:
+    """What devices come to: the Edge of the present life, for which they wait a little, or a word to come later."""
 
     def __init__(self) -> None:
-        self.edge: Edge | None = None
+        self._edge: Edge | None = None
+        self._is_here = asyncio.Event()
 
-    def _present(self) -> Edge:
-        if self.edge is None:
-            raise NetworkError("The Coordinator is away; try again.")
-        return self.edge
+    @property
+    def edge(self) -> Edge | None:
+        return self._edge
+
+    @edge.setter
+    def edge(self, edge: Edge | None) -> None:
+        self._edge = edge
+        self._is_here.clear() if edge is None else self._is_here.set()
+
+    async def _present(self) -> Edge:
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                while self._edge is None:
+                    await self._is_here.wait()
+        except TimeoutError:
+            raise NetworkError("The Coordinator is away; try again.") from None
+        return self._edge
 
     async def session(self, messages: AsyncIterator[fleet.FromDevice]) -> AsyncGenerator[fleet.FromEdge, None]:
-        if self.edge is None:
-            yield fleet.FromEdge(later=busy("the Coordinator is away"))
+        try:
+            edge = await self._present()
+        except NetworkError as error:
+            yield fleet.FromEdge(later=busy(str(error)))
             return
-        async with aclosing(self.edge.session(messages)) as answers:
+        async with aclosing(edge.session(messages)) as answers:
             async for answer in answers:
                 yield answer
 
     async def pull(self, request: fleet.PullRequest) -> AsyncIterator[fleet.Slice]:
-        async for piece in self._present().pull(request):
+        async for piece in (await self._present()).pull(request):
             yield piece
 
     async def push(self, slices: AsyncIterator[bytes]) -> fleet.PushReply:
-        return await self._present().push(slices)
+        return await (await self._present()).push(slices)
 
     async def status(self, request: fleet.StatusRequest) -> fleet.StatusReply:
-        return await self._present().status(request)
+        return await (await self._present()).status(request)
 
     async def close(self) -> None:
-        if self.edge is not None:
-            await self.edge.close()
+        if self._edge is not None:
+            await self._edge.close()

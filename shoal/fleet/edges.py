@@ -22,6 +22,7 @@ from shoal.errors import NetworkError, StoreError
 from shoal.fleet import coordinator as c
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
+from shoal.fleet.edge import Coordinator as HeardByEdge
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.policy import RoundPolicy
@@ -125,7 +126,8 @@ class Edges:
 
     # What the Coordinator says.
 
-    def connect(self, coordinator: c.Coordinator) -> None:
+    def connect(self, coordinator: HeardByEdge) -> None:
+        assert isinstance(coordinator, c.Coordinator), "one that knows of several Edges"
         self._coordinator = coordinator
 
     def open_groups(self, configuration: Configuration, model: Index, *, taken: Mapping[int, int]) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import secrets
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -17,15 +17,21 @@ from shoal.clock import Clock, SystemClock
 from shoal.errors import StoreError
 from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.edge import Edge
+from shoal.fleet.edges import Edges
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
+from shoal.fleet.remote_edge import EdgesServer
 from shoal.fleet.staging import Limits
+from shoal.fleet.wire import edges_pb2
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial_model
 from shoal.record.provenance import provenance
 from shoal.record.run import new_run_id
 from shoal.record.store import RunKind, RunRow, Store
 from shoal.tensors import Tensors
+
+HERE: Final = "host"
+"""Name of the Edge in the host's own process."""
 
 
 def run_seed(seed: int) -> bytes:
@@ -88,6 +94,7 @@ class Host:
         limits: Limits | None = None,
         call_program: CallProgram | None = None,
         events_kept: int = EVENTS_KEPT,
+        several_edges: bool = False,
         on_commit: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
         """
@@ -100,6 +107,7 @@ class Host:
             rng: draws devices; None: seeded by the system.
             limits: of staged updates.
             call_program: runs the plan's server programs, where its rule is one.
+            several_edges: whether Edges of other processes may attach, see `edges_server`.
             events_kept: rounds whose events stay in the record, to be run again; 0: none.
             on_commit: told of each version once it is durable.
         """
@@ -119,11 +127,12 @@ class Host:
             limits=limits,
             population=found.row.population,
         )
+        self.edges = Edges(found.plan.manifest.server.rounds) if several_edges else None
         self.coordinator = Coordinator(
             store=store,
             run=run_id,
             manifest=found.plan.manifest,
-            edge=self.edge,
+            edge=self.edges or self.edge,
             aggregator=WeightedMean(found.plan.manifest.server.rule, call=call_program),
             token_key=keys.token,
             run_seed=run_seed(int(found.config["seed"])),
@@ -134,11 +143,32 @@ class Host:
             population=found.row.population,
             on_commit=on_commit,
         )
-        self._clock = clock
+        self._clock, self._keys = clock, keys
+        if self.edges is not None:
+            self.edges.join(HERE, self.edge)
 
     def server(self, *, address: str, tls: Tls | None = None) -> GrpcServer:
         """A gRPC server for this host's Edge; start it, then `run`."""
         return GrpcServer(self.edge, address=address, tls=tls)
+
+    def edges_server(self, *, address: str, tls: Tls | None = None) -> EdgesServer:
+        """A gRPC server where Edges of other processes attach. Raises ValueError unless the host has `several_edges`."""
+        if self.edges is None:
+            raise ValueError("Expected a host with several_edges=True, got one that serves its devices alone.")
+        welcome = edges_pb2.Welcome(
+            run=self.run_id,
+            plan=self.store.run(self.run_id).config["plan_blob"],
+            token_key=self._keys.signing.public_key().public_bytes_raw(),
+        )
+        return EdgesServer(
+            self.edges,
+            welcome=welcome,
+            manifest=self.plan.manifest,
+            blobs=self.store.blobs,
+            credential=self._keys.edge_credential,
+            address=address,
+            tls=tls,
+        )
 
     async def run(self) -> None:
         """Runs the rounds to the last version. Nobody else writes the run's status."""

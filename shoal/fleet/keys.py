@@ -1,5 +1,7 @@
 """A host's keys: what plans and tokens are signed with, and nonces made of. One file in the run folder, mode 0600."""
 
+import hashlib
+import hmac
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,11 @@ class HostKeys:
     def public(self) -> bytes:
         """What devices trust, 32 bytes."""
         return self.signing.public_key().public_bytes_raw()
+
+    @property
+    def edge_credential(self) -> bytes:
+        """What Edges of other processes show, 32 bytes; of no use for signing."""
+        return hmac.new(self.data[32:], b"shoal edges v1", hashlib.sha256).digest()
 
     @classmethod
     def load_or_make(cls, folder: Path) -> Self:

@@ -1,4 +1,4 @@
-"""Thousands of lives of a server that is killed at any point, in virtual time: what was said holds. See `world.py`.
+"""Thousands of lives of a server, and of Edges, killed at any point, in virtual time: what was said holds. See `world.py`.
 
 Most of them run in a process of their own, without the run-time type checks that make them five times as slow.
 """
@@ -48,6 +48,18 @@ def apart(name: str, first: int, last: int, *, num_edges: int = 1) -> None:
 @pytest.mark.parametrize("name", POLICIES)
 def test_hundreds_of_histories(name: str) -> None:
     apart(name, 30, 300)
+
+
+@pytest.mark.parametrize("name", ["exact", "stored", "patched", "asynchronous"])
+def test_hundreds_of_histories_of_three_edges_that_die(name: str) -> None:
+    apart(name, 0, 100, num_edges=3)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", [name for name in POLICIES if name != "exact_stored"])
+def test_thousands_of_histories_of_three_edges_that_die(name: str) -> None:
+    apart(name, 100, 2_000, num_edges=3)
 
 
 @pytest.mark.slow

@@ -1,0 +1,213 @@
+"""Edges in other processes, here over real sockets within one: `test_sigkill.py` kills them, `world.py` plays them."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shoal.clock import SystemClock
+from shoal.errors import ProtocolError
+from shoal.fleet.edge_node import EdgeNode
+from shoal.fleet.grpc_link import GrpcLink
+from shoal.fleet.grpc_server import GrpcServer
+from shoal.fleet.host import Host, begin_run
+from shoal.fleet.remote_edge import EdgesServer
+from shoal.policy import Late, RoundPolicy
+from shoal.record.blobs import FolderBlobs
+from shoal.record.memory import MemoryStore
+from shoal.record.store import Store
+from tests.fleet import toy
+
+SHAPES = {"params/w": (3,), "params/large": (5000,)}
+
+
+@dataclass
+class Node:
+    """One Edge, with its server for devices."""
+
+    edge: EdgeNode
+    server: GrpcServer
+    running: "asyncio.Task[None]"
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    async def end(self) -> None:
+        self.running.cancel()
+        await asyncio.gather(self.running, return_exceptions=True)
+        await self.server.close(grace_s=0)
+
+
+@dataclass
+class ManyEdges:
+    """A host, and the Edges that are attached to it."""
+
+    store: Store
+    host: Host
+    server: EdgesServer
+    folder: Path
+
+    async def node(self, name: str, *, credential: bytes = toy.KEYS.edge_credential) -> Node:
+        edge = EdgeNode(
+            f"127.0.0.1:{self.server.port}",
+            credential=credential,
+            name=name,
+            blobs=FolderBlobs(self.folder / name),
+            clock=SystemClock(),
+        )
+        server = GrpcServer(edge.door, address="127.0.0.1:0")
+        await server.start()
+        edge.address = f"127.0.0.1:{server.port}"
+        return Node(edge, server, asyncio.create_task(edge.run()))
+
+
+@asynccontextmanager
+async def many_edges(policy: RoundPolicy, folder: Path, *, rounds: int = 5) -> AsyncIterator[ManyEdges]:
+    """A running host that serves no devices itself."""
+    made = toy.plan(policy, SHAPES)
+    store = MemoryStore()
+    model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
+    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0)
+    host = Host(store, run_id, toy.KEYS, rng=np.random.default_rng(0), several_edges=True)
+    server = host.edges_server(address="127.0.0.1:0")
+    await server.start()
+    running = asyncio.create_task(host.run())
+    try:
+        yield ManyEdges(store, host, server, folder)
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+        await server.close(grace_s=0)
+
+
+def members(fleet: ManyEdges) -> list[int]:
+    return [commit.members for commit in fleet.store.commits(fleet.host.run_id)][1:]
+
+
+def policy(**changes: object) -> RoundPolicy:
+    return RoundPolicy(
+        **{"goal": 4, "minimum_group": 2, "selection_window_s": 0.3, "reporting_window_s": 5.0, **changes}
+    )  # type: ignore[arg-type]
+
+
+@toy.in_loop
+async def test_devices_at_two_edges_are_in_the_same_versions(tmp_path: Path) -> None:
+    exact = toy.exact(*"abcd", reporting_window_s=5.0)
+    async with many_edges(exact, tmp_path) as fleet:
+        nodes = [await fleet.node("one"), await fleet.node("two")]
+        links = [GrpcLink(node.address) for node in nodes]
+        devices = [toy.device(name, links[i % 2], value=i) for i, name in enumerate("abcd")]
+        await asyncio.gather(*(device.run() for device in devices))
+        assert members(fleet) == [4] * 5
+        assert [device.progress.counted for device in devices] == [5] * 4
+        commit = fleet.store.last_commit(fleet.host.run_id)
+        assert commit is not None
+        model = {entry.spec.name: fleet.store.blobs.view(entry.hash, entry.spec) for entry in commit.model}
+        np.testing.assert_allclose(model["params/large"], 5 * 1.5, rtol=1e-6)
+        for link in links:
+            await link.close()
+        for node in nodes:
+            await asyncio.wait_for(node.running, 5)
+            await node.end()
+
+
+@toy.in_loop
+async def test_the_bits_are_those_of_one_edge(tmp_path: Path) -> None:
+    exact = toy.exact(*"abc", reporting_window_s=5.0)
+    roots = []
+    for num_edges in (1, 3):
+        async with many_edges(exact, tmp_path / str(num_edges)) as fleet:
+            nodes = [await fleet.node(str(i)) for i in range(num_edges)]
+            links = [GrpcLink(node.address) for node in nodes]
+            values = {"a": 0.1, "b": 0.2, "c": 0.7}
+            devices = [toy.device(n, links[i % num_edges], value=v) for i, (n, v) in enumerate(values.items())]
+            await asyncio.gather(*(device.run() for device in devices))
+            commit = fleet.store.last_commit(fleet.host.run_id)
+            assert commit is not None and commit.version == 5
+            roots.append(commit.model.root)
+            for link in links:
+                await link.close()
+            for node in nodes:
+                await node.end()
+    assert roots[0] == roots[1]
+
+
+@toy.in_loop
+async def test_a_wrong_credential_is_refused(tmp_path: Path) -> None:
+    async with many_edges(policy(), tmp_path) as fleet:
+        node = await fleet.node("liar", credential=bytes(32))
+        with pytest.raises(ProtocolError, match="credential"):
+            await node.running
+        await node.end()
+        assert fleet.host.edges is not None and fleet.host.edges.names == ("host",)
+
+
+@toy.in_loop
+async def test_an_edge_that_ends_gives_its_devices_to_another(tmp_path: Path) -> None:
+    exact = toy.exact(*"ab", reporting_window_s=5.0)
+    async with many_edges(exact, tmp_path, rounds=300) as fleet:
+        one, two = await fleet.node("one"), await fleet.node("two")
+        link, other = GrpcLink(one.address), GrpcLink(two.address)
+        a, b = toy.device("a", link), toy.device("b", other)
+        running = [asyncio.create_task(device.run()) for device in (a, b)]
+        while len(members(fleet)) < 5:
+            await asyncio.sleep(0.01)
+        await one.end()
+        a._link = a._home = other  # a load balancer would do so
+        before = len(members(fleet))
+        while len(members(fleet)) < before + 5:
+            await asyncio.sleep(0.01)
+        assert set(members(fleet)) == {2}
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await link.close()
+        await other.close()
+        await two.end()
+
+
+@toy.in_loop
+async def test_groups_that_are_too_small_come_together(tmp_path: Path) -> None:
+    few = policy(goal=3, minimum_group=3, minimum_fraction=1.0, over_selection=1.0, reporting_window_s=1.0)
+    async with many_edges(few, tmp_path, rounds=2) as fleet:
+        nodes = [await fleet.node(name) for name in ("one", "two", "three")]
+        links = [GrpcLink(node.address) for node in nodes]
+        devices = [toy.device(name, link) for name, link in zip("abc", links, strict=True)]
+        await asyncio.gather(*(device.run() for device in devices))
+        assert members(fleet) == [3, 3]
+        for link in links:
+            await link.close()
+        for node in nodes:
+            await node.end()
+
+
+@toy.in_loop
+async def test_edges_outlive_the_coordinator(tmp_path: Path) -> None:
+    exact = toy.exact("a", late=Late(), reporting_window_s=5.0)
+    async with many_edges(exact, tmp_path, rounds=10_000) as fleet:
+        node = await fleet.node("one")
+        link = GrpcLink(node.address)
+        device = toy.device("a", link)
+        running = asyncio.create_task(device.run())
+        while len(members(fleet)) < 3:
+            await asyncio.sleep(0.01)
+        address = f"127.0.0.1:{fleet.server.port}"
+        await fleet.server.close(grace_s=0)
+        last = len(members(fleet)) + 5
+        again = Host(fleet.store, fleet.host.run_id, toy.KEYS, rounds=last, several_edges=True)
+        fleet.host.coordinator._edge.finish = lambda why: None  # type: ignore[method-assign]  # it is dead
+        server = again.edges_server(address=address)
+        await server.start()
+        await asyncio.wait_for(again.run(), 15)
+        await asyncio.wait_for(running, 10)
+        assert fleet.store.last_version(again.run_id) == last
+        await server.close(grace_s=0)
+        await link.close()
+        with contextlib.suppress(asyncio.CancelledError):
+            await node.end()
