@@ -19,6 +19,7 @@ from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
 from shoal.fleet.host import run_seed
 from shoal.fleet.token import TokenKey
+from shoal.fleet.wire import edges_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
@@ -121,6 +122,10 @@ def test_round_configuration_and_randomness() -> None:
 
 def test_wire() -> None:
     hold("fleet_descriptor.bin", pb.DESCRIPTOR.serialized_pb)
+
+
+def test_the_wire_between_coordinator_and_edges_is_held() -> None:
+    hold("edges_descriptor.bin", edges_pb2.DESCRIPTOR.serialized_pb)
 
 
 def test_record_schema() -> None:

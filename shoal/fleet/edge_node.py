@@ -148,6 +148,7 @@ class EdgeNode:
             blobs=self._blobs,
             clock=self._clock,
             limits=self._limits,
+            population=welcome.population,
         )
         edge.connect(far)
         self.door.edge, self._token_key = edge, Ed25519PublicKey.from_public_bytes(welcome.token_key)

@@ -159,6 +159,7 @@ class Host:
             run=self.run_id,
             plan=self.store.run(self.run_id).config["plan_blob"],
             token_key=self._keys.signing.public_key().public_bytes_raw(),
+            population=self.population,
         )
         return EdgesServer(
             self.edges,

@@ -162,14 +162,16 @@ class Command(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., close: _Optional[bool] = ..., stored: _Optional[bool] = ..., committed: _Optional[int] = ..., failed: _Optional[str] = ..., finish: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., withdraw: _Optional[bytes] = ..., dissolve: _Optional[str] = ..., send_away: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run", "plan", "token_key")
+    __slots__ = ("run", "plan", "token_key", "population")
     RUN_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_KEY_FIELD_NUMBER: _ClassVar[int]
+    POPULATION_FIELD_NUMBER: _ClassVar[int]
     run: str
     plan: str
     token_key: bytes
-    def __init__(self, run: _Optional[str] = ..., plan: _Optional[str] = ..., token_key: _Optional[bytes] = ...) -> None: ...
+    population: str
+    def __init__(self, run: _Optional[str] = ..., plan: _Optional[str] = ..., token_key: _Optional[bytes] = ..., population: _Optional[str] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("round", "base_version", "seed", "max_members", "reporting_window_s", "model", "taken")
