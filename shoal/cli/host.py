@@ -86,6 +86,10 @@ def host(
         typer.Option("--population", metavar="NAME | TASK=NAME", help="The devices that serve; else `default`."),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
+    events_kept: Annotated[
+        int | None,
+        typer.Option("--events-kept", min=0, help="Newest rounds that `shoal replay` can show.", show_default="100"),
+    ] = None,
     held_out: options.HeldOut = "",
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
     tls_cert: Annotated[
@@ -119,7 +123,7 @@ def host(
     asked = Asked(
         tasks=tuple(tasks or ()), rounds=rounds, seed=seed, order=order,
         policy={name: value for name, value in policy.items() if value is not None},
-        each=parse_each(set_ or [], weight or [], population or []),
+        each=parse_each(set_ or [], weight or [], population or []), events_kept=events_kept,
     )  # fmt: skip
     asked.check(resume=resume)
     check_port(address, port)

@@ -37,10 +37,12 @@ class Asked:
     policy: Mapping[str, Any]
     """Fields of `RoundPolicy` of all tasks that are not as the tasks say."""
     each: Each
+    events_kept: int | None = None
 
     def check(self, *, resume: bool) -> None:
         """Raises ValueError for what does not go together."""
         given = [*self.policy, *(["seed"] if self.seed else []), *(["order"] if self.order else [])]
+        given += ["events_kept"] if self.events_kept is not None else []
         given += ["set"] if self.each.settings else []
         given += ["weight"] if self.each.weights else []
         given += ["population"] if self.each.populations else []
@@ -64,6 +66,11 @@ class Asked:
             task: {name: value for name, value in given.items() if name != "rounds"}
             for task, given in self.each.settings.items()
         }
+
+    def config_of(self, task: str) -> dict[str, Any]:
+        """What the task's run is to remember besides."""
+        shares = {"weight": self.each.weights.get(task, 1.0), "order": self.order} if len(self.tasks) > 1 else {}
+        return shares | ({} if self.events_kept is None else {"events_kept": self.events_kept})
 
     def rounds_of(self, task: str) -> int:
         """Raises ValueError where nobody said how many."""

@@ -95,7 +95,7 @@ def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tupl
             begin_run(
                 store, plan.sign(signing), model, kind="host", rounds=asked.rounds_of(name), seed=asked.seed,
                 population=asked.population_of(name),
-                config={"weight": asked.each.weights.get(name, 1.0), "order": asked.order} if len(built) > 1 else None,
+                config=asked.config_of(name),
             )
             for name, (plan, model) in zip(names, built, strict=True)
         ]  # fmt: skip

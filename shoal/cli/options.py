@@ -46,6 +46,10 @@ HeldOut = Annotated[
     str, typer.Option("--held-out", help="Examples to evaluate versions on; name:… means its test part.")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; a new one under runs/ if not given.")]
+RunId = Annotated[
+    str | None,
+    typer.Option("--id", help="Which run of the folder; `shoal runs list` shows them.", show_default="the newest"),
+]
 TaskName = Annotated[
     str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute (the attribute of an only task may be left out).")
 ]  # fmt: skip

@@ -20,6 +20,7 @@ EPILOG = options.examples("shoal replay runs/digits --round 7", "shoal replay ru
 def replay(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or one of several: then the newest.")],
     round: Annotated[int, typer.Option("--round", min=1, help="Which round; those before the newest are forgotten.")],
+    run_id: options.RunId = None,
     json: options.AsJson = False,
 ) -> None:
     """Run a round's machine again from its events, check that it decides the same, and tell the story.
@@ -31,7 +32,7 @@ def replay(
     from shoal.record.run import open_run
 
     screen = Screen(json=json)
-    with open_run(run) as opened:
+    with open_run(run, run_id=run_id) as opened:
         rows = {row.number: row for row in opened.store.rounds(opened.id)}
         if round not in rows:
             last = max(rows, default=0)

@@ -16,6 +16,7 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the card here.", show_default="CARD.md in the run folder")
     ] = None,
+    run_id: options.RunId = None,
     json: options.AsJson = False,
 ) -> None:
     """Write a run's card: what the model is for, how it was trained, what it can and cannot do.
@@ -28,7 +29,8 @@ def report(
 
     screen = Screen(json=json)
     found = latest_run(run)
-    card = write_card(read_facts(found.path, found.run.id), out or found.path)
+    facts = read_facts(found.path, run_id or found.run.id)
+    card = write_card(facts, out or found.path)
     screen.line(card.read_text(encoding="utf-8"))
     screen.line(f"card: {card}")
-    screen.document({"run": found.run.id, "card": str(card)})
+    screen.document({"run": facts.run.id, "card": str(card)})

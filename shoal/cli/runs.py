@@ -47,6 +47,7 @@ def list_runs(
 @app.command("show", epilog=SHOW_EPILOG)
 def show(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or a folder of them: then the newest.")],
+    run_id: options.RunId = None,
     json: options.AsJson = False,
 ) -> None:
     """Show a run: settings, rounds, metrics, and what it took."""
@@ -54,7 +55,7 @@ def show(
     from shoal.record.run import open_run
 
     screen = Screen(json=json)
-    with open_run(run) as opened:
+    with open_run(run, run_id=run_id) as opened:
         run_sections.show(opened, screen)
 
 
@@ -62,6 +63,7 @@ def show(
 def explain(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or a folder of them: then the newest.")],
     round: Annotated[int, typer.Option("--round", min=1, help="Which round.")],
+    run_id: options.RunId = None,
     json: options.AsJson = False,
 ) -> None:
     """Explain a round: how it ended, what failed first and where, and what took longer than it does."""
@@ -69,7 +71,7 @@ def explain(
     from shoal.report.explain import explain as explained
 
     screen = Screen(json=json)
-    with open_run(run) as opened:
+    with open_run(run, run_id=run_id) as opened:
         made = explained(opened.store.rounds(opened.id), round)
         for line in made.lines():
             screen.line(line)

@@ -62,7 +62,7 @@ def begin_run(
         kind: which place it runs in.
         rounds: versions that the line will have beyond the first.
         seed: of the run.
-        config: further settings, as JSON.
+        config: further settings, as JSON. `events_kept`: rounds whose events stay in the record, to be run again; 0: none.
         clock: time.
         population: the devices that it draws on.
     """
@@ -93,7 +93,6 @@ class Host:
         rng: np.random.Generator | None = None,
         limits: Limits | None = None,
         call_program: CallProgram | None = None,
-        events_kept: int = EVENTS_KEPT,
         several_edges: bool = False,
         on_commit: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
@@ -108,7 +107,6 @@ class Host:
             limits: of staged updates.
             call_program: runs the plan's server programs, where its rule is one.
             several_edges: whether Edges of other processes may attach, see `edges_server`.
-            events_kept: rounds whose events stay in the record, to be run again; 0: none.
             on_commit: told of each version once it is durable.
         """
         found = load_plan(store, run_id)
@@ -139,7 +137,7 @@ class Host:
             last_version=self.last_version,
             clock=clock,
             rng=rng or np.random.default_rng(),
-            events_kept=events_kept,
+            events_kept=int(found.config.get("events_kept", EVENTS_KEPT)),
             population=found.row.population,
             on_commit=on_commit,
         )

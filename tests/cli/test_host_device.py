@@ -21,7 +21,7 @@ from shoal.cli import device_process
 from shoal.data.store import Population
 from shoal.errors import DataError
 from shoal.fleet.device import Device
-from shoal.record.run import open_run
+from shoal.record.run import find_runs, open_run
 from shoal.record.sqlite import open_store
 
 from .conftest import LINE, Process, Shoal, write_users
@@ -54,6 +54,7 @@ def last(text: str) -> str:
         (("--resume", "--port", 0), "--run"),
         (("--resume", "--run", "nowhere", "--port", 0), "nowhere"),
         (("--resume", "--run", "x", "--goal", 3, "--seed", 2), "--goal, --seed"),
+        (("--resume", "--run", "x", "--events-kept", 0), "--events-kept"),
         (("line.py", "--rounds", 1, "--address", "no.such.name.invalid", "--insecure"), "--address"),
     ],
 )
@@ -221,15 +222,18 @@ def test_one_host_serves_two_tasks_and_goes_on_with_both(
 @pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.timeout(180)
-def test_a_killed_host_goes_on_from_the_last_version(start: Start, place: Path, tmp_path: Path) -> None:
+def test_a_killed_host_goes_on_from_the_last_version(start: Start, place: Path, tmp_path: Path, shoal: Shoal) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    host = start("host", place / "line.py", "--rounds", 2000, "--port", port, "--run", tmp_path / "run")
+    host = start(
+        "host", place / "line.py", "--rounds", 2000, "--port", port, "--run", tmp_path / "run", "--events-kept", 4
+    )
     host.until(lambda: "listening" in host.text)
     device = start("device", "--server", f"127.0.0.1:{port}", "--data", place / "users")
     host.until(lambda: "version    5/2000" in host.text)
     host.kill()
     host.wait()
+    assert [run.status for run in find_runs(tmp_path / "run")] == ["stopped (died)"]
     reached = versions(tmp_path / "run")
     assert reached >= 5
     resumed = start("host", "--resume", "--run", tmp_path / "run", "--port", port, "--rounds", reached + 10)
@@ -239,6 +243,13 @@ def test_a_killed_host_goes_on_from_the_last_version(start: Start, place: Path, 
         commits = list(run.store.commits(run.id))
         assert [commit.version for commit in commits] == list(range(reached + 11))
         assert run.row.status == "finished"
+        rounds = [row.number for row in run.store.rounds(run.id)]
+        logs = [number for number in rounds if run.store.round_log(run.id, number) is not None]
+        assert logs == rounds[-4:] and run.row.config["events_kept"] == 4
+    shown = shoal("runs", "show", tmp_path / "run").out
+    assert "-v[]+^" in shown and "fetch and train" in shown
+    assert "it was to commit, because: goal" in shoal("replay", tmp_path / "run", "--round", rounds[-1]).out
+    assert "was committed after" in shoal("runs", "explain", tmp_path / "run", "--round", rounds[-1]).out
 
 
 @pytest.mark.slow

@@ -64,6 +64,17 @@ def test_replay_runs_a_round_again(played: Path, shoal: Shoal) -> None:
     assert document["same"] and document["close"]["how"] == "CommitRound" and document["left_out"] == 0
     assert sum(len(step["commands"]) > 0 for step in document["steps"]) >= 2
     assert shoal("replay", played, "--round", 99).code == 1
+    (run,) = shoal("runs", "list", played, "--json").json
+    assert shoal("replay", played, "--round", 3, "--id", run["run"]).code == 0
+    for command in (
+        ("replay", played, "--round", 3),
+        ("runs", "explain", played, "--round", 3),
+        ("runs", "show", played),
+    ):
+        made = shoal(*command, "--id", "nobody")
+        assert made.code == 1 and "got 'nobody'" in made.err, made
+    made = shoal("report", played, "--id", "nobody")
+    assert made.code == 1 and not (played / "CARD.md").exists()
 
 
 def test_replay_says_what_it_has_not(trained: Path, played: Path, tmp_path: Path, shoal: Shoal) -> None:

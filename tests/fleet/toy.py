@@ -222,8 +222,8 @@ async def fleet(
     """A running host in this process; `tasks[0]` ends with its last version."""
     store = store or MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
-    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0)
-    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0), events_kept=events_kept)
+    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0, config={"events_kept": events_kept})
+    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0))
     running = Fleet(store, host)
     running.tasks.append(asyncio.create_task(host.run()))
     try:
