@@ -82,14 +82,14 @@ def _event(event: "Event") -> str:
     match event:
         case r.Started(version, round):
             return f"the run is taken up at version {version}, after round {round}"
-        case r.Arrived(devices):
-            return f"arrived: {_names(devices)}"
+        case r.Arrived(devices, edge):
+            return f"arrived{_at(edge)}: {_names(devices)}"
         case r.Left(device):
             return f"left: device {device}"
         case r.Joined(nonce, version):
             return f"joined: {_member(nonce)}, on version {version}"
-        case r.Counted(nonce, _, staleness):
-            return f"counted: {_member(nonce)}{f', {staleness} versions late' if staleness else ''}"
+        case r.Counted(nonce, _, staleness, edge):
+            return f"counted{_at(edge)}: {_member(nonce)}{f', {staleness} versions late' if staleness else ''}"
         case r.Released(nonce):
             return f"released: {_member(nonce)}"
         case r.Away(nonce):
@@ -116,6 +116,8 @@ def _command(command: "Command", began_s: float) -> str:
             return f"assign {_names(devices)}"
         case r.StoreGroup():
             return "store the group"
+        case r.Gather():
+            return "let small groups come together at one Edge"
         case r.CommitRound(_, reason):
             return f"commit: {reason}"
         case r.AbandonRound(_, reason):
@@ -124,6 +126,10 @@ def _command(command: "Command", began_s: float) -> str:
             return "finish the run"
         case r.WakeAt(time_s):
             return f"wake at {time_s - began_s:.3f} s"
+
+
+def _at(edge: str) -> str:
+    return f" at {edge}" if edge else ""
 
 
 def _names(devices: tuple[str, ...]) -> str:

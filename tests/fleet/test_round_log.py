@@ -24,6 +24,7 @@ POLICIES = [
     RoundPolicy(goal=2, minimum_group=2, buffer=2, concurrency=4, late=Late.discount(1.0, max_staleness=3)),
     toy.exact("device-0", "device-1", "device-2"),
 ]
+EDGES = ["", "north"]
 DEVICES = [f"device-{number}" for number in range(8)]
 
 
@@ -46,7 +47,7 @@ def drive(recorder: RoundRecorder, moves: list[tuple[str, int]], on_close: Calla
     """Lets chosen things happen to a machine; its commands are carried out as a Coordinator would."""
     now_s, version, training = 0.0, 0, dict[bytes, int]()
 
-    def step(event: r.Event, *, fails: bool = False) -> None:
+    def step(event: r.Event, *, fails: bool = False, few: bool = False) -> None:
         nonlocal version
         for command in recorder.step(event, now_s):
             match command:
@@ -61,7 +62,7 @@ def drive(recorder: RoundRecorder, moves: list[tuple[str, int]], on_close: Calla
                     if fails:
                         return step(r.Failed("the sum is broken"))
                     version += 1
-                    return step(r.Committed(version))
+                    return step(r.Committed(version, frozenset(list(training)[:1]) if few else None))
                 case r.AbandonRound():
                     on_close(command, recorder.data())
                     return step(r.Abandoned())
@@ -72,7 +73,7 @@ def drive(recorder: RoundRecorder, moves: list[tuple[str, int]], on_close: Calla
         now_s += 0.7
         match what:
             case "arrive":
-                step(r.Arrived((DEVICES[number], DEVICES[(number + 3) % 8])))
+                step(r.Arrived((DEVICES[number], DEVICES[(number + 3) % 8]), EDGES[number % 3 // 2]))
             case "leave":
                 step(r.Left(DEVICES[number]))
             case "report" | "lose" if training:
@@ -82,7 +83,11 @@ def drive(recorder: RoundRecorder, moves: list[tuple[str, int]], on_close: Calla
                 if what == "lose":
                     step(r.Away(member))
                 elif staleness <= recorder._machine.policy.max_staleness:
-                    step(r.Counted(member, version, staleness), fails=number == 7)
+                    step(
+                        r.Counted(member, version, staleness, EDGES[number % 5 // 4]),
+                        fails=number == 7,
+                        few=number == 6,
+                    )
                 else:
                     step(r.Released(member))
             case "wait":
