@@ -23,7 +23,7 @@ from shoal.errors import StoreError
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.process import switch_threads_often, use_one_arena
+from shoal.fleet.process import collect_rarely, switch_threads_often, use_one_arena
 from shoal.fleet.several import SeveralHosts
 from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
@@ -120,6 +120,7 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     use_one_arena()
     switch_threads_often()
+    collect_rarely()
     held_out = data_argument.open_held_out(settings.held_out)
     store = open_store(settings.folder)
     try:

@@ -3,13 +3,15 @@
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Protocol, runtime_checkable
 
+from shoal.fleet.session import Stream
 from shoal.fleet.wire import fleet_pb2 as pb
 
 
 @runtime_checkable
 class Door(Protocol):
-    """One control stream, and three calls; see `fleet.proto`."""
+    """One control stream (`session`: within the process), and three calls; see `fleet.proto`."""
 
+    async def hold(self, stream: Stream) -> None: ...
     def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncGenerator[pb.FromEdge, None]: ...
     def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]: ...
     async def push(self, slices: AsyncIterator[bytes]) -> pb.PushReply: ...

@@ -7,7 +7,6 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
     CheckIn ─> Coordinator.arrived … assign ─> Assigned ─> Pull* ─> Push* + Report ─> group: check, add ─> Counted
 """
 
-import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Final, Protocol, runtime_checkable
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from shoal.clock import Clock
-from shoal.errors import NetworkError, ProtocolError, StoreError
+from shoal.errors import ProtocolError
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
 from shoal.fleet.check_in import check_device_id, needs
@@ -24,8 +23,9 @@ from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.offer import Offer
 from shoal.fleet.pace import Pace
-from shoal.fleet.session import Session
+from shoal.fleet.session import Session, Stream, piped
 from shoal.fleet.staging import Limits
+from shoal.fleet.streams import Streams, busy
 from shoal.fleet.updates import Held, Updates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
@@ -34,9 +34,6 @@ from shoal.tensors import Index
 
 log = logging.getLogger("shoal.edge")
 
-MAX_CONTROL_BYTES: Final = 64 << 10
-MAX_SESSIONS: Final = 20_000
-BUSY_DELAY_S: Final = (5.0, 15.0)
 MOVING_S: Final = 1.0
 
 
@@ -90,7 +87,7 @@ class Edge:
         )  # fmt: skip
         self._seen = self._updates.sums.analytics
         self._sessions: dict[str, Session] = {}
-        self._num_sessions = 0
+        self._streams = Streams(lambda kind: self._seen.error(kind, clock.now_s()))
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
         self._pace = Pace(devices_a_round=self._manifest.server.rounds.most_at_once, now_s=clock.now_s())
         self._num_waiting = 0
@@ -112,7 +109,7 @@ class Edge:
 
     def statistics(self) -> Statistics:
         return Statistics(
-            sessions_now=self._num_sessions,
+            sessions_now=self._streams.num,
             staged_now=self._updates.num_staged,
             check_ins=self._check_ins,
             counted=self._updates.sums.num_counted,
@@ -227,44 +224,20 @@ class Edge:
 
     # What devices say.
 
-    async def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncGenerator[pb.FromEdge, None]:
-        """One control stream: yields what the device is to be told until either side ends it."""
-        session = Session()
-        self._num_sessions += 1
-        reader = asyncio.create_task(self._read(session, messages))
+    def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncGenerator[pb.FromEdge, None]:
+        """One control stream within the process: yields what the device is to be told until either side ends it."""
+        return piped(self.hold, messages)
+
+    async def hold(self, stream: Stream) -> None:
+        """One control stream, until either side ends it."""
+        session = Session(stream)
         try:
-            while (message := await session.next()) is not None:
-                yield message
+            await self._streams.hold(session, stream, lambda message: self._handle(session, message))
         finally:
-            self._num_sessions -= 1
-            reader.cancel()
             self._stop_waiting(session)
             if session.device and self._sessions.get(session.device) is session:
                 del self._sessions[session.device]
                 self._left(session.device)
-
-    async def _read(self, session: Session, messages: AsyncIterator[pb.FromDevice]) -> None:
-        try:
-            async for message in messages:
-                if message.ByteSize() > MAX_CONTROL_BYTES:
-                    raise ProtocolError(
-                        f"Expected control messages of at most {MAX_CONTROL_BYTES} bytes, got {message.ByteSize()}. "
-                        "Send a larger update with Push."
-                    )
-                await self._handle(session, message)
-        except ProtocolError as error:
-            self._seen.error("protocol", self._clock.now_s())
-            session.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
-        except (NetworkError, StoreError) as error:
-            self._seen.error("server busy", self._clock.now_s())
-            log.warning("a device is told to come later: %s", error)
-            session.send(pb.FromEdge(later=busy(str(error))))
-        except Exception:  # our bug; it ends this session and nothing else
-            self._seen.error("server failed", self._clock.now_s())
-            log.exception("a message of a device could not be handled")
-            session.send(pb.FromEdge(later=busy("the server has failed at this message; it was logged there")))
-        finally:
-            session.end()
 
     async def _handle(self, session: Session, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
@@ -289,8 +262,6 @@ class Edge:
             return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
         if self._finished:
             return session.send(pb.FromEdge(finished=pb.Finished(why=self._finished)))
-        if device not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
-            return session.send(pb.FromEdge(later=busy("full")))
         if session.device and session.device != device:
             raise ProtocolError("A session serves one device.")
         old = self._sessions.get(device)
@@ -300,7 +271,7 @@ class Edge:
                 _refused("replaced", f"Another device has checked in as {device!r}. Give each an --id of its own.")
             )
             old.end()
-        session.device = device
+        session.device, session.is_known = device, True
         self._sessions[device] = session
         self._forget_lost_work(device)
         session.stays = check_in.stay
@@ -405,9 +376,3 @@ class Edge:
 
 def _refused(reason: str, detail: str) -> pb.FromEdge:
     return pb.FromEdge(refused=pb.Refused(reason=reason, detail=detail))
-
-
-def busy(why: str) -> pb.Later:
-    """What a device is told that cannot be served now."""
-    low, high = BUSY_DELAY_S
-    return pb.Later(delay_min_s=low, delay_max_s=high, why=why)

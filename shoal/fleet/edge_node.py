@@ -12,7 +12,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import suppress
 from itertools import count
 from typing import Any, Final, cast
 
@@ -23,10 +23,12 @@ from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
-from shoal.fleet.edge import Edge, busy
+from shoal.fleet.edge import Edge
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.remote_edge import EDGE_OPTIONS, SLICE_BYTES, VERSION, views
+from shoal.fleet.session import Stream, piped
 from shoal.fleet.staging import Limits
+from shoal.fleet.streams import busy
 from shoal.fleet.token import read_token
 from shoal.fleet.wire import edges_pb2 as pb
 from shoal.fleet.wire import edges_pb2_grpc as rpc
@@ -345,15 +347,17 @@ class Doorstep:
             raise NetworkError("The Coordinator is away; try again.") from None
         return self._edge
 
-    async def session(self, messages: AsyncIterator[fleet.FromDevice]) -> AsyncGenerator[fleet.FromEdge, None]:
+    def session(self, messages: AsyncIterator[fleet.FromDevice]) -> AsyncGenerator[fleet.FromEdge, None]:
+        return piped(self.hold, messages)
+
+    async def hold(self, stream: Stream) -> None:
         try:
             edge = await self._present()
         except NetworkError as error:
-            yield fleet.FromEdge(later=busy(str(error)))
+            with suppress(NetworkError):
+                await stream.write(fleet.FromEdge(later=busy(str(error))))
             return
-        async with aclosing(edge.session(messages)) as answers:
-            async for answer in answers:
-                yield answer
+        await edge.hold(stream)
 
     async def pull(self, request: fleet.PullRequest) -> AsyncIterator[fleet.Slice]:
         async for piece in (await self._present()).pull(request):

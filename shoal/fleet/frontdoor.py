@@ -21,13 +21,14 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from shoal.clock import Clock
-from shoal.errors import NetworkError, ProtocolError, StoreError
+from shoal.errors import ProtocolError
 from shoal.fleet import turns as t
 from shoal.fleet.check_in import check_device_id, needs
 from shoal.fleet.coordinator import Coordinator
-from shoal.fleet.edge import MAX_CONTROL_BYTES, MAX_SESSIONS, Edge
+from shoal.fleet.edge import Edge
 from shoal.fleet.pace import Pace
-from shoal.fleet.session import Session
+from shoal.fleet.session import Session, Stream, piped
+from shoal.fleet.streams import Streams
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
 
@@ -35,7 +36,6 @@ log = logging.getLogger("shoal.edge")
 
 MAX_UNREAD: Final = 16
 """Messages of a device that its Edge has not read yet."""
-BUSY_DELAY_S: Final = (5.0, 15.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,8 @@ class _Inner:
 class _Visit:
     """A device's session with the front door."""
 
-    def __init__(self) -> None:
-        self.told = Session()
+    def __init__(self, stream: Stream) -> None:
+        self.told = Session(stream)
         self.check_in: pb.CheckIn | None = None
         self.runs: frozenset[str] = frozenset()
         """What it can serve, as far as its check-in says."""
@@ -99,7 +99,7 @@ class Frontdoor:
         self._resting: set[str] = set()
         self._over: dict[str, str] = {}
         self._visits: dict[str, _Visit] = {}
-        self._num_sessions = 0
+        self._streams = Streams()
         self._events: list[t.Event] = []
         self._pending: asyncio.TimerHandle | asyncio.Handle | None = None
         self._waking: asyncio.TimerHandle | None = None
@@ -156,20 +156,16 @@ class Frontdoor:
 
     # What devices say.
 
-    async def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncGenerator[pb.FromEdge, None]:
-        """One control stream: yields what the device is to be told until either side ends it."""
-        if self._num_sessions >= MAX_SESSIONS:
-            yield pb.FromEdge(later=_later(*BUSY_DELAY_S, "full"))
-            return
-        visit = _Visit()
-        self._num_sessions += 1
-        reader = asyncio.create_task(self._read(visit, messages))
+    def session(self, messages: AsyncIterator[pb.FromDevice]) -> AsyncGenerator[pb.FromEdge, None]:
+        """One control stream within the process: yields what the device is to be told until either side ends it."""
+        return piped(self.hold, messages)
+
+    async def hold(self, stream: Stream) -> None:
+        """One control stream, until either side ends it."""
+        visit = _Visit(stream)
         try:
-            while (message := await visit.told.next()) is not None:
-                yield message
+            await self._streams.hold(visit.told, stream, lambda message: self._handle(visit, message))
         finally:
-            self._num_sessions -= 1
-            reader.cancel()
             self._leave(visit)
             if visit.device and self._visits.get(visit.device) is visit:
                 del self._visits[visit.device]
@@ -191,28 +187,6 @@ class Frontdoor:
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
         return await self._of(request.token).edge.status(request)
-
-    async def _read(self, visit: _Visit, messages: AsyncIterator[pb.FromDevice]) -> None:
-        try:
-            async for message in messages:
-                if message.ByteSize() > MAX_CONTROL_BYTES:
-                    raise ProtocolError(
-                        f"Expected control messages of at most {MAX_CONTROL_BYTES} bytes, got {message.ByteSize()}. "
-                        "Send a larger update with Push."
-                    )
-                await self._handle(visit, message)
-        except ProtocolError as error:
-            visit.told.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
-        except (NetworkError, StoreError) as error:
-            log.warning("a device is told to come later: %s", error)
-            visit.told.send(pb.FromEdge(later=_later(*BUSY_DELAY_S, str(error))))
-        except Exception:  # our bug; it ends this session and nothing else
-            log.exception("a message of a device could not be handled")
-            visit.told.send(
-                pb.FromEdge(later=_later(*BUSY_DELAY_S, "the server has failed at this message; it was logged there"))
-            )
-        finally:
-            visit.told.end()
 
     async def _handle(self, visit: _Visit, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
@@ -241,7 +215,7 @@ class Frontdoor:
             return visit.told.send(pb.FromEdge(finished=pb.Finished(why=self._over[fitting[-1]])))
         self._replace(device, visit)
         self._leave(visit)
-        visit.told.device, visit.told.stays = device, check_in.stay
+        visit.told.device, visit.told.stays, visit.told.is_known = device, check_in.stay, True
         visit.runs = frozenset(fitting)
         visit.check_in = pb.CheckIn()
         visit.check_in.CopyFrom(check_in)
@@ -282,6 +256,7 @@ class Frontdoor:
 
     async def _to_run(self, visit: _Visit, token: pb.Token, message: pb.FromDevice) -> None:
         run = self._of(token)
+        visit.told.is_known = True  # whether the token is good its Edge will say
         if visit.inner is None or visit.inner.run is not run:
             if visit.device:
                 self._say(t.Left(visit.device))  # it has work: it does not wait

@@ -3,20 +3,19 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import grpc
 from google.protobuf.message import DecodeError
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.door import Door
+from shoal.fleet.streams import MAX_SESSIONS
 from shoal.fleet.wire import fleet_pb2 as pb
 
 log = logging.getLogger("shoal.edge")
-
-M = TypeVar("M")
 
 MAX_MESSAGE_BYTES: Final = 2 << 20
 OPTIONS: Final = [
@@ -36,6 +35,9 @@ SERVER_OPTIONS: Final = [
     # the devices. What it costs: a device at 50 ms round trip sends 1.3 MB/s at most.
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 64 << 10),
+    # Streams that wait to be looked at: by default a burst of a thousand devices is turned away.
+    ("grpc.server.max_pending_requests", MAX_SESSIONS),
+    ("grpc.server.max_pending_requests_hard_limit", MAX_SESSIONS),
 ]
 
 
@@ -127,13 +129,11 @@ class _Servicer:
             return None
         return max(0.0, self._left_s + quiet_s - asyncio.get_running_loop().time())
 
-    async def Session(self, requests: AsyncIterator[pb.FromDevice], context: Any) -> AsyncIterator[pb.FromEdge]:
+    async def Session(self, requests: object, context: Any) -> None:
         self._num_sessions += 1
         self.changed.set()
         try:
-            async with aclosing(self._edge.session(_quiet(requests))) as messages:
-                async for message in messages:
-                    yield message
+            await self._edge.hold(_Stream(context))
         finally:
             self._num_sessions -= 1
             self._left_s = asyncio.get_running_loop().time()
@@ -166,20 +166,31 @@ async def _abort(context: Any, error: Exception) -> None:
     await context.abort(code, str(error)[:1000])
 
 
-async def _parsed(requests: AsyncIterator[M]) -> AsyncIterator[M]:
-    try:
-        async for request in requests:
-            yield request
-    except DecodeError as error:
-        raise ProtocolError(f"Expected messages of shoal.fleet.v1, got other bytes: {error}.") from error
+class _Stream:
+    """A control stream. A device that vanishes ends its own stream and nothing else."""
 
+    __slots__ = ("_context",)
 
-async def _quiet(requests: AsyncIterator[pb.FromDevice]) -> AsyncIterator[pb.FromDevice]:
-    # A device that vanishes ends its own stream and nothing else.
-    try:
-        async for request in _parsed(requests):
-            yield request
-    except grpc.RpcError as error:
-        log.debug("a session broke: %s", error)
-    except grpc.aio.UsageError as error:
-        log.debug("a session ended: %s", error)
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    @property
+    def address(self) -> str:
+        peer: str = self._context.peer()  # ipv4:1.2.3.4:5678
+        return peer.rpartition(":")[0]
+
+    async def read(self) -> pb.FromDevice | None:
+        try:
+            message = await self._context.read()
+        except DecodeError as error:
+            raise ProtocolError(f"Expected messages of shoal.fleet.v1, got other bytes: {error}.") from error
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
+            log.debug("a session broke: %s", error)
+            return None
+        return None if message is grpc.aio.EOF else message
+
+    async def write(self, message: pb.FromEdge) -> None:
+        try:
+            await self._context.write(message)
+        except (grpc.RpcError, grpc.aio.BaseError) as error:
+            raise NetworkError(f"The stream has ended: {error}") from error

@@ -75,6 +75,8 @@ class Updates:
         self.sums = GroupSums(manifest, self, clock.now_s)
         self.up_bytes = 0
         """What has come in."""
+        self.num_staged = 0
+        """Updates of which something is here."""
         self._held: dict[bytes, Held] = {}
         self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
         self._fixed: Mapping[str, FixedPoint] = {}
@@ -82,11 +84,6 @@ class Updates:
         self._is_open = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pushes = asyncio.Semaphore(4)
-
-    @property
-    def num_staged(self) -> int:
-        """Updates of which something is here."""
-        return sum(held.update is not None for held in self._held.values())
 
     def state(self, nonce: bytes) -> g.Member | None:
         """Where a member is; None where it is none."""
@@ -187,6 +184,8 @@ class Updates:
                 return None, nonce  # the round is closing, and has told it so
         if held is not None:
             held.session = session or held.session
+            if session is not None:
+                session.is_known = True
         elif session is not None:
             if row is None:
                 self.sums.analytics.count("refused_late")
@@ -310,11 +309,13 @@ class Updates:
         if held.update is not None and root and held.root and root != held.root:
             held.update.close()
             held.update = None
+            self.num_staged -= 1
         held.root = root or held.root
         if held.update is None:
             if self.num_staged >= self._limits.updates:
                 raise NetworkError("This Edge holds as many updates as it may; try again later.")
             held.update = StagedUpdate(self._manifest.update, self._fixed, self._limits)
+            self.num_staged += 1
         return held.update
 
     async def _write(self, held: Held, update: StagedUpdate, name: str, offset: int, data: bytes) -> None:
@@ -337,6 +338,7 @@ class Updates:
         update, held.update = held.update, None
         if update is None:
             return
+        self.num_staged -= 1
         if held.lock.locked():
             self._spawn(_close_behind(update, held.lock))
         else:

@@ -276,6 +276,6 @@ async def test_a_device_that_never_reads_does_not_fill_the_server_and_others_go_
             asked_bytes = num_pulls * entry.spec.size_bytes
             assert edge.statistics().down_bytes < asked_bytes / 4, "what cannot be sent is not read from the record"
             session = edge._sessions.get("peer")
-            assert session is None or session._outgoing.qsize() <= MAX_OUTGOING
+            assert session is None or session.num_outgoing <= MAX_OUTGOING
             for call in calls:
                 call.cancel()
