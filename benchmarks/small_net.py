@@ -21,14 +21,14 @@ class Net(nnx.Module):
         return self.out(nnx.relu(self.hidden(small)))
 
 
-def task(policy: RoundPolicy, *, server_rate: float = 1.0) -> shoal.Task:
-    """The task with these rounds, and this learning rate at the server."""
+def task(policy: RoundPolicy, *, server_rate: float = 1.0, rate: float = 0.1, steps_per_block: int = 6) -> shoal.Task:
+    """The task with these rounds, and these learning rates at the server and on devices."""
     made = shoal.Task.from_flax(
         Net,
         name="small-net",
         loss="softmax_cross_entropy",
         batch={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
-        local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=10, steps_per_block=6, epochs=1),
+        local=shoal.Local(optimizer=optax.sgd(rate), batch_size=10, steps_per_block=steps_per_block, epochs=1),
     )
     return made.replace(rounds=policy, server=shoal.server.sgd(server_rate))
 

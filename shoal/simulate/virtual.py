@@ -168,7 +168,7 @@ class VirtualFleet:
 
     def _draw_devices(self, model_bytes: int, update_bytes: int) -> None:
         population, rng, n = self.population, self._rng, self.population.devices
-        self._slowness = rng.lognormal(0.0, population.speed_sigma, n)
+        self.slowness: np.ndarray = rng.lognormal(0.0, population.speed_sigma, n)
         shares = np.array([network.share for network in population.networks])
         network = rng.choice(len(shares), n, p=shares / shares.sum())
         down = np.array([x.down_mbit_s for x in population.networks])[network]
@@ -258,7 +258,7 @@ class VirtualFleet:
             self._come_again(np.array([number]))
             return False  # its window closed while it waited
         population, nonce = self.population, assignment.nonce
-        trains_s = population.train_s * self._slowness[number] * self._rng.lognormal(0.0, population.round_sigma)
+        trains_s = population.train_s * self.slowness[number] * self._rng.lognormal(0.0, population.round_sigma)
         begins_s = now_s + self._down_s[number]
         work = self._work[nonce] = _Work(number, assignment.base_version, begins_s, trains_s)
         self.tally.assigned += 1

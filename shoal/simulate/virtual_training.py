@@ -24,7 +24,16 @@ from shoal.tensors import Tensors
 class VirtualTraining:
     """Gives the devices of a virtual fleet their updates. One run's; not thread-safe."""
 
-    def __init__(self, plan: Plan, population: Population, store: Store, run_id: str, *, seed: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        population: Population,
+        store: Store,
+        run_id: str,
+        *,
+        seed: int,
+        user_of: Callable[[int], str | None] = lambda device: None,
+    ) -> None:
         """
         Args:
             plan: of the task. One whose devices keep state is refused: here a device is a number, and keeps nothing.
@@ -32,6 +41,7 @@ class VirtualTraining:
             store: the record of the run; holds the versions.
             run_id: the run.
             seed: of the run.
+            user_of: device -> the user that it plays; None: number i plays user i modulo their number.
 
         Raises:
             ValueError: the plan's devices keep state.
@@ -41,7 +51,7 @@ class VirtualTraining:
                 f"Task {plan.manifest.task!r} keeps state on devices ({len(plan.manifest.device_state)} tensors), which a "
                 "virtual fleet does not hold. Simulate it without --virtual, or leave the training out."
             )
-        self._manifest, self._population = plan.manifest, population
+        self._manifest, self._population, self._user_of = plan.manifest, population, user_of
         self._sizes = population.sizes()
         self._users = [user for user, size in self._sizes.items() if size]
         self._store, self._run, self._seed = store, run_id, run_seed(seed)
@@ -71,7 +81,7 @@ class VirtualTraining:
         return self.blocks_of if self._manifest.takes_partial else None
 
     def _user(self, device: int) -> str:
-        return self._users[device % len(self._users)]
+        return self._user_of(device) or self._users[device % len(self._users)]
 
     def evaluate(self, version: int, examples: Examples) -> dict[str, float]:
         """The task's metrics of a version."""
