@@ -38,7 +38,13 @@ def analytics(connection: Connection) -> None:
     schema.ROUND_LOGS.create(connection)
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups, analytics)
+def retention(connection: Connection) -> None:
+    """Number 4: what names an index or a group is found by an index, so that old ones can be swept."""
+    for index in schema.NAMED_BY:
+        index.create(connection)
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups, analytics, retention)
 """Step n, at place n - 1, makes schema n out of schema n - 1."""
 
 

@@ -27,7 +27,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 """The number of the newest migration."""
 
 METADATA: Final = MetaData()
@@ -80,7 +80,7 @@ COMMITS: Final = Table(
     _run_id(key=True),
     Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("follows", BigInteger),  # version - 1; null for version 0, where the foreign key does not apply
-    Column("model_root", Text, ForeignKey("indexes.root"), nullable=False),
+    Column("model_root", Text, ForeignKey("indexes.root"), nullable=False),  # '' where its tensors were swept
     Column("server_state_root", Text, ForeignKey("indexes.root"), nullable=False),
     Column("round", BigInteger, nullable=False),
     Column("members", BigInteger, nullable=False),
@@ -165,6 +165,17 @@ TOKENS: Final = Table(
     CheckConstraint("state IN ('counted', 'refused')"),  # what is pending is in an Edge's memory
     Index("tokens_by_expiry", "run_id", "expires_s"),
 )
+
+# What names an index or a group, so that one that nobody names is found without looking through all.
+NAMED_BY: Final = (
+    *(
+        Index(f"commits_by_{column.name.removesuffix('_root')}", column)
+        for column in (
+            COMMITS.c.model_root, COMMITS.c.server_state_root, COMMITS.c.final_model_root, COMMITS.c.final_server_state_root,
+        )
+    ),
+    Index("tokens_by_group", TOKENS.c.run_id, TOKENS.c.group_number),
+)  # fmt: skip
 
 METRICS: Final = Table(
     "metrics",

@@ -49,6 +49,10 @@ CREATE TABLE commits (
 	FOREIGN KEY(final_model_root) REFERENCES indexes (root),
 	FOREIGN KEY(final_server_state_root) REFERENCES indexes (root)
 )
+CREATE INDEX commits_by_final_model ON commits (final_model_root)
+CREATE INDEX commits_by_final_server_state ON commits (final_server_state_root)
+CREATE INDEX commits_by_model ON commits (model_root)
+CREATE INDEX commits_by_server_state ON commits (server_state_root)
 CREATE TABLE events (
 	id INTEGER NOT NULL,
 	run_id TEXT NOT NULL,
@@ -161,3 +165,4 @@ CREATE TABLE tokens (
 	FOREIGN KEY(run_id) REFERENCES runs (id)
 )
 CREATE INDEX tokens_by_expiry ON tokens (run_id, expires_s)
+CREATE INDEX tokens_by_group ON tokens (run_id, group_number)
