@@ -16,6 +16,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.plan.stablehlo import inputs_read
 from shoal.plan.train import evaluate, predict
+from shoal.record.retention import Retention
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
 from shoal.record.tensor_blobs import view_tensors
@@ -142,6 +143,11 @@ class Model:
             commit = store.last_commit(found.run.id) if version is None else store.get_commit(found.run.id, version)
             if commit is None:
                 raise DataError(f"Run {found.run.id} in {found.path} has no model yet.")
+            if commit.is_swept:
+                raise DataError(
+                    f"The tensors of version {version} are not kept (`--keep`): the newest versions' are, and those of every "
+                    f"{kept.every if (kept := Retention.of(found.run.config)) else 0}th. Leave the version out for the last."
+                )
             tensors = {name: np.array(value) for name, value in view_tensors(store.blobs, commit.model).items()}
         finally:
             store.close()

@@ -90,6 +90,15 @@ def host(
         int | None,
         typer.Option("--events-kept", min=0, help="Newest rounds that `shoal replay` can show.", show_default="100"),
     ] = None,
+    keep: Annotated[
+        str,
+        typer.Option(
+            "--keep",
+            metavar="RECENT[:EVERY]",
+            help="Keep the newest versions, and of the older ones every so manyth: 100:1000.",
+            show_default="all",
+        ),
+    ] = "",
     held_out: options.HeldOut = "",
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
     tls_cert: Annotated[
@@ -123,7 +132,7 @@ def host(
     asked = Asked(
         tasks=tuple(tasks or ()), rounds=rounds, seed=seed, order=order,
         policy={name: value for name, value in policy.items() if value is not None},
-        each=parse_each(set_ or [], weight or [], population or []), events_kept=events_kept,
+        each=parse_each(set_ or [], weight or [], population or []), events_kept=events_kept, keep=keep,
     )  # fmt: skip
     asked.check(resume=resume)
     check_port(address, port)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shoal.cli.late_argument import parse_late
+from shoal.record.retention import SETTING, Retention
 
 _NUMBERS: Final[Mapping[str, type]] = {
     "goal": int, "minimum_group": int, "over_selection": float, "selection_window_s": float,
@@ -38,11 +39,14 @@ class Asked:
     """Fields of `RoundPolicy` of all tasks that are not as the tasks say."""
     each: Each
     events_kept: int | None = None
+    keep: str = ""
+    """`Retention.parse`'s; empty: all."""
 
     def check(self, *, resume: bool) -> None:
         """Raises ValueError for what does not go together."""
         given = [*self.policy, *(["seed"] if self.seed else []), *(["order"] if self.order else [])]
         given += ["events_kept"] if self.events_kept is not None else []
+        given += ["keep"] if self.keep else []
         given += ["set"] if self.each.settings else []
         given += ["weight"] if self.each.weights else []
         given += ["population"] if self.each.populations else []
@@ -52,6 +56,8 @@ class Asked:
         all_counted = self.rounds or (self.tasks and len(self.each.settings) >= len(self.tasks))
         if not resume and not (self.tasks and all_counted):
             raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
+        if self.keep:
+            Retention.parse(self.keep)
         if self.order and self.each.weights:
             raise ValueError(
                 "Expected --order or --weight, not both: by order the first task that wants devices has them."
@@ -70,7 +76,8 @@ class Asked:
     def config_of(self, task: str) -> dict[str, Any]:
         """What the task's run is to remember besides."""
         shares = {"weight": self.each.weights.get(task, 1.0), "order": self.order} if len(self.tasks) > 1 else {}
-        return shares | ({} if self.events_kept is None else {"events_kept": self.events_kept})
+        kept = {SETTING: Retention.parse(self.keep).to_json()} if self.keep else {}
+        return shares | kept | ({} if self.events_kept is None else {"events_kept": self.events_kept})
 
     def rounds_of(self, task: str) -> int:
         """Raises ValueError where nobody said how many."""

@@ -35,12 +35,15 @@ from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
+from shoal.record.retention import Retention
 from shoal.record.store import CommitRow, FinalRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
 from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
 
 RETRY_S: Final = (0.5, 30.0)
+SWEEP_EVERY: Final = 64
+"""Versions between two times that the record is rid of what nobody needs any more."""
 EVENTS_KEPT: Final = 100
 """Rounds whose events are kept."""
 
@@ -97,11 +100,12 @@ class Coordinator:
         rng: np.random.Generator,
         population: str = "default",
         events_kept: int = EVENTS_KEPT,
+        retention: Retention | None = None,
         on_commit: Callable[[Commit], None] = lambda commit: None,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
         beside: Callable[[Coroutine[Any, Any, None]], Awaitable[None]] = asyncio.ensure_future,
     ) -> None:
-        """`events_kept`: rounds whose events stay in the record, to be run again; 0: none.
+        """`events_kept`: rounds whose events stay in the record, to be run again; 0: none. `retention`: None keeps all versions.
 
         `in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
         self._in_thread, self._beside = in_thread, beside
@@ -134,6 +138,7 @@ class Coordinator:
         self._waiting: list[GroupRow] = []
         """Groups of the record that the next commit takes in."""
         self._taken: dict[int, int] = {}
+        self._retention, self._swept = retention, 0
         self.finished = asyncio.Event()
         self.on_step: Callable[[], None] = lambda: None
         """Told whenever the machine has moved: what it wants may be another."""
@@ -198,7 +203,7 @@ class Coordinator:
         for row in rounds:
             if row.state == "open":
                 await self._abandon(row, "the host stopped")
-        await self._in_thread(lambda: self.store.forget_tokens(self._run, before_s=self._clock.wall_s()))
+        await self._sweep(head.version)
         counted = await self._in_thread(self._load_groups)
         await self.step(r.Started(head.version, rounds[-1].number if rounds else 0, frozenset(counted)))
 
@@ -362,6 +367,8 @@ class Coordinator:
             return self._failed(error)
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
+        if commit.row.version % SWEEP_EVERY == 0:
+            await self._sweep(commit.row.version)
         return r.Committed(commit.row.version, frozenset(nonce for group in groups for nonce, _ in group.counted))
 
     def _that_fit(self, groups: Sequence[GroupResult]) -> tuple[list[GroupResult], list[GroupResult]]:
@@ -376,6 +383,27 @@ class Coordinator:
                 members += group.sums.members
         return fit, [group for group in groups if not any(group is other for other in fit)]
 
+    async def _sweep(self, head: int) -> None:
+        """Rids the record of tokens that have expired, final forms that have served, and what retention does not keep."""
+        kept = self._retention
+        oldest = max(0, head - self._policy.max_staleness)  # that something may still be late for
+        before = 0 if kept is None else max(0, min(head + 1 - kept.recent, oldest))
+
+        def sweep() -> None:
+            with self.store.settling:
+                self.store.forget_tokens(self._run, before_s=self._clock.wall_s())
+                self.store.sweep(
+                    self._run, since_version=self._swept, before_version=before, every=kept.every if kept else 0,
+                    finals_before=oldest,
+                )  # fmt: skip
+
+        try:
+            await self._in_thread(sweep)
+        except StoreUnavailable as error:  # it is done the next time
+            log.warning("the record could not be swept: %s", error)
+        else:
+            self._swept = before
+
     def _failed(self, error: ShoalError) -> r.Event:
         self._edge.failed(str(error))
         return r.Failed(str(error))
@@ -383,9 +411,14 @@ class Coordinator:
     async def _durably(self, write: Callable[[], T]) -> T:
         """Writes to the record, again and again while the disk does not let it: nothing that was counted is given up."""
         delay_s, longest_s = RETRY_S
+
+        def settle() -> T:
+            with self.store.settling:
+                return write()
+
         while True:
             try:
-                made: T = await self._in_thread(write)
+                made: T = await self._in_thread(settle)
                 return made
             except StoreUnavailable as error:
                 log.error("the record cannot be written, trying again in %.1f s: %s", delay_s, error)

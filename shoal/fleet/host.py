@@ -26,6 +26,7 @@ from shoal.fleet.wire import edges_pb2
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial_model
 from shoal.record.provenance import provenance
+from shoal.record.retention import Retention
 from shoal.record.run import new_run_id
 from shoal.record.store import RunKind, RunRow, Store
 from shoal.tensors import Tensors
@@ -139,6 +140,7 @@ class Host:
             rng=rng or np.random.default_rng(),
             events_kept=int(found.config.get("events_kept", EVENTS_KEPT)),
             population=found.row.population,
+            retention=Retention.of(found.config),
             on_commit=on_commit,
         )
         self._clock, self._keys = clock, keys

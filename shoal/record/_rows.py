@@ -10,6 +10,8 @@ from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRo
 from shoal.tensors import Index
 
 Values = dict[str, Any]
+SWEPT = ""
+"""Root in the row of a version whose tensors are not kept any more."""
 
 
 def run_values(row: RunRow) -> Values:
@@ -64,8 +66,9 @@ def commit_row(values: Values, read_index: Callable[[str], Index]) -> CommitRow:
     values = _without_run(values)
     for name in ("follows", "final_model_root", "final_server_state_root"):
         values.pop(name, None)
+    is_swept = values["model_root"] == SWEPT
     model, server_state = read_index(values.pop("model_root")), read_index(values.pop("server_state_root"))
-    return CommitRow(**values, model=model, server_state=server_state)
+    return CommitRow(**values, model=model, server_state=server_state, is_swept=is_swept)
 
 
 def counted_values(run_id: str, counted: Counted, *, version: int | None, group: int | None) -> list[Values]:

@@ -7,7 +7,9 @@ mean; `tests/record/test_contract.py` holds both stores to the same words.
 
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, final
 
 import numpy as np
@@ -15,6 +17,7 @@ import numpy as np
 from shoal.record import _checks
 from shoal.record._checks import Counted
 from shoal.record._rows import plain
+from shoal.record._sweep import swept_versions
 from shoal.record.blobs import check_hash, check_piece, check_size, missing, shaped
 from shoal.record.store import (
     CommitRow,
@@ -29,7 +32,7 @@ from shoal.record.store import (
     TokenRow,
     UsageRow,
 )
-from shoal.tensors import TensorSpec, sha256
+from shoal.tensors import Entry, Index, TensorSpec, sha256
 
 
 @final
@@ -112,16 +115,43 @@ class _Run:
     usage: list[UsageRow] = field(default_factory=list)
     events: list[EventRow] = field(default_factory=list)
     finals: dict[int, FinalRow] = field(default_factory=dict)
+    last_group: int = 0
+    # What is asked for with every commit, found without looking through all groups of a long run.
+    waiting: dict[int, None] = field(default_factory=dict)
+    with_sums: dict[int, None] = field(default_factory=dict)
+    taken: dict[int, tuple[int, ...]] = field(default_factory=dict)  # version -> groups that it holds
 
     @property
     def last_version(self) -> int | None:
         return len(self.commits) - 1 if self.commits else None
 
     def copy(self) -> "_Run":
-        return _Run(
-            self.row, list(self.commits), dict(self.rounds), dict(self.logs), dict(self.groups), dict(self.tokens), list(self.metrics),
-            list(self.usage), list(self.events), dict(self.finals),
-        )  # fmt: skip
+        containers = {f.name: copy(getattr(self, f.name)) for f in fields(self) if f.name != "row"}
+        return _Run(self.row, **containers)
+
+    def put_group(self, group: GroupRow) -> int:
+        """Keeps a new group, or what an old one has become."""
+        if not group.number:
+            self.last_group += 1
+            group = replace(group, number=self.last_group)
+        number = group.number
+        if group.version is not None and (number not in self.groups or number in self.waiting):
+            self.taken[group.version] = (*self.taken.get(group.version, ()), number)
+        for chosen, belongs in ((self.waiting, group.version is None), (self.with_sums, bool(group.sums_root))):
+            if belongs:
+                chosen[number] = None
+            else:
+                chosen.pop(number, None)
+        self.groups[number] = group
+        return number
+
+    def forget_group(self, number: int) -> None:
+        """Drops a group that a version holds and whose sums are not kept."""
+        version = self.groups.pop(number).version
+        assert version is not None
+        self.taken[version] = tuple(other for other in self.taken[version] if other != number)
+        if not self.taken[version]:
+            del self.taken[version]
 
 
 @final
@@ -132,10 +162,15 @@ class MemoryStore:
         self._blobs = MemoryBlobs()
         self._runs: dict[str, _Run] = {}
         self._lock = threading.RLock()
+        self._settling = threading.Lock()
 
     @property
     def blobs(self) -> MemoryBlobs:
         return self._blobs
+
+    @property
+    def settling(self) -> threading.Lock:
+        return self._settling
 
     def copy(self) -> "MemoryStore":
         """The store as it is now; what is written to either later is not seen by the other."""
@@ -224,27 +259,30 @@ class MemoryStore:
             run = self._run(run_id)
             _need_version(run, group.base_version)
             _need_unsettled(run, counted)
-            number = len(run.groups) + 1
-            run.groups[number] = replace(group, number=number)
+            number = run.put_group(group)
             run.tokens.update(_counted(counted, version=None, group=number))
             run.usage.extend(usage)
             return number
 
     def groups(self, run_id: str, *, waiting: bool = False, since_version: int = 0) -> list[GroupRow]:
         with self._lock:
-            rows = [row for row in self._run(run_id).groups.values() if row.version is None or not waiting]
-            return [row for row in rows if row.base_version >= since_version]
+            run = self._run(run_id)
+            numbers: Iterable[int] = run.groups
+            if waiting:
+                numbers = run.waiting
+            elif since_version:  # a group is taken in after its own version
+                taken = (run.taken.get(version, ()) for version in range(since_version + 1, len(run.commits)))
+                numbers = sorted([*chain.from_iterable(taken), *run.waiting])
+            return [run.groups[number] for number in numbers if run.groups[number].base_version >= since_version]
 
     def forget_sums(self, run_id: str, *, before_version: int) -> int:
         with self._lock:
             run = self._run(run_id)
-            old = [
-                r
-                for r in run.groups.values()
-                if r.sums_root and r.version is not None and r.base_version < before_version
-            ]
-            run.groups.update({row.number: replace(row, sums_root="") for row in old})
-            named = {row.sums_root for each in self._runs.values() for row in each.groups.values()}
+            kept = [run.groups[number] for number in run.with_sums]
+            old = [row for row in kept if row.version is not None and row.base_version < before_version]
+            for row in old:
+                run.put_group(replace(row, sums_root=""))
+            named = {each.groups[number].sums_root for each in self._runs.values() for number in each.with_sums}
         for row in old:
             if row.sums_root not in named:
                 self.blobs.forget(row.sums_root)
@@ -306,8 +344,8 @@ class MemoryStore:
         if round is not None:
             run.rounds[round.number] = round
         for group in groups:
-            kept = run.groups[group.number] if group.number else replace(group, number=len(run.groups) + 1)
-            run.groups[kept.number] = replace(kept, version=commit.version)
+            kept = run.groups[group.number] if group.number else group
+            run.put_group(replace(kept, version=commit.version))
         run.tokens.update(_counted(counted, version=commit.version, group=0))
 
     def last_version(self, run_id: str) -> int | None:
@@ -353,6 +391,24 @@ class MemoryStore:
             kept = {nonce: token for nonce, token in run.tokens.items() if token[0].expires_s >= before_s}
             dropped, run.tokens = len(run.tokens) - len(kept), kept
             return dropped
+
+    def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:
+        with self._lock:
+            run = self._run(run_id)
+            named = {entry.hash for entry in _entries(run)}
+            versions = set(swept_versions(since_version, before_version, every))
+            for version in versions & set(range(len(run.commits))):
+                commit = run.commits[version]
+                run.commits[version] = replace(commit, model=Index(()), server_state=Index(()), is_swept=True)
+                run.finals.pop(version, None)
+            run.finals = {version: final for version, final in run.finals.items() if version >= finals_before}
+            if versions:
+                _forget_rounds(run, versions)
+            _forget_groups(run, before_version)
+            unnamed = named - {entry.hash for each in self._runs.values() for entry in _entries(each)}
+        for hash in unnamed:
+            self.blobs.forget(hash)
+        return len(unnamed)
 
     # Metrics, usage, journal
 
@@ -406,6 +462,46 @@ def _keep_log(run: _Run, log: RoundLog | None) -> None:
     if log is not None:
         run.logs[log.round] = log.data
         run.logs = {number: data for number, data in run.logs.items() if number > log.round - log.kept}
+
+
+def _entries(run: _Run) -> Iterator[Entry]:
+    """What the run's versions name."""
+    rows: list[CommitRow | FinalRow] = [*run.commits, *run.finals.values()]
+    return chain.from_iterable((*row.model, *row.server_state) for row in rows)
+
+
+def _forget_rounds(run: _Run, versions: set[int]) -> None:
+    """What belongs to versions that are swept: their rounds (usage is added up under round 0) and metrics."""
+    gone = {row.number for row in run.rounds.values() if row.state != "open" and row.base_version + 1 in versions}
+    kept: dict[str, UsageRow] = {}
+    others: list[UsageRow] = []
+    for row in run.usage:
+        if row.round and row.round not in gone:
+            others.append(row)
+        else:
+            kept[row.phase] = _added(kept.get(row.phase), row)
+    run.usage = [*kept.values(), *others] if gone else run.usage
+    run.rounds = {number: row for number, row in run.rounds.items() if number not in gone}
+    run.logs = {number: data for number, data in run.logs.items() if number not in gone}
+    run.metrics = [row for row in run.metrics if row.version not in versions]
+
+
+def _forget_groups(run: _Run, before: int) -> None:
+    asked = {group for _, group in run.tokens.values()} | {max(run.groups, default=0)}
+    for number, group in list(run.groups.items()):
+        taken = group.version is not None and group.version < before
+        if taken and not group.sums_root and number not in asked:
+            run.forget_group(number)
+
+
+def _added(total: UsageRow | None, row: UsageRow) -> UsageRow:
+    if total is None:
+        return replace(row, round=0)
+    joules = None if total.joules is None and row.joules is None else (total.joules or 0.0) + (row.joules or 0.0)
+    return replace(
+        total, seconds=total.seconds + row.seconds, bytes_down=total.bytes_down + row.bytes_down,
+        bytes_up=total.bytes_up + row.bytes_up, joules=joules, count=total.count + row.count,
+    )  # fmt: skip
 
 
 def _need_version(run: _Run, version: int) -> None:

@@ -13,6 +13,7 @@ Invariants (tests cite them by number):
     (5) Every call is one transaction: it happens whole or not at all.
 """
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -116,6 +117,8 @@ class CommitRow:
     members: int
     weight: int
     created_s: float
+    is_swept: bool = False
+    """Its tensors are not kept any more (`Retention`); model and server state have no entries then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -230,6 +233,11 @@ class Store(Protocol):
 
     @property
     def blobs(self) -> Blobs: ...
+    @property
+    def settling(self) -> threading.Lock:
+        """Held from the first blob of a commit or group to the row that names it, and by who sweeps: several runs may share a
+        store, and a blob that one has found there must not go before its row comes."""
+        ...
 
     def create_run(self, run: RunRow) -> None: ...
     def run(self, run_id: str) -> RunRow: ...
@@ -325,6 +333,21 @@ class Store(Protocol):
 
     def forget_tokens(self, run_id: str, *, before_s: float) -> int:
         """Drops tokens that have expired; returns how many."""
+        ...
+
+    def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:
+        """Forgets most of the past: see `retention.py`. The caller holds `settling`.
+
+        Args:
+            run_id: The run.
+            since_version: Versions before it were swept by earlier calls; version 0 never is.
+            before_version: Versions from it on are kept, with all that belongs to them; so are groups that still wait.
+            every: Of the versions between, those whose number is a multiple of it are kept too; 0: none.
+            finals_before: Final forms of versions before it go, whatever becomes of those.
+
+        Returns:
+            How many blobs were deleted: those that no row names any more.
+        """
         ...
 
     def log(self, run_id: str, metrics: Sequence[MetricRow]) -> None: ...

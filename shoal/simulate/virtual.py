@@ -34,6 +34,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.run_plan import write_initial_model
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule
 from shoal.record.memory import MemoryStore
+from shoal.record.retention import Retention
 from shoal.record.store import RunRow, Store
 from shoal.simulate.virtual_population import VirtualPopulation
 from shoal.tensors import Index, Tensors, sha256
@@ -453,7 +454,7 @@ def drive(fleet: VirtualFleet, store: Store, run_id: str, *, rounds: int, keys: 
     Coordinator(
         store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=WeightedMean(fleet.manifest.server.rule),
         token_key=keys.token, run_seed=run_seed(seed), last_version=rounds, clock=fleet.clock,
-        rng=np.random.default_rng(seed), in_thread=in_this_thread, beside=done_at_once,
+        rng=np.random.default_rng(seed), retention=Retention.of(store.run(run_id).config), in_thread=in_this_thread, beside=done_at_once,
         on_commit=lambda commit: commits.append((fleet.clock.time_s, commit.row.members, commit.late)),
     )  # fmt: skip
 

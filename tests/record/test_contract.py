@@ -369,3 +369,95 @@ def test_threads_count_each_nonce_once__invariant_2(store: Store) -> None:
     for thread in threads:
         thread.join()
     assert sorted(won) == list(range(5)) and [row.number for row in store.groups("run")] == [1, 2, 3, 4, 5]
+
+
+# Sweeping the past
+
+
+def long_line(store: Store, versions: int = 10) -> Store:
+    """A line whose versions each have a tensor of their own, a shared one, a round, a group, a nonce, usage, a metric."""
+    with_initial(store)
+    for version in range(1, versions + 1):
+        store.commit(
+            "run", commit_row(store, version), round=round_row(version), groups=[group_row(round=version, base_version=version - 1)],
+            counted=[(bytes([version]), 100.0 + version)], metrics=[metric_row(version=version)],
+            usage=[usage_row(round=version)],
+            final=FinalRow(version=version - 1, model=own(store, 50 + version), server_state=EMPTY) if version > 1 else None,
+        )  # fmt: skip
+    return store
+
+
+def own(store: Store, value: int) -> Index:
+    return put_tensors(store.blobs, {"w": np.full(3, value, np.float32)})
+
+
+def kept_whole(store: Store) -> list[int]:
+    return [commit.version for commit in store.commits("run") if not commit.is_swept]
+
+
+def test_sweeping_keeps_the_first_every_nth_and_the_newest(store: Store) -> None:
+    long_line(store)
+    gone = [entry.hash for version in (1, 2, 3, 5, 6) for entry in store.get_commit("run", version).model]
+    shared = store.get_commit("run", 0).model
+    deleted = store.sweep("run", since_version=0, before_version=8, every=4, finals_before=0)
+    assert kept_whole(store) == [0, 4, 8, 9, 10]
+    assert [commit.version for commit in store.commits("run")] == list(range(11)), "the line has no gap: invariant (1)"
+    swept = store.get_commit("run", 5)
+    assert (swept.is_swept, swept.model, swept.members, swept.round) == (True, EMPTY, 2, 5)
+    assert all(
+        store.blobs.has(entry.hash) for version in kept_whole(store) for entry in store.get_commit("run", version).model
+    )
+    named = {entry.hash for version in kept_whole(store) for entry in store.get_commit("run", version).model}
+    assert all(store.blobs.has(entry.hash) for entry in shared), "what other versions name stays: invariant (4)"
+    assert not any(store.blobs.has(hash) for hash in set(gone) - named)
+    finals = 6  # final forms of 1, 2, 3, 5, 6, 7, whose rows went
+    assert deleted == len({1, 2, 3, 5, 6, 7}) + finals
+    assert [row.number for row in store.rounds("run")] == [4, 8, 9, 10]
+    assert [row.version for row in store.metrics("run")] == [4, 8, 9, 10]
+    assert [group.number for group in store.groups("run")] == [8, 9, 10]
+    assert store.sweep("run", since_version=0, before_version=8, every=4, finals_before=0) == 0, "there is nothing left"
+    store.commit("run", commit_row(store, 11), round=round_row(11))
+    assert store.last_version("run") == 11
+
+
+def test_sweeping_keeps_what_all_rounds_cost(store: Store) -> None:
+    long_line(store)
+    before = sum(row.seconds for row in store.usage("run")), sum(row.bytes_up for row in store.usage("run"))
+    store.sweep("run", since_version=0, before_version=5, every=0, finals_before=0)
+    store.sweep("run", since_version=5, before_version=8, every=0, finals_before=0)
+    usage = store.usage("run")
+    assert (sum(row.seconds for row in usage), sum(row.bytes_up for row in usage)) == before
+    assert sorted(row.round for row in usage) == [0, 8, 9, 10]
+
+
+def test_sweeping_leaves_alone_what_is_asked_for(store: Store) -> None:
+    """Groups that wait, whose sums are kept, or of whom a device may still ask."""
+    with_initial(store)
+    for version in (1, 2, 3):
+        number = store.add_group(
+            "run", group_row(round=version, base_version=version - 1), counted=[(bytes([version]), 10.0)]
+        )
+        waiting = next(group for group in store.groups("run") if group.number == number)
+        store.commit("run", commit_row(store, version), round=round_row(version), groups=[waiting])
+    late = store.add_group(
+        "run", group_row(round=1, base_version=0, sums_root=store.blobs.put(b"sums")), counted=[(b"z", 99.0)]
+    )
+    store.sweep("run", since_version=0, before_version=3, every=0, finals_before=0)
+    assert [group.number for group in store.groups("run")] == [1, 2, 3, late]
+    token = store.token("run", b"\1")
+    assert token is not None and token.version == 1
+    store.forget_tokens("run", before_s=50.0)
+    store.sweep("run", since_version=0, before_version=3, every=0, finals_before=0)
+    assert [group.number for group in store.groups("run")] == [3, late]
+    assert store.blobs.has(store.groups("run", waiting=True)[0].sums_root)
+
+
+def test_final_forms_that_have_served_go(store: Store) -> None:
+    long_line(store, 4)
+    finals = {version: store.final("run", version) for version in (1, 2, 3)}
+    assert store.sweep("run", since_version=0, before_version=0, every=0, finals_before=3) == 2
+    assert [store.final("run", version) is None for version in (1, 2, 3)] == [True, True, False]
+    for version, final in finals.items():
+        assert final is not None
+        assert store.blobs.has(next(iter(final.model)).hash) == (version == 3)
+    assert kept_whole(store) == [0, 1, 2, 3, 4]
