@@ -16,17 +16,18 @@ A1 is the virtual time to the target, the best synchronous of the whole grid ove
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
 
 from benchmarks.frame import Goal, run, table
-from benchmarks.virtual_run import Curve, train
+from benchmarks.virtual_run import Curve, fashion, train
 from shoal.policy import Late, RoundPolicy
 from shoal.simulate.virtual_population import VirtualPopulation
 
 AT_ONCE: Final = 1000
-RATE: Final = 0.2
+PROBLEM: Final = partial(fashion, 0.2)
 TARGET: Final = 0.74
 LIMIT_S: Final = 3000.0
 USUAL: Final = 2.0
@@ -120,7 +121,7 @@ def _what_it_depends_on() -> None:
 def _sync(fleet: VirtualPopulation, cell: Cell, *, goes_with_speed: bool = False, until_s: float = LIMIT_S) -> Curve:
     over, window_s, rate = cell
     return train(
-        fleet, synchronous(over, window_s), until_s=until_s, target=TARGET, server_rate=rate, rate=RATE,
+        fleet, synchronous(over, window_s), until_s=until_s, target=TARGET, server_rate=rate, problem=PROBLEM,
         goes_with_speed=goes_with_speed,
     )  # fmt: skip
 
@@ -129,7 +130,7 @@ def _async(
     fleet: VirtualPopulation, policy: RoundPolicy, *, rate: float = BUFFER_RATE, goes_with_speed: bool = False
 ) -> Curve:
     return train(
-        fleet, policy, until_s=LIMIT_S, target=TARGET, evaluate_every=max(1, 25 // policy.buffer), server_rate=rate, rate=RATE,
+        fleet, policy, until_s=LIMIT_S, target=TARGET, evaluate_every=max(1, 25 // policy.buffer), server_rate=rate, problem=PROBLEM,
         goes_with_speed=goes_with_speed,
     )  # fmt: skip
 

@@ -21,6 +21,17 @@ class Net(nnx.Module):
         return self.out(nnx.relu(self.hidden(small)))
 
 
+class Digits(nnx.Module):
+    """One hidden layer for images of 8x8."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.hidden = nnx.Linear(64, 32, rngs=rngs)
+        self.out = nnx.Linear(32, 10, rngs=rngs)
+
+    def __call__(self, image: jnp.ndarray) -> jnp.ndarray:
+        return self.out(nnx.relu(self.hidden(image.reshape(-1, 64))))
+
+
 def task(policy: RoundPolicy, *, server_rate: float = 1.0, rate: float = 0.1, steps_per_block: int = 6) -> shoal.Task:
     """The task with these rounds, and these learning rates at the server and on devices."""
     made = shoal.Task.from_flax(

@@ -162,7 +162,7 @@ class MemoryStore:
         self._blobs = MemoryBlobs()
         self._runs: dict[str, _Run] = {}
         self._lock = threading.RLock()
-        self._settling = threading.Lock()
+        self._to_settle = threading.Lock()
 
     @property
     def blobs(self) -> MemoryBlobs:
@@ -170,7 +170,7 @@ class MemoryStore:
 
     @property
     def settling(self) -> threading.Lock:
-        return self._settling
+        return self._to_settle
 
     def copy(self) -> "MemoryStore":
         """The store as it is now; what is written to either later is not seen by the other."""

@@ -99,7 +99,7 @@ class SqliteStore:
         self._path = folder / DATABASE_NAME
         self._database = Database(self._path, read_only=read_only)
         self._blobs = FolderBlobs(folder / BLOBS_NAME, read_only=read_only)
-        self._settling = threading.Lock()
+        self._to_settle = threading.Lock()
 
     def prepare(self) -> None:
         """Brings the schema forward and clears away what killed writers left."""
@@ -112,7 +112,7 @@ class SqliteStore:
 
     @property
     def settling(self) -> threading.Lock:
-        return self._settling
+        return self._to_settle
 
     # Runs
 

@@ -15,6 +15,7 @@ from shoal.fleet.configuration import round_seed
 from shoal.fleet.host import run_seed
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
+from shoal.plan.runner import Runner
 from shoal.plan.train import evaluate, train
 from shoal.record.store import Store
 from shoal.record.tensor_blobs import view_tensors
@@ -33,6 +34,7 @@ class VirtualTraining:
         *,
         seed: int,
         user_of: Callable[[int], str | None] = lambda device: None,
+        runner: Runner | None = None,
     ) -> None:
         """
         Args:
@@ -42,6 +44,7 @@ class VirtualTraining:
             run_id: the run.
             seed: of the run.
             user_of: device -> the user that it plays; None: number i plays user i modulo their number.
+            runner: of a plan with the same programs; None: one of its own.
 
         Raises:
             ValueError: the plan's devices keep state.
@@ -55,7 +58,7 @@ class VirtualTraining:
         self._sizes = population.sizes()
         self._users = [user for user, size in self._sizes.items() if size]
         self._store, self._run, self._seed = store, run_id, run_seed(seed)
-        self._runner = JaxRunner(plan)
+        self._runner: Runner = runner or JaxRunner(plan)
 
     def update_of(self, device: int, version: int, blocks: int = 1 << 30) -> tuple[Tensors, int]:
         """The update of a device that started from a version, and its weight; after so many blocks it is interrupted."""

@@ -217,12 +217,19 @@ class Fleet:
 
 @asynccontextmanager
 async def fleet(
-    made: Plan, *, rounds: int = 1, store: Store | None = None, limits: Limits | None = None, events_kept: int = 100
+    made: Plan,
+    *,
+    rounds: int = 1,
+    store: Store | None = None,
+    limits: Limits | None = None,
+    events_kept: int = 100,
+    config: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Fleet]:
     """A running host in this process; `tasks[0]` ends with its last version."""
     store = store or MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
-    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0, config={"events_kept": events_kept})
+    kept = {"events_kept": events_kept, **(config or {})}
+    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0, config=kept)
     host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0))
     running = Fleet(store, host)
     running.tasks.append(asyncio.create_task(host.run()))
