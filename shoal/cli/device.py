@@ -71,7 +71,7 @@ def device(
 
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
-    _check_server(server)
+    check_server(server, option="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
     trusted = _key(key)
@@ -105,10 +105,11 @@ def options_memory(text: str) -> int:
     return made
 
 
-def _check_server(server: str) -> None:
+def check_server(server: str, *, option: str) -> None:
+    """Raises ValueError unless it is host:port."""
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"Expected --server HOST:PORT, got {server!r}.")
+        raise ValueError(f"Expected {option} HOST:PORT, got {server!r}.")
 
 
 def _key(text: str) -> bytes | None:

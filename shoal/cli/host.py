@@ -19,6 +19,7 @@ EPILOG = options.examples(
     "shoal host task.py --rounds 20 --port 8500 --goal 8 --held-out name:digits",
     "shoal host task.py --rounds 20 --address 0.0.0.0 --port 8500 --tls",
     "shoal host digits.py words.py --rounds 20 --weight digits=3 --set words.goal=10",
+    "shoal host task.py --rounds 20 --port 8500 --edges 4",
     "shoal host --resume --run runs/digits --port 8500",
 )
 
@@ -112,6 +113,13 @@ def host(
     with_parent: Annotated[
         bool, typer.Option("--with-parent", help="End when the process that started this one ends.")
     ] = False,
+    edges: Annotated[
+        int, typer.Option("--edges", min=0, max=64, help="Processes of their own that hold devices' sessions.")
+    ] = 0,
+    edge_port: Annotated[
+        int | None,
+        typer.Option("--edge-port", min=0, max=65535, help="Where Edges of other machines attach (`shoal edge`)."),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Serve tasks to a fleet of devices.
@@ -135,6 +143,8 @@ def host(
         each=parse_each(set_ or [], weight or [], population or []), events_kept=events_kept, keep=keep,
     )  # fmt: skip
     asked.check(resume=resume)
+    if len(asked.tasks) > 1 and (edges or edge_port is not None):
+        raise ValueError("Expected one TASK with --edges or --edge-port: this version serves several with one Edge.")
     check_port(address, port)
 
     from shoal.cli import host_process
@@ -151,6 +161,6 @@ def host(
         watch.lap("plan")
     settings: Settings = host_process.Settings(
         folder=folder, run_ids=run_ids, rounds=rounds if resume else None, address=address, port=port, held_out=held_out,
-        ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume,
+        ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, edges=edges, edge_port=edge_port,
     )  # fmt: skip
     host_process.run(settings, screen=screen, watch=watch, parent=parent)

@@ -27,6 +27,22 @@ def is_loopback(address: str) -> bool:
         return False
 
 
+def reserve(address: str, port: int) -> tuple[int, socket.socket]:
+    """A port that other processes of this host will listen on; it is theirs as long as the socket is open.
+
+    Raises ValueError where it is taken.
+    """
+    held = socket.socket(socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0][0], socket.SOCK_STREAM)
+    if hasattr(socket, "SO_REUSEPORT"):
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    try:
+        held.bind((address, port))
+    except OSError as error:
+        held.close()
+        raise ValueError(f"Cannot listen on {address}:{port}: {(error.strerror or str(error)).lower()}.") from error
+    return int(held.getsockname()[1]), held
+
+
 def check_port(address: str, port: int) -> None:
     """A port that is taken is found out before a plan is built and a run begun."""
     if not port:

@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -15,11 +15,14 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
+from shoal.cli.host_checks import reserve
+from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun
 from shoal.cli.run_summary import RunSummary, summarize
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples
 from shoal.errors import StoreError
+from shoal.fleet import tls as tls_files
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
@@ -51,30 +54,31 @@ class Settings:
     tls_cert: Path | None
     tls_key: Path | None
     resumed: bool
+    edges: int = 0
+    """Edges in processes of their own that the host starts."""
+    edge_port: int | None = None
+    """Where others attach; None: nowhere, or any free port where it starts some itself."""
+
+    @property
+    def several_edges(self) -> bool:
+        return bool(self.edges) or self.edge_port is not None
+
+    def again(self) -> list[object]:
+        """The command, but for `shoal` and what it says of Edges, that takes the run up again."""
+        return [
+            "host", "--resume", "--run", self.folder, "--port", self.port,
+            *(["--address", self.address] if self.address != "127.0.0.1" else []),
+            *(["--tls"] if self.make_tls else []),
+            *(["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []),
+            *(["--held-out", self.held_out] if self.held_out else []),
+            *(["--rounds", self.rounds] if self.resumed and self.rounds else []),
+        ]  # fmt: skip
 
     def go_on_with(self) -> str:
         """The command that takes the run up again."""
-        tls = ["--tls"] if self.make_tls else []
-        own = ["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []
-        held_out = ["--held-out", self.held_out] if self.held_out else []
-        rounds = ["--rounds", self.rounds] if self.resumed and self.rounds else []
-        where = ["--address", self.address] if self.address != "127.0.0.1" else []
-        return command_line(
-            [
-                "shoal",
-                "host",
-                "--resume",
-                "--run",
-                self.folder,
-                "--port",
-                self.port,
-                *where,
-                *tls,
-                *own,
-                *held_out,
-                *rounds,
-            ]
-        )
+        edges = ["--edges", self.edges] if self.edges else []
+        port = ["--edge-port", self.edge_port] if self.edge_port is not None else []
+        return command_line(["shoal", *self.again(), *edges, *port])
 
 
 def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tuple[str, ...]]:
@@ -141,17 +145,65 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
     runs: list[ServedRun] = []
     try:
         for run_id in settings.run_ids:
-            runs.append(ServedRun(store, run_id, keys, held_out, screen, rounds=settings.rounds, among=several))
+            runs.append(
+                ServedRun(
+                    store, run_id, keys, held_out, screen, rounds=settings.rounds, among=several,
+                    several_edges=settings.several_edges,
+                )
+            )  # fmt: skip
         tls, ca = _tls(settings)
-        address = _joined(settings.address, settings.port)
         evaluations = [run.evaluation for run in runs if run.evaluation is not None]
+        if settings.several_edges:
+            return await _serve_edges(settings, runs[0].host, evaluations, tls, ca, keys, screen)
         host = _together(store, runs) if several else runs[0].host
-        async with served(host, evaluations, address=address, tls=tls) as server:
+        async with served(host, evaluations, address=_joined(settings.address, settings.port), tls=tls) as server:
             _announce(settings, server.port, ca, keys, screen)
             await host.run()
     finally:
         for run in runs:
             run.close()
+
+
+async def _serve_edges(
+    settings: Settings,
+    host: Host,
+    evaluations: Sequence[Evaluation],
+    tls: Tls | None,
+    ca: Path | None,
+    keys: HostKeys,
+    screen: Screen,
+) -> None:
+    """With Edges in other processes. Those that the host starts listen in its place."""
+    port, held = reserve(settings.address, settings.port) if settings.edges else (settings.port, None)
+    mine = "127.0.0.1:0" if settings.edges else _joined(settings.address, port)
+    made = settings.folder / tls_files.FOLDER
+    key, cert = (
+        (made / "server.key", made / "server.pem") if settings.make_tls else (settings.tls_key, settings.tls_cert)
+    )
+    attach_at = "127.0.0.1" if settings.edge_port is None else settings.address
+    when_dead = replace(settings, port=0, address=attach_at) if settings.edges else settings
+    edge_settings = EdgeSettings(
+        number=settings.edges,
+        address=_joined(attach_at, settings.edge_port or 0),
+        folder=settings.folder,
+        devices=(settings.address, port),
+        tls=(key, cert) if key is not None and cert is not None else None,
+        authority=ca,
+        again=[str(word) for word in when_dead.again()],
+    )
+    try:
+        async with served(host, evaluations, address=mine, tls=tls) as server:
+            running = asyncio.create_task(host.run())
+            try:
+                async with attached(host, edge_settings, tls=tls, screen=screen):
+                    _announce(settings, port if settings.edges else server.port, ca, keys, screen)
+                    await running
+            finally:
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+    finally:
+        if held is not None:
+            held.close()
 
 
 def _together(store: Store, runs: Sequence[ServedRun]) -> SeveralHosts:
@@ -192,11 +244,9 @@ async def served(
 
 
 def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:
-    from shoal.fleet import tls
-
     if settings.tls_cert is not None and settings.tls_key is not None:
-        return tls.read_tls(settings.tls_key, settings.tls_cert), None
-    return tls.load_or_make_tls(settings.folder, address=settings.address) if settings.make_tls else (None, None)
+        return tls_files.read_tls(settings.tls_key, settings.tls_cert), None
+    return tls_files.load_or_make_tls(settings.folder, address=settings.address) if settings.make_tls else (None, None)
 
 
 def _announce(settings: Settings, port: int, ca: Path | None, keys: HostKeys, screen: Screen) -> None:

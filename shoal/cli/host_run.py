@@ -27,6 +27,7 @@ class ServedRun:
         *,
         rounds: int | None,
         among: bool,
+        several_edges: bool,
     ) -> None:
         """
         Args:
@@ -36,6 +37,7 @@ class ServedRun:
             held_out: examples that versions are evaluated on.
             screen: is told of versions.
             rounds: last version; None: as the run says.
+            several_edges: Edges of other processes may attach.
             among: there are other runs: lines name the task, and one that cannot be evaluated is not.
         """
         plan = load_plan(store, run_id).plan
@@ -43,7 +45,10 @@ class ServedRun:
         name = f"{plan.manifest.task}  " if among else ""
         self.evaluation = _evaluation(store, run_id, plan, held_out, screen, name=name)
         told = Rounds(screen, self.evaluation, name)
-        self.host = Host(store, run_id, keys, rounds=rounds, call_program=self._programs.call(), on_commit=told)
+        self.host = Host(
+            store, run_id, keys, rounds=rounds, call_program=self._programs.call(), several_edges=several_edges,
+            on_commit=told,
+        )  # fmt: skip
         told.last_version = self.host.last_version
 
     def close(self) -> None:

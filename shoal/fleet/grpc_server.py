@@ -52,16 +52,27 @@ class Tls:
 class GrpcServer:
     """Serves an Edge on one address."""
 
-    def __init__(self, edge: Door, *, address: str, tls: Tls | None = None) -> None:
-        self._edge, self._address, self._tls = edge, address, tls
-        self._server = grpc.aio.server(options=SERVER_OPTIONS)
+    def __init__(self, edge: Door, *, address: str, tls: Tls | None = None, own_address: str = "") -> None:
+        """
+        Args:
+            edge: what is served.
+            address: host:port.
+            tls: key and certificate; None: in the clear.
+            own_address: a second one; where it is given, other processes listen on the first port too, and the system
+                deals connections out to them.
+        """
+        self._edge, self._address, self._own_address, self._tls = edge, address, own_address, tls
+        options = [option for option in SERVER_OPTIONS if option[0] != "grpc.so_reuseport"]
+        self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", int(bool(own_address)))])
         self._servicer = _Servicer(edge)
         self._server.add_generic_rpc_handlers((_handlers(self._servicer),))
-        self.port = 0
+        self.port = self.own_port = 0
 
     async def start(self) -> None:
         """Raises NetworkError where the port is taken or cannot be used."""
-        self.port = listen(self._server, self._address, self._tls)
+        self.port = self.own_port = listen(self._server, self._address, self._tls)
+        if self._own_address:
+            self.own_port = listen(self._server, self._own_address, self._tls)
         await self._server.start()
 
     async def until_quiet(self, *, quiet_s: float, longest_s: float) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from itertools import count
+from contextlib import suppress
 from typing import Any, Final
 
 import grpc
@@ -289,7 +289,7 @@ class EdgesServer:
         self._credential, self._address, self._tls = credential, address, tls
         self._server = grpc.aio.server(options=EDGE_OPTIONS)
         self._server.add_generic_rpc_handlers((self._handlers(),))
-        self._lives = count(1)
+        self._num_attached = 0
         self.changed = asyncio.Event()
         """An Edge has come or gone."""
         self.port = 0
@@ -298,6 +298,14 @@ class EdgesServer:
         """Raises NetworkError where the port is taken or cannot be used."""
         self.port = listen(self._server, self._address, self._tls)
         await self._server.start()
+
+    async def until_gone(self, *, longest_s: float) -> None:
+        """Waits until every Edge that has attached is gone, but not longer than that."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(longest_s):
+                while self._num_attached:
+                    self.changed.clear()
+                    await self.changed.wait()
 
     async def close(self, *, grace_s: float = 1.0) -> None:
         """Ends every Edge's life."""
@@ -321,6 +329,7 @@ class EdgesServer:
         edge = RemoteEdge(hello.name, self._manifest)
         edge.outgoing.put(pb.Command(welcome=self._welcome))
         self._edges.join(hello.name, edge, address=hello.address)
+        self._num_attached += 1
         log.info("Edge %s has come%s", hello.name, f" (devices find it at {hello.address})" if hello.address else "")
         self.changed.set()
         hearing = asyncio.create_task(self._hear(edge, requests))
@@ -330,6 +339,7 @@ class EdgesServer:
                 yield pb.Told(commands=commands)
         finally:
             hearing.cancel()
+            self._num_attached -= 1
             self._edges.lost(hello.name, edge, why="its stream has ended")
             log.warning("Edge %s is gone", hello.name)
             self.changed.set()

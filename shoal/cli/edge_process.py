@@ -1,0 +1,102 @@
+"""What an Edge process does: attaches, serves devices, starts the host again when that has died. It imports no JAX."""
+
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shoal.cli.ending import run_until_told
+from shoal.cli.host_edges import RESTART, read_credential
+from shoal.clock import SystemClock
+from shoal.fleet.edge_node import EdgeNode
+from shoal.fleet.grpc_server import GrpcServer
+from shoal.fleet.process import switch_threads_often, use_one_arena
+from shoal.record.blobs import FolderBlobs
+from shoal.record.lock import was_left
+
+log = logging.getLogger("shoal.edge")
+
+LINGER_S: Final = 10.0
+QUIET_S: Final = 0.5
+LOG: Final = "host.log"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How one Edge serves."""
+
+    coordinator: str
+    credential: Path
+    name: str
+    address: str
+    port: int
+    public: str
+    shares_port: bool
+    ca: Path | None
+    server_name: str
+    tls_cert: Path | None
+    tls_key: Path | None
+    restarts: Path | None
+
+
+def run(settings: Settings) -> None:
+    """Serves until the run is over.
+
+    Raises:
+        Stopped: by Ctrl-C or SIGTERM.
+        ProtocolError: the host refuses this Edge.
+        NetworkError: the port is taken.
+    """
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {settings.name}: %(message)s", datefmt="%H:%M:%S")
+    use_one_arena()
+    switch_threads_often()
+    with tempfile.TemporaryDirectory(prefix="shoal-edge-") as folder:
+        run_until_told(_serve(settings, Path(folder)))
+
+
+async def _serve(settings: Settings, folder: Path) -> None:
+    from shoal.fleet.tls import read_tls
+
+    restarts = _Restarts(settings.restarts)
+    node = EdgeNode(
+        settings.coordinator, credential=read_credential(settings.credential), name=settings.name,
+        blobs=FolderBlobs(folder), clock=SystemClock(), address=settings.public,
+        ca=None if settings.ca is None else settings.ca.read_bytes(), server_name=settings.server_name or None,
+        on_lost=restarts,
+    )  # fmt: skip
+    tls = read_tls(settings.tls_key, settings.tls_cert) if settings.tls_key and settings.tls_cert else None
+    address = f"[{settings.address}]" if ":" in settings.address else settings.address
+    own = f"{address}:0" if settings.shares_port else ""
+    server = GrpcServer(node.door, address=f"{address}:{settings.port}", tls=tls, own_address=own)
+    try:
+        await server.start()
+        if not settings.public and settings.address not in ("0.0.0.0", "::"):
+            node.address = f"{address}:{server.own_port}"
+        print(f"listening on {address}:{server.port}", flush=True)
+        await node.run()
+        await server.until_quiet(quiet_s=QUIET_S, longest_s=LINGER_S)
+    finally:
+        await server.close(grace_s=0.2)
+
+
+class _Restarts:
+    """Starts a host again that has died, if no other Edge was faster: the run folder's lock lets only one in."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._started: subprocess.Popen[bytes] | None = None
+
+    def __call__(self) -> None:
+        folder = self._folder
+        if folder is None or not was_left(folder) or (self._started is not None and self._started.poll() is None):
+            return
+        command = [sys.executable, "-m", "shoal", *json.loads((folder / RESTART).read_text())]
+        log.warning("the host has died; starting it again")
+        with (folder / LOG).open("ab") as out:
+            self._started = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True
+            )

@@ -1,0 +1,142 @@
+"""Edges of a host in other processes: where they attach, and those that the host starts itself."""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from shoal.cli.failures import command_line
+from shoal.cli.screen import Screen
+from shoal.errors import NetworkError, StoreError
+from shoal.fleet.grpc_server import Tls
+from shoal.fleet.host import Host
+from shoal.fleet.keys import HostKeys
+from shoal.fleet.remote_edge import EdgesServer
+
+CREDENTIAL: Final = "edges.key"
+RESTART: Final = "restart.json"
+START_S: Final = 60.0
+AGAIN_S: Final = 1.0
+END_S: Final = 10.0
+IS_SHARED: Final = sys.platform == "linux"
+"""Whether several processes can listen on one port, and the system deals connections out to them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeSettings:
+    """What `shoal host` was asked about Edges."""
+
+    number: int
+    """Processes that it starts; 0: none."""
+    address: str
+    """Where Edges attach: host:port."""
+    folder: Path
+    devices: tuple[str, int]
+    """Address and port that the started ones listen on for devices; the others know for themselves."""
+    tls: tuple[Path, Path] | None
+    """Key and certificate files that devices are served with."""
+    authority: Path | None
+    """PEM file of what signed the certificate, where Edges attach with TLS."""
+    again: Sequence[str]
+    """The command, but for `shoal`, that takes the run up when this process has died."""
+
+
+@asynccontextmanager
+async def attached(
+    host: Host, settings: EdgeSettings, *, tls: Tls | None, screen: Screen
+) -> AsyncGenerator[EdgesServer, None]:
+    """Within the block Edges can attach, and those that the host starts run, and are started again when they die.
+
+    Raises:
+        NetworkError: they do not come.
+    """
+    server = host.edges_server(address=settings.address, tls=tls)
+    await server.start()
+    where = f"{settings.address.rpartition(':')[0]}:{server.port}"
+    credential = write_credential(settings.folder, HostKeys.load_or_make(settings.folder))
+    trusted = ["--ca", settings.authority] if settings.authority else []
+    screen.say(
+        f"edges: {command_line(['shoal', 'edge', '--coordinator', where, '--credential', credential, *trusted])}"
+    )
+    (settings.folder / RESTART).write_text(json.dumps([*settings.again, "--edge-port", str(server.port)]))
+    starting = [_command(settings, number, where, credential) for number in range(settings.number)]
+    children = [asyncio.create_task(_keep(command)) for command in starting]
+    try:
+        await _until_here(server, host, settings.number)
+        yield server
+        if children:
+            await asyncio.wait(children, timeout=END_S)
+    finally:
+        assert host.edges is not None
+        host.edges.finish("the host was asked to stop")
+        await server.until_gone(longest_s=1.0)
+        for child in children:
+            child.cancel()
+        await asyncio.gather(*children, return_exceptions=True)
+        await server.close(grace_s=0.2)
+
+
+def write_credential(folder: Path, keys: HostKeys) -> Path:
+    """The file that `shoal edge --credential` reads, mode 0600."""
+    path = folder / CREDENTIAL
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(keys.edge_credential.hex())
+    return path
+
+
+def read_credential(path: Path) -> bytes:
+    """Raises StoreError where the file is none of `write_credential`."""
+    try:
+        made = bytes.fromhex(path.read_text().strip())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"Cannot read the credential {path}: {error}. `shoal host` writes {CREDENTIAL}.") from error
+    if len(made) != 32:
+        raise StoreError(f"Expected 64 hexadecimal digits in {path}, got {2 * len(made)}.")
+    return made
+
+
+def _command(settings: EdgeSettings, number: int, where: str, credential: Path) -> list[str]:
+    address, port = settings.devices
+    mine = port if IS_SHARED or not port else port + number
+    words: list[object] = [
+        sys.executable, "-m", "shoal", "edge", "--coordinator", where, "--credential", credential,
+        "--name", f"edge-{number + 1}", "--address", address, "--port", mine, "--restarts", settings.folder,
+        *(["--share-port"] if IS_SHARED and port else []),
+        *(["--tls-key", settings.tls[0], "--tls-cert", settings.tls[1]] if settings.tls else ["--insecure"]),
+        *(["--ca", settings.authority] if settings.authority else []),
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+async def _keep(command: Sequence[str]) -> None:
+    """Runs an Edge, again when it dies, until it ends by itself or this is cancelled."""
+    while True:
+        child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
+        try:
+            if await child.wait() == 0:
+                return
+        finally:
+            if child.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    child.terminate()
+                await child.wait()
+        await asyncio.sleep(AGAIN_S)
+
+
+async def _until_here(server: EdgesServer, host: Host, number: int) -> None:
+    assert host.edges is not None
+    try:
+        async with asyncio.timeout(START_S):
+            while len(host.edges.names) <= number and number:
+                server.changed.clear()
+                await server.changed.wait()
+    except TimeoutError:
+        raise NetworkError(
+            f"Expected {number} Edges to attach within {START_S:.0f} s, got {len(host.edges.names) - 1}."
+        ) from None
