@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal.cli.ending import run_until_told
+from shoal.cli.host_checks import joined
 from shoal.cli.host_edges import RESTART, read_credential
 from shoal.clock import SystemClock
 from shoal.fleet.edge_node import EdgeNode
@@ -69,14 +70,13 @@ async def _serve(settings: Settings, folder: Path) -> None:
         on_lost=restarts,
     )  # fmt: skip
     tls = read_tls(settings.tls_key, settings.tls_cert) if settings.tls_key and settings.tls_cert else None
-    address = f"[{settings.address}]" if ":" in settings.address else settings.address
-    own = f"{address}:0" if settings.shares_port else ""
-    server = GrpcServer(node.door, address=f"{address}:{settings.port}", tls=tls, own_address=own)
+    own = joined(settings.address, 0) if settings.shares_port else ""
+    server = GrpcServer(node.door, address=joined(settings.address, settings.port), tls=tls, own_address=own)
     try:
         await server.start()
         if not settings.public and settings.address not in ("0.0.0.0", "::"):
-            node.address = f"{address}:{server.own_port}"
-        print(f"listening on {address}:{server.port}", flush=True)
+            node.address = joined(settings.address, server.own_port)
+        print(f"listening on {joined(settings.address, server.port)}", flush=True)
         await node.run()
         await server.until_quiet(quiet_s=QUIET_S, longest_s=LINGER_S)
     finally:

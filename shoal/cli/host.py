@@ -118,8 +118,11 @@ def host(
     ] = 0,
     edge_port: Annotated[
         int | None,
-        typer.Option("--edge-port", min=0, max=65535, help="Where Edges of other machines attach (`shoal edge`)."),
+        typer.Option("--edge-port", min=0, max=65535, help="Where Edges attach (`shoal edge`); 0: any free port."),
     ] = None,
+    edge_address: Annotated[
+        str, typer.Option("--edge-address", help="Interface where Edges attach; 0.0.0.0 for other machines.")
+    ] = "127.0.0.1",
     json: options.AsJson = False,
 ) -> None:
     """Serve tasks to a fleet of devices.
@@ -145,7 +148,9 @@ def host(
     asked.check(resume=resume)
     if len(asked.tasks) > 1 and (edges or edge_port is not None):
         raise ValueError("Expected one TASK with --edges or --edge-port: this version serves several with one Edge.")
-    check_port(address, port)
+    check_tls(edge_address, tls=tls, cert=tls_cert, key=tls_key, insecure=insecure)
+    if not edges:  # else the port is shared by these
+        check_port(address, port)
 
     from shoal.cli import host_process
 
@@ -162,5 +167,6 @@ def host(
     settings: Settings = host_process.Settings(
         folder=folder, run_ids=run_ids, rounds=rounds if resume else None, address=address, port=port, held_out=held_out,
         ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, edges=edges, edge_port=edge_port,
+        edge_address=edge_address,
     )  # fmt: skip
     host_process.run(settings, screen=screen, watch=watch, parent=parent)

@@ -62,3 +62,8 @@ def check_port(address: str, port: int) -> None:
             f"Cannot listen on {address}:{port}: {(error.strerror or str(error)).lower()}. Choose another with --port, or --port 0 for any "
             "free one."
         ) from error
+
+
+def joined(address: str, port: int) -> str:
+    """host:port, also for IPv6."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

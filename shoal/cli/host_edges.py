@@ -5,15 +5,17 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from shoal.cli.failures import command_line
+from shoal.cli.host_checks import joined
 from shoal.cli.screen import Screen
 from shoal.errors import NetworkError, StoreError
+from shoal.fleet.edges import Edges
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
@@ -23,6 +25,8 @@ CREDENTIAL: Final = "edges.key"
 RESTART: Final = "restart.json"
 START_S: Final = 60.0
 AGAIN_S: Final = 1.0
+ADOPT_S: Final = 3.0
+"""So long after a host was started again, Edges of before that are alive have attached."""
 END_S: Final = 10.0
 IS_SHARED: Final = sys.platform == "linux"
 """Whether several processes can listen on one port, and the system deals connections out to them."""
@@ -34,8 +38,8 @@ class EdgeSettings:
 
     number: int
     """Processes that it starts; 0: none."""
-    address: str
-    """Where Edges attach: host:port."""
+    address: tuple[str, int]
+    """Where Edges attach."""
     folder: Path
     devices: tuple[str, int]
     """Address and port that the started ones listen on for devices; the others know for themselves."""
@@ -43,8 +47,10 @@ class EdgeSettings:
     """Key and certificate files that devices are served with."""
     authority: Path | None
     """PEM file of what signed the certificate, where Edges attach with TLS."""
-    again: Sequence[str]
-    """The command, but for `shoal`, that takes the run up when this process has died."""
+    again: Callable[[int], Sequence[str]]
+    """Port where Edges attach -> the command, but for `shoal`, that takes the run up when this process has died."""
+    adopts: bool
+    """The host was started again: Edges that the last one started may still be there."""
 
 
 @asynccontextmanager
@@ -56,24 +62,28 @@ async def attached(
     Raises:
         NetworkError: they do not come.
     """
-    server = host.edges_server(address=settings.address, tls=tls)
+    server = host.edges_server(address=joined(*settings.address), tls=tls)
     await server.start()
-    where = f"{settings.address.rpartition(':')[0]}:{server.port}"
+    where = joined(settings.address[0], server.port)
     credential = write_credential(settings.folder, HostKeys.load_or_make(settings.folder))
     trusted = ["--ca", settings.authority] if settings.authority else []
     screen.say(
         f"edges: {command_line(['shoal', 'edge', '--coordinator', where, '--credential', credential, *trusted])}"
     )
-    (settings.folder / RESTART).write_text(json.dumps([*settings.again, "--edge-port", str(server.port)]))
-    starting = [_command(settings, number, where, credential) for number in range(settings.number)]
-    children = [asyncio.create_task(_keep(command)) for command in starting]
+    (settings.folder / RESTART).write_text(json.dumps(settings.again(server.port)))
+    assert host.edges is not None
+    children = [
+        asyncio.create_task(
+            _keep(f"edge-{i + 1}", _command(settings, i, where, credential), host.edges, settings.adopts)
+        )
+        for i in range(settings.number)
+    ]
     try:
         await _until_here(server, host, settings.number)
         yield server
         if children:
             await asyncio.wait(children, timeout=END_S)
     finally:
-        assert host.edges is not None
         host.edges.finish("the host was asked to stop")
         await server.until_gone(longest_s=1.0)
         for child in children:
@@ -114,9 +124,13 @@ def _command(settings: EdgeSettings, number: int, where: str, credential: Path) 
     return [str(word) for word in words]
 
 
-async def _keep(command: Sequence[str]) -> None:
+async def _keep(name: str, command: Sequence[str], edges: Edges, adopts: bool) -> None:
     """Runs an Edge, again when it dies, until it ends by itself or this is cancelled."""
+    if adopts:
+        await asyncio.sleep(ADOPT_S)
     while True:
+        while name in edges.names:  # of another's making: its end will be seen here
+            await asyncio.sleep(AGAIN_S)
         child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.DEVNULL)
         try:
             if await child.wait() == 0:

@@ -15,7 +15,7 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
-from shoal.cli.host_checks import reserve
+from shoal.cli.host_checks import joined, reserve
 from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun
 from shoal.cli.run_summary import RunSummary, summarize
@@ -57,28 +57,30 @@ class Settings:
     edges: int = 0
     """Edges in processes of their own that the host starts."""
     edge_port: int | None = None
-    """Where others attach; None: nowhere, or any free port where it starts some itself."""
+    """Where Edges attach; None: nowhere, or any free port where it starts some itself."""
+    edge_address: str = "127.0.0.1"
 
     @property
     def several_edges(self) -> bool:
         return bool(self.edges) or self.edge_port is not None
 
-    def again(self) -> list[object]:
-        """The command, but for `shoal` and what it says of Edges, that takes the run up again."""
-        return [
+    def again(self) -> list[str]:
+        """The command, but for `shoal`, that takes the run up again."""
+        said: list[object] = [
             "host", "--resume", "--run", self.folder, "--port", self.port,
             *(["--address", self.address] if self.address != "127.0.0.1" else []),
             *(["--tls"] if self.make_tls else []),
             *(["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []),
             *(["--held-out", self.held_out] if self.held_out else []),
             *(["--rounds", self.rounds] if self.resumed and self.rounds else []),
+            *(["--edges", self.edges] if self.edges else []),
+            *(["--edge-port", self.edge_port] if self.edge_port is not None else []),
+            *(["--edge-address", self.edge_address] if self.edge_address != "127.0.0.1" else []),
         ]  # fmt: skip
+        return [str(word) for word in said]
 
     def go_on_with(self) -> str:
-        """The command that takes the run up again."""
-        edges = ["--edges", self.edges] if self.edges else []
-        port = ["--edge-port", self.edge_port] if self.edge_port is not None else []
-        return command_line(["shoal", *self.again(), *edges, *port])
+        return command_line(["shoal", *self.again()])
 
 
 def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tuple[str, ...]]:
@@ -156,7 +158,7 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
         if settings.several_edges:
             return await _serve_edges(settings, runs[0].host, evaluations, tls, ca, keys, screen)
         host = _together(store, runs) if several else runs[0].host
-        async with served(host, evaluations, address=_joined(settings.address, settings.port), tls=tls) as server:
+        async with served(host, evaluations, address=joined(settings.address, settings.port), tls=tls) as server:
             _announce(settings, server.port, ca, keys, screen)
             await host.run()
     finally:
@@ -175,21 +177,20 @@ async def _serve_edges(
 ) -> None:
     """With Edges in other processes. Those that the host starts listen in its place."""
     port, held = reserve(settings.address, settings.port) if settings.edges else (settings.port, None)
-    mine = "127.0.0.1:0" if settings.edges else _joined(settings.address, port)
+    mine = "127.0.0.1:0" if settings.edges else joined(settings.address, port)
     made = settings.folder / tls_files.FOLDER
     key, cert = (
         (made / "server.key", made / "server.pem") if settings.make_tls else (settings.tls_key, settings.tls_cert)
     )
-    attach_at = "127.0.0.1" if settings.edge_port is None else settings.address
-    when_dead = replace(settings, port=0, address=attach_at) if settings.edges else settings
     edge_settings = EdgeSettings(
         number=settings.edges,
-        address=_joined(attach_at, settings.edge_port or 0),
+        address=(settings.edge_address, settings.edge_port or 0),
         folder=settings.folder,
         devices=(settings.address, port),
         tls=(key, cert) if key is not None and cert is not None else None,
         authority=ca,
-        again=[str(word) for word in when_dead.again()],
+        again=lambda edge_port: replace(settings, port=port, edge_port=edge_port, resumed=True).again(),
+        adopts=settings.resumed,
     )
     try:
         async with served(host, evaluations, address=mine, tls=tls) as server:
@@ -250,7 +251,7 @@ def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:
 
 
 def _announce(settings: Settings, port: int, ca: Path | None, keys: HostKeys, screen: Screen) -> None:
-    where = _joined(settings.address, port)
+    where = joined(settings.address, port)
     line = f"listening on {where}"
     screen.say(line) if screen.json else print(line, flush=True)
     reached = where if settings.address not in ("0.0.0.0", "::") else f"THIS-MACHINE:{port}"
@@ -268,10 +269,6 @@ def _write_ready(path: Path, where: str) -> None:
         partial.replace(path)
     except OSError as error:
         raise StoreError(f"Cannot write --ready-file {path}: {error.strerror}.") from error
-
-
-def _joined(address: str, port: int) -> str:
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 def _tell(

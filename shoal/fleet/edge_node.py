@@ -98,7 +98,8 @@ class EdgeNode:
             except grpc.aio.AioRpcError as error:
                 if error.code() in (grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.INVALID_ARGUMENT):
                     raise ProtocolError(f"The Coordinator refuses this Edge: {error.details()}") from error
-                log.info("no Coordinator at %s: %s", self._coordinator, (error.details() or "")[:200])
+                if wait_s == first:
+                    log.warning("no Coordinator at %s: %s", self._coordinator, (error.details() or "")[:200])
             if not self.is_finished:
                 self._on_lost()
                 await self._clock.sleep_until(self._clock.now_s() + wait_s)
