@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from shoal.cli import options
+from shoal.cli.screen import Screen
 
 EPILOG = options.examples(
     "shoal edge --coordinator 127.0.0.1:8600 --credential runs/digits/edges.key --port 8501",
@@ -46,6 +47,7 @@ def edge(
         Path | None,
         typer.Option("--restarts", help="Run folder on this machine, whose host is started again if it dies."),
     ] = None,
+    json: options.AsJson = False,
 ) -> None:
     """Hold sessions of devices for a host elsewhere.
 
@@ -72,5 +74,6 @@ def edge(
             coordinator=coordinator, credential=credential, name=name or f"{socket.gethostname()}-{os.getpid()}",
             address=address, port=port, public=public, shares_port=share_port, ca=ca, server_name=server_name,
             tls_cert=tls_cert, tls_key=tls_key, restarts=restarts,
-        )
+        ),
+        screen=Screen(json=json),
     )  # fmt: skip

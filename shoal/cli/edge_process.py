@@ -5,13 +5,15 @@ import logging
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
+from shoal.cli import words
 from shoal.cli.ending import run_until_told
 from shoal.cli.host_checks import joined
 from shoal.cli.host_edges import RESTART, read_credential
+from shoal.cli.screen import Screen
 from shoal.clock import SystemClock
 from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.grpc_server import GrpcServer
@@ -44,7 +46,7 @@ class Settings:
     restarts: Path | None
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, *, screen: Screen) -> None:
     """Serves until the run is over.
 
     Raises:
@@ -56,10 +58,10 @@ def run(settings: Settings) -> None:
     use_one_arena()
     switch_threads_often()
     with tempfile.TemporaryDirectory(prefix="shoal-edge-") as folder:
-        run_until_told(_serve(settings, Path(folder)))
+        run_until_told(_serve(settings, Path(folder), screen))
 
 
-async def _serve(settings: Settings, folder: Path) -> None:
+async def _serve(settings: Settings, folder: Path, screen: Screen) -> None:
     from shoal.fleet.tls import read_tls
 
     restarts = _Restarts(settings.restarts)
@@ -76,9 +78,17 @@ async def _serve(settings: Settings, folder: Path) -> None:
         await server.start()
         if not settings.public and settings.address not in ("0.0.0.0", "::"):
             node.address = joined(settings.address, server.own_port)
-        print(f"listening on {joined(settings.address, server.port)}", flush=True)
+        line = f"listening on {joined(settings.address, server.port)}"
+        screen.say(line) if screen.json else screen.line(line)
         await node.run()
         await server.until_quiet(quiet_s=QUIET_S, longest_s=LINGER_S)
+        seen = node.door.edge.statistics() if node.door.edge is not None else None
+        if seen is not None:
+            screen.line(
+                f"the run is over; since it attached last: {words.count(seen.check_ins, 'check-in')}, {seen.counted} counted, "
+                f"sent down {words.size(seen.down_bytes)}, up {words.size(seen.up_bytes)}"
+            )
+            screen.document(asdict(seen) | {"name": settings.name})
     finally:
         await server.close(grace_s=0.2)
 
