@@ -99,7 +99,14 @@ class Local:
     """What becomes of the steps of a device that is interrupted for good: dropped, or reported. With `fednova` every
     device's update is divided by its steps and the mean multiplied by the mean number of steps (Wang et al. 2020)."""
 
+    holdout: float = 0.0
+    """Share of a device's examples that training leaves out, for `shoal.evaluation`; in [0, 1)."""
+    part: Literal["training", "held_out"] = "training"
+    """Which part of the examples is used; `held_out` is for evaluation."""
+
     def __post_init__(self) -> None:
+        if not 0.0 <= self.holdout < 1.0:
+            raise ValueError(f"Expected 0 <= holdout < 1, got holdout={self.holdout!r}.")
         validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
         if self.max_examples < self.epochs:
             raise ValueError(f"Expected max_examples >= epochs={self.epochs}, got max_examples={self.max_examples}.")
@@ -150,6 +157,10 @@ class Task:
     """What people are told of it."""
     heeds_mask: bool = True
     """False: the model mixes examples without looking at the mask, so a partial batch is refused."""
+    aggregator: Literal["weighted_mean", "evaluation", "statistics"] = "weighted_mean"
+    """What the server makes of the sums; the others are set by `shoal.evaluation` and `shoal.statistics`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the aggregator, as JSON."""
     rule: "Callable[[Task], LocalRule] | None" = None
     """Makes another local rule than `local.sgd_rule` of this task."""
 

@@ -132,6 +132,23 @@ def holdout(labels: np.ndarray, *, fraction: float, seed: int) -> tuple[np.ndarr
     return np.flatnonzero(~is_test), np.flatnonzero(is_test)
 
 
+def held_out_part(num_examples: int, *, fraction: float, is_held_out: bool) -> np.ndarray:
+    """Indices of what a device holds out of training, or of the rest: every so many-th of its examples, by position.
+
+    Whether an example is held out depends on its position alone, so that those that are added later move none.
+
+    Args:
+        num_examples: N.
+        fraction: the part held out, in [0, 1); floor(N * fraction) examples are.
+        is_held_out: which part.
+
+    >>> held_out_part(10, fraction=0.2, is_held_out=True).tolist()
+    [4, 9]
+    """
+    steps = np.floor(np.arange(num_examples + 1) * fraction)
+    return np.flatnonzero((np.diff(steps) > 0) == is_held_out)
+
+
 def _proportions(num_users: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
     if math.isinf(alpha):
         return np.full(num_users, 1 / num_users)

@@ -12,7 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from shoal.aggregate.commit import CallProgram, WeightedMean
+from shoal.aggregate.choose import aggregator_of
+from shoal.aggregate.commit import CallProgram
 from shoal.clock import Clock, SystemClock
 from shoal.errors import StoreError
 from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
@@ -116,7 +117,9 @@ class Host:
         self.store, self.run_id, self.plan = store, run_id, found.plan
         self.population = found.row.population
         self.last_version = int(found.config["rounds"]) if rounds is None else rounds
-        clock = clock or SystemClock()
+        clock, half = clock or SystemClock(), found.plan.manifest.server
+        self.listeners: list[Callable[[Commit], None]] = [on_commit]
+        """Told of each version once it is durable."""
         self.edge = Edge(
             plan=found.plan,
             run=run_id,
@@ -132,7 +135,7 @@ class Host:
             run=run_id,
             manifest=found.plan.manifest,
             edge=self.edges or self.edge,
-            aggregator=WeightedMean(found.plan.manifest.server.rule, call=call_program),
+            aggregator=aggregator_of(half.aggregator, half.rule, half.options, call=call_program),
             token_key=keys.token,
             run_seed=run_seed(int(found.config["seed"])),
             last_version=self.last_version,
@@ -141,11 +144,15 @@ class Host:
             events_kept=int(found.config.get("events_kept", EVENTS_KEPT)),
             population=found.row.population,
             retention=Retention.of(found.config),
-            on_commit=on_commit,
+            on_commit=self._committed,
         )
         self._clock, self._keys = clock, keys
         if self.edges is not None:
             self.edges.join(HERE, self.edge)
+
+    def _committed(self, commit: Commit) -> None:
+        for listener in self.listeners:
+            listener(commit)
 
     def server(self, *, address: str, tls: Tls | None = None) -> GrpcServer:
         """A gRPC server for this host's Edge; start it, then `run`."""

@@ -63,7 +63,9 @@ def build(task: Task, *, seed: int = 0) -> Built:
     batch = tuple(
         TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in sorted(task.batch.items())
     )
-    half = ServerHalf(rounds=task.rounds, rule=server, about=task.about)
+    half = ServerHalf(
+        rounds=task.rounds, rule=server, about=task.about, aggregator=task.aggregator, options=task.options
+    )  # fmt: skip
     manifest = Manifest(
         task=task.name,
         programs=tuple(program for program, _ in made),
@@ -125,6 +127,8 @@ def _training(task: Task) -> Training:
         whole_batches=not task.heeds_mask,
         drop_remainder=task.local.drop_remainder,
         evaluate_batch_size=EVALUATE_BATCH_SIZE,
+        holdout=task.local.holdout,
+        part=task.local.part,
     )
 
 

@@ -13,9 +13,10 @@ HEED_THE_MASK: Final = "Give the model's __call__ a `mask` argument and pass it 
 
 def obstacle(training: Training, num_examples: int) -> str:
     """What keeps a user with so many examples from taking part; "" where nothing does."""
-    size = training.batch_size
+    size, held = training.batch_size, num_examples
+    num_examples = training.num_used(num_examples)
     if not num_examples:
-        return EMPTY
+        return EMPTY if not held else f"too few examples to hold {training.holdout:.0%} of them out"
     if training.drop_remainder:
         return f"fewer examples than a batch of {size}" if num_examples < size else ""
     # Of more examples than a round takes, as many whole batches are drawn as it does.

@@ -7,6 +7,7 @@ Programs are named by hash and travel apart, so that a device takes only the var
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
+from math import floor
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
@@ -17,6 +18,8 @@ from shoal.tensors import PARSE_ERRORS, TensorSpec, canonical_json, check_hash, 
 
 FORMAT: Final = "shoal-plan/1"
 SERVER_FORMAT: Final = "shoal-server-half/1"
+AGGREGATORS: Final[Mapping[str, str]] = {"weighted_mean": "train", "evaluation": "evaluate", "statistics": "statistics"}
+"""Aggregation rule -> what the metrics of its cohorts are called by."""
 DEVICE_PROGRAMS: Final = ("begin", "block", "finish")
 """What a member must be able to run."""
 OPTIONAL_PROGRAMS: Final = ("evaluate", "predict", "keys")
@@ -125,16 +128,30 @@ class Training:
     """A partial last batch is left out."""
     evaluate_batch_size: int
     """Batch of the `evaluate` and `predict` programs."""
+    holdout: float = 0.0
+    """Share of a device's examples that is kept for evaluation (`data.split.held_out_part` says which)."""
+    part: Literal["training", "held_out"] = "training"
+    """Which part the programs are fed: what is not held out, or what is."""
 
     def __post_init__(self) -> None:
         validate.types(self)
+        validate.one_of(("training", "held_out"), part=self.part)
+        if not 0.0 <= self.holdout < 1.0 or (self.part == "held_out" and not self.holdout):
+            raise ValueError(f"Expected 0 <= holdout < 1, above 0 for the part held out, got holdout={self.holdout!r}.")
         validate.positive(batch_size=self.batch_size, steps_per_block=self.steps_per_block, epochs=self.epochs)
         validate.positive(max_weight=self.max_weight, evaluate_batch_size=self.evaluate_batch_size)
         if self.max_examples < self.epochs:
             raise ValueError(f"Expected max_examples >= epochs={self.epochs}, got max_examples={self.max_examples}.")
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        made = {f.name: getattr(self, f.name) for f in fields(self)}
+        # Plans that hold nothing out stay as they were; a device that does not know of it refuses those that do.
+        return made if self.holdout else {name: made[name] for name in made if name not in ("holdout", "part")}
+
+    def num_used(self, num_examples: int) -> int:
+        """How many of a device's examples the programs are fed in an epoch, at most."""
+        held_out = floor(num_examples * self.holdout)
+        return held_out if self.part == "held_out" else num_examples - held_out
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,16 +196,24 @@ class ServerHalf:
     needs: Literal["sum", "group_sums", "updates"] = "sum"
     """What the aggregation looks at: one sum, the groups' sums, or single updates."""
     aggregator: str = "weighted_mean"
-    """The aggregation rule."""
+    """The aggregation rule, one of `AGGREGATORS`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the aggregation rule, as JSON."""
 
     def __post_init__(self) -> None:
         validate.types(self)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        made = {
             "format": SERVER_FORMAT, "rounds": self.rounds.to_json(), "rule": self.rule.to_json(),
             "about": self.about.to_json(), "needs": self.needs, "aggregator": self.aggregator,
         }  # fmt: skip
+        return {**made, "options": dict(self.options)} if self.options else made
+
+    @property
+    def metrics_prefix(self) -> str:
+        """What the cohorts' metrics are called by."""
+        return AGGREGATORS[self.aggregator]
 
     @property
     def data(self) -> bytes:
@@ -203,7 +228,7 @@ class ServerHalf:
             if value.pop("format") != SERVER_FORMAT:
                 raise ValueError(f"this version reads {SERVER_FORMAT!r}")
             validate.one_of(("sum",), needs=value["needs"])
-            validate.one_of(("weighted_mean",), aggregator=value["aggregator"])
+            validate.one_of(tuple(AGGREGATORS), aggregator=value["aggregator"])
             parts = {
                 "rounds": RoundPolicy.from_json(value["rounds"]),
                 "rule": ServerRule.from_json(value["rule"]),

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from shoal.data.batch import Blocks
+from shoal.data.split import held_out_part
 from shoal.data.store import Examples
 from shoal.errors import DataError, DeviceError
 from shoal.plan.left_out import HEED_THE_MASK, obstacle
-from shoal.plan.manifest import Manifest
+from shoal.plan.manifest import Manifest, Training
 from shoal.plan.runner import Runner, Update
 from shoal.tensors import Tensors
 
@@ -77,7 +78,7 @@ def train(
     if why := obstacle(training, len(examples)):
         hint = f" {HEED_THE_MASK}" if training.whole_batches and len(examples) else ""
         raise DataError(f"{member!r} cannot take part in task {manifest.task!r}: it has {why}.{hint}")
-    chosen = _at_most(conform(examples, manifest), most, randomness.rng)
+    chosen = _at_most(_part(conform(examples, manifest), training), most, randomness.rng)
     blocks = Blocks(
         chosen,
         batch_size=training.batch_size,
@@ -142,6 +143,14 @@ def _cast(values: np.ndarray, dtype: "np.dtype[Any]", name: str) -> np.ndarray:
     if dtype.kind in "iu" and not np.array_equal(made, values):
         raise DataError(f"Expected {name} to fit {dtype}, got values from {values.min()} to {values.max()}.")
     return made
+
+
+def _part(examples: Examples, training: Training) -> Examples:
+    """What the task is fed of a device's examples."""
+    if not training.holdout:
+        return examples
+    is_held_out = training.part == "held_out"
+    return Examples(examples.take(held_out_part(len(examples), fraction=training.holdout, is_held_out=is_held_out)))
 
 
 def _at_most(examples: Examples, most: int, rng: np.random.Generator) -> Examples:

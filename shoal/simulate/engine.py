@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from shoal.aggregate.commit import WeightedMean
+from shoal.aggregate.choose import aggregator_of
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, StoreError, UpdateRefused
 from shoal.fleet.configuration import Configuration, configure
@@ -174,7 +174,8 @@ class _Engine:
         self.seed = run_seed(seed)
         self.states: dict[str, Tensors] = {}
         self.next_round = 1
-        self.aggregator = WeightedMean(plan.manifest.server.rule, call=self.runner.call)
+        half = plan.manifest.server
+        self.aggregator = aggregator_of(half.aggregator, half.rule, half.options, call=self.runner.call)
         self.compile_s = self.runner.compile()
 
     @property
@@ -209,7 +210,8 @@ class _Engine:
             version=version + 1, model=model, server_state=server_state, round=number, members=sums.members,
             weight=sums.weight, created_s=time.time(),
         )  # fmt: skip
-        metrics = {f"train/{name}": value for name, value in sums.metrics().items()}
+        prefix = self.manifest.server.metrics_prefix
+        metrics = {f"{prefix}/{name}": value for name, value in sums.metrics().items()}
         if self.compile_s:
             seconds["compile"], self.compile_s = self.compile_s, 0.0
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)

@@ -1,0 +1,30 @@
+"""Which aggregation rule a plan names."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from shoal.aggregate.commit import Aggregator, CallProgram, WeightedMean
+from shoal.aggregate.keep import Keep
+from shoal.policy import ServerRule
+
+
+def aggregator_of(
+    name: str, rule: ServerRule, options: Mapping[str, Any], *, call: CallProgram | None = None
+) -> Aggregator:
+    """The rule of that name.
+
+    Args:
+        name: as the server half of the plan says.
+        rule: the server's step, for a weighted mean.
+        options: of the rule, as JSON.
+        call: runs the plan's server programs.
+
+    Raises:
+        ValueError: this version has no rule of that name, or the options are not its.
+    """
+    match name:
+        case "weighted_mean":
+            return WeightedMean(rule, call=call)
+        case "evaluation":
+            return Keep()
+    raise ValueError(f"Expected an aggregation rule that this version has, got {name!r}.")
