@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shoal.local import LocalRule, Report
     from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
     from shoal.task import Local, Loss, Sum, Task, Variables
+    from shoal.task_evaluation import evaluation
     from shoal.weights import from_safetensors
 
 _HOMES = {
@@ -32,6 +33,7 @@ _HOMES = {
     "Sum": "shoal.task",
     "Task": "shoal.task",
     "Variables": "shoal.task",
+    "evaluation": "shoal.task_evaluation",
     "from_safetensors": "shoal.weights",
     "load": "shoal.api",
     "simulate": "shoal.api",
@@ -56,6 +58,7 @@ __all__ = [
     "__version__",
     "data",
     "errors",
+    "evaluation",
     "from_safetensors",
     "load",
     "record",

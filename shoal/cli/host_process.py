@@ -17,17 +17,20 @@ from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
 from shoal.cli.host_checks import joined, reserve
 from shoal.cli.host_edges import EdgeSettings, attached
-from shoal.cli.host_run import ServedRun
+from shoal.cli.host_run import ServedRun, follow
 from shoal.cli.run_summary import RunSummary, summarize
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples
 from shoal.errors import StoreError
 from shoal.fleet import tls as tls_files
+from shoal.fleet.following import Following
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.process import collect_rarely, switch_threads_often, use_one_arena
 from shoal.fleet.several import SeveralHosts
+from shoal.plan.plan import Plan
+from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store
@@ -93,6 +96,8 @@ def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tupl
         built.append(build_in_child(task, seed=asked.seed, policy=asked.policy, each=asked.policies))
     names = [plan.manifest.task for plan, _ in built]
     asked.refuse_strangers(names)
+    for plan, _ in built:
+        _refuse_alone(plan, names)
     folder = run_folder.new_folder(run, names[0])
     signing = HostKeys.load_or_make(folder).signing
     store = open_store(folder)
@@ -108,6 +113,14 @@ def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tupl
     finally:
         store.close()
     return folder, tuple(run_ids)
+
+
+def _refuse_alone(plan: Plan, names: Sequence[str]) -> None:
+    follows = plan.manifest.server.options.get("follows")
+    if plan.manifest.server.aggregator == "evaluation" and follows not in names:
+        raise ValueError(
+            f"Task {plan.manifest.task!r} evaluates task {follows!r}: name that one too, so that there is something to evaluate."
+        )
 
 
 def run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
@@ -143,21 +156,25 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
 
 
 async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
-    several = len(settings.run_ids) > 1
     runs: list[ServedRun] = []
     try:
-        for run_id in settings.run_ids:
+        plans = {run_id: load_plan(store, run_id).plan for run_id in settings.run_ids}
+        following = [run_id for run_id, plan in plans.items() if plan.manifest.server.aggregator == "evaluation"]
+        several = len(plans) > 1 or bool(following)
+        for run_id in plans.keys() - set(following):
             runs.append(
                 ServedRun(
                     store, run_id, keys, held_out, screen, rounds=settings.rounds, among=several,
                     several_edges=settings.several_edges,
                 )
             )  # fmt: skip
+        runs.sort(key=lambda run: settings.run_ids.index(run.host.run_id))
         tls, ca = _tls(settings)
         evaluations = [run.evaluation for run in runs if run.evaluation is not None]
         if settings.several_edges:
             return await _serve_edges(settings, runs[0].host, evaluations, tls, ca, keys, screen)
-        host = _together(store, runs) if several else runs[0].host
+        evaluated = [follow(store, run_id, keys, screen) for run_id in following]
+        host = _together(store, runs, evaluated) if several else runs[0].host
         async with served(host, evaluations, address=joined(settings.address, settings.port), tls=tls) as server:
             _announce(settings, server.port, ca, keys, screen)
             await host.run()
@@ -207,11 +224,12 @@ async def _serve_edges(
             held.close()
 
 
-def _together(store: Store, runs: Sequence[ServedRun]) -> SeveralHosts:
-    configs = {run.host.run_id: store.run(run.host.run_id).config for run in runs}
+def _together(store: Store, runs: Sequence[ServedRun], evaluated: Sequence[Following]) -> SeveralHosts:
+    run_ids = [*(run.host.run_id for run in runs), *(each.run_id for each in evaluated)]
+    configs = {run_id: store.run(run_id).config for run_id in run_ids}
     weights = {run_id: float(config.get("weight", 1.0)) for run_id, config in configs.items()}
     by_order = any(config.get("order") for config in configs.values())
-    return SeveralHosts([run.host for run in runs], weights=weights, by_order=by_order)
+    return SeveralHosts([run.host for run in runs], evaluated, weights=weights, by_order=by_order)
 
 
 @asynccontextmanager

@@ -1,11 +1,15 @@
 """One of the runs that a host process serves: its host, what runs its server programs, what evaluates and tells of it."""
 
+from collections.abc import Mapping
+
 from shoal.aggregate.commit import CallProgram
 from shoal.cli import words
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.clock import SystemClock
 from shoal.data.store import Examples
 from shoal.fleet.coordinator import Commit
+from shoal.fleet.following import Following
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.plan.child import ChildRunner
@@ -55,6 +59,19 @@ class ServedRun:
         if self.evaluation is not None:
             self.evaluation.close()
         self._programs.close()
+
+
+def follow(store: Store, run_id: str, keys: HostKeys, screen: Screen) -> Following:
+    """An evaluation of the run that it follows."""
+
+    def told(version: int, metrics: Mapping[str, float]) -> None:
+        screen.say(f"{name}  version {version} evaluated on devices: {words.values(dict(metrics))}")
+
+    made = Following(
+        store, run_id, make_host=lambda last: Host(store, run_id, keys, rounds=last), clock=SystemClock(), on_metrics=told
+    )  # fmt: skip
+    name = store.run(made.followed).name
+    return made
 
 
 def _evaluation(

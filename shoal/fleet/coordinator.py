@@ -466,7 +466,13 @@ class Coordinator:
             groups=rows,
             counted=[counted for group in closed for counted in group.counted],
             metrics=[
-                MetricRow(version=head.version, name=f"{self._manifest.server.metrics_prefix}/{name}", value=value, scope="cohort", time_s=time_s)
+                MetricRow(
+                    version=head.version,
+                    name=f"{self._manifest.server.metrics_prefix}/{name}",
+                    value=value,
+                    scope="cohort",
+                    time_s=time_s,
+                )
                 for name, value in metrics.items()
             ],
             usage=usage,

@@ -5,13 +5,14 @@ The record has one writer at a time however many Coordinators there are, so comm
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import final
+from collections.abc import Coroutine, Mapping, Sequence
+from typing import Any, final
 
 import numpy as np
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import ShoalError
+from shoal.fleet.following import Following
 from shoal.fleet.frontdoor import Frontdoor, Served
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host
@@ -26,6 +27,7 @@ class SeveralHosts:
     def __init__(
         self,
         hosts: Sequence[Host],
+        evaluations: Sequence[Following] = (),
         *,
         weights: Mapping[str, float] | None = None,
         by_order: bool = False,
@@ -35,17 +37,24 @@ class SeveralHosts:
         """
         Args:
             hosts: one for each run; in their order where `by_order` is set.
+            evaluations: of runs of the same record.
             weights: run -> its share of the devices, beside those of the others; 1 where it is not named.
             by_order: devices go to the first run that wants some; else by weight.
             clock: time.
             rng: draws devices; None: seeded by the system.
         """
-        self.hosts = tuple(hosts)
+        self.hosts, self.evaluations = tuple(hosts), tuple(evaluations)
+        self._weights = weights or {}
         self.frontdoor = Frontdoor(
             clock=clock or SystemClock(), rng=rng or np.random.default_rng(), by_order=by_order
         )  # fmt: skip
-        for host in self.hosts:
-            self.frontdoor.serve(served(host), weight=(weights or {}).get(host.run_id, 1.0))
+        for host in (*self.hosts, *(each.host for each in self.evaluations)):
+            self._serve(host)
+        for each in self.evaluations:
+            self.frontdoor.rest(each.run_id)
+
+    def _serve(self, host: Host) -> None:
+        self.frontdoor.serve(served(host), weight=self._weights.get(host.run_id, 1.0))
 
     def server(self, *, address: str, tls: Tls | None = None) -> GrpcServer:
         """A gRPC server for all of them; start it, then `run`."""
@@ -53,21 +62,38 @@ class SeveralHosts:
 
     async def run(self) -> None:
         """Runs each to its last version. One that fails leaves the others alone; its error is raised at the end."""
-        outcomes = await asyncio.gather(*map(self._run, self.hosts))
+        # An evaluation whose training run was finished before has only its last version to measure.
+        for each in self.evaluations:
+            if each.followed not in {host.run_id for host in self.hosts}:
+                each.ended()
+        outcomes = await asyncio.gather(*map(self._train, self.hosts), *map(self._evaluate, self.evaluations))
         failed = [error for error in outcomes if error is not None]
         if failed:
             raise failed[0]
 
-    async def _run(self, host: Host) -> ShoalError | None:
+    async def _train(self, host: Host) -> ShoalError | None:
+        following = [each for each in self.evaluations if each.followed == host.run_id]
+        host.listeners += [lambda _, each=each: each.committed() for each in following]  # type: ignore[misc]
+        try:
+            return await self._until_over(host.run_id, host.plan.manifest.task, host.run())
+        finally:
+            for each in following:
+                each.ended()
+
+    async def _evaluate(self, each: Following) -> ShoalError | None:
+        running = each.run(self._serve, lambda: self.frontdoor.rest(each.run_id))
+        return await self._until_over(each.run_id, each.host.plan.manifest.task, running)
+
+    async def _until_over(self, run_id: str, task: str, running: Coroutine[Any, Any, None]) -> ShoalError | None:
         why = "the run has failed"
         try:
-            await host.run()
+            await running
             why = "the run is over"
         except ShoalError as error:
-            log.error("task %s has failed, the others go on: %s", host.plan.manifest.task, error)
+            log.error("task %s has failed, the others go on: %s", task, error)
             return error
         finally:
-            self.frontdoor.over(host.run_id, why)
+            self.frontdoor.over(run_id, why)
         return None
 
 

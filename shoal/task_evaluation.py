@@ -1,0 +1,81 @@
+"""Evaluation on devices: a task that measures the versions of another on examples that its training leaves out.
+
+    train = shoal.Task(…, local=shoal.Local(holdout=0.2))
+    measure = shoal.evaluation(train, every=5)
+
+Served together (`shoal host file.py:train file.py:measure`), every fifth version of `train`, and the last, is sent to
+devices, which evaluate it on the part of their examples that is held out; only sums leave them, added up over at least
+the smallest group. The metrics go into the record of the training run, under the version that they are of, by the names
+`evaluate/…`. Nothing is learned: the line of an evaluation repeats the versions that it has measured.
+"""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+
+from shoal import validate
+from shoal.local import LocalRule, Named, Report, evaluate_bounds, evaluator, metric_sums, model_specs
+from shoal.policy import Late, RoundPolicy, ServerRule
+from shoal.task import Task
+
+
+def evaluation(task: Task, *, every: int = 1, name: str = "", rounds: RoundPolicy | None = None) -> Task:
+    """A task that evaluates the versions of `task` on devices.
+
+    Args:
+        task: what is trained; it has `evaluate`, and `Local(holdout=…)` above 0.
+        every: versions of the training run from one that is evaluated to the next; the last one always is.
+        name: of the new task; `<task>-evaluate` if not given.
+        rounds: how its rounds are run; like the task's own, without late updates, if not given.
+
+    Raises:
+        ValueError: the task has no `evaluate`, holds nothing out, or keeps part of the model on devices.
+    """
+    validate.positive(every=every)
+    if task.evaluate is None:
+        raise ValueError(f"Task {task.name!r} has no `evaluate`: there is nothing to measure. Give it one.")
+    if not task.local.holdout:
+        raise ValueError(
+            f"Task {task.name!r} trains on all examples: set local=shoal.Local(holdout=0.2, …), so that a fifth of each "
+            "device's is left for evaluation."
+        )
+    if private := [spec.name for spec in model_specs(task) if task.leaf_rule(spec.name) == "private"]:
+        raise ValueError(
+            f"Expected a model that the server has whole; {private[0]} of task {task.name!r} stays on devices."
+        )
+    own = replace(task.rounds, late=Late(), buffer=0, concurrency=0, group_size=0)
+    return replace(
+        task, name=name or f"{task.name}-evaluate", local=replace(task.local, epochs=1, part="held_out", drop_remainder=False, partial="drop"),
+        rounds=rounds or own, server=ServerRule(), evaluate=None, predict=None, penalty=None, heeds_mask=True,
+        rule=lambda made: evaluation_rule(task, made.local.max_examples),
+        aggregator="evaluation", options={"follows": task.name, "every": every},
+    )  # fmt: skip
+
+
+def evaluation_rule(task: Task, max_examples: int) -> LocalRule:
+    """One pass over the examples, that adds up the metrics of the model as it was sent."""
+    evaluate, bounds = evaluator(task), evaluate_bounds(task)
+    assert evaluate is not None
+    sums = [f"{name}/{part}" for name in bounds for part in ("denominator", "numerator")]
+
+    def begin(broadcast: Named, device_state: Named) -> Named:
+        zeros = {f"metric/{name}": jnp.zeros((), jnp.float32) for name in sums}
+        return dict(sorted({**broadcast, **zeros, "weight": jnp.zeros((), jnp.int32)}.items()))
+
+    def block(carry: Named, batches: Named, mask: jnp.ndarray, key: jnp.ndarray) -> Named:
+        carry = dict(carry)
+        for k in range(mask.shape[0]):
+            made = evaluate(carry, {name: values[k] for name, values in batches.items()}, mask[k])
+            live = jnp.any(mask[k])
+            for name in sums:
+                carry[f"metric/{name}"] += jnp.where(live, made[name], jnp.zeros((), jnp.float32))
+            carry["weight"] += jnp.sum(mask[k], dtype=jnp.int32)
+        return carry
+
+    def finish(carry: Named, broadcast: Named) -> Report:
+        return Report({}, carry["weight"], {name: carry[f"metric/{name}"] for name in sums}, {})
+
+    return LocalRule(
+        begin=begin, block=block, finish=finish, broadcast=model_specs(task), device_state=(),
+        sums=metric_sums(bounds, max_examples),
+    )  # fmt: skip
