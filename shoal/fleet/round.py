@@ -319,6 +319,10 @@ class RoundMachine:
             "rng": self._rng.bit_generator.state
         }
 
+    def nonces(self) -> dict[str, bytes]:
+        """Of the devices that it has had to do with in this version."""
+        return dict(self._nonces)
+
     @classmethod
     def restored(
         cls,

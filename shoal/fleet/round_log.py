@@ -14,7 +14,7 @@ Form: zlib of canonical JSON, `{"format": "shoal-round-log/1", policy, last_vers
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
@@ -63,7 +63,7 @@ class RoundRecorder:
             self._saved, self._steps, self._size, self._left_out = self._machine.saved(), [], 0, 0
             self._nonces = {}
         elif isinstance(event, r.Failed):
-            self._nonces = self._machine.saved()["_nonces"]  # the machine forgets them with its members
+            self._nonces = self._machine.nonces()  # the machine forgets them with its members
         commands = self._machine.step(event, now_s)
         self._size += len(event.devices) if isinstance(event, r.Arrived) else 1
         if self._size <= self._most:
@@ -75,10 +75,10 @@ class RoundRecorder:
     def data(self) -> bytes:
         """The log of the round that is being closed; nothing steps the machine meanwhile."""
         assert self._saved is not None, "a round has begun"
-        names = _Names(self._nonces | self._machine.saved()["_nonces"])
+        names = _Names(self._nonces | self._machine.nonces())
         state = _state_to_json(self._saved, names)
         policy = self._machine.policy.to_json()
-        policy["selection"] = {**policy["selection"], "ids": [names.device(i) for i in policy["selection"]["ids"]]}
+        policy["selection"] = {**policy["selection"], "ids": names.some_devices(policy["selection"]["ids"])}
         steps = [
             [at_s, _to_json(event, names), [_to_json(command, names) for command in commands]]
             for at_s, event, commands in self._steps
@@ -110,6 +110,12 @@ class _Names:
             number = self._nonces[nonce] = self._new()
         return number
 
+    def some_devices(self, devices: Iterable[str]) -> list[int]:
+        return [self.device(device) for device in devices]
+
+    def some_nonces(self, nonces: Iterable[bytes]) -> list[int]:
+        return sorted(map(self.nonce, nonces))
+
     def _new(self) -> int:
         self._count += 1
         return self._count
@@ -120,50 +126,41 @@ def _nonce(number: int) -> bytes:
 
 
 def _to_json(said: r.Event | r.Command, names: _Names) -> list[Any]:
-    cls = type(said)
-    return [cls.__name__, *(_field_to_json(name, getattr(said, name), names) for name in _FIELDS[cls])]
-
-
-def _field_to_json(name: str, value: Any, names: _Names) -> Any:
-    if name == "devices":
-        return [names.device(device) for device in value]
-    if name == "device":
-        return names.device(value)
-    if isinstance(value, bytes):
-        return names.nonce(value)
-    if isinstance(value, frozenset):
-        return sorted(names.nonce(nonce) for nonce in value)
-    return _plain(name, value)
+    made: list[Any] = [type(said).__name__]
+    for name in _FIELDS[type(said)]:
+        value = getattr(said, name)
+        made.append(value if value is None or name not in _TO_JSON else _TO_JSON[name](names, value))
+    return made
 
 
 def _from_json(said: list[Any]) -> Any:
     cls = _CLASSES[said[0]]
-    return cls(**{name: _field_from_json(name, value) for name, value in zip(_FIELDS[cls], said[1:], strict=True)})
+    told = zip(_FIELDS[cls], said[1:], strict=True)
+    return cls(**{n: v if v is None or n not in _FROM_JSON else _FROM_JSON[n](v) for n, v in told})
 
 
-def _field_from_json(name: str, value: Any) -> Any:
-    if name == "devices":
-        return tuple(map(str, value))
-    if name == "device":
-        return str(value)
-    if name == "nonce":
-        return _nonce(value)
-    if isinstance(value, list):
-        return frozenset(map(_nonce, value))
-    return value
+_TO_JSON: Final[Mapping[str, Callable[[_Names, Any], Any]]] = {
+    "device": _Names.device, "devices": _Names.some_devices, "nonce": _Names.nonce,
+    **dict.fromkeys(("nonces", "counted", "closed"), _Names.some_nonces),
+}  # fmt: skip
+"""Fields of events and commands that name somebody; the others are plain."""
+_FROM_JSON: Final[Mapping[str, Callable[[Any], Any]]] = {
+    "device": str, "devices": lambda numbers: tuple(map(str, numbers)), "nonce": _nonce,
+    **dict.fromkeys(("nonces", "counted", "closed"), lambda numbers: frozenset(map(_nonce, numbers))),
+}  # fmt: skip
 
 
 def _state_to_json(saved: Mapping[str, Any], names: _Names) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for name, value in saved.items():
         if name == "_nonces":
-            made[name] = [names.device(device) for device in value]
+            made[name] = names.some_devices(value)
         elif name == "_waiting":
             made[name] = [[names.device(device), edge] for device, edge in value.items()]
         elif name == "_edges":
             made[name] = list(value)
         elif name in _NONCES:
-            made[name] = sorted(map(names.nonce, value))
+            made[name] = names.some_nonces(value)
         elif name in _BY_NONCE:
             made[name] = [[names.nonce(nonce), of] for nonce, of in value.items()]
         elif isinstance(value, r.Phase):

@@ -4,7 +4,8 @@ import asyncio
 import json
 import zlib
 from collections.abc import Callable
-from typing import Any
+from dataclasses import fields
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from shoal.errors import StoreError
 from shoal.fleet import round as r
-from shoal.fleet.round_log import RoundRecorder, replay
+from shoal.fleet.round_log import _FROM_JSON, _TO_JSON, RoundRecorder, replay
 from shoal.policy import Late, RoundPolicy
 from tests.fleet import toy
 
@@ -181,6 +182,12 @@ def test_a_machine_of_whose_state_a_log_knows_nothing_is_a_bug() -> None:
     made.step(r.Started(0, 0), 0.0)
     with pytest.raises(TypeError, match="_new"):
         made.data()
+
+
+def test_no_field_of_an_event_or_command_names_somebody_unseen() -> None:
+    plain = {"why", "reason", "edge", "version", "round", "base_version", "staleness", "time_s"}
+    found = {field.name for cls in (*get_args(r.Event), *get_args(r.Command)) for field in fields(cls)}
+    assert found - plain == set(_TO_JSON) == set(_FROM_JSON)
 
 
 @toy.in_loop
