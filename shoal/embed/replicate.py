@@ -20,7 +20,7 @@ from shoal.embed.trace import Trace
 
 
 def replicate_residual(
-    layout: Layout, missed: Trace, space: float, settings: Settings | None = None, *, rounds: int = 2
+    layout: Layout, missed: Trace, space: float, settings: Settings | None = None, *, rounds: int = 1
 ) -> Layout:
     """The layout with further copies.
 
