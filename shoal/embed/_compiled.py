@@ -27,11 +27,28 @@ def compiled(function: F) -> F:
     """Compiles the function on first use. What run-time type checks put around it in tests is taken off again."""
     plain = inspect.unwrap(function)
     made: Any = numba.njit(plain, cache=True, nogil=True, error_model="numpy")
+    _take_plain(made)
     try:
         made._cache._cache_file._source_stamp = (made._cache._cache_file._source_stamp, _sources(plain.__module__))
     except AttributeError:  # another Numba than we know: rather compile each time than run what is out of date
         made = numba.njit(plain, nogil=True, error_model="numpy")
+        _take_plain(made)
     return cast(F, made)
+
+
+def _take_plain(made: Any) -> None:
+    """Lets compiled callers compile the function once, not for every width of integer and every constant that they pass."""
+    found = made.get_call_template
+    made.get_call_template = lambda args, kws: found(
+        tuple(map(_plain, args)), {name: _plain(of) for name, of in kws.items()}
+    )
+
+
+def _plain(of: Any) -> Any:
+    types: Any = numba.types
+    of = types.unliteral(of)
+    is_narrow = isinstance(of, types.Integer) and (of.signed or of.bitwidth < 64)
+    return types.int64 if is_narrow else of
 
 
 @cache

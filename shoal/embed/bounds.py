@@ -16,6 +16,7 @@ import heapq
 import numpy as np
 
 from shoal.embed._compiled import compiled
+from shoal.embed._sorted import distinct
 from shoal.embed.choose import Copies, choose_blocks, copies_of
 from shoal.embed.layout import Layout
 from shoal.embed.trace import Trace
@@ -43,7 +44,7 @@ def reads_behind(trace: Trace, is_miss: np.ndarray, layout: Layout) -> np.ndarra
 @compiled
 def _reads_behind(copies: Copies, indptr: np.ndarray, ids: np.ndarray, reads: np.ndarray) -> None:
     for query in range(len(reads)):
-        mine = np.unique(ids[indptr[query] : indptr[query + 1]])
+        mine = distinct(ids[indptr[query] : indptr[query + 1]])
         reads[query] = choose_blocks(copies, mine, len(mine), np.empty(len(mine), np.int64))
 
 

@@ -12,6 +12,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from shoal.embed._compiled import compiled
+from shoal.embed._sorted import distinct, order_of
 from shoal.embed.layout import Layout
 
 MOST_COPIES: Final = 10
@@ -48,7 +49,7 @@ def cover(starts: np.ndarray, blocks: np.ndarray, chosen: np.ndarray) -> None:
         chosen: (n,) int64, written: the place in `blocks` that vector i is read from.
     """
     size, num = int(starts[-1]), len(starts) - 1
-    order = np.argsort(blocks[:size])
+    order = order_of(blocks[:size])
     group, first, count = np.empty(size, np.int64), np.empty(size + 1, np.int64), 0
     for at in range(size):  # groups: the places that name one block
         if at == 0 or blocks[order[at]] != blocks[order[at - 1]]:
@@ -105,7 +106,7 @@ def choose_blocks(copies: Copies, missing: np.ndarray, num_missing: int, chosen:
         cover(starts, blocks, chosen)
         for i in range(num_missing):
             chosen[i] = blocks[chosen[i]]
-    return _num_distinct(chosen, num_missing)
+    return len(distinct(chosen[:num_missing]))
 
 
 @compiled
@@ -125,8 +126,3 @@ def _num_replicas(copies: Copies, id: int) -> int:
     if len(copies.bounds) == 1:
         return 0
     return int(min(MOST_COPIES - 1, copies.bounds[id + 1] - copies.bounds[id]))
-
-
-@compiled
-def _num_distinct(chosen: np.ndarray, size: int) -> int:
-    return len(np.unique(chosen[:size])) if size else 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from shoal.embed._compiled import compiled
 from shoal.embed._memory import copy, prefetch
+from shoal.embed._sorted import distinct, first_at, order_of
 from shoal.embed.cache import (
     CAPACITY,
     HAS_SKETCH,
@@ -138,7 +139,7 @@ def _lies_in(view: View, id: int, slots_per_block: int, blocks: np.ndarray) -> b
         return True
     if len(view.replica_ids) == 0:
         return False
-    r = np.searchsorted(view.replica_ids, id)
+    r = first_at(view.replica_ids, id)
     while r < len(view.replica_ids) and view.replica_ids[r] == id:
         if view.replica_valid[r] and _is_among(blocks, view.replica_slots[r] // slots_per_block):
             return True
@@ -148,7 +149,7 @@ def _lies_in(view: View, id: int, slots_per_block: int, blocks: np.ndarray) -> b
 
 @compiled
 def _is_among(rising: np.ndarray, number: int) -> bool:
-    at = np.searchsorted(rising, number)
+    at = first_at(rising, number)
     return bool(at < len(rising) and rising[at] == number)
 
 
@@ -226,7 +227,7 @@ def plan_reads(view: View, slots_per_block: int, ids: np.ndarray, missed: np.nda
         slots[m] = view.where[ids[missed[m]]]
     if len(view.replica_ids):
         _cover(view, slots_per_block, ids, missed, slots)
-    order = np.argsort(slots, kind="mergesort")  # of a row that is asked for twice the first place comes first
+    order = order_of(slots)  # of a row that is asked for twice the first place comes first
     slots, places = slots[order], missed[order]
     blocks, starts, count = np.empty(len(slots), np.int64), np.empty(len(slots) + 1, np.int64), 0
     for m in range(len(slots)):
@@ -249,7 +250,7 @@ def _cover(view: View, slots_per_block: int, ids: np.ndarray, missed: np.ndarray
         id = ids[missed[m]]
         options[end] = slots[m]
         end += 1
-        r = np.searchsorted(view.replica_ids, id)
+        r = first_at(view.replica_ids, id)
         while r < len(view.replica_ids) and view.replica_ids[r] == id and end - starts[m] < MOST_COPIES:
             if view.replica_valid[r]:
                 options[end] = view.replica_slots[r]
@@ -300,9 +301,13 @@ def admit_round(
         return 0
     taken = 0
     rows = slice(plan.starts[begin], plan.starts[end])
-    order = np.argsort(plan.places[rows]) + plan.starts[begin]  # as they were asked for
-    asked = np.sort(ids) if prefetches and np.any(view.offered[plan.blocks[begin:end]] > 0) else ids
-    block_of = np.repeat(np.arange(begin, end), np.diff(plan.starts[begin : end + 1]))
+    order = order_of(plan.places[rows]) + plan.starts[begin]  # as they were asked for
+    block_of, offers = np.empty(len(order), np.int64), False
+    for b in range(begin, end):
+        offers = offers or view.offered[plan.blocks[b]] > 0
+        block_of[plan.starts[b] - plan.starts[begin] : plan.starts[b + 1] - plan.starts[begin]] = b
+    prefetches = prefetches and offers
+    asked = distinct(ids) if prefetches else ids
     for m in order:
         b = block_of[m - plan.starts[begin]]
         if not prefetches or m != _first(plan, b) or queue.status[b - begin] != OK:
@@ -365,7 +370,7 @@ def is_live(view: View, id: int, slot: int) -> bool:
         return True
     if len(view.replica_ids) == 0 or view.where[id] < 0:
         return False
-    r = np.searchsorted(view.replica_ids, id)
+    r = first_at(view.replica_ids, id)
     while r < len(view.replica_ids) and view.replica_ids[r] == id:
         if view.replica_slots[r] == slot:
             return bool(view.replica_valid[r])

@@ -24,6 +24,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.embed._compiled import compiled
+from shoal.embed._sorted import order_of
 from shoal.embed.trace import Trace
 
 MOST_LOOKED_AT: Final = 4096
@@ -424,7 +425,8 @@ def _candidates(side: np.ndarray, gain: np.ndarray, of: int, above: float) -> np
         if side[vector] == of and gain[vector] > above:
             found[number] = vector
             number += 1
-    return found[np.argsort(-gain[found], kind="mergesort")]
+    best: np.ndarray = found[order_of(-gain[found])]
+    return best
 
 
 @compiled

@@ -13,6 +13,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.embed._compiled import compiled
+from shoal.embed._sorted import order_of
 from shoal.embed.choose import Copies, choose_blocks, copies_of
 from shoal.embed.layout import Layout
 from shoal.embed.partition import Settings, partition
@@ -116,7 +117,7 @@ def _fill(
                         touched[num_touched] = other
                         num_touched += 1
                     together[other] += 1
-        found = touched[:num_touched][np.argsort(-together[touched[:num_touched]], kind="mergesort")]
+        found = touched[:num_touched][order_of(-together[touched[:num_touched]])]
         together[touched[:num_touched]] = 0
         blocks[number, 0] = seed
         for i in range(min(len(found), blocks.shape[1] - 1)):

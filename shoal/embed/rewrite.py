@@ -17,6 +17,7 @@ import numpy as np
 
 from shoal.embed import checksum
 from shoal.embed._compiled import compiled
+from shoal.embed._sorted import distinct, order_of
 from shoal.embed.blockfile import aligned
 from shoal.embed.deltas import Step, undo, write_blocks
 from shoal.embed.kernel import ABSENT
@@ -126,7 +127,7 @@ def saved_reads(
             if where[id] >= 0:
                 old[count], new[count] = where[id] // slots_per_block, new_block[id]
                 count += 1
-        order = np.argsort(old[:count], kind="mergesort")
+        order = order_of(old[:count])
         begin = 0
         while begin < count:  # an old block counts for a new one that takes all that the query wants of it
             end, same = begin, True
@@ -136,7 +137,7 @@ def saved_reads(
             if same:
                 saved[new[order[begin]]] += 1
             begin = end
-        touched = np.unique(new[:count])
+        touched = distinct(new[:count])
         for block in touched:
             saved[block] -= 1
     return saved
