@@ -4,7 +4,11 @@ import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import hypothesis
 import jax
+
+hypothesis.settings.register_profile("shoal", deadline=None)  # machines are shared: a slow moment is no fault
+hypothesis.settings.load_profile("shoal")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

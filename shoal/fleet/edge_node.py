@@ -40,7 +40,7 @@ from shoal.tensors import Index
 log = logging.getLogger("shoal.edge")
 
 RETRY_S: Final = (0.1, 2.0)
-PATIENCE_S: Final = 5.0
+PATIENCE_S: Final = 20.0
 """How long a device waits for an Edge that has no Coordinator at the moment."""
 
 
