@@ -67,7 +67,7 @@ class Errors:
     first_s: float = 0.0
     """Of the first, in seconds since the round began."""
     edge: str = ""
-    """Where the first was; empty where there is one Edge."""
+    """Where the first was, as the Coordinator calls it; empty at the host's own Edge."""
 
     def merge(self, other: "Errors") -> None:
         """Adds others, which happened in the same round."""
@@ -141,9 +141,7 @@ class _Session:
 class Analytics:
     """See the module's text. It holds something of sessions that are open, and of nobody else."""
 
-    def __init__(self, *, edge: str = "") -> None:
-        """`edge`: its name, where there are several."""
-        self._edge = edge
+    def __init__(self) -> None:
         self._seen = Seen()
         self._open: dict[bytes, _Session] = {}
         self._round_began_s = 0.0
@@ -172,7 +170,7 @@ class Analytics:
         """Something failed. `kind` is never a device's own text."""
         if kind not in self._seen.errors and len(self._seen.errors) >= MAX_KINDS:
             kind = OTHER
-        one = Errors(1, max(0.0, now_s - self._round_began_s), self._edge)
+        one = Errors(1, max(0.0, now_s - self._round_began_s))
         self._seen.errors.setdefault(kind, Errors()).merge(one)
 
     # A session's way.

@@ -109,13 +109,15 @@ def test_there_are_never_more_than_so_many_kinds_of_error() -> None:
 
 
 def test_edges_are_added_up_and_the_first_error_is_known() -> None:
-    one, other = Analytics(edge="north"), Analytics(edge="south")
+    one, other = Analytics(), Analytics()
     one.error("protocol", 5.0)
     other.error("protocol", 3.0)
     one.count("check_ins", 4)
     other.count("check_ins", 1)
     sum_ = one.take()
-    sum_.merge(Seen.from_json(json.loads(json.dumps(other.take().to_json()))))
+    said = Seen.from_json(json.loads(json.dumps(other.take().to_json())))
+    said.errors["protocol"].edge = "south"
+    sum_.merge(said)
     assert sum_.errors == {"protocol": Errors(2, 3.0, "south")} and sum_.counts == {"check_ins": 5}
 
 
