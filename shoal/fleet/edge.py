@@ -8,7 +8,7 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 """
 
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol, runtime_checkable
 
@@ -172,6 +172,10 @@ class Edge:
 
     def gather(self) -> None:
         """Nothing to do: one Edge alone has all there is."""
+
+    def neighbours(self, addresses: Sequence[str]) -> None:
+        """Where devices find the other Edges: those that there is no room for here are sent there."""
+        self._streams.neighbours(addresses)
 
     def lose(self, why: str) -> None:
         """Nothing to do: an Edge in the Coordinator's process ends with it."""

@@ -184,6 +184,8 @@ class EdgeNode:
                 edge.withdraw(nonce, lambda gone: far.say(withdrawn=pb.Withdrawn(nonce=nonce, gone=gone)))
             case "dissolve":
                 edge.dissolve(command.dissolve)
+            case "neighbours":
+                edge.neighbours(command.neighbours.addresses)
             case "send_away":
                 edge.send_away(command.send_away)
             case kind:

@@ -14,7 +14,7 @@ No I/O and no clock: calls in, calls out. Everything belongs to one event loop.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Protocol, runtime_checkable
 
@@ -39,6 +39,10 @@ class EdgeLost(NetworkError):
 @runtime_checkable
 class Member(c.Edge, Protocol):
     """One of several Edges. `close_groups` asks at once, and may raise `EdgeLost` when it is awaited."""
+
+    def neighbours(self, addresses: Sequence[str]) -> None:
+        """Where devices find the other Edges."""
+        ...
 
     def lose(self, why: str) -> None:
         """Nobody listens to it any more; what it was asked for is answered as from one that holds nothing."""
@@ -103,6 +107,7 @@ class Edges:
             edge.finish(self._finished)
         elif self._is_open and self._opened is not None:
             edge.open_groups(*self._opened, taken={})
+        self._introduce()
 
     def lost(self, name: str, edge: Member | None = None, *, why: str) -> None:
         """The link to an Edge is broken: what it says is not heard any more, what it held is given up.
@@ -123,6 +128,12 @@ class Edges:
             del self._holder[nonce]
             seat.coordinator.released(nonce)
         seat.edge.lose(why)
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Every Edge is told of the others."""
+        for seat in self._seats.values():
+            seat.edge.neighbours([s.address for s in self._seats.values() if s.address and s is not seat])
 
     # What the Coordinator says.
 

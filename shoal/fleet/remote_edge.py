@@ -8,7 +8,7 @@ and an Edge that says nonsense loses its stream and nothing else.
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
@@ -119,6 +119,9 @@ class RemoteEdge:
             return answer(True)
         self._asked.setdefault(nonce, []).append(answer)
         self._say(withdraw=nonce)
+
+    def neighbours(self, addresses: Sequence[str]) -> None:
+        self._say(neighbours=pb.Neighbours(addresses=addresses))
 
     def dissolve(self, address: str) -> None:
         self._say(dissolve=address)

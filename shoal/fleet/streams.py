@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from itertools import cycle
 from typing import Final
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
@@ -31,6 +32,11 @@ class Streams:
         self.num = 0
         """That are open."""
         self._strangers: Strangers[Session] = Strangers(MAX_STRANGERS)
+        self._neighbours: Iterator[str] = iter(())
+
+    def neighbours(self, addresses: Sequence[str]) -> None:
+        """Other Edges, which are named in turn to those that there is no room for here."""
+        self._neighbours = cycle(addresses)
 
     async def hold(self, session: Session, stream: Stream, handle: Callable[[pb.FromDevice], Awaitable[None]]) -> None:
         """Hands message by message to `handle`, until either side ends the stream and the device has heard its last word.
@@ -75,7 +81,9 @@ class Streams:
 
     async def _read(self, session: Session, stream: Stream, handle: Callable[[pb.FromDevice], Awaitable[None]]) -> None:
         if self.num > MAX_SESSIONS:
-            raise NetworkError("This server holds as many sessions as it may.")
+            later = busy("this server holds as many sessions as it may")
+            later.other_edge = next(self._neighbours, "")
+            return session.send(pb.FromEdge(later=later))
         async with asyncio.timeout(CHECK_IN_WAIT_S) as unknown:
             while not session.is_ended and (message := await stream.read()) is not None:
                 if message.ByteSize() > MAX_CONTROL_BYTES:

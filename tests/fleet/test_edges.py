@@ -12,6 +12,7 @@ import pytest
 
 from shoal.clock import SystemClock
 from shoal.errors import ProtocolError
+from shoal.fleet import streams
 from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer
@@ -210,4 +211,24 @@ async def test_edges_outlive_the_coordinator(tmp_path: Path) -> None:
         await server.close(grace_s=0)
         await link.close()
         with contextlib.suppress(asyncio.CancelledError):
+            await node.end()
+
+
+@toy.in_loop
+async def test_an_edge_that_is_full_names_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with many_edges(policy(), tmp_path) as fleet:
+        nodes = [await fleet.node("one"), await fleet.node("two")]
+        link = GrpcLink(nodes[0].address)
+        async with toy.peer(link, "first") as first:
+            await first.check_in()
+            monkeypatch.setattr(streams, "MAX_SESSIONS", 1)
+            named = ""
+            while not named:  # until the other has come, and this one knows
+                async with toy.peer(link, "second") as second:
+                    kind, later = await second.hear()
+                    assert kind == "later"
+                    named = later.other_edge
+            assert named == nodes[1].address
+        await link.close()
+        for node in nodes:
             await node.end()

@@ -11,7 +11,7 @@ Then all that it knew is gone, but for the store.
 
 import heapq
 import random
-from collections.abc import Callable, Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -367,6 +367,9 @@ class FarEdge:
 
     def gather(self) -> None:
         raise AssertionError("it is one of several")
+
+    def neighbours(self, addresses: Sequence[str]) -> None:
+        """Nobody is full."""
 
     def take_analytics(self) -> Seen:
         return self.edge.take_analytics()

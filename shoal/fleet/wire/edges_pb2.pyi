@@ -134,7 +134,7 @@ class Told(_message.Message):
     def __init__(self, commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("welcome", "open", "assign", "close", "stored", "committed", "failed", "finish", "answer", "withdraw", "dissolve", "send_away")
+    __slots__ = ("welcome", "open", "assign", "close", "stored", "committed", "failed", "finish", "answer", "withdraw", "dissolve", "send_away", "neighbours")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class Command(_message.Message):
     WITHDRAW_FIELD_NUMBER: _ClassVar[int]
     DISSOLVE_FIELD_NUMBER: _ClassVar[int]
     SEND_AWAY_FIELD_NUMBER: _ClassVar[int]
+    NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     open: Open
     assign: Assign
@@ -159,7 +160,8 @@ class Command(_message.Message):
     withdraw: bytes
     dissolve: str
     send_away: str
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., close: _Optional[bool] = ..., stored: _Optional[bool] = ..., committed: _Optional[int] = ..., failed: _Optional[str] = ..., finish: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., withdraw: _Optional[bytes] = ..., dissolve: _Optional[str] = ..., send_away: _Optional[str] = ...) -> None: ...
+    neighbours: Neighbours
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., close: _Optional[bool] = ..., stored: _Optional[bool] = ..., committed: _Optional[int] = ..., failed: _Optional[str] = ..., finish: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., withdraw: _Optional[bytes] = ..., dissolve: _Optional[str] = ..., send_away: _Optional[str] = ..., neighbours: _Optional[_Union[Neighbours, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("run", "plan", "token_key", "population")
@@ -198,6 +200,12 @@ class Taken(_message.Message):
     version: int
     members: int
     def __init__(self, version: _Optional[int] = ..., members: _Optional[int] = ...) -> None: ...
+
+class Neighbours(_message.Message):
+    __slots__ = ("addresses",)
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, addresses: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Assign(_message.Message):
     __slots__ = ("device", "token")
