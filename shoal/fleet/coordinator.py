@@ -288,7 +288,16 @@ class Coordinator:
         self._taken = {}
 
     async def _journal(self, row: RoundRow) -> None:
-        await self._durably(lambda: self.store.open_round(self._run, row))
+        tries = 0
+
+        def write() -> None:
+            nonlocal tries
+            tries += 1
+            if tries > 1 and any(known.number == row.number for known in self.store.rounds(self._run)):
+                return  # written by the try before this one, which heard of a failure nonetheless
+            self.store.open_round(self._run, row)
+
+        await self._durably(write)
 
     async def _until_journaled(self) -> None:
         journaled, self._journaled = self._journaled, None

@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.door import Door
+from shoal.fleet.process import allowed_files
 from shoal.fleet.streams import MAX_SESSIONS
 from shoal.fleet.wire import fleet_pb2 as pb
 
@@ -29,6 +31,14 @@ OPTIONS: Final = [
     ("grpc.so_reuseport", 0),
 ]
 """Of both ends."""
+MAX_CALLS: Final = 8_000
+"""Pulls, pushes and questions at once."""
+MAX_CALLS_OF_ONE: Final = 4_000
+"""Of them, those of one address."""
+STALLED_S: Final = 60.0
+"""How long a call waits for a slice, or for its device to take one."""
+OWN_FILES: Final = 200
+"""File descriptors that connections leave to the rest of the process."""
 SERVER_OPTIONS: Final = [
     *OPTIONS,
     # What may be under way on one connection before it is read. Probing the line would let it grow to megabytes, times
@@ -38,6 +48,9 @@ SERVER_OPTIONS: Final = [
     # Streams that wait to be looked at: by default a burst of a thousand devices is turned away.
     ("grpc.server.max_pending_requests", MAX_SESSIONS),
     ("grpc.server.max_pending_requests_hard_limit", MAX_SESSIONS),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    # A connection without a call: whoever comes back later connects anew.
+    ("grpc.max_connection_idle_ms", 300_000),
 ]
 
 
@@ -63,7 +76,11 @@ class GrpcServer:
         """
         self._edge, self._address, self._own_address, self._tls = edge, address, own_address, tls
         options = [option for option in SERVER_OPTIONS if option[0] != "grpc.so_reuseport"]
-        self._server = grpc.aio.server(options=[*options, ("grpc.so_reuseport", int(bool(own_address)))])
+        options += [
+            ("grpc.so_reuseport", int(bool(own_address))),
+            ("grpc.max_allowed_incoming_connections", _most_connections()),
+        ]
+        self._server = grpc.aio.server(options=options)
         self._servicer = _Servicer(edge)
         self._server.add_generic_rpc_handlers((_handlers(self._servicer),))
         self.port = self.own_port = 0
@@ -106,6 +123,11 @@ def listen(server: Any, address: str, tls: Tls | None) -> int:
     return port
 
 
+def _most_connections() -> int:
+    """A connection takes a file descriptor: without one the process could not even say no, nor open its record."""
+    return max(100, min(MAX_SESSIONS, allowed_files() - OWN_FILES))
+
+
 def _handlers(servicer: "_Servicer") -> Any:
     # What the generated code registers, but for the slices of Push: the Edge parses those when their turn has come.
     return grpc.method_handlers_generic_handler(
@@ -129,10 +151,16 @@ class _Servicer:
     def __init__(self, edge: Door) -> None:
         self._edge = edge
         self._num_sessions = 0
+        self._calls = Calls()
         self._left_s = asyncio.get_running_loop().time()
         """When the last session ended (at first, when the server was made), by the event loop's clock."""
         self.changed = asyncio.Event()
         """A session has begun or ended."""
+
+    @property
+    def num_calls(self) -> int:
+        """Pulls, pushes and questions under way."""
+        return self._calls.num
 
     def busy_s(self, quiet_s: float) -> float | None:
         """How long until there was no session for `quiet_s`, if none begins; None while there is one."""
@@ -150,26 +178,76 @@ class _Servicer:
             self._left_s = asyncio.get_running_loop().time()
             self.changed.set()
 
-    async def Pull(self, request: pb.PullRequest, context: Any) -> AsyncIterator[pb.Slice]:
-        try:
+    async def Pull(self, request: pb.PullRequest, context: Any) -> None:
+        async with self._call(context):
             async for piece in self._edge.pull(request):
-                yield piece
-        except (ProtocolError, NetworkError, StoreError) as error:
-            await _abort(context, error)
+                try:
+                    async with asyncio.timeout(STALLED_S):
+                        await context.write(piece)
+                except (grpc.aio.UsageError, grpc.aio.InternalError) as error:
+                    raise NetworkError(f"The call has ended: {error}") from error
 
     async def Push(self, requests: AsyncIterator[bytes], context: Any) -> pb.PushReply:
-        try:
-            return await self._edge.push(requests)
-        except (ProtocolError, NetworkError, StoreError) as error:
-            await _abort(context, error)
-            raise
+        async with self._call(context):
+            return await self._edge.push(_steady(requests))
 
     async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
-        try:
+        async with self._call(context):
             return await self._edge.status(request)
+
+    @asynccontextmanager
+    async def _call(self, context: Any) -> AsyncGenerator[None, None]:
+        """One of a bounded number; what goes wrong in it is an answer to the device."""
+        address = address_of(context)
+        try:
+            self._calls.begin(address)
+        except NetworkError as error:
+            await _abort(context, error)
+        try:
+            yield
+        except TimeoutError:
+            await _abort(context, NetworkError(f"Nothing went on for {STALLED_S:g} s; try again."))
         except (ProtocolError, NetworkError, StoreError) as error:
             await _abort(context, error)
-            raise
+        finally:
+            self._calls.end(address)
+
+
+class Calls:
+    """How many calls there are, and from where: one whose device does not read may be there until its connection ends."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._of: Counter[str] = Counter()
+
+    def begin(self, address: str) -> None:
+        """Raises NetworkError where there are too many."""
+        if self.num >= MAX_CALLS or self._of[address] >= MAX_CALLS_OF_ONE:
+            raise NetworkError("This server serves as many calls as it may; try again later.")
+        self.num += 1
+        self._of[address] += 1
+
+    def end(self, address: str) -> None:
+        self.num -= 1
+        self._of[address] -= 1
+        if not self._of[address]:
+            del self._of[address]
+
+
+async def _steady(slices: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Raises TimeoutError where the next one does not come; while one is worked on nobody waits for it."""
+    while True:
+        async with asyncio.timeout(STALLED_S):
+            part = await anext(slices, None)
+        if part is None:
+            return
+        yield part
+
+
+def address_of(context: Any) -> str:
+    """The peer's, without its port."""
+    peer: str = context.peer()  # ipv4:1.2.3.4:5678
+    return peer.rpartition(":")[0]
 
 
 async def _abort(context: Any, error: Exception) -> None:
@@ -187,8 +265,7 @@ class _Stream:
 
     @property
     def address(self) -> str:
-        peer: str = self._context.peer()  # ipv4:1.2.3.4:5678
-        return peer.rpartition(":")[0]
+        return address_of(self._context)
 
     async def read(self) -> pb.FromDevice | None:
         try:

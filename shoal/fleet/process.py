@@ -1,11 +1,16 @@
 """How a process of a fleet asks the interpreter and the system to serve many small requests well."""
 
+import contextlib
 import ctypes
 import gc
 import sys
 
+if sys.platform != "win32":
+    import resource
+
 _M_ARENA_MAX = -8  # malloc.h of glibc
 _SWITCH_S = 0.0005
+_FILES_UNKNOWN = 1 << 20
 _COLLECT_AFTER = 20_000, 20, 20
 
 
@@ -27,6 +32,22 @@ def collect_rarely() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(*_COLLECT_AFTER)
+
+
+def allow_many_files() -> None:
+    """Raises this process's limit of open files to what it may have: each connection is one. Nothing on Windows."""
+    if sys.platform != "win32":
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with contextlib.suppress(ValueError, OSError):  # macOS names a limit that it then refuses
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def allowed_files() -> int:
+    """How many files this process may have open."""
+    if sys.platform == "win32":
+        return _FILES_UNKNOWN
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _FILES_UNKNOWN if soft == resource.RLIM_INFINITY else soft
 
 
 def use_one_arena() -> None:
