@@ -17,7 +17,7 @@ PHASES: Final = ("selecting", "reporting")
 
 _WORDS: Final = {
     "stream broke": "connections lost by devices with work in hand",
-    "incompatible runtime": "check-ins of a runtime that cannot run the plan",
+    "incompatible": "check-ins of devices that cannot serve the task (runtime, population)",
     "protocol": "messages that break the protocol",
     "server busy": "messages that the server could not take",
     "server failed": "messages that the server failed at (its log says why)",

@@ -238,6 +238,12 @@ def _call(made: Analytics, what: str, nonce: bytes, now_s: float) -> None:
 # A live host.
 
 
+async def until(fleet: toy.Fleet, members: int) -> None:
+    """Until so many train or are counted."""
+    while (now := fleet.host.coordinator.snapshot()).outstanding + now.counted != members:
+        await asyncio.sleep(0.002)
+
+
 @toy.in_loop
 async def test_a_round_of_a_host_is_in_the_record() -> None:
     policy = RoundPolicy(goal=2, minimum_group=1, minimum_fraction=1.0, over_selection=1.5)
@@ -249,9 +255,11 @@ async def test_a_round_of_a_host_is_in_the_record() -> None:
         assigning = asyncio.create_task(peer.assigned())
         async with toy.peer(fleet.link, "lost") as lost:
             await lost.assigned()
-            assigned = await assigning
-        token = assigned.token
+            token = (await assigning).token
+            await until(fleet, 3)
+        await until(fleet, 2)
         await peer.say(gave_up=pb.GaveUp(token=token, stage="training", why="a device's own words"))
+        await until(fleet, 1)
         fleet.start(toy.device("b", fleet.link))
         await asyncio.wait_for(fleet.tasks[0], timeout=15)
         (row,) = fleet.store.rounds(fleet.host.run_id)
@@ -266,19 +274,20 @@ async def test_a_round_of_a_host_is_in_the_record() -> None:
 
 @toy.in_loop
 async def test_a_round_that_is_abandoned_says_what_was_seen() -> None:
-    policy = RoundPolicy(goal=2, minimum_group=1, minimum_fraction=1.0, over_selection=1.0, reporting_window_s=0.3)
-    async with toy.fleet(toy.plan(policy)) as fleet, toy.peer(fleet.link, "silent") as silent:
+    policy = RoundPolicy(goal=2, minimum_group=1, minimum_fraction=1.0, over_selection=1.0)
+    async with toy.fleet(toy.plan(policy)) as fleet, toy.peer(fleet.link) as peer:
         fleet.start(toy.device("a", fleet.link))
-        await silent.assigned()
-        while not fleet.store.rounds(fleet.host.run_id) or fleet.store.rounds(fleet.host.run_id)[0].state == "open":
-            await asyncio.sleep(0.01)
-        fleet.start(toy.device("b", fleet.link))
+        token = (await peer.assigned()).token
+        while fleet.host.coordinator.snapshot().counted != 1:
+            await asyncio.sleep(0.002)
+        fleet.host.coordinator.stop()
+        await peer.say(gave_up=pb.GaveUp(token=token, stage="fetching"))
         await asyncio.wait_for(fleet.tasks[0], timeout=15)
-        first, *later = fleet.store.rounds(fleet.host.run_id)
-        assert first.state == "abandoned" and later[-1].state == "committed"
-        assert first.analytics["counts"] == {"check_ins": 2, "selected": 2, "counted": 1}
-        assert first.analytics["shapes"] == {} and first.analytics["seconds"]["reporting"] >= 0.3
-        assert total(row.analytics for row in later).shapes["-v[]+^"] == 2, "its group went on"
+        (row,) = fleet.store.rounds(fleet.host.run_id)
+        assert row.state == "abandoned" and row.reason.startswith("1 of at least 2")
+        assert row.analytics["counts"] == {"check_ins": 2, "selected": 2, "counted": 1, "gave_up": 1}
+        assert row.analytics["shapes"] == {"-*": 1}, "the group of the other goes on"
+        assert row.analytics["errors"]["gave up fetching"]["count"] == 1
 
 
 def test_a_virtual_fleet_sees_the_shapes_of_the_paper() -> None:
