@@ -95,7 +95,7 @@ class Samples:
         for column, name in enumerate(WHAT, start=1):
             slope = float(np.cov(rounds, rows[:, column])[0, 1] / np.var(rounds, ddof=1))
             whole = 1000.0 * slope if name == "record_kb" else slope * (rounds[-1] - rounds[0]) / rows[:, column].mean()
-            made["record_bytes" if name == "record_kb" else name] = whole
+            made["record_bytes" if name == "record_kb" else name] = float(whole)
         return made
 
 
@@ -107,6 +107,12 @@ def _memory(pid: int) -> dict[str, float]:
 def flat(rises: dict[str, float]) -> bool:
     """Whether the rises are within bounds."""
     return rises["record_bytes"] <= ROW_BYTES and all(rises[name] <= most for name, most in MOST_RISE.items())
+
+
+def _of_allowed(rise: float, most: float) -> float:
+    if most:
+        return rise / most
+    return 0.0 if rise <= 0.0 else float("inf")
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
@@ -123,7 +129,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
         rises[name] = samples.rises()
         print("rise over the second half:", {what: round(value, 4) for what, value in rises[name].items()})
     worst = max(
-        max(of["record_bytes"] / ROW_BYTES, *(of[n] / most if most else 1.0 + of[n] for n, most in MOST_RISE.items()))
+        max(of["record_bytes"] / ROW_BYTES, *(_of_allowed(of[n], most) for n, most in MOST_RISE.items()))
         for of in rises.values()
     )
     why = "a quick run is too short to tell" if quick else ""

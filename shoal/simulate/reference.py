@@ -32,15 +32,18 @@ def reference_rounds(
     local_step: LocalStep = jax.jit(partial(_local_step, task))
     private: dict[str, Variables] = {}
     for version, cohort in enumerate(cohorts):
-        reached, weights = [], []
+        reached, weights, steps = [], [], []
         for member in cohort:
             start = _with_private(task, variables, private.get(member))
-            after, weight = _client_update(
+            after, weight, taken = _client_update(
                 task, local_step, start, members[member], round_seed(run_seed, version), member
             )
             private[member] = after
             reached.append(after)
             weights.append(weight)
+            steps.append(taken)
+        if task.local.partial == "fednova":
+            reached = _of_equal_steps(variables, reached, weights, steps)
         variables = _average(task, variables, reached, weights)
     flat = named(variables.params, "params") | named(variables.state, "state")
     return {name: np.asarray(value) for name, value in sorted(flat.items())}
@@ -48,7 +51,7 @@ def reference_rounds(
 
 def _client_update(
     task: Task, local_step: LocalStep, start: Variables, examples: Examples, seed: bytes, member: str
-) -> tuple[Variables, int]:
+) -> tuple[Variables, int, int]:
     randomness = member_randomness(seed, member)
     params, state = start
     opt = task.local.optimizer.init(params)
@@ -62,7 +65,7 @@ def _client_update(
             key = jax.random.fold_in(seed_key(randomness.key), step)
             params, state, opt = local_step(params, state, opt, batch, key)
             step, count = step + 1, count + size
-    return Variables(params, state), count
+    return Variables(params, state), count, step
 
 
 def _local_step(
@@ -94,6 +97,20 @@ def named_in_order(tree: Tree, prefix: str) -> list[str]:
     """The names of a pytree's leaves, in its own order."""
     paths = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [f"{prefix}/{jax.tree_util.keystr(path, simple=True, separator='/')}" for path, _ in paths]
+
+
+def _of_equal_steps(
+    before: Variables, reached: list[Variables], weights: list[int], steps: list[int]
+) -> list[Variables]:
+    """Where members would have got with the mean number of steps, each as long as its own (Wang et al. 2020, equation 7)."""
+    mean = sum(w * s for w, s in zip(weights, steps, strict=True)) / sum(weights)
+
+    def at(after: Variables, taken: int) -> Variables:
+        return Variables(
+            jax.tree.map(lambda b, a: b + (mean / taken) * (a - b), before.params, after.params), after.state
+        )
+
+    return [at(after, taken) for after, taken in zip(reached, steps, strict=True)]
 
 
 def _average(task: Task, before: Variables, reached: list[Variables], weights: list[int]) -> Variables:

@@ -1,5 +1,6 @@
 """The engine: a run that was interrupted and taken up has the bits of one that was not."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -69,10 +70,12 @@ def test_a_run_taken_up_has_the_bits_of_one_that_was_not_interrupted() -> None:
         np.testing.assert_array_equal(resumed.model[name], value, err_msg=name)
 
 
-def test_the_engine_agrees_with_the_readable_loop() -> None:
+@pytest.mark.parametrize("partial", ["drop", "fednova"])
+def test_the_engine_agrees_with_the_readable_loop(partial: Any) -> None:
     ids = ("m0", "m3", "m4")
     rounds = shoal.RoundPolicy(goal=3, minimum_group=3, selection=Selection.exact(ids))
     chosen = task(rounds=rounds, server=shoal.server.sgd())
+    chosen = chosen.replace(local=dataclasses.replace(chosen.local, partial=partial))
     fast = simulate(chosen, population(), rounds=3, store=MemoryStore(), seed=1).model
     members = {name: population()[name] for name in ids}
     slow = reference_rounds(chosen, members, [ids] * 3, run_seed=run_seed(1), seed=1)
