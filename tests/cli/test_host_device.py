@@ -55,6 +55,8 @@ def last(text: str) -> str:
         (("--resume", "--run", "nowhere", "--port", 0), "nowhere"),
         (("--resume", "--run", "x", "--goal", 3, "--seed", 2), "--goal, --seed"),
         (("--resume", "--run", "x", "--events-kept", 0), "--events-kept"),
+        (("--resume", "--run", "x", "--keep", "5"), "--keep"),
+        (("line.py", "--rounds", 1, "--keep", "all"), "RECENT:EVERY"),
         (("line.py", "--rounds", 1, "--address", "no.such.name.invalid", "--insecure"), "--address"),
     ],
 )
@@ -355,3 +357,38 @@ def test_the_host_imports_no_jax() -> None:
         [sys.executable, "-c", source], capture_output=True, text=True, check=True, env=dict(os.environ)
     )
     assert done.stdout.strip() == "False"
+
+
+LONG = """
+import jax.numpy as jnp, optax, shoal
+task = shoal.Task(
+    name="long", init=lambda key: {"w": jnp.zeros(())},
+    loss=lambda params, state, batch, key: jnp.square(params["w"] - batch["x"]), batch={"x": ((), "float32")},
+    local=shoal.Local(
+        optimizer=optax.sgd(1e-6), batch_size=8, steps_per_block=1, max_examples=1 << 22, partial="fednova"
+    ),
+    rounds=shoal.RoundPolicy(goal=1, over_selection=1.0, minimum_group=1),
+)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(180)
+def test_a_device_that_is_told_to_end_reports_the_steps_it_did(start: Start, tmp_path: Path) -> None:
+    """Its training would take minutes; the round is committed when it has left."""
+    (tmp_path / "long.py").write_text(LONG)
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "anna.npz", x=np.ones(4_000_000, np.float32))
+    host = start(
+        "host", "long.py", "--rounds", 1, "--port", 0, "--run", tmp_path / "run", "--ready-file", tmp_path / "ready"
+    )
+    host.until((tmp_path / "ready").exists)
+    device = start("device", "--server", (tmp_path / "ready").read_text().strip(), "--data", tmp_path / "data")
+    device.until(lambda: "1 training" in device.text)
+    device.kill(signal.SIGTERM)
+    assert device.wait() == 143 and host.wait() == 0, device.text
+    with open_run(tmp_path / "run") as run:
+        commit = run.store.last_commit(run.row.id)
+        assert commit is not None
+        assert (commit.version, commit.members, commit.weight) == (1, 1, 4_000_000)
