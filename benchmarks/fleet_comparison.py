@@ -12,8 +12,10 @@ availability x three skews of labels, over `SEEDS`.
 - *less selection*: ours without over-selection; *less late*: late work discarded; *less abort*: devices that are not needed
   hear of it only when they report; *less pace*: devices come every minute, whatever the host says.
 
-C1 counts the cells where ours is neither the quickest nor within noise of it: its median time is more than the spread of its own
-seeds above the best median. The table says which they are.
+C1 counts the cells where ours is neither the quickest nor within noise of it: the mean of its logarithmic times is more than
+`MOST_ERRORS` standard errors above the best. The error comes from the spread of seeds over all cells and methods; there are 135
+comparisons, the largest of which is by chance about 2.6 errors. The table says which cells they are. Steering and telling cost no
+time where devices are many; what they save are check-ins and training, which the other columns and `fleet_waste` show.
 """
 
 from collections.abc import Sequence
@@ -39,6 +41,9 @@ LIMIT_S: Final = 4 * 3600.0
 SEEDS: Final = (0, 1, 2)
 MODEL_BYTES: Final = 4 << 20
 RATE: Final = 0.6
+MOST_ERRORS: Final = 3.0
+Times = dict[str, dict[str, list[float]]]
+"""Cell -> method -> virtual seconds to the target, by seed."""
 
 WIFI, LTE, OLD = (
     Network(),
@@ -114,8 +119,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     for labels in {cell.labels for cell in cells}:
         print(f"central, labels {labels}: accuracy {_central(labels):.3f}")
     rows: list[list[object]] = []
-    behind: list[str] = []
-    times: dict[str, dict[str, list[float]]] = {}
+    times: Times = {}
     for cell in cells:
         costs = {name: [_cost(cell, name, seed) for seed in SEEDS[: 1 if quick else None]] for name in METHODS}
         name = f"{cell.network}, {cell.availability}, {cell.labels}"
@@ -129,11 +133,11 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
                 ),
             ]
         )
-        if why := _behind(times[name]):
-            behind.append(f"{name}: {why}")
     print(f"to accuracy {TARGET}: time, wasted, MB; medians over {1 if quick else len(SEEDS)} seeds")
     table(["network, availability, labels", *METHODS], rows)
-    print(*(behind or ["ours is best or within noise everywhere"]), sep="\n")
+    behind = [] if quick else _behind(times)
+    if not quick:
+        print(*(behind or ["ours is best or within noise everywhere"]), sep="\n")
     what = "cells of 27 in which ours is neither the quickest nor within noise of it"
     why = "a quick run has one cell and one seed" if quick else ""
     return [Goal("C1", what, float(len(behind)), "<= 0", why=why)], {"times": times, "behind": behind}
@@ -143,13 +147,22 @@ def _median(costs: Sequence[Cost], what: str) -> float:
     return float(np.median([getattr(cost, what) for cost in costs]))
 
 
-def _behind(times: dict[str, list[float]]) -> str:
-    """Why ours is not best, or within noise, in a cell; empty where it is."""
-    medians = {method: float(np.median(of)) for method, of in times.items()}
-    best = min(medians, key=lambda method: medians[method])
-    noise_s = max(times["ours"]) - min(times["ours"])
-    late_s = medians["ours"] - medians[best]
-    return f"{best} is quicker by {late_s:.0f} s; ours varies by {noise_s:.0f} s" if late_s > noise_s else ""
+def _behind(times: Times) -> list[str]:
+    """The cells in which ours is neither best nor within noise, and by what; see the module's text."""
+    logs = {name: {method: np.log(of) for method, of in cell.items()} for name, cell in times.items()}
+    # One spread for all, as a share: three seeds alone say little of their own.
+    spread = float(np.sqrt(np.mean([np.var(of, ddof=1) for cell in logs.values() for of in cell.values()])))
+    error = spread * float(np.sqrt(2 / len(SEEDS)))
+    found = []
+    for name, cell in logs.items():
+        best = min(cell, key=lambda method: float(np.mean(cell[method])))
+        errors = float(np.mean(cell["ours"]) - np.mean(cell[best])) / error
+        if errors > MOST_ERRORS:
+            found.append(f"{name}: {best} is quicker by {errors:.1f} standard errors")
+    print(
+        f"seeds differ by {100 * spread:.0f} %; a difference of two means has a standard error of {100 * error:.0f} %"
+    )
+    return found
 
 
 def _cost(cell: Cell, method: str, seed: int) -> Cost:
