@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Final, Self, TypeVar, final
 
 from shoal.cli.failures import INTERRUPTED, TERMINATED, Stopped
+from shoal.fleet.process import new_event_loop
 
 T = TypeVar("T")
 
@@ -59,7 +60,8 @@ def run_until_told(work: Coroutine[Any, Any, T], *, parent: int = 0) -> T:
                 if watch is not None:
                     watch.cancel()
 
-    return asyncio.run(watched())
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(watched())
 
 
 async def _watch_parent(parent: int, tell: Any) -> None:

@@ -1,5 +1,6 @@
 """How a process of a fleet asks the interpreter and the system to serve many small requests well."""
 
+import asyncio
 import contextlib
 import ctypes
 import gc
@@ -12,6 +13,15 @@ _M_ARENA_MAX = -8  # malloc.h of glibc
 _SWITCH_S = 0.0005
 _FILES_UNKNOWN = 1 << 20
 _COLLECT_AFTER = 20_000, 20, 20
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop's, where there is one: it takes a third less processor time for a stream; else Python's own."""
+    try:
+        import uvloop
+    except ImportError:  # not on Windows
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
 
 
 def switch_threads_often() -> None:
