@@ -1,7 +1,7 @@
 """The cache by itself: miss ratios against libCacheSim, miniature caches against full ones, and the speed of hits.
 
 K1: ids one by one, no blocks, no prefetch, 1, 5 and 20 % of the distinct ids. K2: block reads predicted by miniature caches of 300
-entries or more, that keep a share of the blocks, against a full replay; and what their choice of setting costs. K3: batches
+entries or more (the mean of three, each of which keeps a share of the blocks), against a full replay; and what their choice of setting costs. K3: batches
 of 4,096 uniform ids, all of them held by a cache of 64 MB (524,288 vectors of 128 B), through the store's own lookup, against
 `numpy.take` of the same rows, interleaved.
 """
@@ -18,7 +18,7 @@ from shoal.embed import kernel
 from shoal.embed._compiled import compiled
 from shoal.embed.cache import POLICIES, Cache, State, admit, probe, touch
 from shoal.embed.layout import Layout
-from shoal.embed.miniature import SETTINGS, rate_for, sample_blocks
+from shoal.embed.miniature import SETTINGS, foretold, rate_for
 from shoal.embed.partition import Settings, partition
 from shoal.embed.placement import depth_above
 from shoal.embed.simulate import replay
@@ -104,17 +104,12 @@ def _miniature(found: Sequence[Case]) -> list[dict[str, Any]]:
             for setting in SETTINGS:
                 capacity = setting.capacity(share * one.rows * VECTOR_BYTES, VECTOR_BYTES)
                 depth = depth_above(layout, counts, setting.threshold)
-                full.append(
-                    float(
-                        replay(
-                            one.both, layout, setting.cache(capacity, one.rows), depth, skip=len(one.tune)
-                        ).block_reads
-                    )
+                whole = replay(one.both, layout, setting.cache(capacity, one.rows), depth, skip=len(one.tune))
+                full.append(float(whole.block_reads))
+                predicted.append(
+                    foretold(one.both, layout, counts, setting, capacity, skip=len(one.tune), may_replay=False)
                 )
-                rate = rate_for(capacity, layout.num_blocks)
-                sample = sample_blocks(one.both, layout, rate)
-                small = setting.cache(max(1, round(capacity * sample.rate)), one.rows)
-                predicted.append(sample.reads(layout, small, depth, skip=len(one.tune)))
+            rate = rate_for(capacity, layout.num_blocks)
             errors = np.abs(np.array(predicted) / np.array(full) - 1)
             rows.append({
                 "trace": one.name, "dram": share, "rate": rate, "error": float(errors.max()), "mean error": float(errors.mean()),

@@ -3,7 +3,7 @@ import pytest
 
 from shoal.embed import Layout
 from shoal.embed.generator import TableKind, generate
-from shoal.embed.miniature import Setting, rate_for, read_curve, sample_blocks
+from shoal.embed.miniature import Setting, foretold, rate_for, read_curve, sample_blocks
 from shoal.embed.partition import Settings, partition
 from shoal.embed.placement import depth_above
 from shoal.embed.simulate import replay
@@ -42,14 +42,16 @@ def test_the_whole_is_a_sample_of_itself(placed):
 
 
 @pytest.mark.parametrize("setting", [Setting(policy="s3-fifo"), Setting(policy="lru", threshold=20)])
-def test_a_miniature_foretells_the_full_cache(placed, setting):
+def test_miniatures_foretell_the_full_cache(placed, setting):
     trace, counts, layout = placed
-    curve = read_curve(trace, layout, counts, [1200 * 150.0], 128, settings=[setting])
     capacity = setting.capacity(1200 * 150.0, 128)
     assert rate_for(capacity, layout.num_blocks) == pytest.approx(0.5)
-    depth = depth_above(layout, counts, setting.threshold)
-    full = replay(trace, layout, setting.cache(capacity, 32_000), depth).block_reads
-    assert curve.reads[0] == pytest.approx(full, rel=0.06)
+    full = replay(trace, layout, setting.cache(capacity, 32_000), depth_above(layout, counts, setting.threshold))
+    small = foretold(trace, layout, counts, setting, capacity, may_replay=False)
+    assert small == pytest.approx(full.block_reads, rel=0.03)
+    # Three halves cost more than the whole, so a curve has the whole.
+    curve = read_curve(trace, layout, counts, [1200 * 150.0], 128, settings=[setting])
+    assert curve.reads[0] == full.block_reads
 
 
 def test_a_curve_falls_and_picks_the_better(placed):
