@@ -6,8 +6,13 @@ of 4,096 uniform ids, all of them held by a cache of 64 MB (524,288 vectors of 1
 `numpy.take` of the same rows, interleaved.
 """
 
+import json
+import os
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +27,9 @@ from shoal.embed.miniature import SETTINGS, foretold, rate_for
 from shoal.embed.partition import Settings, partition
 from shoal.embed.placement import depth_above
 from shoal.embed.simulate import replay
+from shoal.errors import DataError
 
-RIVALS = {"lru": "LRU", "s3-fifo": "S3FIFO", "w-tinylfu": "WTinyLFU"}
+PEERS = Path(os.environ.get("SHOAL_PEERS", Path.home() / ".cache" / "shoal" / "peers"))
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
@@ -48,35 +54,37 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
 
 
 def _parity(found: Sequence[Case]) -> list[dict[str, Any]]:
-    try:
-        import libcachesim
-    except ImportError:
-        print("libcachesim is not installed: K1 is not judged")
+    python = PEERS / "libcachesim" / "bin" / "python"
+    if not python.exists():
+        print(f"libcachesim is not installed in {PEERS} (benchmarks/peers/setup.sh libcachesim): K1 is not judged")
         return []
     rows = []
     for one in found:
         ids = one.both.ids
-        for share in (0.01, 0.05, 0.20):
-            capacity = max(
-                100, int(share * len(np.unique(ids)))
-            )  # below 100 its W-TinyLFU has no window and keeps nothing
-            for policy, name in RIVALS.items():
+        # Below 100 its W-TinyLFU has no window and keeps nothing.
+        capacities = [max(100, int(share * len(np.unique(ids)))) for share in (0.01, 0.05, 0.20)]
+        theirs = _their_misses(python, ids, capacities)
+        for at, capacity in enumerate(capacities):
+            for policy in POLICIES:
                 ours = _misses(Cache(policy, capacity, one.rows).state, ids) / len(ids)
-                theirs = _their_misses(
-                    getattr(libcachesim, name)(cache_size=capacity), libcachesim.Request(), ids
-                ) / len(ids)
-                rows.append({"trace": one.name, "capacity": capacity, "policy": policy, "ours": ours, "libcachesim": theirs, "off": abs(ours - theirs)})  # fmt: skip
+                rival = theirs[policy][at] / len(ids)
+                rows.append({"trace": one.name, "capacity": capacity, "policy": policy, "ours": ours, "libcachesim": rival, "off": abs(ours - rival)})  # fmt: skip
     names = ["trace", "capacity", "policy", "ours", "libcachesim", "off"]
     table(names, [[row[name] for name in names] for row in rows])
     return rows
 
 
-def _their_misses(cache: Any, request: Any, ids: np.ndarray) -> int:
-    request.obj_size, missed = 1, 0
-    for id in ids.tolist():
-        request.obj_id = id
-        missed += not cache.get(request)
-    return missed
+def _their_misses(python: Path, ids: np.ndarray, capacities: list[int]) -> dict[str, list[int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "input.npz", ids=ids, capacities=np.array(capacities))
+        script = Path(__file__).parent / "peers" / "misses.py"
+        done = subprocess.run(
+            [str(python), str(script), f"{folder}/input.npz"], capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise DataError(f"libcachesim failed: {(done.stderr.strip() or 'no word').splitlines()[-1]}")
+    told: dict[str, list[int]] = json.loads(done.stdout.strip().splitlines()[-1])
+    return told
 
 
 @compiled

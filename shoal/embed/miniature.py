@@ -76,15 +76,16 @@ class Sample:
         return replay(self.trace, layout, cache, depth, skip=skip).block_reads * self.scale
 
 
-def sample_blocks(trace: Trace, layout: Layout, rate: float, *, seed: int = 0) -> Sample:
+def sample_blocks(trace: Trace, layout: Layout, rate: float, *, seed: int = 0, shift: float = 0.0) -> Sample:
     """Keeps a share of the blocks and what the queries ask of them.
 
-    Blocks are taken evenly down the order of how often they are asked for, from a start that `seed` draws: a hash alone
-    errs by the luck of the hottest. Replicas are left out of the choice: a vector is kept with its home block.
+    Blocks are taken evenly down the order of how often they are asked for, from a start that `seed` draws and `shift` (0 to 1) moves
+    on: a hash alone errs by the luck of the hottest. Replicas are left out of the choice: a vector is kept with its home block.
     """
     validate.between(1e-6, 1, rate=rate)
     heat = np.bincount(layout.block_of[trace.ids], minlength=layout.num_blocks)
-    steps = np.floor((np.arange(layout.num_blocks + 1) + np.random.default_rng(seed).random() / rate) * rate)
+    start = (np.random.default_rng(seed).random() + shift) % 1
+    steps = np.floor(np.arange(layout.num_blocks + 1) * rate + start)
     is_kept = np.zeros(layout.num_blocks, bool)
     is_kept[np.argsort(-heat, kind="stable")] = np.diff(steps) > 0
     if not is_kept.any():
@@ -175,7 +176,7 @@ def foretold(
         return float(replay(trace, layout, whole, depth, skip=skip).block_reads)
     found = []
     for number in range(SAMPLES):
-        sample = sample_blocks(trace, layout, rate, seed=seed + number)
+        sample = sample_blocks(trace, layout, rate, seed=seed, shift=number / SAMPLES)
         small = setting.cache(max(1, round(capacity * sample.rate)), trace.num_rows)
         found.append(sample.reads(layout, small, depth, skip=skip))
     return float(np.mean(found))
