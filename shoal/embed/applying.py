@@ -83,8 +83,6 @@ def _apply_blocks(table: Table, change: Change, values: np.ndarray | None) -> No
     stays[at_home] = table.view.where[np.maximum(change.members[at_home], 0)] < ABSENT
     stays &= held
     table.resident_home[-2 - table.view.where[change.members[stays]]] = slots[stays]
-    homes = held & at_home[:, None]
-    table.home[change.members[homes]] = slots[homes]
     ids = change.members[held & ~stays]
     _release(table, ids)
     table.view.where[ids] = slots[held & ~stays]
@@ -101,7 +99,7 @@ def _apply_blocks(table: Table, change: Change, values: np.ndarray | None) -> No
 
 def _leave_home(table: Table, members: np.ndarray) -> None:
     """Rows that get another HOME block are taken off the list of their present one."""
-    slots = table.home[members[members >= 0]]
+    slots = table.home_of(members[members >= 0])
     table.view.id_at[slots[slots >= 0]] = -1
 
 

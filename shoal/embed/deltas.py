@@ -68,9 +68,10 @@ def update(table: Table, ids: np.ndarray, rows: np.ndarray, *, spare_blocks: flo
     cold_ids = np.concatenate([cold_ids, evicted])
     cold_rows = np.concatenate([cold_rows, table.view.resident[-2 - table.view.where[evicted]]])
     homes = _homes_that_pay(table, cold_ids, spare_blocks)
-    goes_home = np.isin(table.home[cold_ids] // table.slots_per_block, homes) & (table.home[cold_ids] >= 0)
+    home = table.home_of(cold_ids)
+    goes_home = np.isin(home // table.slots_per_block, homes) & (home >= 0)
     delta_ids, delta_rows = cold_ids[~goes_home], cold_rows[~goes_home]
-    order = np.argsort(table.home[delta_ids], kind="stable")  # neighbours in the placement beside each other
+    order = np.argsort(home[~goes_home], kind="stable")  # neighbours in the placement beside each other
     delta_ids, delta_rows = delta_ids[order], delta_rows[order]
     full = len(delta_ids) // table.slots_per_block * table.slots_per_block
     if len(delta_ids) - full > room:
@@ -98,7 +99,8 @@ def _homes_that_pay(table: Table, ids: np.ndarray, spare_blocks: float) -> np.nd
     block, until `spare_blocks` are spent.
     """
     size = table.slots_per_block
-    with_home = table.home[ids][table.home[ids] >= 0]
+    with_home = table.home_of(ids)
+    with_home = with_home[with_home >= 0]
     if spare_blocks < 1 or not len(with_home):
         return _no_blocks()
     homes, changed = np.unique(with_home // size, return_counts=True)
@@ -194,8 +196,9 @@ def compact(table: Table, most_blocks: int, *, everything: bool = False) -> Step
         return None
     table.view.read_count[:] //= 2
     moving = _live_ids(table, merged)
-    moving = moving[~np.isin(table.home[moving] // size, homes) | (table.home[moving] < 0)]
-    moving = moving[np.argsort(table.home[moving], kind="stable")]
+    home = table.home_of(moving)
+    stays = ~np.isin(home // size, homes) | (home < 0)
+    moving = moving[stays][np.argsort(home[stays], kind="stable")]
     none = np.empty((0, table.codec.words), np.uint32)
     return _write_step(table, homes, moving, _no_blocks(), none, np.concatenate([merged, dead]))
 

@@ -96,7 +96,7 @@ class EmbeddingStore:
         Args:
             path: a folder; it is made, and must hold no store.
             tables: name -> what it is.
-            dram: memory for caches, rows that change often, tables kept whole; where rows are (about 13 bytes a row of tables
+            dram: memory for caches, rows that change often, tables kept whole; where rows are (9 to 13 bytes a row of tables
                 in blocks) comes on top.
             writes_per_day: the write budget in capacities a day.
             capacity: of the drive; no more than the store's own blocks counts, which is also the default: only they wear.

@@ -117,8 +117,6 @@ class Table:
         self.resident_home = np.full(capacity, -1, np.int32)
         """The slot that a resident row was in: who are its neighbours."""
         self.resident_stamp = np.zeros(capacity, np.int64)
-        self.home = self._homes()
-        """(rows,) int32: each row's slot in a HOME block, where its placement is; -1 where it has none."""
         self.changes = 0
         """Changes applied: the time by which hot rows are told from others."""
         self.free_resident = list(range(capacity - 1, -1, -1))
@@ -126,11 +124,28 @@ class Table:
         """Rows of a table in memory whose block is out of date."""
         self.pending = (state["resident_ids"].copy(), state["resident_rows"].copy())
 
-    def _homes(self) -> np.ndarray:
-        made = np.full(self.record.rows, -1, np.int32)
+    def home_of(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64: the slot of each row in a HOME block, where its placement is, whether it is there or not; -1: it has none.
+
+        Of rows that are elsewhere it is found in the lists of the HOME blocks, which takes a pass over all slots: no memory is kept
+        for what only the writer asks.
+        """
+        made: np.ndarray = self.view.where[ids].astype(np.int64)
+        is_there = made >= 0
+        is_there[is_there] = self.space.kind[made[is_there] // self.slots_per_block] == HOME
+        if np.all(is_there):
+            return made
         slots = np.flatnonzero(np.repeat(self.space.kind == HOME, self.slots_per_block) & (self.view.id_at >= 0))
+        slots = slots[self.view.where[self.view.id_at[slots]] != slots]
         slots = np.setdiff1d(slots, self.view.replica_slots, assume_unique=True)
-        made[self.view.id_at[slots]] = slots
+        slots = slots[np.argsort(self.view.id_at[slots], kind="stable")]
+        names = self.view.id_at[slots]
+        away = np.flatnonzero(~is_there)
+        at = np.searchsorted(names, ids[away])
+        found = at < len(names)
+        found[found] = names[at[found]] == ids[away[found]]
+        made[away] = -1
+        made[away[found]] = slots[at[found]]
         return made
 
     def _make_cache(self) -> None:
@@ -442,7 +457,6 @@ class Table:
         view, space = self.view, self.space
         arrays = (
             view.where,
-            self.home,
             view.id_at,
             view.offered,
             view.read_count,

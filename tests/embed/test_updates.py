@@ -11,7 +11,7 @@ import pytest
 from shoal.clock import ManualClock
 from shoal.embed import EmbeddingStore, Layout, Trace
 from shoal.embed.budget import DAY_S, WriteBudget
-from shoal.embed.space import Space
+from shoal.embed.space import DELTA, HOME, Space
 from shoal.errors import StoreError, StoreUnavailable
 from tests.embed.builders import DIM, ROWS, small_store, vectors
 
@@ -257,3 +257,35 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             store.place("items", Layout.in_id_order(ROWS, 32), most_blocks=3)
     with pytest.raises(StoreError):
         EmbeddingStore.open(tmp_path / "nowhere")
+
+
+def plain_homes(store: EmbeddingStore) -> list[int]:
+    """The slot of each row in a HOME block that is no replica's, by looking at every slot."""
+    table = store._tables["items"]
+    homes = [-1] * ROWS
+    for slot, id in enumerate(table.view.id_at.tolist()):
+        if id >= 0 and table.space.kind[slot // 32] == HOME and slot not in table.view.replica_slots:
+            assert homes[id] == -1
+            homes[id] = slot
+    return homes
+
+
+def test_homes_are_found_wherever_rows_are(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    with small_store(tmp_path, writes_per_day=50.0) as store:
+        table = store._tables["items"]
+        order = rng.permutation(ROWS)
+        blocks = np.concatenate(
+            [np.append(order, np.full(-ROWS % 32, -1)).reshape(-1, 32), order[:320].reshape(10, 32)]
+        )
+        store.place("items", Layout.from_blocks(blocks, ROWS, homes=Layout.from_order(order, 32).block_of))
+        for step in range(12):
+            ids = rng.choice(ROWS, 150, replace=False)
+            store.update("items", ids, rng.normal(size=(150, DIM)))
+            if step == 6:
+                store.compact(most_blocks=20)
+            assert table.home_of(np.arange(ROWS)).tolist() == plain_homes(store)
+        assert table.num_resident > 0 and (table.space.kind == DELTA).any()  # rows are in all kinds of places
+        store.compact()
+        homes = table.home_of(np.arange(ROWS))
+        assert homes.tolist() == plain_homes(store) and (homes >= 0).all()
