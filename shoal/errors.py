@@ -17,6 +17,8 @@ Callers' mistakes are `ValueError` or `TypeError`; our own bugs are `assert`. Wh
       UpdateRefused             an update that may not be counted (reason)
       StoreError                the run store cannot do it (newer schema, missing blob)
         StoreUnavailable        not now: the disk is full or fails, or another process writes: try again
+        LeaseHeld               the run belongs to another process for now (holder, expires_s)
+        LeaseLost               another process has taken the run over: this one can write no more
       MissingExtra              an optional library is needed
 """
 
@@ -91,6 +93,18 @@ class StoreError(ShoalError):
 
 class StoreUnavailable(StoreError):
     """The disk is full or fails, or another process has been writing; nothing was lost, trying again is right."""
+
+
+class LeaseHeld(StoreError):
+    """The run belongs to another process: `holder`, until `expires_s` (epoch seconds) unless it renews its lease."""
+
+    def __init__(self, message: str, *, holder: str, expires_s: float) -> None:
+        super().__init__(message)
+        self.holder, self.expires_s = holder, expires_s
+
+
+class LeaseLost(StoreError):
+    """Another process has taken the run over; whoever gets this must stop serving it."""
 
 
 class MissingExtra(ShoalError):

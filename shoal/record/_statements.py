@@ -5,16 +5,36 @@ from typing import Final
 from sqlalchemy import BindParameter, bindparam, delete, func, select, update
 
 from shoal.record._prepared import Prepared, adding
-from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUND_LOGS, ROUNDS, RUNS, TOKENS, USAGE
+from shoal.record.schema import (
+    COMMITS,
+    EVENTS,
+    GROUPS,
+    INDEXES,
+    LEASES,
+    METRICS,
+    ROUND_LOGS,
+    ROUNDS,
+    RUNS,
+    TOKENS,
+    USAGE,
+)
 
 _RUN: Final[BindParameter[str]] = bindparam("run")
 _NUMBER: Final[BindParameter[int]] = bindparam("at")
 _NONCE: Final[BindParameter[bytes]] = bindparam("nonce_is")
 ADD: Final = {
     table: adding(table)
-    for table in (RUNS, INDEXES, COMMITS, ROUNDS, ROUND_LOGS, GROUPS, TOKENS, METRICS, USAGE, EVENTS)
+    for table in (RUNS, INDEXES, COMMITS, ROUNDS, ROUND_LOGS, GROUPS, TOKENS, METRICS, USAGE, EVENTS, LEASES)
 }
 FIND_RUN: Final = Prepared(select(RUNS.c.id).where(RUNS.c.id == _RUN))
+HELD_BY: Final = Prepared(select(LEASES.c.fence).where(LEASES.c.name == _RUN, LEASES.c.holder != ""))
+LEASE: Final = select(LEASES.c.holder, LEASES.c.fence, LEASES.c.expires_s).where(LEASES.c.name == _RUN)
+DROP_LEASE: Final = delete(LEASES).where(LEASES.c.name == _RUN)
+_MY_LEASE: Final = update(LEASES).where(
+    LEASES.c.name == _RUN, LEASES.c.fence == bindparam("fence_is"), LEASES.c.holder != ""
+)
+RENEW_LEASE: Final = Prepared(_MY_LEASE, ["expires_s"])
+END_LEASE: Final = Prepared(_MY_LEASE, ["holder", "expires_s"])
 LAST_VERSION: Final = Prepared(select(func.max(COMMITS.c.version)).where(COMMITS.c.run_id == _RUN))
 LAST_GROUP: Final = Prepared(select(func.max(GROUPS.c.number)).where(GROUPS.c.run_id == _RUN))
 FIND_INDEX: Final = Prepared(select(INDEXES.c.data).where(INDEXES.c.root == bindparam("root_is")))

@@ -14,7 +14,8 @@ from typing import Any, final
 
 import numpy as np
 
-from shoal.record import _checks
+from shoal.errors import LeaseLost
+from shoal.record import _checks, _leases
 from shoal.record._checks import Counted
 from shoal.record._rows import plain
 from shoal.record._sweep import swept_versions
@@ -24,6 +25,7 @@ from shoal.record.store import (
     EventRow,
     FinalRow,
     GroupRow,
+    LeaseRow,
     MetricRow,
     RoundLog,
     RoundRow,
@@ -161,6 +163,8 @@ class MemoryStore:
     def __init__(self) -> None:
         self._blobs = MemoryBlobs()
         self._runs: dict[str, _Run] = {}
+        self._leases: dict[str, LeaseRow] = {}
+        self._fences: dict[str, int] = {}  # run -> of the lease that this store took
         self._lock = threading.RLock()
         self._to_settle = threading.Lock()
 
@@ -178,7 +182,55 @@ class MemoryStore:
             other = MemoryStore()
             other._blobs = self._blobs.copy()
             other._runs = {run_id: run.copy() for run_id, run in self._runs.items()}
+            other._leases, other._fences = dict(self._leases), dict(self._fences)
             return other
+
+    def opened_again(self) -> "MemoryStore":
+        """Another store on this very record, as another process would open it: it has none of this one's leases."""
+        other = MemoryStore()
+        other._blobs, other._runs, other._leases, other._lock = self._blobs, self._runs, self._leases, self._lock
+        return other
+
+    # Leases
+
+    def take_lease(
+        self, run_id: str, *, holder: str, now_s: float, life_s: float, instead_of: LeaseRow | None = None
+    ) -> int:
+        _leases.check_terms(holder, life_s)
+        with self._lock:
+            self._run(run_id)
+            row = _leases.taken(
+                self._leases.get(run_id), run_id, holder=holder, now_s=now_s, life_s=life_s, mine=self._fences.get(run_id),
+                instead_of=instead_of,
+            )  # fmt: skip
+            self._leases[run_id], self._fences[run_id] = row, row.fence
+            return row.fence
+
+    def renew_lease(self, run_id: str, fence: int, *, expires_s: float) -> None:
+        with self._lock:
+            self._leases[run_id] = replace(self._my_lease(run_id, fence), expires_s=float(expires_s))
+
+    def end_lease(self, run_id: str, fence: int) -> None:
+        with self._lock:
+            try:
+                row = self._my_lease(run_id, fence)
+            except LeaseLost:
+                return
+            self._leases[run_id] = replace(row, holder=_leases.FREE, expires_s=0.0)
+            if self._fences.get(run_id) == fence:
+                del self._fences[run_id]
+
+    def lease(self, run_id: str) -> LeaseRow | None:
+        with self._lock:
+            self._run(run_id)
+            return self._leases.get(run_id)
+
+    def _my_lease(self, run_id: str, fence: int) -> LeaseRow:
+        self._run(run_id)
+        row = self._leases.get(run_id)
+        if row is None or row.holder == _leases.FREE or row.fence != fence:
+            raise _leases.lost(run_id, row, fence)
+        return row
 
     # Runs
 
@@ -198,18 +250,18 @@ class MemoryStore:
 
     def set_status(self, run_id: str, status: RunStatus, *, time_s: float | None) -> None:
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             run.row = replace(run.row, status=status, finished_s=time_s)
 
     def set_plan(self, run_id: str, plan_hash: str) -> None:
         self._need_blobs([plan_hash])
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             run.row = replace(run.row, plan_hash=plan_hash)
 
     def set_config(self, run_id: str, config: Mapping[str, Any]) -> None:
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             run.row = replace(run.row, config=plain(config, what="config"))
 
     # Rounds and groups
@@ -218,7 +270,7 @@ class MemoryStore:
         _checks.check_open(row)
         row = _plain_round(row)
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             _need_version(run, row.base_version)
             if row.number in run.rounds:
                 raise _checks.round_exists(row.number, run.rounds[row.number].state)
@@ -232,7 +284,7 @@ class MemoryStore:
         _checks.check_log(log, row)
         row = _plain_round(row)
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             _need_version(run, row.base_version)
             found = run.rounds.get(row.number)
             if found is None or found.state != "open":
@@ -256,7 +308,7 @@ class MemoryStore:
         _checks.check_counted(counted)
         self._need_blobs([group.sums_root])
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             _need_version(run, group.base_version)
             _need_unsettled(run, counted)
             number = run.put_group(group)
@@ -277,7 +329,7 @@ class MemoryStore:
 
     def forget_sums(self, run_id: str, *, before_version: int) -> int:
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             kept = [run.groups[number] for number in run.with_sums]
             old = [row for row in kept if row.version is not None and row.base_version < before_version]
             for row in old:
@@ -317,7 +369,7 @@ class MemoryStore:
         if round is not None:
             round = _plain_round(round)
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             if commit.version != len(run.commits):
                 raise _checks.wrong_version(run_id, commit.version, run.last_version)
             if round is not None and round.number in run.rounds and run.rounds[round.number].state != "open":
@@ -379,7 +431,7 @@ class MemoryStore:
     def refuse(self, run_id: str, nonce: bytes, *, reason: str, expires_s: float) -> None:
         _checks.check_nonce(nonce)
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             row = TokenRow(nonce=nonce, state="refused", version=None, reason=reason, expires_s=expires_s)
             kept, _ = run.tokens.setdefault(nonce, (row, 0))
             if kept.state == "counted":
@@ -387,14 +439,14 @@ class MemoryStore:
 
     def forget_tokens(self, run_id: str, *, before_s: float) -> int:
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             kept = {nonce: token for nonce, token in run.tokens.items() if token[0].expires_s >= before_s}
             dropped, run.tokens = len(run.tokens) - len(kept), kept
             return dropped
 
     def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:
         with self._lock:
-            run = self._run(run_id)
+            run = self._to_write(run_id)
             named = {entry.hash for entry in _entries(run)}
             versions = set(swept_versions(since_version, before_version, every))
             for version in versions & set(range(len(run.commits))):
@@ -415,7 +467,7 @@ class MemoryStore:
     def log(self, run_id: str, metrics: Sequence[MetricRow]) -> None:
         _checks.check_metrics(metrics)
         with self._lock:
-            self._run(run_id).metrics.extend(replace(row, value=float(row.value)) for row in metrics)
+            self._to_write(run_id).metrics.extend(replace(row, value=float(row.value)) for row in metrics)
 
     def metrics(self, run_id: str, name: str | None = None) -> list[MetricRow]:
         with self._lock:
@@ -424,7 +476,7 @@ class MemoryStore:
     def add_usage(self, run_id: str, usage: Sequence[UsageRow]) -> None:
         _checks.check_usage(usage)
         with self._lock:
-            self._run(run_id).usage.extend(usage)
+            self._to_write(run_id).usage.extend(usage)
 
     def usage(self, run_id: str) -> list[UsageRow]:
         with self._lock:
@@ -433,7 +485,7 @@ class MemoryStore:
     def journal(self, run_id: str, events: Sequence[EventRow]) -> None:
         rows = [replace(event, data=plain(event.data, what="an event's data")) for event in events]
         with self._lock:
-            self._run(run_id).events.extend(rows)
+            self._to_write(run_id).events.extend(rows)
 
     def events(self, run_id: str) -> list[EventRow]:
         with self._lock:
@@ -446,6 +498,11 @@ class MemoryStore:
         if run_id not in self._runs:
             raise _checks.no_run(run_id, sorted(self._runs))
         return self._runs[run_id]
+
+    def _to_write(self, run_id: str) -> _Run:
+        run = self._run(run_id)
+        _leases.check_fence(self._leases.get(run_id), run_id, self._fences.get(run_id))
+        return run
 
     def _need_blobs(self, hashes: Iterable[str]) -> None:
         for hash in hashes:

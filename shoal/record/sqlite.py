@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, final
@@ -18,17 +19,30 @@ from typing import Any, Final, final
 from sqlalchemy import Connection, delete, exc, select, update
 
 from shoal.errors import StoreError
-from shoal.record import _checks, _rows, _sweep, migrations
+from shoal.record import _checks, _leases, _rows, _sweep, migrations
 from shoal.record import _statements as sql
 from shoal.record._checks import Counted
 from shoal.record._database import Database
 from shoal.record.blobs import FolderBlobs, disk, make_folder, missing
-from shoal.record.schema import COMMITS, EVENTS, GROUPS, INDEXES, METRICS, ROUND_LOGS, ROUNDS, RUNS, TOKENS, USAGE
+from shoal.record.schema import (
+    COMMITS,
+    EVENTS,
+    GROUPS,
+    INDEXES,
+    LEASES,
+    METRICS,
+    ROUND_LOGS,
+    ROUNDS,
+    RUNS,
+    TOKENS,
+    USAGE,
+)
 from shoal.record.store import (
     CommitRow,
     EventRow,
     FinalRow,
     GroupRow,
+    LeaseRow,
     MetricRow,
     RoundLog,
     RoundRow,
@@ -100,6 +114,7 @@ class SqliteStore:
         self._database = Database(self._path, read_only=read_only)
         self._blobs = FolderBlobs(folder / BLOBS_NAME, read_only=read_only)
         self._to_settle = threading.Lock()
+        self._fences: dict[str, int] = {}  # run -> of the lease that this store took
 
     def prepare(self) -> None:
         """Brings the schema forward and clears away what killed writers left."""
@@ -113,6 +128,50 @@ class SqliteStore:
     @property
     def settling(self) -> threading.Lock:
         return self._to_settle
+
+    # Leases
+
+    def take_lease(
+        self, run_id: str, *, holder: str, now_s: float, life_s: float, instead_of: LeaseRow | None = None
+    ) -> int:
+        _leases.check_terms(holder, life_s)
+        mine = self._fences.get(run_id)
+        with self._fence_undone(run_id, mine), self._write(run_id, fenced=False) as connection:
+            row = _leases.taken(
+                _lease(connection, run_id), run_id, holder=holder, now_s=now_s, life_s=life_s, mine=mine, instead_of=instead_of
+            )  # fmt: skip
+            connection.execute(sql.DROP_LEASE, {"run": run_id})
+            sql.ADD[LEASES].run(connection, {"name": run_id, **asdict(row)})
+            self._fences[run_id] = row.fence
+        return row.fence
+
+    def renew_lease(self, run_id: str, fence: int, *, expires_s: float) -> None:
+        with self._write(run_id, fenced=False) as connection:
+            if not sql.RENEW_LEASE.run(connection, {"run": run_id, "fence_is": fence, "expires_s": float(expires_s)}):
+                raise _leases.lost(run_id, _lease(connection, run_id), fence)
+
+    def end_lease(self, run_id: str, fence: int) -> None:
+        mine = self._fences.get(run_id)
+        with self._fence_undone(run_id, mine), self._write(run_id, fenced=False) as connection:
+            values = {"run": run_id, "fence_is": fence, "holder": _leases.FREE, "expires_s": 0.0}
+            if sql.END_LEASE.run(connection, values) and mine == fence:
+                del self._fences[run_id]
+
+    def lease(self, run_id: str) -> LeaseRow | None:
+        with self._read(run_id) as connection:
+            return _lease(connection, run_id)
+
+    @contextmanager
+    def _fence_undone(self, run_id: str, mine: int | None) -> Iterator[None]:
+        """What this store remembers is as before where the transaction fails."""
+        try:
+            yield
+        except BaseException:
+            if mine is not None:
+                self._fences[run_id] = mine
+            else:
+                self._fences.pop(run_id, None)
+            raise
 
     # Runs
 
@@ -370,10 +429,13 @@ class SqliteStore:
             yield connection
 
     @contextmanager
-    def _write(self, run_id: str) -> Iterator[Connection]:
+    def _write(self, run_id: str, *, fenced: bool = True) -> Iterator[Connection]:
+        """A transaction that writes the run: invariant (6). `fenced` is off for what changes the lease itself."""
         with self._database.write() as connection:
             if sql.FIND_RUN.scalar(connection, {"run": run_id}) is None:
                 raise _no_run(connection, run_id)
+            if fenced and sql.HELD_BY.scalar(connection, {"run": run_id}) != self._fences.get(run_id):
+                _leases.check_fence(_lease(connection, run_id), run_id, self._fences.get(run_id))
             yield connection
 
     @contextmanager
@@ -421,6 +483,11 @@ class SqliteStore:
 
 def _no_run(connection: Connection, run_id: str) -> StoreError:
     return _checks.no_run(run_id, [str(known) for known in connection.scalars(select(RUNS.c.id).order_by(RUNS.c.id))])
+
+
+def _lease(connection: Connection, run_id: str) -> LeaseRow | None:
+    row = connection.execute(sql.LEASE, {"run": run_id}).one_or_none()
+    return None if row is None else LeaseRow(**row._asdict())
 
 
 def _need_version(connection: Connection, run_id: str, version: int) -> None:

@@ -11,6 +11,8 @@ Invariants (tests cite them by number):
     (3) What a call has returned for is durable: it is read back after the process is killed at any later point.
     (4) A blob named by a row exists and has that hash.
     (5) Every call is one transaction: it happens whole or not at all.
+    (6) Of the stores on one record only the one that took a run's lease last writes that run. Every write looks at the
+        lease in its own transaction, whatever the clocks say; while nobody has a lease, whoever opens the record may write.
 """
 
 import threading
@@ -181,6 +183,18 @@ class EventRow:
     data: Mapping[str, Any]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseRow:
+    """Who may write a run."""
+
+    holder: str
+    """Names one life of a process, its machine first, as `fleet.lease.holder_name` does; empty: it was ended."""
+    fence: int
+    """Rises by one with every new holder, also after an end."""
+    expires_s: float
+    """Epoch seconds, by its holder's clock. From then on another may take it; until one does it goes on to be good."""
+
+
 @runtime_checkable
 class BlobWriter(Protocol):
     """Writes one blob in pieces; it exists only once `finish` has returned."""
@@ -229,7 +243,11 @@ class Blobs(Protocol):
 
 @runtime_checkable
 class Store(Protocol):
-    """The run store. Calls block on the disk: shells call them from a thread."""
+    """The run store. Calls block on the disk: shells call them from a thread.
+
+    Whatever writes rows of a run raises LeaseLost where another store has taken its lease, LeaseHeld where this one has
+    none and another has: see invariant (6).
+    """
 
     @property
     def blobs(self) -> Blobs: ...
@@ -237,6 +255,45 @@ class Store(Protocol):
     def settling(self) -> threading.Lock:
         """Held from the first blob of a commit or group to the row that names it, and by who sweeps: several runs may share a
         store, and a blob that one has found there must not go before its row comes."""
+        ...
+
+    # The lease of a run. A store remembers the fence that it took, and every write of the run shows it. A store without a
+    # lease writes as long as nobody has one: it is refused also where that one has expired, since its holder, who may only
+    # have been slow, can still write. To write such a run, take its lease.
+
+    def take_lease(
+        self, run_id: str, *, holder: str, now_s: float, life_s: float, instead_of: LeaseRow | None = None
+    ) -> int:
+        """Makes the run this store's, and returns the fence: from here on no other store's writes pass.
+
+        It can be taken where nobody has it, where it has expired, and at any time by its holder or from this same store.
+
+        Args:
+            run_id: The run.
+            holder: Who takes it: a name that no other process or life of it has.
+            now_s: Epoch seconds.
+            life_s: Seconds until others may take it, unless it is renewed.
+            instead_of: A lease whose holder is known to be dead, as it was read: it need not have expired.
+
+        Raises:
+            LeaseHeld: another has it.
+        """
+        ...
+
+    def renew_lease(self, run_id: str, fence: int, *, expires_s: float) -> None:
+        """Makes a lease last longer, also one that has expired but that nobody has taken.
+
+        Raises:
+            LeaseLost: another has taken it, or it was ended.
+        """
+        ...
+
+    def end_lease(self, run_id: str, fence: int) -> None:
+        """Lets anybody take it at once. Does nothing where another has it already: this store then stays shut out."""
+        ...
+
+    def lease(self, run_id: str) -> LeaseRow | None:
+        """Whose the run is; None where nobody ever took it."""
         ...
 
     def create_run(self, run: RunRow) -> None: ...
