@@ -33,8 +33,6 @@ async def serve(parent: Parent, order: Mapping[str, Any]) -> None:
     """Serves one run to its end, or until the parent ends."""
     folder, run_id, settings = Path(order["folder"]), order["run"], DemoSettings.from_json(order["settings"])
     keys, store = HostKeys.load_or_make(folder), open_store(folder)
-    began_s = float(order["began_s"]) - store.run(run_id).created_s
-    store.journal(run_id, [EventRow(time_s=began_s, kind="session", data={"began_s": began_s})])
     test = open_population(Path(order["held_out"]))["held-out"]
     evaluation = Evaluation(
         store, run_id, load_plan(store, run_id).plan, Examples(test.take(slice(0, settings.num_watched))),
@@ -45,7 +43,10 @@ async def serve(parent: Parent, order: Mapping[str, Any]) -> None:
         evaluation.committed(commit.row)
         parent.tell(kind="commit", version=commit.row.version, seconds=commit.seconds, **commit.metrics)
 
-    host = Host(store, run_id, keys, rounds=settings.rounds, on_commit=committed)
+    host = Host(store, run_id, keys, rounds=settings.rounds, alone=True, on_commit=committed)
+    host.lease.take()
+    began_s = float(order["began_s"]) - store.run(run_id).created_s
+    store.journal(run_id, [EventRow(time_s=began_s, kind="session", data={"began_s": began_s})])
     _end_with(parent)
     reporting = asyncio.create_task(_report(parent, host))
     try:

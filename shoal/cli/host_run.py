@@ -51,8 +51,9 @@ class ServedRun:
         told = Rounds(screen, self.evaluation, name)
         self.host = Host(
             store, run_id, keys, rounds=rounds, call_program=self._programs.call(), several_edges=several_edges,
-            on_commit=told,
+            alone=True, on_commit=told,
         )  # fmt: skip
+        self.host.lease.take()  # before anything of the run is written, or devices are asked to come
         told.last_version = self.host.last_version
 
     def close(self) -> None:
@@ -68,8 +69,10 @@ def follow(store: Store, run_id: str, keys: HostKeys, screen: Screen) -> Followi
         screen.say(f"{name}  version {version} evaluated on devices: {words.values(dict(metrics))}")
 
     made = Following(
-        store, run_id, make_host=lambda last: Host(store, run_id, keys, rounds=last), clock=SystemClock(), on_metrics=told
+        store, run_id, make_host=lambda last: Host(store, run_id, keys, rounds=last, alone=True), clock=SystemClock(),
+        on_metrics=told,
     )  # fmt: skip
+    made.host.lease.take()
     name = store.run(made.followed).name
     return made
 

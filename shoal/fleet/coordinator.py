@@ -7,6 +7,7 @@ the last commit, and tokens that devices still hold stay good.
 Guarantees:
     * A device is told *counted* only after the commit that holds its update is durable.
     * A commit that fails for want of disk is tried again, with what was counted, until it succeeds or the host stops.
+    * One whose lease another has taken can write nothing (`record/store.py`, invariant 6), and ends with LeaseLost.
 """
 
 import asyncio
@@ -24,7 +25,7 @@ from shoal.aggregate.commit import Aggregator
 from shoal.aggregate.patch import replay
 from shoal.aggregate.sums import merge_saved, save_sums
 from shoal.clock import Clock
-from shoal.errors import RoundError, ShoalError, StoreError, StoreUnavailable
+from shoal.errors import LeaseLost, RoundError, ShoalError, StoreError, StoreUnavailable
 from shoal.fleet import round as r
 from shoal.fleet.analytics import Folding, Seen
 from shoal.fleet.configuration import Configuration, configure
@@ -190,8 +191,9 @@ class Coordinator:
             while not self.finished.is_set():
                 await self.step(await self._next_event())
         finally:
-            if isinstance(self._journaled, asyncio.Future):  # the run was cancelled within a round
-                self._journaled.cancel()
+            journaled = self._journaled
+            if isinstance(journaled, asyncio.Future) and not journaled.cancel() and not journaled.cancelled():
+                journaled.exception()  # heard: what has ended the run says it
 
     async def take_up(self) -> None:
         """Goes on from the last commit, as after a crash."""
@@ -577,5 +579,7 @@ class Coordinator:
         closed = replace(row, state="abandoned", closed_s=self._clock.wall_s(), reason=reason)
         try:
             await self._in_thread(lambda: self.store.close_round(self._run, closed, log=events))
+        except LeaseLost:
+            raise
         except StoreError as error:  # the journal of a round that gave nothing is not worth the run
             log.error("round %d could not be closed in the record: %s", row.number, error)

@@ -15,12 +15,14 @@ import numpy as np
 from shoal.aggregate.choose import aggregator_of
 from shoal.aggregate.commit import CallProgram
 from shoal.clock import Clock, SystemClock
-from shoal.errors import StoreError
+from shoal.errors import LeaseLost, StoreError
 from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.edge import Edge
 from shoal.fleet.edges import Edges
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
+from shoal.fleet.lease import LIFE_S
+from shoal.fleet.lease_keeper import LeaseKeeper
 from shoal.fleet.remote_edge import EdgesServer
 from shoal.fleet.staging import Limits
 from shoal.fleet.wire import edges_pb2
@@ -96,6 +98,8 @@ class Host:
         limits: Limits | None = None,
         call_program: CallProgram | None = None,
         several_edges: bool = False,
+        alone: bool = False,
+        lease_s: float = LIFE_S,
         on_commit: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
         """
@@ -108,6 +112,9 @@ class Host:
             rng: draws devices; None: seeded by the system.
             limits: of staged updates.
             call_program: runs the plan's server programs, where its rule is one.
+            alone: the caller holds the run folder's lock (`record.lock.only_writer`): a host of this machine that has the
+                run's lease is dead, and is followed at once.
+            lease_s: so long after this host's death hosts elsewhere may take the run up.
             several_edges: whether Edges of other processes may attach, see `edges_server`.
             on_commit: told of each version once it is durable.
         """
@@ -147,6 +154,7 @@ class Host:
             on_commit=self._committed,
         )
         self._clock, self._keys = clock, keys
+        self.lease = LeaseKeeper(store, run_id, clock=clock, life_s=lease_s, alone=alone)
         if self.edges is not None:
             self.edges.join(HERE, self.edge)
 
@@ -179,7 +187,15 @@ class Host:
         )
 
     async def run(self) -> None:
-        """Runs the rounds to the last version. Nobody else writes the run's status."""
+        """Runs the rounds to the last version, under the run's lease. Nobody else writes the run's status.
+
+        Raises:
+            LeaseHeld: another host has the run.
+            LeaseLost: another host has taken it over; this one writes nothing more.
+        """
+        await self.lease.serve(self._serve)
+
+    async def _serve(self) -> None:
         keep_rounds(self.store, self.run_id, self.last_version)
         self.store.set_status(self.run_id, "running", time_s=None)
         try:
@@ -187,6 +203,8 @@ class Host:
         except asyncio.CancelledError:
             self.store.set_status(self.run_id, "stopped", time_s=self._clock.wall_s())
             raise
+        except LeaseLost:
+            raise  # how the run goes is for its new host to say
         except BaseException:
             self.store.set_status(self.run_id, "failed", time_s=self._clock.wall_s())
             raise

@@ -5,13 +5,14 @@ import sys
 from pathlib import Path
 
 from shoal.fleet.host import Host
+from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from tests.fleet.toy import KEYS
 
 
 async def main(folder: Path, run_id: str, port: int, rounds: int) -> None:
     store = open_store(folder)
-    host = Host(store, run_id, KEYS, rounds=rounds)
+    host = Host(store, run_id, KEYS, rounds=rounds, alone=True)
     server = host.server(address=f"127.0.0.1:{port}")
     await server.start()
     print("ready", flush=True)
@@ -21,4 +22,5 @@ async def main(folder: Path, run_id: str, port: int, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+    with only_writer(Path(sys.argv[1])):
+        asyncio.run(main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
