@@ -86,23 +86,27 @@ def any_faults(name: str, seed: int) -> Faults:
         bad=rng.choice([0.0, 0.1]),
         stop=rng.choice([0.0, 0.0, 0.01]),
         dead=("5", "2") if not name.startswith("exact") and rng.random() < 0.3 else (),
+        usurped=rng.choice([0.0, 0.0, 0.002, 0.02]),
     )
 
 
 def many(name: str, seeds: Iterable[int], *, num_edges: int = 1) -> None:
-    begun, crashes, edges, seeds = time.perf_counter(), 0, 0, list(seeds)
+    begun, crashes, edges, shut_out, seeds = time.perf_counter(), 0, 0, 0, list(seeds)
     for seed in seeds:
         faults = any_faults(name, seed)
         if num_edges > 1:
-            faults = replace(faults, crash=min(faults.crash, 0.02), edge=random.Random(seed).choice([0.0, 0.02, 0.1]))
+            faults = replace(
+                faults, usurped=0.0, crash=min(faults.crash, 0.02), edge=random.Random(seed).choice([0.0, 0.02, 0.1])
+            )
         try:
             world = history(name, seed, faults, num_edges=num_edges)
             crashes, edges = crashes + world.crashes, edges + world.edge_crashes
+            shut_out += world.shut_out
         except BaseException as error:
             error.add_note(f"history({name!r}, {seed}, {faults}, num_edges={num_edges})")
             raise
     print(
-        f"{len(seeds)} histories, {crashes} crashes, {edges} of Edges, {len(seeds) / (time.perf_counter() - begun):.0f} histories per second"
+        f"{len(seeds)} histories, {crashes} crashes, {edges} of Edges, {shut_out} stale servers shut out, {len(seeds) / (time.perf_counter() - begun):.0f} histories per second"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from shoal.aggregate.commit import WeightedMean
+from shoal.errors import LeaseLost
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
@@ -64,6 +65,9 @@ class Faults:
     """Chance that the check finds fault with an update."""
     stop: float = 0.0
     """Chance, with each step of the Coordinator, that the host is asked to stop; it is started again."""
+    usurped: float = 0.0
+    """Chance, with each step of the Coordinator, that another server takes the run over, and this one goes on as if nothing
+    had been: it was taken for dead."""
     edge: float = 0.0
     """Chance, with each step of an Edge, that it dies, where there are several; another takes its place."""
     dead: tuple[str, ...] = ()
@@ -249,7 +253,8 @@ class TinyEdge:
         pieces = [("delta/params/w", 0, np.full(1, value, np.float32))]
         self.sums.begin_adding(group, pb.Costs())
         self.sums.add(group, pieces, weight=weight, discount=discount)
-        self.world.discounts[nonce] = discount
+        if self.world.server is not None and self in self.world.server.edges:
+            self.world.discounts[nonce] = discount
         self.do(g.Added(nonce))
 
     def tell(self, tell: g.Tell) -> None:
@@ -442,12 +447,15 @@ class Server:
     """One life of the server."""
 
     def __init__(self, world: "World") -> None:
-        self.world = world
+        self.world, self.store = world, world.store.opened_again()
+        self.store.take_lease(
+            RUN, holder=f"life {world.points}", now_s=world.time_s, life_s=30.0, instead_of=self.store.lease(RUN)
+        )
         manifest = world.plan.manifest
         self.edges = [TinyEdge(world, str(i)) for i in range(world.num_edges)]
         self.together = Edges(manifest.server.rounds) if world.num_edges > 1 else None
         self.coordinator = Coordinator(
-            store=world.store, run=RUN, manifest=manifest, edge=self.together or self.edges[0], aggregator=WeightedMean(manifest.server.rule),
+            store=self.store, run=RUN, manifest=manifest, edge=self.together or self.edges[0], aggregator=WeightedMean(manifest.server.rule),
             token_key=TOKEN, run_seed=bytes(32), last_version=world.rounds, clock=world,
             rng=np.random.default_rng(world.rng.getrandbits(32)), in_thread=self.in_thread, beside=self.start_beside,
         )  # fmt: skip
@@ -507,6 +515,8 @@ class Server:
     def advance(self) -> None:
         if self.world.chance(self.world.faults.stop):
             self.coordinator.stop()
+        if self.world.server is self and self.world.chance(self.world.faults.usurped):
+            return self.world.usurp()
         if self.running is None:
             event = self.coordinator.pending()
             assert event is not None
@@ -526,7 +536,8 @@ class World:
         self.rng, self.plan, self.rounds, self.faults = random.Random(seed), plan, rounds, faults
         self.num_edges = num_edges
         self.time_s, self.count, self.points, self.num_streams, self.crashes = 0.0, 0, 0, 0, 0
-        self.edge_crashes = self.merges = 0
+        self.edge_crashes = self.merges = self.shut_out = 0
+        self.stale: list[Server] = []  # lives that another has followed, and that go on
         self.discounts: dict[bytes, float] = {}  # at which each update was last added
         self.soon: list[tuple[float, int, Callable[[], None]]] = []
         self.arrival_s: dict[object, float] = {}
@@ -588,12 +599,13 @@ class World:
         assert edge is not None
 
         def deliver() -> None:
-            is_there = self.server is not None and edge in self.server.edges and not edge.is_dead
+            is_there = any(edge in server.edges for server in self.servers) and not edge.is_dead
             if not is_there or self.chance(self.faults.broken):
                 if is_there:
                     edge.left(device.name, stream)
                 return device.broke(stream)
-            work(edge)
+            server = next(server for server in self.servers if edge in server.edges)
+            (self.of_stale(server, lambda: work(edge)) if server in self.stale else lambda: work(edge))()
 
         self.in_order(("up", stream), deliver)
 
@@ -609,6 +621,10 @@ class World:
             if device.edge is edge:
                 self.later(lambda d=device, s=device.stream: d.broke(s), 2.0)  # type: ignore[misc]
 
+    @property
+    def servers(self) -> "list[Server]":
+        return [*([] if self.server is None else [self.server]), *self.stale]
+
     def crash(self) -> None:
         assert self.server is not None
         self.crashes += 1
@@ -618,14 +634,38 @@ class World:
 
     def stop_server(self) -> None:
         assert self.server is not None
-        for edge in self.server.edges:
-            edge.is_dead = True
-        for far in self.server.far.values():
-            far.is_lost = True
+        self.end(self.server)
         self.server = None
-        for device in self.devices.values():  # each hears of it when it does; what is on its way may still arrive
-            self.later(lambda d=device, s=device.stream: d.broke(s), 2.0)  # type: ignore[misc]
         self.later(self.start, 5.0)
+
+    def end(self, server: Server) -> None:
+        for far in server.far.values():
+            far.is_lost = True
+        for edge in server.edges:
+            edge.is_dead = True
+            self.break_streams(edge)  # each hears of it when it does; what is on its way may still arrive
+
+    def usurp(self) -> None:
+        assert self.server is not None
+        stale = self.server
+        self.stale.append(stale)
+        self.later(lambda: self.end_stale(stale), 20.0)  # when it would renew its lease
+        self.start()
+
+    def of_stale(self, server: Server, work: Callable[[], None]) -> Callable[[], None]:
+        def go_on() -> None:
+            try:
+                work()
+            except (LeaseLost, Crash) as error:
+                self.shut_out += isinstance(error, LeaseLost)
+                self.end_stale(server)
+
+        return go_on
+
+    def end_stale(self, server: Server) -> None:
+        if server in self.stale:
+            self.stale.remove(server)
+            self.end(server)
 
     def start(self) -> None:
         self.server = Server(self)
@@ -649,11 +689,12 @@ class World:
     def _next(self) -> list[Callable[[], None]]:
         while True:
             ready = self.server.ready() if self.server is not None else []
+            ready += [self.of_stale(server, work) for server in self.stale for work in server.ready()]
             due = [self._pop] if self.soon and self.soon[0][0] <= self.time_s else []
             if ready or due:
                 return [*ready, *due]
-            wake_s = self.server.coordinator.wake_s if self.server is not None else None
-            times = ([self.soon[0][0]] if self.soon else []) + ([] if wake_s is None else [wake_s])
+            wakes = [server.coordinator.wake_s for server in self.servers]
+            times = ([self.soon[0][0]] if self.soon else []) + [wake_s for wake_s in wakes if wake_s is not None]
             assert times, f"nothing will ever happen again: {self}"
             self.time_s = max(self.time_s, min(times))
 
