@@ -1,7 +1,7 @@
 """Python's stores at equal DRAM: block reads a query, p99 under a flash model, bulk load and scan (X1).
 
 Each table's rows (128 B) are stored in order of id and in placement order, which the key-value stores get as their key. DRAM is
-20 % of the table for everybody; the map of where rows lie is taken off first: 13 bytes a row of shoal's, and the 4 bytes a row that a
+20 % of the table for everybody; the map of where rows lie is taken off first: 9.25 bytes a row of shoal's, and the 4 bytes a row that a
 rival needs to find its keys in placement order. Reads: see `peers/kv.py`. The memory map
 is counted as an LRU of 4 KiB pages of the same bytes (random advice: a fault reads one page). Latency: `devices.py`, model
 "flash", one drive for all. Wall-clock times of queries are shown for what they are: rivals are served by the page cache.
@@ -24,11 +24,15 @@ from benchmarks.frame import Goal, run, table
 from shoal.embed import Cache, EmbeddingStore, Layout, TableSpec, Trace
 from shoal.embed.devices import DEVICES, replay_latency
 from shoal.embed.generator import generate, tables
+from shoal.embed.miniature import Setting
+from shoal.embed.placement import place
 from shoal.embed.simulate import replay
 from shoal.errors import DataError
 
 PEERS = Path(os.environ.get("SHOAL_PEERS", Path.home() / ".cache" / "shoal" / "peers"))
 SHARE = 0.20
+MAP_BYTES = 9.25
+"""Of shoal's map, a row."""
 DRAWS = 50
 """Times that the model answers each query: the p99 of some hundred single draws is mostly luck."""
 
@@ -73,15 +77,17 @@ def _table(name: str, trace: Trace, rows: int) -> list[dict[str, Any]]:
 
 def _shoal(values: np.ndarray, learned: Trace, asked: Trace, warm: int, dram: int) -> tuple[dict[str, Any], Layout]:
     rows, dim = values.shape
+    setting, memory = Setting(policy="s3-fifo", read_aware=True), int(dram - MAP_BYTES * rows)
+    capacity = setting.capacity(memory, VECTOR_BYTES)
+    layout = place(learned, PER_BLOCK, lambda: setting.cache(capacity, rows)).hot_first(learned.counts())
     with tempfile.TemporaryDirectory() as folder:
-        memory = max(dram - 13 * rows, dram // 10)
-        spec = TableSpec(rows=rows, dim=dim, tier="block")
+        spec = TableSpec(rows=rows, dim=dim, tier="block", policy=setting.policy, read_aware=setting.read_aware)
         with EmbeddingStore.create(Path(folder) / "s", {"t": spec}, dram=memory) as store:
             begun = time.perf_counter()
-            store.load("t", values)
+            store.load("t", values, layout)
             loaded = time.perf_counter() - begun
-            store.retrain({"t": learned})
-            layout = store.layout("t")
+            taken = store.statistics().tables["t"]
+            assert taken.dram_bytes + taken.map_bytes <= dram, "the map is larger than what was taken off for it"
             reads, seconds = np.zeros(len(asked), np.int64), np.zeros(len(asked))
             for query in range(len(asked)):
                 before, start = store.statistics().tables["t"].block_reads, time.perf_counter()
