@@ -57,7 +57,9 @@ def cover(starts: np.ndarray, blocks: np.ndarray, chosen: np.ndarray) -> None:
             count += 1
         group[order[at]] = count - 1
     first[count] = size
-    wanted, owner = np.diff(first[: count + 1]), np.empty(size, np.int64)
+    wanted, owner = np.zeros(count, np.int64), np.empty(size, np.int64)
+    for place in range(size):
+        wanted[group[place]] += 1
     most = 0
     for i in range(num):
         owner[starts[i] : starts[i + 1]] = i
