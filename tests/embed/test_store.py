@@ -1,5 +1,6 @@
 """Lookups: right values whatever the codec, the cache, the layout and the number of threads; clear errors."""
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -279,12 +280,13 @@ def test_closing_waits_for_lookups_and_refuses_later_ones(tmp_path: Path) -> Non
 
 def test_lookups_of_many_threads_end_well_when_the_store_closes(tmp_path: Path) -> None:
     store, right, wrong = small_store(tmp_path, dram="20KB"), vectors(), []
-    begun = threading.Barrier(5)
+    are_busy = threading.Barrier(5)
 
     def ask(seed: int) -> None:
         rng = np.random.default_rng(seed)
-        begun.wait()
-        while True:
+        for number in itertools.count():
+            if number == 20:
+                are_busy.wait()
             ids = rng.integers(0, len(right), 64)
             try:
                 found = store.lookup("items", ids)
@@ -298,9 +300,7 @@ def test_lookups_of_many_threads_end_well_when_the_store_closes(tmp_path: Path) 
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
     for thread in threads:
         thread.start()
-    begun.wait()
-    while store.statistics().tables["items"].queries < 200:
-        pass
+    are_busy.wait()
     store.close()
     for thread in threads:
         thread.join()
