@@ -119,6 +119,7 @@ class EdgeNode:
         far.outgoing.put(pb.Event(hello=self._hello()))
         edge: Edge | None = None
         call = stub.Attach(_said(far.outgoing))
+        call.add_done_callback(lambda _: far.end())  # also while sums are on their way, and nobody reads
         try:
             async for told in call:
                 for command in told.commands:

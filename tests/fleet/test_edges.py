@@ -17,7 +17,8 @@ from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer
 from shoal.fleet.host import Host, begin_run
-from shoal.fleet.remote_edge import EdgesServer
+from shoal.fleet.remote_edge import EdgesServer, RemoteEdge
+from shoal.fleet.wire import edges_pb2
 from shoal.policy import Late, RoundPolicy
 from shoal.record.blobs import FolderBlobs
 from shoal.record.memory import MemoryStore
@@ -232,3 +233,28 @@ async def test_an_edge_that_is_full_names_another(tmp_path: Path, monkeypatch: p
         await link.close()
         for node in nodes:
             await node.end()
+
+
+@toy.in_loop
+async def test_an_edge_whose_stream_breaks_while_its_sums_are_on_their_way_comes_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, "params/large", (1_500_000,))
+    taken = RemoteEdge._closed
+    closes = 0
+
+    def closed(edge: RemoteEdge, groups: edges_pb2.Closed) -> None:
+        nonlocal closes
+        closes += 1
+        if closes == 1:
+            raise ProtocolError("as if the Coordinator had died")
+        taken(edge, groups)
+
+    monkeypatch.setattr(RemoteEdge, "_closed", closed)
+    async with many_edges(toy.exact("a", reporting_window_s=5.0), tmp_path, rounds=1) as fleet:
+        node = await fleet.node("one")
+        link = GrpcLink(node.address)
+        await toy.device("a", link).run()
+        assert members(fleet) == [1] and closes == 2
+        await link.close()
+        await node.end()
