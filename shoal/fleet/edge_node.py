@@ -182,6 +182,7 @@ class EdgeNode:
                 far.answer(command.answer)
             case "withdraw":
                 nonce = command.withdraw
+                far.forget(nonce)
                 edge.withdraw(nonce, lambda gone: far.say(withdrawn=pb.Withdrawn(nonce=nonce, gone=gone)))
             case "dissolve":
                 edge.dissolve(command.dissolve)
@@ -295,9 +296,19 @@ class _Far:
         self._asked[number] = (nonce, answered)
         self.say(ask=pb.Ask(number=number, nonce=nonce))
         try:
-            return await answered
+            row = await answered
         finally:
-            del self._asked[number]
+            is_here = self._asked.pop(number, None) is not None
+        if not is_here:
+            raise NetworkError("The update is at another Edge; ask again.")
+        return row
+
+    def forget(self, nonce: bytes) -> None:
+        """An update is let go of: what was asked of it before says nothing any more, also if the answer is here."""
+        for number in [number for number, (of, _) in self._asked.items() if of == nonce]:
+            _, answered = self._asked.pop(number)
+            if not answered.done():
+                answered.set_result(None)
 
     def answer(self, answer: pb.Answer) -> None:
         nonce, asked = self._asked.get(answer.number, (b"", None))

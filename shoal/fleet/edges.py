@@ -179,7 +179,7 @@ class Edges:
         broken: StoreError | None = None
         for seat, closed in closing:
             try:
-                groups += self._closed(await closed)
+                groups += self._closed(seat, await closed)
             except EdgeLost as error:
                 log.warning("Edge %s is lost, and the groups that it held: %s", seat.name, error)
             except StoreError as error:
@@ -188,11 +188,15 @@ class Edges:
             raise broken
         return groups
 
-    def _closed(self, groups: list[GroupResult]) -> list[GroupResult]:
-        for group in groups:
-            for nonce, _ in group.counted:
-                self._settling.add(nonce)
-                self.let_go(nonce)
+    def _closed(self, seat: "_Seat", groups: list[GroupResult]) -> list[GroupResult]:
+        nonces = [nonce for group in groups for nonce, _ in group.counted]
+        if len(set(nonces)) < len(nonces) or not all(self.is_at(seat, nonce) for nonce in nonces):
+            why = "its sums have updates in them that are not its own"
+            self.lost(seat.name, seat.edge, why=why)
+            raise EdgeLost(why)
+        for nonce in nonces:
+            self._settling.add(nonce)
+            self.let_go(nonce)
         return groups
 
     def stored(self) -> None:
@@ -203,6 +207,8 @@ class Edges:
     def committed(self, version: int) -> None:
         self._settling.clear()
         for seat in self._seats.values():
+            if self.policy.late.kind == "patch":
+                seat.open.clear()  # what has stayed is patched in where it belongs
             seat.edge.committed(version)
 
     def failed(self, why: str) -> None:
@@ -225,15 +231,16 @@ class Edges:
 
     def claim(self, seat: "_Seat", nonce: bytes, answer: Callable[[bool], None]) -> None:
         """Says whether an update may be at an Edge: it is nowhere else, or the other one has let go of it."""
-        holder = self._holder.get(nonce, (seat, 0))[0]
+        held = self._holder.get(nonce, (seat, 0.0))
+        holder = held[0]
         if nonce in self._settling:
             return answer(False)
         if holder is seat or not holder.is_present:
             return self._hold(seat, nonce, answer)
 
         def withdrawn(is_gone: bool) -> None:
-            now = self._holder.get(nonce, (holder, 0))[0]  # others may have asked meanwhile
-            if is_gone and now is holder and nonce not in self._settling:
+            # Others may have asked meanwhile, the holder too: then it has let go of it before it was given it again.
+            if is_gone and self._holder.get(nonce, held) is held and nonce not in self._settling:
                 self._hold(seat, nonce, answer)
             else:
                 answer(False)
@@ -312,8 +319,15 @@ class _Seat:
             self.coordinator.away(nonce)
 
     async def token_row(self, nonce: bytes) -> TokenRow | None:
-        is_free: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-        self._edges.claim(self, nonce, is_free.set_result)
-        if not await is_free:
-            raise NetworkError("The update is at another Edge and counts there; ask again.")
-        return await self.coordinator.token_row(nonce)
+        answered: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+        def answer(is_free: bool) -> None:
+            if not answered.done():  # who asked may be gone
+                answered.set_result(is_free)
+
+        self._edges.claim(self, nonce, answer)
+        if await answered:
+            row = await self.coordinator.token_row(nonce)
+            if self._edges.is_at(self, nonce):  # else another Edge has asked for it meanwhile, and this one let go
+                return row
+        raise NetworkError("The update is at another Edge; ask again.")

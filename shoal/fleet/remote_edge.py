@@ -138,8 +138,9 @@ class RemoteEdge:
         self.outgoing.end()
         if self._closing is not None and not self._closing.done():
             self._closing.set_result([])
-        for nonce in list(self._asked):
-            self._withdrawn(nonce, True)
+        for nonce, answers in list(self._asked.items()):
+            for _ in list(answers):
+                self._withdrawn(nonce, True)
         for task in self._tasks:
             task.cancel()
 
@@ -187,8 +188,11 @@ class RemoteEdge:
         self._say(answer=answer)
 
     def _withdrawn(self, nonce: bytes, is_gone: bool) -> None:
-        for answer in self._asked.pop(nonce, []):
-            answer(is_gone)
+        answers = self._asked.pop(nonce, [])  # it answers each that asks, in order
+        if answers[1:]:
+            self._asked[nonce] = answers[1:]
+        if answers:
+            answers[0](is_gone)
 
     def _closed(self, closed: pb.Closed) -> None:
         if self._closing is None or self._closing.done() or self._sums is not None or self._configuration is None:

@@ -161,6 +161,8 @@ class TinyEdge:
         self.of_nonce: dict[bytes, tuple[str, int, int]] = {}  # device, stream, version
         self.work: list[Callable[[], None]] = []  # checks and additions under way
         self.finished = False
+        self.asked: dict[object, bytes] = {}
+        """What the Coordinator was asked of, by what asked."""
 
     def connect(self, coordinator: Any) -> None:
         self.coordinator = coordinator
@@ -203,6 +205,8 @@ class TinyEdge:
         """Nobody but `close_groups` waits for it; see `FarEdge`."""
 
     def withdraw(self, nonce: bytes) -> bool:
+        for ask in [ask for ask, of in self.asked.items() if of == nonce]:
+            del self.asked[ask]
         self.do(g.Gone(nonce, "it went elsewhere"))
         return self.groups.state(nonce) is None
 
@@ -358,17 +362,16 @@ class FarEdge:
         return arrive
 
     def withdraw(self, nonce: bytes, answer: Callable[[bool], None]) -> None:
-        self.asked.setdefault(nonce, []).append(answer)
-
         def withdraw() -> None:
             is_gone = self.edge.withdraw(nonce)
             self.say_back(lambda: self.withdrawn(nonce, is_gone))
 
+        self.asked.setdefault(nonce, []).append(answer)
         self.say(withdraw)
 
     def withdrawn(self, nonce: bytes, is_gone: bool) -> None:
-        for answer in self.asked.pop(nonce, []):
-            answer(is_gone)
+        if self.asked.get(nonce):
+            self.asked[nonce].pop(0)(is_gone)
 
     def gather(self) -> None:
         raise AssertionError("it is one of several")
@@ -399,8 +402,9 @@ class FarEdge:
 
     def lose(self, why: str) -> None:
         self.is_lost = True
-        for nonce in list(self.asked):
-            self.withdrawn(nonce, True)
+        for nonce, answers in self.asked.items():
+            for _ in list(answers):
+                self.withdrawn(nonce, True)
 
 
 class FarCoordinator:
@@ -410,15 +414,23 @@ class FarCoordinator:
         self.far, self.seat = far, seat
 
     def look_up(self, nonce: bytes, answer: Callable[[bool, TokenRow | None], None]) -> None:
-        def answered(is_free: bool) -> None:
-            row = self.far.world.store.token(RUN, nonce)
-            self.far.say(lambda: answer(is_free, row))
+        world, asked, seat, me = self.far.world, self.far.edge.asked, self.seat, object()
+        asked[me] = nonce
 
-        def claim() -> None:
-            seat = self.seat
-            seat._edges.claim(seat, nonce, answered)
+        def heard(is_free: bool, row: TokenRow | None) -> None:
+            is_here = asked.pop(me, None) is not None
+            answer(is_free and is_here, row)
 
-        self.far.say_back(claim)
+        def claimed(is_free: bool) -> None:
+            row = world.store.token(RUN, nonce)  # a thread reads it: others may ask meanwhile
+
+            def found() -> None:
+                is_here = is_free and seat._edges.is_at(seat, nonce)
+                self.far.say(lambda: heard(is_here, row))
+
+            world.later(found, 0.5)
+
+        self.far.say_back(lambda: seat._edges.claim(seat, nonce, claimed))
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         method = getattr(self.seat, name)
@@ -606,6 +618,9 @@ class World:
                 return device.broke(stream)
             server = next(server for server in self.servers if edge in server.edges)
             (self.of_stale(server, lambda: work(edge)) if server in self.stale else lambda: work(edge))()
+            if self.chance(self.faults.broken):  # the device notices before the Edge does
+                device.broke(stream)
+                self.later(lambda: None if edge.is_dead else edge.left(device.name, stream), 5.0)
 
         self.in_order(("up", stream), deliver)
 
