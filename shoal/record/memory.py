@@ -440,7 +440,12 @@ class MemoryStore:
     def forget_tokens(self, run_id: str, *, before_s: float) -> int:
         with self._lock:
             run = self._to_write(run_id)
-            kept = {nonce: token for nonce, token in run.tokens.items() if token[0].expires_s >= before_s}
+            waiting = {*self.waiting_nonces(run_id)}
+            kept = {
+                nonce: token
+                for nonce, token in run.tokens.items()
+                if token[0].expires_s >= before_s or nonce in waiting
+            }
             dropped, run.tokens = len(run.tokens) - len(kept), kept
             return dropped
 

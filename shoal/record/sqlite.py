@@ -373,9 +373,10 @@ class SqliteStore:
                 sql.ADD[TOKENS].run(connection, {**values, "reason": reason})
 
     def forget_tokens(self, run_id: str, *, before_s: float) -> int:
-        statement = delete(TOKENS).where(TOKENS.c.run_id == run_id, TOKENS.c.expires_s < before_s)
+        expired = (TOKENS.c.run_id == run_id, TOKENS.c.expires_s < before_s)
+        statement = delete(TOKENS).where(*expired, TOKENS.c.nonce.not_in(sql.WAITING_NONCES))
         with self._write(run_id) as connection:
-            return int(connection.execute(statement).rowcount)
+            return int(connection.execute(statement, {"run": run_id}).rowcount)
 
     def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:
         with self._write(run_id) as connection:

@@ -389,7 +389,7 @@ class Store(Protocol):
         ...
 
     def forget_tokens(self, run_id: str, *, before_s: float) -> int:
-        """Drops tokens that have expired; returns how many."""
+        """Drops tokens that have expired, but for those in groups that wait for a commit; returns how many."""
         ...
 
     def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:

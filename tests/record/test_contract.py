@@ -174,6 +174,15 @@ def test_a_group_waits_for_its_commit__invariant_2(store: Store) -> None:
             store.commit("run", commit_row(store, 2), round=round_row(2), groups=[taken])
 
 
+def test_who_is_in_a_group_that_waits_is_known_however_long_it_waits(store: Store) -> None:
+    with_initial(store)
+    number = store.add_group("run", group_row(), counted=[(b"a", 1.0)])
+    assert store.forget_tokens("run", before_s=9.0) == 0
+    assert store.waiting_nonces("run") == [b"a"]
+    store.commit("run", commit_row(store, 1), round=round_row(), groups=[group_row(number=number)])
+    assert store.forget_tokens("run", before_s=9.0) == 1
+
+
 def test_sums_are_kept_while_they_may_be_wanted(store: Store) -> None:
     with_initial(store)
     kept = [store.blobs.put(data) for data in (b"one", b"two", b"three")]
