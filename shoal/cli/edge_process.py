@@ -15,6 +15,7 @@ from shoal.cli.host_checks import joined
 from shoal.cli.host_edges import RESTART, read_credential
 from shoal.cli.screen import Screen
 from shoal.clock import SystemClock
+from shoal.errors import NetworkError
 from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.grpc_server import GrpcServer
 from shoal.fleet.process import allow_many_files, collect_rarely, switch_threads_often, use_one_arena
@@ -52,7 +53,7 @@ def run(settings: Settings, *, screen: Screen) -> None:
     Raises:
         Stopped: by Ctrl-C or SIGTERM.
         ProtocolError: the host refuses this Edge.
-        NetworkError: the port is taken.
+        NetworkError: the port is taken, or the host that it is to start again was ended.
     """
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {settings.name}: %(message)s", datefmt="%H:%M:%S")
     allow_many_files()
@@ -106,7 +107,11 @@ class _Restarts:
         folder = self._folder
         if folder is None or not was_left(folder) or (self._started is not None and self._started.poll() is None):
             return
-        command = [sys.executable, "-m", "shoal", *json.loads((folder / RESTART).read_text())]
+        try:
+            again = json.loads((folder / RESTART).read_text())
+        except FileNotFoundError:
+            raise NetworkError(f"The host of {folder} has ended while this Edge was not attached.") from None
+        command = [sys.executable, "-m", "shoal", *again]
         log.warning("the host has died; starting it again")
         with (folder / LOG).open("ab") as out:
             self._started = subprocess.Popen(

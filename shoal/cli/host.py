@@ -7,7 +7,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.host_asked import Asked, parse_each
-from shoal.cli.host_checks import check_port, check_tls
+from shoal.cli.host_checks import check_port, check_tls, is_loopback
 from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 
@@ -148,6 +148,11 @@ def host(
     asked.check(resume=resume)
     if len(asked.tasks) > 1 and (edges or edge_port is not None):
         raise ValueError("Expected one TASK with --edges or --edge-port: this version serves several with one Edge.")
+    if edges and tls_cert is not None and not is_loopback(edge_address):
+        raise ValueError(
+            f"Expected --edge-address 127.0.0.1 with --edges and --tls-cert, got {edge_address}: the Edges cannot know what "
+            "signed that certificate. Use --tls, or start each with `shoal edge --ca`."
+        )
     check_tls(edge_address, tls=tls, cert=tls_cert, key=tls_key, insecure=insecure)
     if not edges:  # else the port is shared by these
         check_port(address, port)
@@ -166,7 +171,7 @@ def host(
         watch.lap("plan")
     settings: Settings = host_process.Settings(
         folder=folder, run_ids=run_ids, rounds=rounds if resume else None, address=address, port=port, held_out=held_out,
-        ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, edges=edges, edge_port=edge_port,
-        edge_address=edge_address,
+        ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, insecure=insecure,
+        edges=edges, edge_port=edge_port, edge_address=edge_address,
     )  # fmt: skip
     host_process.run(settings, screen=screen, watch=watch, parent=parent)

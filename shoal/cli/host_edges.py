@@ -23,6 +23,7 @@ from shoal.fleet.remote_edge import EdgesServer
 
 CREDENTIAL: Final = "edges.key"
 RESTART: Final = "restart.json"
+"""How to start a host again that has died; one that ends takes the file along."""
 START_S: Final = 60.0
 AGAIN_S: Final = 1.0
 ADOPT_S: Final = 3.0
@@ -64,7 +65,8 @@ async def attached(
     """
     server = host.edges_server(address=joined(*settings.address), tls=tls)
     await server.start()
-    where = joined(settings.address[0], server.port)
+    here = joined({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.address[0], settings.address[0]), server.port)
+    where = f"THIS-MACHINE:{server.port}" if settings.address[0] in ("0.0.0.0", "::") else here
     credential = write_credential(settings.folder, HostKeys.load_or_make(settings.folder))
     trusted = ["--ca", settings.authority] if settings.authority else []
     screen.say(
@@ -74,7 +76,7 @@ async def attached(
     assert host.edges is not None
     children = [
         asyncio.create_task(
-            _keep(f"edge-{i + 1}", _command(settings, i, where, credential), host.edges, settings.adopts)
+            _keep(f"edge-{i + 1}", _command(settings, i, here, credential), host.edges, settings.adopts)
         )
         for i in range(settings.number)
     ]
@@ -84,6 +86,7 @@ async def attached(
         if children:
             await asyncio.wait(children, timeout=END_S)
     finally:
+        (settings.folder / RESTART).unlink(missing_ok=True)
         host.edges.finish("the host was asked to stop")
         await server.until_gone(longest_s=1.0)
         for child in children:
@@ -111,11 +114,11 @@ def read_credential(path: Path) -> bytes:
     return made
 
 
-def _command(settings: EdgeSettings, number: int, where: str, credential: Path) -> list[str]:
+def _command(settings: EdgeSettings, number: int, here: str, credential: Path) -> list[str]:
     address, port = settings.devices
     mine = port if IS_SHARED or not port else port + number
     words: list[object] = [
-        sys.executable, "-m", "shoal", "edge", "--coordinator", where, "--credential", credential,
+        sys.executable, "-m", "shoal", "edge", "--coordinator", here, "--credential", credential,
         "--name", f"edge-{number + 1}", "--address", address, "--port", mine, "--restarts", settings.folder,
         *(["--share-port"] if IS_SHARED and port else []),
         *(["--tls-key", settings.tls[0], "--tls-cert", settings.tls[1]] if settings.tls else ["--insecure"]),

@@ -15,7 +15,7 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
-from shoal.cli.host_checks import joined, reserve
+from shoal.cli.host_checks import is_loopback, joined, reserve
 from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun, follow
 from shoal.cli.run_summary import RunSummary, summarize
@@ -57,6 +57,7 @@ class Settings:
     tls_cert: Path | None
     tls_key: Path | None
     resumed: bool
+    insecure: bool = False
     edges: int = 0
     """Edges in processes of their own that the host starts."""
     edge_port: int | None = None
@@ -74,6 +75,7 @@ class Settings:
             *(["--address", self.address] if self.address != "127.0.0.1" else []),
             *(["--tls"] if self.make_tls else []),
             *(["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []),
+            *(["--insecure"] if self.insecure else []),
             *(["--held-out", self.held_out] if self.held_out else []),
             *(["--rounds", self.rounds] if self.resumed and self.rounds else []),
             *(["--edges", self.edges] if self.edges else []),
@@ -214,7 +216,8 @@ async def _serve_edges(
         async with served(host, evaluations, address=mine, tls=tls) as server:
             running = asyncio.create_task(host.run())
             try:
-                async with attached(host, edge_settings, tls=tls, screen=screen):
+                own = tls if ca is not None or not is_loopback(settings.edge_address) else None  # nobody could check it
+                async with attached(host, edge_settings, tls=own, screen=screen):
                     _announce(settings, port if settings.edges else server.port, ca, keys, screen)
                     await running
             finally:

@@ -1,6 +1,5 @@
 """`shoal edge` and `shoal host --edges`: real processes, some of them killed."""
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from shoal.cli.edge_process import _Restarts
+from shoal.errors import NetworkError
+from shoal.fleet.tls import make_tls
+from shoal.record.lock import only_writer
 from shoal.record.run import open_run
 
 from .conftest import Process, Shoal, write_users
@@ -106,7 +109,38 @@ def test_a_killed_host_is_started_again_by_its_edges_and_a_killed_edge_by_the_ho
     with open_run(run_folder) as run:
         assert run.row.status == "stopped"
         assert [c.version for c in run.store.commits(run.id)] == list(range(reached(run_folder) + 1))
-    assert "--edge-port" in json.loads((run_folder / "restart.json").read_text())
+    assert not (run_folder / "restart.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "secured", [("--tls", "--edge-address", "0.0.0.0"), ("--address", "0.0.0.0", "--insecure"), ("--tls-cert",)]
+)
+def test_edges_of_a_host_reach_it_however_it_is_secured(
+    secured: tuple[str, ...], start: Start, place: Path, tmp_path: Path, run_folder: Path
+) -> None:
+    if secured == ("--tls-cert",):
+        key, chain, _ = make_tls(["example.org"])
+        (tmp_path / "key.pem").write_bytes(key)
+        (tmp_path / "cert.pem").write_bytes(chain)
+        secured = ("--tls-cert", str(tmp_path / "cert.pem"), "--tls-key", str(tmp_path / "key.pem"))
+    host = start("host", place / "line.py", "--rounds", 5, "--port", 0, "--edges", 1, "--run", run_folder, *secured)
+    host.until(lambda: "devices:" in host.text)  # it waits for its Edges before that
+    host.kill()
+    log = run_folder / "host.log"  # of the one that the Edge starts
+    until(lambda: log.exists() and "devices:" in log.read_text())
+    for process in processes(run_folder, "host"):
+        process.terminate()
+    until(lambda: not processes(run_folder, "edge") and not processes(run_folder, "host"))
+
+
+def test_an_edge_starts_no_host_that_was_ended(tmp_path: Path) -> None:
+    with only_writer(tmp_path):
+        pass
+    with pytest.raises(NetworkError, match="has ended"):
+        _Restarts(tmp_path)()
 
 
 def reached(folder: Path) -> int:
