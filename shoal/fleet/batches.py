@@ -2,7 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Generic, TypeVar
+from typing import Final, Generic, TypeVar
+
+MOST_AT_ONCE: Final = 4096
+"""Items of one message: many devices at once do not make it larger than a message may be."""
 
 T = TypeVar("T")
 
@@ -42,6 +45,6 @@ class Batches(Generic[T]):
                 raise StopAsyncIteration
             self._changed.clear()
             await self._changed.wait()
-        items, self._items = self._items, []
+        items, self._items = self._items[:MOST_AT_ONCE], self._items[MOST_AT_ONCE:]
         self._taken.set()
         return items
