@@ -92,6 +92,8 @@ class Edge:
         self._pace = Pace(devices_a_round=self._manifest.server.rounds.most_at_once, now_s=clock.now_s())
         self._num_waiting = 0
         self._offer = Offer(plan, Index(()), blobs)
+        self._offers: dict[int, Offer] = {}
+        """Of the versions that something may still be late for: who is late fetches the model, too."""
         self._assigned = pb.Assigned()
         self._finished = self._other_edge = ""
         self._check_ins = self._refused = self._released = 0
@@ -133,6 +135,9 @@ class Edge:
         if present is None or present.base_version != configuration.base_version:
             self._pace.opened(self._clock.now_s())
             self._offer = Offer(self._plan, model, self._blobs)
+            oldest = configuration.base_version - self._manifest.server.rounds.max_staleness
+            self._offers = {version: offer for version, offer in self._offers.items() if version >= oldest}
+            self._offers[configuration.base_version] = self._offer
         self._assigned = self._offer.assigned(configuration, run=self._run)
         self._updates.open(configuration, taken=taken)
         self._nonces = {device: nonce for device, nonce in self._nonces.items() if self._updates.held(nonce)}
@@ -319,8 +324,8 @@ class Edge:
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         """The bytes of one blob that the token gives a right to. Raises ProtocolError for any other."""
-        self._updates.read_token(request.token)
-        async for piece in self._offer.pull(request):
+        version = self._updates.read_token(request.token).base_version
+        async for piece in self._offers.get(version, self._offer).pull(request):
             self._down_bytes += len(piece.data)
             yield piece
 

@@ -40,6 +40,8 @@ from shoal.tensors import Index
 log = logging.getLogger("shoal.edge")
 
 RETRY_S: Final = (0.1, 2.0)
+MODELS_KEPT: Final = 8
+"""Models of versions before, at most, that devices may still fetch here, where they may be late."""
 PATIENCE_S: Final = 20.0
 """How long a device waits for an Edge that has no Coordinator at the moment."""
 
@@ -77,7 +79,9 @@ class EdgeNode:
         self._coordinator, self._credential, self._name, self.address = coordinator, credential, name, address
         self._blobs, self._clock, self._limits, self._on_lost = blobs, clock, limits, on_lost
         self._ca, self._server_name = ca, server_name
-        self._model: frozenset[str] = frozenset()
+        self._models: list[frozenset[str]] = []
+        """Hashes of the tensors that are here, by version."""
+        self._num_kept = 1
         self.door = Doorstep()
         self.is_finished = False
         """The run is over; the Edge tells that to whoever comes, until the server for devices is closed."""
@@ -144,6 +148,7 @@ class EdgeNode:
         welcome = command.welcome
         await self._ensure(welcome.plan, stub)
         plan = Plan.parse(self._blobs.get(welcome.plan))
+        self._num_kept = 1 + min(MODELS_KEPT, plan.manifest.server.rounds.max_staleness)
         self._blobs.put_all([plan.manifest.data, *plan.programs.values()])
         edge = Edge(
             plan=plan,
@@ -198,9 +203,10 @@ class EdgeNode:
         hashes = frozenset(entry.hash for entry in model)
         for hash in hashes:
             await self._ensure(hash, stub)
-        for hash in self._model - hashes:
-            self._blobs.forget(hash)
-        self._model = hashes
+        if hashes not in self._models[-1:]:  # else the round before was abandoned
+            before, self._models = self._models, [*self._models, hashes][-self._num_kept :]
+            for hash in frozenset().union(*before) - frozenset().union(*self._models):
+                self._blobs.forget(hash)
         configuration = Configuration(
             round=opened.round,
             base_version=opened.base_version,

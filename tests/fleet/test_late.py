@@ -13,12 +13,13 @@ from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import WeightedMean
 from shoal.aggregate.sums import save_sums
 from shoal.clock import SystemClock
-from shoal.errors import StoreUnavailable
+from shoal.errors import ProtocolError, StoreUnavailable
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.costs import Costs
 from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import write_initial_model
 from shoal.policy import Late, RoundPolicy, ServerRule
@@ -32,6 +33,7 @@ SHAPE = {"params/w": (3,)}
 POLICY = RoundPolicy(
     goal=2, minimum_group=1, minimum_fraction=0.5, over_selection=2.0, late=Late.patch(max_staleness=3)
 )
+ONE_IS_ENOUGH = RoundPolicy(goal=1, minimum_group=1, over_selection=2.0, selection_window_s=0.2, adaptive=False)
 RULES = [
     ServerRule(),
     ServerRule(momentum=0.9, learning_rate=0.7),
@@ -290,3 +292,25 @@ async def test_a_live_device_is_counted_before_the_commit_when_its_group_is_stor
             await peer.say(report=toy.report(token, toy.update(made)))
         await fleet.tasks[0]
         assert fleet.members == [0, 4]
+
+
+@toy.in_loop
+async def test_who_may_be_late_may_still_fetch_its_model() -> None:
+    policy = replace(ONE_IS_ENOUGH, late=Late.discount(0.5, max_staleness=1))
+    async with (
+        toy.fleet(toy.plan(policy), rounds=9) as fleet,
+        toy.peer(fleet.link, "slow") as slow,
+        toy.peer(fleet.link, "quick") as quick,
+    ):
+        held, assigned = await asyncio.gather(slow.assigned(), quick.assigned())
+        token = assigned.token
+        model = fleet.store.get_commit(fleet.host.run_id, 0).model
+        request = pb.PullRequest(token=held.token, hash=model.entries[0].hash)
+        for version in (1, 2):
+            await quick.say(report=toy.report(token, toy.update(fleet.host.plan)))
+            assert (await quick.hear())[0] == "counted"
+            token = (await quick.assigned()).token
+            if version == 1:
+                assert sum([len(piece.data) async for piece in fleet.link.pull(request)]) == 4
+        with pytest.raises(ProtocolError, match="no part of the plan"):
+            [piece async for piece in fleet.link.pull(request)]
