@@ -11,11 +11,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from shoal import data, errors, record, server, testing
-    from shoal.api import Model, load, simulate
+    from shoal.aggregate.statistics import Measure
+    from shoal.api import Model, load, read_statistics, simulate
     from shoal.local import LocalRule, Report
     from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
     from shoal.task import Local, Loss, Sum, Task, Variables
     from shoal.task_evaluation import evaluation
+    from shoal.task_statistics import statistics
     from shoal.weights import from_safetensors
 
 _HOMES = {
@@ -24,6 +26,7 @@ _HOMES = {
     "Local": "shoal.task",
     "LocalRule": "shoal.local",
     "Loss": "shoal.task",
+    "Measure": "shoal.aggregate.statistics",
     "Model": "shoal.api",
     "Privacy": "shoal.policy",
     "Report": "shoal.local",
@@ -36,7 +39,9 @@ _HOMES = {
     "evaluation": "shoal.task_evaluation",
     "from_safetensors": "shoal.weights",
     "load": "shoal.api",
+    "read_statistics": "shoal.api",
     "simulate": "shoal.api",
+    "statistics": "shoal.task_statistics",
 }
 _MODULES = ("data", "errors", "record", "server", "testing")
 
@@ -46,6 +51,7 @@ __all__ = [
     "Local",
     "LocalRule",
     "Loss",
+    "Measure",
     "Model",
     "Privacy",
     "Report",
@@ -61,9 +67,11 @@ __all__ = [
     "evaluation",
     "from_safetensors",
     "load",
+    "read_statistics",
     "record",
     "server",
     "simulate",
+    "statistics",
     "testing",
 ]
 

@@ -9,6 +9,7 @@ from typing import Self
 
 import numpy as np
 
+from shoal.aggregate.statistics import read_results
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
 from shoal.plan.jax_runner import JaxRunner
@@ -134,9 +135,9 @@ class Model:
         return {fitting[0]: fields}
 
     @classmethod
-    def open(cls, folder: Path, *, version: int | None = None) -> Self:
+    def open(cls, folder: Path, *, version: int | None = None, task: str = "") -> Self:
         """See `load`."""
-        found = latest_run(folder)
+        found = latest_run(folder, task=task)
         store = open_store(found.path, read_only=True)
         try:
             plan = load_plan(store, found.run.id).plan
@@ -156,12 +157,44 @@ class Model:
         return cls(found.run.name, commit.version, tensors, plan, runner, commit.model.root)
 
 
-def load(run: Path | str, *, version: int | None = None) -> Model:
+def read_statistics(run: Path | str, *, version: int | None = None, task: str = "") -> dict[str, dict[str, np.ndarray]]:
+    """What a task of `shoal.statistics` has found.
+
+    Args:
+        run: the run folder (or a folder of run folders: then the newest run).
+        version: of which commit; None: the last.
+        task: name of the task, where the folder has runs of several.
+
+    Returns:
+        Field -> name -> array, S being the shape of the field in one example: `count`, `clipped`, `missing` (S) int64;
+        `mean`, `std` (S) float64; `histogram` (S, bins) int64 with `histogram_edges` (bins + 1); `quantiles` (S, Q) with
+        `quantiles_at` (Q) and `quantile_width` (S, Q), how far they may be off. NaN where no value was counted.
+
+    Raises:
+        DataError: there is no such run or version, or it is of another kind of task.
+    """
+    found = latest_run(Path(run), task=task)
+    store = open_store(found.path, read_only=True)
+    try:
+        commit = store.last_commit(found.run.id) if version is None else store.get_commit(found.run.id, version)
+        results = read_results(commit.server_state, store.blobs) if commit is not None else {}
+    finally:
+        store.close()
+    if not results:
+        raise DataError(
+            f"Run {found.run.id} of task {found.run.name!r} has no statistics (yet); they come with version 1 of a task of "
+            "shoal.statistics. Name it with task=… where the folder has several."
+        )
+    return results
+
+
+def load(run: Path | str, *, version: int | None = None, task: str = "") -> Model:
     """A version of a run, ready to predict.
 
     Args:
         run: the run folder (or a folder of run folders: then the newest).
         version: which commit; None: the last.
+        task: name of the task, where the folder has runs of several.
 
     Raises:
         DataError: there is no run, or it has no such version.
@@ -169,4 +202,4 @@ def load(run: Path | str, *, version: int | None = None) -> Model:
     Example:
         ``shoal.load("runs/demo").predict({"image": images}).argmax(-1)``
     """
-    return Model.open(Path(run), version=version)
+    return Model.open(Path(run), version=version, task=task)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import optax
 import pytest
 
 import shoal
+from shoal.aggregate.statistics import EDGES, field_statistics, read_results
 from shoal.clock import SystemClock
 from shoal.data.split import held_out_part
 from shoal.data.store import Examples, Population
@@ -160,3 +162,111 @@ def test_what_cannot_be_evaluated_is_refused_in_one_line() -> None:
         shoal.evaluation(task.replace(leaves={"params/b": "private"}))
     with pytest.raises(ValueError, match="holdout < 1"):
         shoal.Local(holdout=1.0)
+
+
+MEASURES = {"x": shoal.Measure(bounds=(-1.0, 1.0), histogram=8, quantiles=(0.1, 0.5, 0.9))}
+
+
+def measured(goal: int = NUM_DEVICES) -> shoal.Task:
+    fields = {"x": ((), "float32"), "size": ((3,), "uint8")}
+    rounds = shoal.RoundPolicy(goal=goal, minimum_group=goal, over_selection=1.0, selection_window_s=1.0)
+    return shoal.statistics(fields, MEASURES, rounds=rounds)
+
+
+def with_sizes(members: Population) -> Population:
+    rng = np.random.default_rng(5)
+    made = {}
+    for name, examples in members.items():
+        sizes = rng.integers(0, 200, (len(examples), 3)).astype(np.uint8)
+        made[name] = Examples({**examples.fields, "size": sizes})
+    return Population.from_arrays(made)
+
+
+def pooled(members: Population) -> dict[str, np.ndarray]:
+    return Examples.concatenate([examples for _, examples in members.items()]).fields
+
+
+def hold_to_numpy(found: Mapping[str, Mapping[str, np.ndarray]], fields: Mapping[str, np.ndarray]) -> None:
+    x, size = fields["x"].astype(np.float64), fields["size"].astype(np.float64)
+    assert found["x"]["count"] == len(x) and found["size"]["count"].tolist() == [len(x)] * 3
+    np.testing.assert_allclose(found["x"]["mean"], x.mean(), atol=1e-6)
+    np.testing.assert_allclose(found["x"]["std"], x.std(), rtol=1e-6)
+    np.testing.assert_allclose(found["size"]["mean"], size.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found["size"]["std"], size.std(0), rtol=1e-6)
+    histogram = np.histogram(x, bins=8, range=(-1.0, 1.0))[0]
+    assert found["x"]["histogram"].tolist() == histogram.tolist()
+    exact = np.quantile(x, MEASURES["x"].quantiles, method="inverted_cdf")
+    assert np.all(found["x"]["quantile_width"] < 1e-3)
+    assert np.all(np.abs(found["x"]["quantiles"] - exact) <= found["x"]["quantile_width"] + 1e-6)
+    assert not found["x"]["clipped"].any() and not found["x"]["missing"].any()
+
+
+def test_statistics_in_simulation_and_on_a_fleet_are_those_of_the_pooled_data(tmp_path: Path) -> None:
+    members, task = with_sizes(population()), measured()
+    shoal.simulate(task, members, rounds=4, seed=1, folder=tmp_path / "run")
+    found = shoal.read_statistics(tmp_path / "run")
+    hold_to_numpy(found, pooled(members))
+    store = MemoryStore()
+    runs = serve(store, [task], members, rounds={"statistics": 4})
+    commit = store.last_commit(runs["statistics"])
+    assert commit is not None
+    there = read_results(commit.server_state, store.blobs)
+    assert {name: {k: v.tolist() for k, v in of.items()} for name, of in there.items()} == {
+        name: {k: v.tolist() for k, v in of.items()} for name, of in found.items()
+    }, "the same bits"
+
+
+def test_what_is_beyond_the_bounds_is_clipped_and_what_is_no_number_left_out(tmp_path: Path) -> None:
+    values = np.array([0.5, 3.0, -np.inf, np.nan, -0.25], np.float32)
+    members = Population.from_arrays({f"d{n}": {"x": values} for n in range(2)})
+    task = shoal.statistics(
+        {"x": ((), "float32")}, MEASURES, rounds=shoal.RoundPolicy(goal=2, minimum_group=2, over_selection=1.0)
+    )  # fmt: skip
+    shoal.simulate(task, members, rounds=2, folder=tmp_path)
+    found = shoal.read_statistics(tmp_path)["x"]
+    assert (found["count"], found["clipped"], found["missing"]) == (8, 4, 2)
+    np.testing.assert_allclose(found["mean"], np.mean([0.5, 1.0, -1.0, -0.25]), atol=1e-6)
+    assert found["histogram"].sum() == 8 and found["histogram"][0] == 2 == found["histogram"][-1]
+
+
+def test_one_host_trains_two_tasks_evaluates_one_and_adds_statistics_up() -> None:
+    store, members = MemoryStore(), with_sizes(population())
+    tasks = [line("one"), line("two"), shoal.evaluation(line("one")), measured()]
+    runs = serve(store, tasks, members, rounds={"one": 3, "two": 2, "statistics": 3})
+    assert {store.run(run).status for run in runs.values()} == {"finished"}
+    assert store.last_version(runs["one"]) == 3 and store.last_version(runs["two"]) == 2
+    assert max(row.version for row in store.metrics(runs["one"], "evaluate/error")) == 3
+    assert not store.metrics(runs["two"], "evaluate/error")
+    commit = store.last_commit(runs["statistics"])
+    assert commit is not None
+    hold_to_numpy(read_results(commit.server_state, store.blobs), pooled(members))
+
+
+@pytest.mark.parametrize(
+    ("fields", "measures", "said"),
+    [
+        ({"x": ((), "float32")}, {}, "Expected bounds of field 'x'"),
+        ({"x": ((), "uint8")}, {"y": shoal.Measure()}, "'y'"),
+    ],
+)
+def test_statistics_that_cannot_be_made_are_refused(
+    fields: dict[str, tuple[tuple[int, ...], str]], measures: dict[str, shoal.Measure], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        shoal.statistics(fields, measures)
+
+
+def test_quantiles_that_move_out_of_their_edges_are_found_again() -> None:
+    measure = shoal.Measure(bounds=(0.0, 100.0), quantiles=(0.5,))
+    edges = np.linspace(0.0, 100.0, EDGES)[None]
+    rng = np.random.default_rng(0)
+    for center, rounds in ((20.0, 6), (90.0, 6)):
+        values = rng.normal(center, 3.0, 1001).clip(0.0, 100.0)
+        for _ in range(rounds):
+            below = (values[:, None, None] < edges[None]).sum(0).astype(float)
+            totals = {name: np.array(0.0) for name in ("clipped", "missing", "total", "squares")}
+            totals |= {"count": np.array(1001.0), "below": below}
+            found, moved = field_statistics(measure, totals, {"center": np.array(50.0), "edges": edges})
+            edges = moved["edges"]
+        exact = np.quantile(values, 0.5, method="inverted_cdf")
+        assert abs(found["quantiles"][0] - exact) <= found["quantile_width"][0] < 1e-3

@@ -5,6 +5,7 @@ from typing import Any
 
 from shoal.aggregate.commit import Aggregator, CallProgram, WeightedMean
 from shoal.aggregate.keep import Keep
+from shoal.aggregate.statistics import Statistics
 from shoal.policy import ServerRule
 
 
@@ -27,4 +28,6 @@ def aggregator_of(
             return WeightedMean(rule, call=call)
         case "evaluation":
             return Keep()
+        case "statistics":
+            return Statistics(options)
     raise ValueError(f"Expected an aggregation rule that this version has, got {name!r}.")

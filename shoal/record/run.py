@@ -248,13 +248,16 @@ def find_runs(root: Path, *, on_error: Callable[[Path, StoreError], None] | None
     return sorted(found, key=lambda item: item.run.id)
 
 
-def latest_run(folder: Path) -> FoundRun:
-    """The newest run in a run folder, or below a folder of run folders.
+def latest_run(folder: Path, *, task: str = "") -> FoundRun:
+    """The newest run in a run folder, or below a folder of run folders; of that task, if one is named.
 
     Raises:
         DataError: there is none.
     """
     found = find_runs(folder)
+    if task and found and not (found := [each for each in found if each.run.name == task]):
+        names = sorted({each.run.name for each in find_runs(folder)})
+        raise DataError(f"Expected a run of {' | '.join(names)} in {folder}, got task {task!r}.")
     if not found:
         raise DataError(
             f"Expected a run folder (one with {DATABASE_NAME}) or a folder of them, got {folder}, which has none. "

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shoal.aggregate.commit import WeightedMean
+from shoal.aggregate.choose import aggregator_of
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
@@ -450,9 +450,9 @@ def bare_plan(policy: RoundPolicy) -> Plan:
 
 def drive(fleet: VirtualFleet, store: Store, run_id: str, *, rounds: int, keys: HostKeys, seed: int) -> None:
     """Gives a fleet its Coordinator, the one of a live host, which goes on from where the record stands."""
-    commits = fleet.tally.commits
+    commits, half = fleet.tally.commits, fleet.manifest.server
     Coordinator(
-        store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=WeightedMean(fleet.manifest.server.rule),
+        store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=aggregator_of(half.aggregator, half.rule, half.options),
         token_key=keys.token, run_seed=run_seed(seed), last_version=rounds, clock=fleet.clock,
         rng=np.random.default_rng(seed), retention=Retention.of(store.run(run_id).config), in_thread=in_this_thread, beside=done_at_once,
         on_commit=lambda commit: commits.append((fleet.clock.time_s, commit.row.members, commit.late)),
