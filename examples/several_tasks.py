@@ -31,7 +31,7 @@ class Net(nnx.Module):
 
 
 train = shoal.Task.from_flax(
-    lambda rngs: Net(rngs),
+    Net,
     name="train",
     loss="softmax_cross_entropy",
     batch=FIELDS,
