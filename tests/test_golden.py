@@ -6,6 +6,7 @@ A change here is a change of a contract: a commit of its own, in which the golde
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -144,3 +145,13 @@ def test_record_schema() -> None:
 def test_fixed_point(bits: int) -> None:
     made = FixedPoint.finest(bits=bits, bound=256.0, max_weight=65536 if bits == 64 else 1, max_members=21)
     hold(f"fixed_{bits}.json", json.dumps(made.to_json(), sort_keys=True).encode())
+
+
+def test_plans_that_hold_examples_out_and_rules_with_options() -> None:
+    manifest = small_manifest()
+    half = replace(manifest.server, aggregator="evaluation", options={"follows": "golden", "every": 2})
+    training = replace(manifest.training, holdout=0.2, part="held_out")
+    made = replace(manifest, training=training, server_hash=sha256(half.data), half=half)
+    hold("manifest_evaluation.json", made.data)
+    hold("server_half_evaluation.json", half.data)
+    assert Manifest.parse(made.data, server=half.data) == made and made.server.metrics_prefix == "evaluate"
