@@ -8,6 +8,7 @@
 Each device serves all three, as they want it. Only sums leave the devices.
 """
 
+import jax
 import optax
 from flax import nnx
 
@@ -22,11 +23,11 @@ measured = shoal.statistics(
 
 
 class Net(nnx.Module):
-    def __init__(self, rngs):
+    def __init__(self, rngs: nnx.Rngs) -> None:
         self.hidden = nnx.Linear(64, 32, rngs=rngs)
         self.out = nnx.Linear(32, 10, rngs=rngs)
 
-    def __call__(self, image):
+    def __call__(self, image: jax.Array) -> jax.Array:
         return self.out(nnx.relu(self.hidden(image.reshape(image.shape[0], -1))))
 
 

@@ -8,6 +8,7 @@ what became of their updates, and wants nobody.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -121,9 +122,8 @@ class Following:
 
     def _tell_again(self) -> list[tuple[int, dict[str, float]]]:
         """Writes into the training run what it has not been told yet; a crash may have come between."""
-        known = {
-            (row.version, row.name) for row in self.store.metrics(self.followed) if row.name.startswith("evaluate/")
-        }
+        told = [row.version for row in self.store.metrics(self.followed) if row.name.startswith("evaluate/")]
+        newest = max(told, default=-1)  # they come in order; older ones may have been swept
         created_s, made = self.store.run(self.followed).created_s, []
         measured: dict[int, list[MetricRow]] = {}
         for row in self.store.metrics(self.run_id):
@@ -131,12 +131,8 @@ class Following:
                 measured.setdefault(row.version, []).append(row)
         for base, rows in measured.items():
             version = self._followed_by(self.store.get_commit(self.run_id, base))
-            new = [
-                MetricRow(version=version, name=row.name, value=row.value, scope=row.scope, time_s=self._clock.wall_s() - created_s)
-                for row in rows
-                if (version, row.name) not in known
-            ]  # fmt: skip
-            if new:
-                self.store.log(self.followed, new)
-                made.append((version, {row.name: row.value for row in new}))
+            if version > newest:
+                time_s = self._clock.wall_s() - created_s
+                self.store.log(self.followed, [replace(row, version=version, time_s=time_s) for row in rows])
+                made.append((version, {row.name: row.value for row in rows}))
         return made
