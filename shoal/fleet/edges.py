@@ -74,8 +74,8 @@ class Edges:
         self.policy = policy
         self._seats: dict[str, _Seat] = {}
         self._coordinator: c.Coordinator | None = None
-        self._at: dict[str, _Seat] = {}
-        """Device that waits -> where."""
+        self._at: dict[str, dict[_Seat, None]] = {}
+        """Device that waits -> where, the place it was heard from last at the end: one Edge may not know yet that it went."""
         self._holder: dict[bytes, tuple[_Seat, float]] = {}
         """Nonce -> where its update is, or may come; and the last version that is open while it may."""
         self._settling: set[bytes] = set()
@@ -121,9 +121,8 @@ class Edges:
         if seat is None or edge not in (None, seat.edge):
             return
         del self._seats[name]
-        for device in [device for device, at in self._at.items() if at is seat]:
-            del self._at[device]
-            seat.coordinator.left(device)
+        for device in [device for device, at in self._at.items() if seat in at]:
+            self.went(seat, device)
         for nonce in [nonce for nonce, (holder, _) in self._holder.items() if holder is seat]:
             del self._holder[nonce]
             seat.coordinator.released(nonce)
@@ -158,9 +157,12 @@ class Edges:
                     seat.edge.dissolve(to.address)
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
-        seat = self._at.pop(device, None)
-        if seat is None:
+        at = self._at.get(device)
+        if not at:
             return False
+        seat, _ = at.popitem()
+        if not at:
+            del self._at[device]
 
         def assign(is_free: bool) -> None:
             if not is_free:
@@ -263,13 +265,19 @@ class Edges:
         return self._holder.get(nonce, (None, 0))[0] is seat
 
     def waits(self, seat: "_Seat", devices: tuple[str, ...]) -> None:
-        self._at |= dict.fromkeys(devices, seat)
+        for device in devices:
+            at = self._at.setdefault(device, {})
+            at.pop(seat, None)
+            at[seat] = None
 
-    def went(self, seat: "_Seat", device: str) -> bool:
-        """Whether it waited there, and not elsewhere meanwhile."""
-        if is_there := self._at.get(device) is seat:
-            del self._at[device]
-        return is_there
+    def went(self, seat: "_Seat", device: str) -> None:
+        """It is not there any more; where it waits elsewhere, it still does."""
+        at = self._at.get(device, {})
+        at.pop(seat, None)
+        if at:
+            return seat.coordinator.arrived(device, edge=next(reversed(at)).name)
+        self._at.pop(device, None)
+        seat.coordinator.left(device)
 
     def let_go(self, nonce: bytes) -> None:
         held = self._holder.pop(nonce, None)
@@ -295,8 +303,8 @@ class _Seat:
             self.coordinator.arrived(*devices, edge=self.name)
 
     def left(self, device: str) -> None:
-        if self._edges.went(self, device):
-            self.coordinator.left(device)
+        if self.is_present:
+            self._edges.went(self, device)
 
     def joined(self, nonce: bytes, version: int) -> None:
         if self._edges.is_at(self, nonce):

@@ -16,6 +16,7 @@ from shoal.fleet.edge_node import _Far
 from shoal.fleet.edges import Edges
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.remote_edge import RemoteEdge
+from shoal.fleet.round import Arrived, Left
 from shoal.fleet.wire import edges_pb2 as pb
 from shoal.policy import Late, RoundPolicy
 from shoal.record.memory import MemoryStore
@@ -140,6 +141,19 @@ async def test_groups_come_together_also_where_an_edge_keeps_those_of_versions_b
         fleet.edge[name].hear(pb.Event(counted=pb.Counted(nonce=nonce, version=version)))
     fleet.edges.gather()
     assert fleet.said("a", "dissolve") + fleet.said("b", "dissolve") == 1
+
+
+@toy.in_loop
+async def test_who_waits_at_one_edge_waits_though_another_that_it_left_says_so_late() -> None:
+    fleet = Fleet("a", "b")
+    told = fleet.coordinator._events
+    for name in ("b", "a"):  # it was at `a` before: that is the slower link
+        fleet.edge[name].hear(pb.Event(arrived=pb.Arrived(devices=["device"])))
+    fleet.edge["a"].hear(pb.Event(left="device"))
+    events = [told.get_nowait() for _ in range(told.qsize())]
+    assert events[-1] == Arrived(("device",), "b")
+    fleet.edge["b"].hear(pb.Event(left="device"))
+    assert told.get_nowait() == Left("device") and not fleet.edges._at
 
 
 @pytest.mark.parametrize("nonces", [(NONCE,), (bytes(15) + b"\1",) * 2])
