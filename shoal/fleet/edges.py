@@ -80,6 +80,8 @@ class Edges:
         """Nonce -> where its update is, or may come; and the last version that is open while it may."""
         self._settling: set[bytes] = set()
         """Nonces in groups that are closed and not in the record yet."""
+        self._moving: set[bytes] = set()
+        """Nonces that an Edge was asked to let go of."""
         self._opened: tuple[Configuration, Index] | None = None
         self._is_open = False
         self._finished = ""
@@ -233,20 +235,20 @@ class Edges:
 
     def claim(self, seat: "_Seat", nonce: bytes, answer: Callable[[bool], None]) -> None:
         """Says whether an update may be at an Edge: it is nowhere else, or the other one has let go of it."""
-        held = self._holder.get(nonce, (seat, 0.0))
-        holder = held[0]
-        if nonce in self._settling:
+        holder = self._holder.get(nonce, (seat, 0.0))[0]
+        if nonce in self._settling or nonce in self._moving:
             return answer(False)
         if holder is seat or not holder.is_present:
             return self._hold(seat, nonce, answer)
 
         def withdrawn(is_gone: bool) -> None:
-            # Others may have asked meanwhile, the holder too: then it has let go of it before it was given it again.
-            if is_gone and self._holder.get(nonce, held) is held and nonce not in self._settling:
+            self._moving.discard(nonce)
+            if is_gone and nonce not in self._settling:
                 self._hold(seat, nonce, answer)
             else:
                 answer(False)
 
+        self._moving.add(nonce)  # until the answer nobody is given it, the holder neither: it may have let go by then
         holder.edge.withdraw(nonce, withdrawn)
 
     def _hold(self, seat: "_Seat", nonce: bytes, answer: Callable[[bool], None]) -> None:

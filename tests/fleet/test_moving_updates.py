@@ -109,23 +109,18 @@ async def test_an_answer_that_is_here_says_nothing_once_the_update_is_let_go_of(
 
 
 @toy.in_loop
-async def test_who_asks_hears_the_answer_to_its_own_question() -> None:
+async def test_while_an_edge_is_asked_to_let_go_nobody_is_given_the_update() -> None:
     fleet = Fleet("a", "b", "c")
     fleet.coordinator.may_answer.set()
     await fleet.ask("a")
     b = fleet.ask("b")
     await moment()
-    again = fleet.ask("a")
-    await moment()
-    c = fleet.ask("c")
-    await moment()
-    assert await again is None
-    fleet.answer("a", gone=True)  # before it heard that it may have it again
-    await moment()
-    assert isinstance(b.exception(), NetworkError) and not c.done()
-    fleet.answer("a", gone=False)
-    with pytest.raises(NetworkError, match="another Edge"):
-        await c
+    for name in ("a", "c"):
+        with pytest.raises(NetworkError, match="another Edge"):
+            await fleet.ask(name)
+    assert fleet.said("a", "withdraw") == 1
+    fleet.answer("a", gone=True)
+    assert await b is None
 
 
 @toy.in_loop
