@@ -194,7 +194,8 @@ class Edges:
 
     def _closed(self, seat: "_Seat", groups: list[GroupResult]) -> list[GroupResult]:
         nonces = [nonce for group in groups for nonce, _ in group.counted]
-        if len(set(nonces)) < len(nonces) or not all(self.is_at(seat, nonce) for nonce in nonces):
+        elsewhere = (self._holder.get(nonce, (seat, 0.0))[0] is not seat for nonce in nonces)
+        if len(set(nonces)) < len(nonces) or not self._settling.isdisjoint(nonces) or any(elsewhere):
             why = "its sums have updates in them that are not its own"
             self.lost(seat.name, seat.edge, why=why)
             raise EdgeLost(why)
