@@ -149,7 +149,9 @@ def _median(costs: Sequence[Cost], what: str) -> float:
 
 def _behind(times: Times) -> list[str]:
     """The cells in which ours is neither best nor within noise, and by what; see the module's text."""
-    logs = {name: {method: np.log(np.minimum(of, LIMIT_S)) for method, of in cell.items()} for name, cell in times.items()}
+    logs = {
+        name: {method: np.log(np.minimum(of, LIMIT_S)) for method, of in cell.items()} for name, cell in times.items()
+    }
     # One spread for all, as a share: three seeds alone say little of their own.
     spread = float(np.sqrt(np.mean([np.var(of, ddof=1) for cell in logs.values() for of in cell.values()])))
     error = spread * float(np.sqrt(2 / len(SEEDS)))
