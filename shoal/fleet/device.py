@@ -222,6 +222,7 @@ class Device:
                 await self._stay(stream, message.counted)
             case "refused":
                 await self._refused(message.refused.reason, message.refused.detail)
+                self._checked_in = None  # it is not waited for any more: it must say that it is there
                 await self._stay(stream, message.refused)
             case "released":
                 self.progress.released += 1

@@ -524,3 +524,13 @@ async def test_one_that_reports_before_the_first_round_is_open_is_heard() -> Non
             fleet.start(toy.device("a", LocalLink(second.edge)))
             assert (await heard)[0] == "counted"
             await running
+
+
+@toy.in_loop
+async def test_devices_that_stay_train_anew_after_a_commit_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = RoundPolicy(goal=2, minimum_group=1, over_selection=1.0)
+    async with toy.fleet(toy.plan(policy), rounds=2) as fleet:
+        toy.fail_once(monkeypatch, fleet.host)
+        fleet.start(*(toy.device(name, fleet.link) for name in "ab"))
+        await asyncio.gather(*fleet.tasks)
+        assert fleet.members == [0, 2, 2]

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pytest
 
 from shoal.data.store import Examples
+from shoal.errors import RoundError
 from shoal.fixed import STEPS, SumSpec
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
@@ -240,6 +242,17 @@ async def fleet(
         for task in running.tasks:
             task.cancel()
         await asyncio.gather(*running.tasks, return_exceptions=True)
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, host: Host) -> None:
+    """Lets the host's next commit fail for a reason of its own."""
+    write = host.coordinator._write_commit
+
+    def failing(*args: Any) -> Any:
+        monkeypatch.setattr(host.coordinator, "_write_commit", write)
+        raise RoundError("it fails, once")
+
+    monkeypatch.setattr(host.coordinator, "_write_commit", failing)
 
 
 class Peer:
