@@ -34,6 +34,8 @@ from shoal.plan.manifest import Manifest
 
 log = logging.getLogger("shoal.edge")
 
+NOT_ITS_FAULT: Final = ("late", "failed")
+"""Why a good update is refused: its round has closed, or could not be committed."""
 MAX_UNREAD: Final = 16
 """Messages of a device that its Edge has not read yet."""
 
@@ -75,6 +77,8 @@ class _Visit:
         self.runs: frozenset[str] = frozenset()
         """What it can serve, as far as its check-in says."""
         self.inner: _Inner | None = None
+        self.refused: set[str] = set()
+        """Runs that have refused what it made: they would refuse the next one as well."""
         self.token: pb.Token | None = None
         """Of the assignment that it is at work on."""
 
@@ -216,12 +220,13 @@ class Frontdoor:
         self._replace(device, visit)
         self._leave(visit)
         visit.told.device, visit.told.stays, visit.told.is_known = device, check_in.stay, True
-        visit.runs = frozenset(fitting)
+        visit.runs = frozenset(fitting).difference(visit.refused) or frozenset(fitting)
         visit.check_in = pb.CheckIn()
         visit.check_in.CopyFrom(check_in)
         visit.check_in.stay = False  # when it is through it is dealt out anew
         self._pace.arrived(1, self._clock.now_s())
         if not check_in.stay and self._machine.num_idle >= self._pace.pool:
+            self._say(t.Left(device))  # it may have waited, as one that stays
             low, high = self._pace.window(self._clock.now_s())
             return visit.told.send(pb.FromEdge(later=_later(low, high, "enough devices wait for now")))
         self._enter(visit)
@@ -328,8 +333,9 @@ class Frontdoor:
     def _through(self, visit: _Visit, message: pb.FromEdge) -> None:
         """The device is through with its assignment."""
         assert visit.inner is not None
-        if message.WhichOneof("kind") == "refused" and message.refused.reason != "late":
-            visit.runs = visit.runs.difference({visit.inner.run.id})  # that run would refuse the next one as well
+        if message.WhichOneof("kind") == "refused" and message.refused.reason not in NOT_ITS_FAULT:
+            visit.refused.add(visit.inner.run.id)
+            visit.runs = visit.runs.difference(visit.refused)
         visit.token = None
         if visit.check_in is not None and visit.told.stays and visit.runs:
             self._enter(visit)

@@ -71,7 +71,7 @@ class SeveralHosts:
         if failed:
             raise failed[0]
 
-    async def _train(self, host: Host) -> ShoalError | None:
+    async def _train(self, host: Host) -> Exception | None:
         following = [each for each in self.evaluations if each.followed == host.run_id]
         host.listeners += [lambda _, each=each: each.committed() for each in following]  # type: ignore[misc]
         try:
@@ -80,17 +80,19 @@ class SeveralHosts:
             for each in following:
                 each.ended()
 
-    async def _evaluate(self, each: Following) -> ShoalError | None:
+    async def _evaluate(self, each: Following) -> Exception | None:
         running = each.run(self._serve, lambda: self.frontdoor.rest(each.run_id))
         return await self._until_over(each.run_id, each.host.plan.manifest.task, running)
 
-    async def _until_over(self, run_id: str, task: str, running: Coroutine[Any, Any, None]) -> ShoalError | None:
+    async def _until_over(self, run_id: str, task: str, running: Coroutine[Any, Any, None]) -> Exception | None:
         why = "the run has failed"
         try:
             await running
             why = "the run is over"
-        except ShoalError as error:
-            log.error("task %s has failed, the others go on: %s", task, error)
+        except Exception as error:  # our bugs too
+            log.error(
+                "task %s has failed, the others go on: %s", task, error, exc_info=not isinstance(error, ShoalError)
+            )
             return error
         finally:
             self.frontdoor.over(run_id, why)

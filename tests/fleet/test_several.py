@@ -192,6 +192,67 @@ async def test_a_run_that_fails_leaves_the_others_alone(monkeypatch: pytest.Monk
 
 
 @toy.in_loop
+async def test_a_bug_in_one_run_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [toy.plan(policy(), task="bad"), toy.plan(policy(), task="good")]
+    async with fleet(plans, rounds=30) as running:
+
+        def broken(*args: Any) -> None:
+            raise ValueError("a bug")
+
+        monkeypatch.setattr(running.host("bad").coordinator, "_write_commit", broken)
+        running.start(*devices(running.link, 3))
+        with pytest.raises(ValueError, match="a bug"):
+            await running.running
+        assert running.version("good") == 30
+
+
+@toy.in_loop
+async def test_a_commit_that_fails_costs_its_task_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with fleet([toy.plan(policy(), task="one"), toy.plan(policy(), task="two")]) as running:
+        toy.fail_once(monkeypatch, running.host("one"))
+        running.start(*devices(running.link, 3))
+        await running.running
+        assert running.version("one") == running.version("two") == 2
+
+
+@toy.in_loop
+async def test_a_run_that_has_refused_a_device_is_not_given_it_again_while_there_is_another() -> None:
+    async with fleet([toy.plan(policy(1), task="one"), toy.plan(policy(1), task="two")]) as running:
+        async with toy.peer(running.link, "d") as peer:
+            await peer.check_in(stay=True)
+            seen = []
+            for _ in range(3):
+                kind, assigned = await peer.hear()
+                assert kind == "assigned"
+                seen.append(assigned.run)
+                made = next(host.plan for host in running.several.hosts if host.run_id == assigned.run)
+                bad = {name: np.full_like(value, np.nan) for name, value in toy.update(made).items()}
+                values = bad if assigned.run == seen[0] else toy.update(made)
+                await peer.say(report=toy.report(assigned.token, values))
+                kind, _ = await peer.hear()
+                assert kind == ("refused" if assigned.run == seen[0] else "counted")
+                if kind == "refused":
+                    await peer.check_in(stay=True)
+        assert seen[1] == seen[2] != seen[0]
+
+
+@toy.in_loop
+async def test_one_who_is_told_to_come_later_waits_nowhere() -> None:
+    async with (
+        fleet([toy.plan(policy(4), task="one"), toy.plan(policy(4), task="two")]) as running,
+        toy.peer(running.link, "d") as peer,
+    ):
+        door = running.several.frontdoor
+        await peer.check_in(stay=True)
+        hearing = asyncio.create_task(peer.hear())
+        await running.until(lambda: door.snapshot().given)
+        door._pace.pool = 0
+        await peer.check_in()
+        assert (await hearing)[0] == "later"
+        await running.until(lambda: not door.snapshot().given)
+
+
+@toy.in_loop
 async def test_devices_serve_the_tasks_of_their_population_only() -> None:
     plans = [toy.plan(policy(), task="phones"), toy.plan(policy(), task="watches")]
     async with fleet(plans, populations={"phones": "phone", "watches": "watch"}) as running:
