@@ -30,6 +30,7 @@ from shoal.fleet import round as r
 from shoal.fleet.analytics import Folding, Seen
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.costs import Costs
+from shoal.fleet.durable import durably
 from shoal.fleet.edge import Coordinator as HeardByEdge
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.round_log import RoundRecorder
@@ -42,7 +43,6 @@ from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
 
-RETRY_S: Final = (0.5, 30.0)
 SWEEP_EVERY: Final = 64
 """Versions between two times that the record is rid of what nobody needs any more."""
 EVENTS_KEPT: Final = 100
@@ -421,20 +421,7 @@ class Coordinator:
 
     async def _durably(self, write: Callable[[], T]) -> T:
         """Writes to the record, again and again while the disk does not let it: nothing that was counted is given up."""
-        delay_s, longest_s = RETRY_S
-
-        def settle() -> T:
-            with self.store.settling:
-                return write()
-
-        while True:
-            try:
-                made: T = await self._in_thread(settle)
-                return made
-            except StoreUnavailable as error:
-                log.error("the record cannot be written, trying again in %.1f s: %s", delay_s, error)
-                await self._clock.sleep_until(self._clock.now_s() + delay_s)
-                delay_s = min(2 * delay_s, longest_s)
+        return await durably(self.store, self._clock, write, in_thread=self._in_thread)
 
     def _write_commit(self, closed: Sequence[GroupResult], round: int, reason: str) -> Commit:
         head = self._head

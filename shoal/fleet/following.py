@@ -7,16 +7,23 @@ what became of their updates, and wants nobody.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
 from shoal.clock import Clock
-from shoal.errors import StoreError
+from shoal.errors import StoreError, StoreUnavailable
+from shoal.fleet import durable
 from shoal.fleet.host import Host
 from shoal.record.store import CommitRow, MetricRow, Store
 from shoal.tensors import Entry, Index, TensorSpec
+
+log = logging.getLogger("shoal.host")
+
+T = TypeVar("T")
 
 FOLLOWED = TensorSpec(name="followed/version", shape=(), dtype="int64")
 """In the state of a line: the version of the training run that its model is."""
@@ -73,26 +80,43 @@ class Following:
     async def run(self, serve: Callable[[Host], None], rest: Callable[[], None]) -> None:
         """Evaluates what is due until the training run has ended and its last version is measured."""
         rest()
-        await asyncio.to_thread(self._tell_again)
+        await self._durably(self._tell_again)
         while (last_version := await self._next()) is not None:
+            await self._evaluate(last_version, serve)
+            rest()
+            for version, metrics in await self._durably(self._tell_again):
+                self._on_metrics(version, metrics)
+        time_s = self._clock.wall_s()
+        await self._durably(lambda: self.store.set_status(self.run_id, "finished", time_s=time_s))
+
+    async def _evaluate(self, last_version: int, serve: Callable[[Host], None]) -> None:
+        delay_s, longest_s = durable.RETRY_S
+        while True:
             self.host = self._make_host(last_version)
             serve(self.host)
-            await self.host.run()
-            rest()
-            for version, metrics in await asyncio.to_thread(self._tell_again):
-                self._on_metrics(version, metrics)
-        self.store.set_status(self.run_id, "finished", time_s=self._clock.wall_s())
+            try:
+                return await self.host.run()
+            except (
+                StoreUnavailable
+            ) as error:  # a host does not start on a full disk; the training run goes on meanwhile
+                log.error("an evaluation cannot begin, trying again in %.1f s: %s", delay_s, error)
+                self.host.edge.finish("the disk is full")
+            await self._clock.sleep_until(self._clock.now_s() + delay_s)
+            delay_s = min(2 * delay_s, longest_s)
+
+    async def _durably(self, write: Callable[[], T]) -> T:
+        return await durable.durably(self.store, self._clock, write)
 
     async def _next(self) -> int | None:
         """The version that the next evaluation ends with, once one is due; None at the end."""
         while True:
             self._changed.clear()
             is_last = self._is_last
-            if (found := await asyncio.to_thread(self._take_over, is_last)) is not None:
+            if (found := await self._durably(lambda: self._take_over(is_last))) is not None:  # noqa: B023 (awaited here)
                 return found
             if is_last:
                 return None
-            self.store.set_status(self.run_id, "running", time_s=None)
+            await self._durably(lambda: self.store.set_status(self.run_id, "running", time_s=None))
             await self._changed.wait()
 
     def _take_over(self, is_last: bool) -> int | None:

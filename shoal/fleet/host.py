@@ -6,6 +6,7 @@ time as after a crash. The task's source is not needed for it.
 
 import asyncio
 import hashlib
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -15,8 +16,9 @@ import numpy as np
 from shoal.aggregate.choose import aggregator_of
 from shoal.aggregate.commit import CallProgram
 from shoal.clock import Clock, SystemClock
-from shoal.errors import LeaseLost, StoreError
+from shoal.errors import LeaseLost, StoreError, StoreUnavailable
 from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
+from shoal.fleet.durable import durably
 from shoal.fleet.edge import Edge
 from shoal.fleet.edges import Edges
 from shoal.fleet.grpc_server import GrpcServer, Tls
@@ -31,8 +33,10 @@ from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial
 from shoal.record.provenance import provenance
 from shoal.record.retention import Retention
 from shoal.record.run import new_run_id
-from shoal.record.store import RunKind, RunRow, Store
+from shoal.record.store import RunKind, RunRow, RunStatus, Store
 from shoal.tensors import Tensors
+
+log = logging.getLogger("shoal.host")
 
 HERE: Final = "host"
 """Name of the Edge in the host's own process."""
@@ -201,13 +205,25 @@ class Host:
         try:
             await self.coordinator.run()
         except asyncio.CancelledError:
-            self.store.set_status(self.run_id, "stopped", time_s=self._clock.wall_s())
+            self._say_ended("stopped")
             raise
         except LeaseLost:
             raise  # how the run goes is for its new host to say
         except BaseException:
-            self.store.set_status(self.run_id, "failed", time_s=self._clock.wall_s())
+            self._say_ended("failed")
             raise
         head = self.store.last_version(self.run_id)
         done = head is not None and head >= self.last_version
-        self.store.set_status(self.run_id, "finished" if done else "stopped", time_s=self._clock.wall_s())
+        time_s = self._clock.wall_s()
+        await durably(
+            self.store,
+            self._clock,
+            lambda: self.store.set_status(self.run_id, "finished" if done else "stopped", time_s=time_s),
+        )
+
+    def _say_ended(self, status: RunStatus) -> None:
+        """For a run that ends now, whatever the disk says: without it the run is shown as one whose process died."""
+        try:
+            self.store.set_status(self.run_id, status, time_s=self._clock.wall_s())
+        except StoreUnavailable as error:
+            log.error("that the run is %s cannot be written: %s", status, error)

@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 
 from shoal.errors import StoreUnavailable
-from shoal.fleet import coordinator
+from shoal.fleet import durable
+from shoal.fleet.host import Host, begin_run
 from shoal.policy import RoundPolicy
+from shoal.record.memory import MemoryStore
 from shoal.record.sqlite import open_store
+from shoal.record.store import RunStatus
 from tests.fleet import toy
 from tests.fleet.test_fleet import until
 
@@ -68,12 +71,12 @@ class State:
 def test_a_disk_that_is_full_at_any_write_loses_nothing(
     late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(coordinator, "RETRY_S", (0.005, 0.01))
+    monkeypatch.setattr(durable, "RETRY_S", (0.005, 0.01))
     failed, at = set(), 0
     while True:
         at += 1
         state = State(at, late=late)
-        with caplog.at_level(logging.ERROR, "shoal.coordinator"):
+        with caplog.at_level(logging.ERROR, "shoal.host"):
             asyncio.run(asyncio.wait_for(_rounds(tmp_path / str(at), state), timeout=20))
         if not state.failed:
             break
@@ -95,6 +98,45 @@ async def _rounds(folder: Path, state: State) -> None:
             np.testing.assert_array_equal(fleet.model["params/w"], [2.0])
     finally:
         store.close()
+
+
+@toy.in_loop
+async def test_a_run_that_is_over_says_so_as_soon_as_there_is_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "RETRY_S", (0.005, 0.01))
+    refused: list[str] = []
+
+    def full(store: MemoryStore, run_id: str, status: RunStatus, *, time_s: float | None) -> None:
+        if status == "finished" and len(refused) < 2:
+            refused.append(status)
+            raise StoreUnavailable("No space left.")
+        write(store, run_id, status, time_s=time_s)
+
+    write = MemoryStore.set_status
+    monkeypatch.setattr(MemoryStore, "set_status", full)
+    async with toy.fleet(toy.plan(GROUPED), rounds=1) as fleet:
+        fleet.start(toy.device("a", fleet.link), toy.device("b", fleet.link))
+        await asyncio.gather(*fleet.tasks)
+        await until(lambda: fleet.store.run(fleet.host.run_id).status == "finished")
+    assert len(refused) == 2
+
+
+@toy.in_loop
+async def test_a_run_that_is_stopped_on_a_full_disk_ends_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(store: MemoryStore, run_id: str, status: RunStatus, *, time_s: float | None) -> None:
+        if status != "running":
+            raise StoreUnavailable("No space left.")
+
+    monkeypatch.setattr(MemoryStore, "set_status", full)
+    store = MemoryStore()
+    run_id = begin_run(store, toy.plan(GROUPED), {"params/w": np.zeros(1, np.float32)}, kind="host", rounds=1, seed=0)
+    running = asyncio.create_task(Host(store, run_id, toy.KEYS).run())
+    await asyncio.sleep(0.02)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert "stopped cannot be written" in caplog.text
 
 
 # A real disk.
@@ -119,7 +161,7 @@ def small_disk(folder: Path, kilobytes: int) -> Iterator[Path]:
 async def test_a_host_on_a_disk_that_is_full_goes_on_when_there_is_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(coordinator, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(durable, "RETRY_S", (0.01, 0.05))
     with small_disk(tmp_path / "disk", 2048) as disk:
         store = open_store(disk / "run")
         try:
@@ -129,7 +171,7 @@ async def test_a_host_on_a_disk_that_is_full_goes_on_when_there_is_space(
                 filled = disk / "filled"
                 _fill(filled)
                 fleet.start(toy.device("b", fleet.link, value=3.0))
-                with caplog.at_level(logging.ERROR, "shoal.coordinator"):
+                with caplog.at_level(logging.ERROR, "shoal.host"):
                     while "trying again" not in caplog.text:
                         await asyncio.sleep(0.01)
                 assert "free space" in caplog.text

@@ -253,7 +253,7 @@ async def test_a_disk_that_fails_while_a_group_is_stored_loses_nothing(monkeypat
         return number
 
     monkeypatch.setattr(store, "add_group", full)
-    monkeypatch.setattr("shoal.fleet.coordinator.RETRY_S", (0.01, 0.02))
+    monkeypatch.setattr("shoal.fleet.durable.RETRY_S", (0.01, 0.02))
     async with toy.fleet(made, rounds=1, store=store) as fleet:
         fleet.start(*(toy.device(name, fleet.link) for name in "abcd"))
         await fleet.tasks[0]
