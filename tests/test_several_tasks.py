@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from shoal.aggregate.statistics import EDGES, field_statistics, read_results
 from shoal.clock import SystemClock
 from shoal.data.split import held_out_part
 from shoal.data.store import Examples, Population
+from shoal.errors import StoreUnavailable
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.following import Following
@@ -27,6 +29,7 @@ from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.stablehlo import this_runtime
 from shoal.record.memory import MemoryStore
+from shoal.record.retention import SETTING
 from shoal.record.store import Store
 from shoal.record.tensor_blobs import view_tensors
 
@@ -73,32 +76,49 @@ def held_out(members: Population) -> dict[str, np.ndarray]:
 
 
 def serve(
-    store: Store, tasks: Sequence[shoal.Task], members: Population, *, rounds: Mapping[str, int], again: bool = False
+    store: Store,
+    tasks: Sequence[shoal.Task],
+    members: Population,
+    *,
+    rounds: Mapping[str, int],
+    again: bool = False,
+    config: Mapping[str, Any] | None = None,
+    told: list[int] | None = None,
 ) -> dict[str, str]:
-    """Serves the tasks over sockets until they are over; returns task -> run."""
+    """Serves the tasks over sockets until they are over; returns task -> run. `told`: takes versions that were evaluated."""
     runs = {run.name: run.id for run in store.runs()} if again else {}
     if not again:
         for task in tasks:
             built = build(task, seed=1)
             runs[task.name] = begin_run(
-                store, built.plan.sign(KEYS.signing), built.model, kind="host", rounds=rounds.get(task.name, 1), seed=1
-            )
-    asyncio.run(_serve(store, runs, {task.name: task.aggregator for task in tasks}, members, rounds))
+                store, built.plan.sign(KEYS.signing), built.model, kind="host", rounds=rounds.get(task.name, 1), seed=1,
+                config=config,
+            )  # fmt: skip
+    told = [] if told is None else told
+    asyncio.run(_serve(store, runs, {task.name: task.aggregator for task in tasks}, members, rounds, told))
     return runs
 
 
 async def _serve(
-    store: Store, runs: Mapping[str, str], kinds: Mapping[str, str], members: Population, rounds: Mapping[str, int]
+    store: Store,
+    runs: Mapping[str, str],
+    kinds: Mapping[str, str],
+    members: Population,
+    rounds: Mapping[str, int],
+    told: list[int],
 ) -> None:
     def host(run_id: str, last: int | None = None) -> Host:
         return Host(store, run_id, KEYS, rounds=last, rng=np.random.default_rng(0))
 
     hosts = [host(runs[name], rounds.get(name)) for name, kind in kinds.items() if kind != "evaluation"]
     following = [
-        Following(store, runs[name], make_host=lambda last, r=runs[name]: host(r, last), clock=SystemClock())  # type: ignore[misc]
+        Following(
+            store, runs[name], make_host=lambda last, r=runs[name]: host(r, last), clock=SystemClock(),  # type: ignore[misc]
+            on_metrics=lambda version, metrics: told.append(version),
+        )
         for name, kind in kinds.items()
         if kind == "evaluation"
-    ]
+    ]  # fmt: skip
     several = SeveralHosts(hosts, following, rng=np.random.default_rng(0))
     server = several.server(address="127.0.0.1:0")
     await server.start()
@@ -137,6 +157,59 @@ def test_versions_are_evaluated_on_what_devices_hold_out() -> None:
     serve(store, [train, shoal.evaluation(train, every=2)], members, rounds={"line": 6}, again=True)
     versions = [row.version for row in store.metrics(runs["line"], "evaluate/error")]
     assert versions == sorted(set(versions)) and versions[-1] == 6
+
+
+def test_an_evaluation_is_told_once_though_the_training_run_forgets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.fleet.coordinator.SWEEP_EVERY", 1)
+    store, train, told, sizes = MemoryStore(), line(), list[int](), {"line": 6}
+    serve(
+        store, [train, shoal.evaluation(train)], population(), rounds=sizes, told=told, config={SETTING: {"recent": 1}}
+    )  # fmt: skip
+    assert told == sorted(set(told)) and len(told) >= 3 and told[-1] == 6
+
+
+class Flaky(MemoryStore):
+    """Each of an evaluation's writes is refused once, for want of space, and then taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: set[str] = set()
+
+    def _refuse(self, run_id: str, write: str) -> None:
+        followed = [run.id for run in self.runs() if run.name == "line"]
+        has_begun = run_id not in followed and any(self.last_version(each) for each in followed)
+        if has_begun and write not in self.refused:
+            self.refused.add(write)
+            raise StoreUnavailable("No space left.")
+
+    def commit(self, *args: Any, **named: Any) -> Any:
+        self._refuse(args[0], "take over" if named["round"] is None else "commit")
+        return super().commit(*args, **named)
+
+    def set_status(self, *args: Any, **named: Any) -> Any:
+        self._refuse(args[0], args[1])
+        return super().set_status(*args, **named)
+
+    def take_lease(self, *args: Any, **named: Any) -> Any:
+        self._refuse(args[0], "take lease")
+        return super().take_lease(*args, **named)
+
+
+def test_an_evaluation_waits_for_space_as_training_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.fleet.durable.RETRY_S", (0.005, 0.01))
+    store, train, told = Flaky(), line(), list[int]()
+    runs = serve(store, [train, shoal.evaluation(train, every=2)], population(), rounds={"line": 5}, told=told)
+    assert store.refused == {"take over", "commit", "running", "finished", "take lease"}
+    assert told[-1] == 5 and store.run(runs["line-evaluate"]).status == "finished"
+
+
+def test_a_task_has_one_evaluation() -> None:
+    train = line()
+    with pytest.raises(ValueError, match="'first' and 'second' both evaluate task 'line'"):
+        serve(
+            MemoryStore(), [train, shoal.evaluation(train, name="first"), shoal.evaluation(train, name="second")],
+            population(), rounds={"line": 1},
+        )  # fmt: skip
 
 
 def test_training_leaves_out_what_is_held_out() -> None:

@@ -28,7 +28,7 @@ from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.process import allow_many_files, collect_rarely, switch_threads_often, use_one_arena
-from shoal.fleet.several import SeveralHosts
+from shoal.fleet.several import SeveralHosts, refuse_evaluated_twice
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
@@ -100,6 +100,7 @@ def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tupl
     asked.refuse_strangers(names)
     for plan, _ in built:
         _refuse_alone(plan, names)
+    refuse_evaluated_twice([plan.manifest for plan, _ in built])
     folder = run_folder.new_folder(run, names[0])
     signing = HostKeys.load_or_make(folder).signing
     store = open_store(folder)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from shoal.clock import Clock
 from shoal.errors import StoreError, StoreUnavailable
 from shoal.fleet import durable
 from shoal.fleet.host import Host
-from shoal.record.store import CommitRow, MetricRow, Store
+from shoal.record.store import CommitRow, Store
 from shoal.tensors import Entry, Index, TensorSpec
 
 log = logging.getLogger("shoal.host")
@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 FOLLOWED = TensorSpec(name="followed/version", shape=(), dtype="int64")
 """In the state of a line: the version of the training run that its model is."""
+PREFIX: Final = "evaluate/"
+"""Of the metrics' names."""
 
 
 class Following:
@@ -145,18 +147,24 @@ class Following:
         return int(self.store.blobs.view(row.server_state.entries[0].hash, FOLLOWED)) if row.server_state.entries else 0
 
     def _tell_again(self) -> list[tuple[int, dict[str, float]]]:
-        """Writes into the training run what it has not been told yet; a crash may have come between."""
-        told = [row.version for row in self.store.metrics(self.followed) if row.name.startswith("evaluate/")]
-        newest = max(told, default=-1)  # they come in order; older ones may have been swept
-        created_s, made = self.store.run(self.followed).created_s, []
-        measured: dict[int, list[MetricRow]] = {}
-        for row in self.store.metrics(self.run_id):
-            if row.name.startswith("evaluate/"):
-                measured.setdefault(row.version, []).append(row)
-        for base, rows in measured.items():
-            version = self._followed_by(self.store.get_commit(self.run_id, base))
-            if version > newest:
-                time_s = self._clock.wall_s() - created_s
-                self.store.log(self.followed, [replace(row, version=version, time_s=time_s) for row in rows])
-                made.append((version, {row.name: row.value for row in rows}))
-        return made
+        """Writes what was measured last into the training run, unless it is there; a crash may have come between.
+
+        What was measured before that has been told: only then is another version taken over. (It is not looked for: the
+        training run may have been rid of it since.)
+        """
+        head = self.store.last_commit(self.run_id)
+        assert head is not None, "the run was begun"
+        if not head.round:
+            return []
+        version = self._followed_by(head)
+        told = self.store.metrics(self.followed)
+        if any(row.version == version and row.name.startswith(PREFIX) for row in told):
+            return []
+        time_s = self._clock.wall_s() - self.store.run(self.followed).created_s
+        rows = [
+            replace(row, version=version, time_s=time_s)
+            for row in self.store.metrics(self.run_id)
+            if row.version == head.version - 1 and row.name.startswith(PREFIX)
+        ]
+        self.store.log(self.followed, rows)
+        return [(version, {row.name: row.value for row in rows})]

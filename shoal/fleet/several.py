@@ -5,7 +5,7 @@ The record has one writer at a time however many Coordinators there are, so comm
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any, final
 
 import numpy as np
@@ -16,6 +16,7 @@ from shoal.fleet.following import Following
 from shoal.fleet.frontdoor import Frontdoor, Served
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host
+from shoal.plan.manifest import Manifest
 
 log = logging.getLogger("shoal.host")
 
@@ -37,13 +38,17 @@ class SeveralHosts:
         """
         Args:
             hosts: one for each run; in their order where `by_order` is set.
-            evaluations: of runs of the same record.
+            evaluations: of runs of the same record, one of each at most.
             weights: run -> its share of the devices, beside those of the others; 1 where it is not named.
             by_order: devices go to the first run that wants some; else by weight.
             clock: time.
             rng: draws devices; None: seeded by the system.
+
+        Raises:
+            ValueError: two evaluations are of one task.
         """
         self.hosts, self.evaluations = tuple(hosts), tuple(evaluations)
+        refuse_evaluated_twice([each.host.plan.manifest for each in evaluations])
         self._weights = weights or {}
         self.frontdoor = Frontdoor(
             clock=clock or SystemClock(), rng=rng or np.random.default_rng(), by_order=by_order
@@ -97,6 +102,18 @@ class SeveralHosts:
         finally:
             self.frontdoor.over(run_id, why)
         return None
+
+
+def refuse_evaluated_twice(tasks: Iterable[Manifest]) -> None:
+    """Raises ValueError where two of them evaluate one task: their metrics would have the same names."""
+    seen: dict[str, str] = {}
+    for task in tasks:
+        if task.server.aggregator == "evaluation":
+            other = seen.setdefault(str(task.server.options["follows"]), task.task)
+            if other != task.task:
+                raise ValueError(
+                    f"Tasks {other!r} and {task.task!r} both evaluate task {task.server.options['follows']!r}: leave one out."
+                )
 
 
 def served(host: Host) -> Served:
