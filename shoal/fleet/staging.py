@@ -5,8 +5,8 @@ update is read only once more: to be added. The spool file has no name, and its 
 process: nothing of a single update can be read from a disk after it.
 
 Guarantees:
-    * Memory: an update above `Limits.memory_bytes` holds only buffers of one slice; all of them together at most
-      `Limits.updates`.
+    * Memory: an update above `Limits.memory_bytes` holds only buffers of one slice. All of them together are no more than
+      `most_updates`.
     * An update is `complete` only if every tensor has its length, its hash, and finite values within the bounds, and
       the root over the hashes is the one reported.
 """
@@ -16,15 +16,20 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO
+from itertools import accumulate
+from typing import IO, Final
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from shoal.errors import ProtocolError, StoreError, UpdateRefused
 from shoal.fixed import CHUNK, FixedPoint, refuse_bad_values
+from shoal.fleet.process import allowed_files
+from shoal.fleet.streams import MAX_SESSIONS
 from shoal.tensors import Entry, Index, TensorSpec, total_bytes
 
+FILES: Final = 100
+"""Spooled updates for which there is a file at any rate: half of those that connections leave to the rest of the process."""
 _BLOCK = 16  # AES-CTR can start at any multiple of its block
 
 
@@ -36,6 +41,21 @@ class Limits:
     """Largest update that is held in memory; a larger one is spooled."""
     updates: int = 10_000
     """Most updates held at once."""
+    bytes_in_memory: int = 2 << 30
+    """Most that updates in memory take together."""
+    bytes_in_files: int = 64 << 30
+    """Most that spooled updates take together."""
+    files: int | None = None
+    """Most spooled updates, each an open file; None: as many as connections leave."""
+
+
+def most_updates(specs: tuple[TensorSpec, ...], limits: Limits) -> int:
+    """How many updates with these tensors may be held at once, by number, bytes and open files; at least one."""
+    size = _layout(specs)[1]
+    if total_bytes(specs) <= limits.memory_bytes:
+        return max(1, min(limits.updates, limits.bytes_in_memory // max(1, size)))
+    files = max(FILES, allowed_files() - MAX_SESSIONS - 2 * FILES) if limits.files is None else limits.files
+    return max(1, min(limits.updates, limits.bytes_in_files // max(1, size), files))
 
 
 @dataclass(slots=True)
@@ -53,13 +73,10 @@ class StagedUpdate:
     """One update on its way in. Not thread-safe; the Edge holds a lock for each."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], fixed: Mapping[str, FixedPoint], limits: Limits) -> None:
-        self._parts: dict[str, _Part] = {}
-        start = 0
-        for spec in specs:
-            self._parts[spec.name] = _Part(spec, start)
-            start += -(-spec.size_bytes // _BLOCK) * _BLOCK
+        starts, size = _layout(specs)
+        self._parts = {spec.name: _Part(spec, start) for spec, start in zip(specs, starts, strict=True)}
         self._fixed = fixed
-        self._store = _Memory(start) if total_bytes(specs) <= limits.memory_bytes else _spool(start)
+        self._store = _Memory(size) if total_bytes(specs) <= limits.memory_bytes else _spool(size)
         self.refusal: UpdateRefused | None = None
         """Why its values may not be counted, as soon as that is seen."""
 
@@ -134,6 +151,12 @@ class StagedUpdate:
     def close(self) -> None:
         """Forgets the update."""
         self._store.close()
+
+
+def _layout(specs: tuple[TensorSpec, ...]) -> tuple[list[int], int]:
+    """Where each tensor begins in the update, and where the last one ends."""
+    ends = list(accumulate(-(-spec.size_bytes // _BLOCK) * _BLOCK for spec in specs))
+    return [0, *ends][: len(specs)], ends[-1] if ends else 0
 
 
 class _Memory:

@@ -17,7 +17,7 @@ from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult, GroupSums
 from shoal.fleet.offer import MAX_INLINE_BYTES
 from shoal.fleet.session import Session
-from shoal.fleet.staging import Limits, StagedUpdate
+from shoal.fleet.staging import Limits, StagedUpdate, most_updates
 from shoal.fleet.token import read_token
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
@@ -77,6 +77,7 @@ class Updates:
         """What has come in."""
         self.num_staged = 0
         """Updates of which something is here."""
+        self._most_staged = most_updates(manifest.update, limits)
         self._held: dict[bytes, Held] = {}
         self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
         self._fixed: Mapping[str, FixedPoint] = {}
@@ -312,8 +313,11 @@ class Updates:
             self.num_staged -= 1
         held.root = root or held.root
         if held.update is None:
-            if self.num_staged >= self._limits.updates:
-                raise NetworkError("This Edge holds as many updates as it may; try again later.")
+            if self.num_staged >= self._most_staged:
+                size = self._manifest.update_bytes
+                raise NetworkError(
+                    f"This Edge holds {self.num_staged} updates of {size} bytes, as many as it may; try again later."
+                )
             held.update = StagedUpdate(self._manifest.update, self._fixed, self._limits)
             self.num_staged += 1
         return held.update

@@ -12,6 +12,7 @@ from shoal.errors import NetworkError, ProgramError, ProtocolError
 from shoal.fleet import device_host
 from shoal.fleet.link import LocalLink
 from shoal.fleet.session import MAX_OUTGOING
+from shoal.fleet.staging import Limits
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.runner import Update
@@ -534,3 +535,28 @@ async def test_devices_that_stay_train_anew_after_a_commit_that_failed(monkeypat
         fleet.start(*(toy.device(name, fleet.link) for name in "ab"))
         await asyncio.gather(*fleet.tasks)
         assert fleet.members == [0, 2, 2]
+
+
+@toy.in_loop
+async def test_an_edge_that_holds_as_many_bytes_as_it_may_says_so() -> None:
+    made = toy.plan(RoundPolicy(goal=2, minimum_group=1, over_selection=1.0), {"params/w": (4,)})
+    async with (
+        toy.fleet(made, rounds=1, limits=Limits(bytes_in_memory=31)) as fleet,
+        toy.peer(fleet.link, "first") as first,
+        toy.peer(fleet.link, "second") as second,
+    ):
+        await first.check_in()
+        hearing = asyncio.create_task(first.hear())
+        theirs = await second.assigned()
+        _, mine = await hearing
+        await first.say(report=toy.report(mine.token, toy.update(made), inline=False))
+        assert (await first.hear())[0] == "incomplete"
+        await second.say(report=toy.report(theirs.token, toy.update(made)))
+        kind, later = await second.hear()
+        assert kind == "later" and "holds 1 updates of 16 bytes, as many as it may" in later.why
+        # There is room when the first has done with it.
+        await first.say(report=toy.report(mine.token, toy.update(made)))
+        async with toy.peer(fleet.link, "second") as again:
+            await again.say(report=toy.report(theirs.token, toy.update(made)))
+            assert (await again.hear())[0] == "counted"
+        assert fleet.members == [0, 2]

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from shoal.errors import ProtocolError, StoreError, UpdateRefused
 from shoal.fixed import FixedPoint
-from shoal.fleet.staging import Limits, StagedUpdate
+from shoal.fleet import staging
+from shoal.fleet.staging import Limits, StagedUpdate, most_updates
 from shoal.tensors import Index, TensorSpec, to_bytes
 
 SPECS = (
@@ -104,3 +105,24 @@ def test_a_full_disk_is_said_and_what_came_before_is_still_there(monkeypatch: py
 
 def _full(offset: int, data: bytes) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("limits", "most"),
+    [
+        (Limits(updates=7), 7),
+        (Limits(bytes_in_memory=3 * 2816 + 2815), 3),  # the scalar and the empty tensor take a block together
+        (Limits(bytes_in_memory=1), 1),
+        (Limits(memory_bytes=0, bytes_in_files=5 * 2816), 5),
+        (Limits(memory_bytes=0, files=4), 4),
+        (Limits(memory_bytes=0, updates=2, files=4), 2),
+    ],
+)
+def test_updates_are_bounded_by_number_bytes_and_files(limits: Limits, most: int) -> None:
+    assert most_updates(SPECS, limits) == most
+
+
+@pytest.mark.parametrize(("allowed", "most"), [(1024, 100), (20_500, 300), (1 << 20, 10_000)])
+def test_spooled_updates_leave_files_to_connections(monkeypatch: pytest.MonkeyPatch, allowed: int, most: int) -> None:
+    monkeypatch.setattr(staging, "allowed_files", lambda: allowed)
+    assert most_updates(SPECS, SPOOLED) == most
