@@ -18,7 +18,7 @@ from shoal.data.store import Examples
 from shoal.fleet.coordinator import Commit
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.process import use_one_arena
+from shoal.fleet.process import be_a_server
 from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
@@ -110,7 +110,7 @@ async def _report(parent: Parent, host: Host) -> None:
 
 def main() -> None:
     """Serves one run, as the first order says."""
-    use_one_arena()
+    be_a_server()
     parent = Parent()
     try:
         order = parent.order()

@@ -18,7 +18,7 @@ from shoal.clock import SystemClock
 from shoal.errors import NetworkError
 from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.grpc_server import GrpcServer
-from shoal.fleet.process import allow_many_files, collect_rarely, switch_threads_often, use_one_arena
+from shoal.fleet.process import be_a_server
 from shoal.record.blobs import FolderBlobs
 from shoal.record.lock import was_left
 
@@ -56,10 +56,7 @@ def run(settings: Settings, *, screen: Screen) -> None:
         NetworkError: the port is taken, or the host that it is to start again was ended.
     """
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {settings.name}: %(message)s", datefmt="%H:%M:%S")
-    allow_many_files()
-    use_one_arena()
-    switch_threads_often()
-    collect_rarely()
+    be_a_server()
     with tempfile.TemporaryDirectory(prefix="shoal-edge-") as folder:
         run_until_told(_serve(settings, Path(folder), screen))
 

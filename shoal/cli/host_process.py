@@ -27,7 +27,7 @@ from shoal.fleet.following import Following
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.process import allow_many_files, collect_rarely, switch_threads_often, use_one_arena
+from shoal.fleet.process import be_a_server
 from shoal.fleet.several import SeveralHosts, refuse_evaluated_twice
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -140,10 +140,7 @@ def run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) ->
 
 def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    allow_many_files()
-    use_one_arena()
-    switch_threads_often()
-    collect_rarely()
+    be_a_server()
     held_out = data_argument.open_held_out(settings.held_out)
     store = open_store(settings.folder)
     try:

@@ -15,6 +15,14 @@ _FILES_UNKNOWN = 1 << 20
 _COLLECT_AFTER = 20_000, 20, 20
 
 
+def be_a_server() -> None:
+    """All that a process asks for that holds devices' sessions: a host, an Edge, the demo's server."""
+    allow_many_files()
+    use_one_arena()
+    switch_threads_often()
+    collect_rarely()
+
+
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """uvloop's, where there is one: it takes a third less processor time for a stream; else Python's own."""
     try:
