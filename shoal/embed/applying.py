@@ -23,6 +23,7 @@ def apply(table: Table, change: Change, values: np.ndarray | None = None) -> Non
         values: (rows in `members`, words) the values of the blocks' members, in order, for copies in the cache; not
             needed where nothing is cached.
     """
+    assert values is None or len(values) == int((change.members >= 0).sum()), "a value for each member"
     with table.lock:
         table.changes += 1
         if len(change.blocks):
@@ -90,6 +91,7 @@ def _apply_blocks(table: Table, change: Change, values: np.ndarray | None) -> No
     table.view.offered[change.blocks] = change.offered
     table.space.use(change.blocks, change.kinds)
     table.damaged.difference_update(change.blocks.tolist())
+    table.lost.difference_update(change.blocks.tolist())
     is_delta = change.kinds == DELTA
     _invalidate_replicas(table, change.members[is_delta][change.members[is_delta] >= 0])
     if values is not None and table.capacity:
@@ -139,6 +141,9 @@ def _forget_members(table: Table, blocks: np.ndarray) -> None:
     if len(blocks):
         slots = blocks[:, None] * table.slots_per_block + np.arange(table.slots_per_block)
         table.view.id_at[slots.reshape(-1)] = -1
+        table.resident_home[np.isin(table.resident_home // table.slots_per_block, blocks)] = -1
+        gone = np.isin(table.view.replica_slots // table.slots_per_block, blocks)
+        table.view.replica_slots[gone], table.view.replica_valid[gone] = -1, 0  # the block will hold other rows
 
 
 def restore_resident(table: Table) -> None:

@@ -31,7 +31,7 @@ from shoal.embed.blockfile import aligned
 from shoal.embed.changes import Change
 from shoal.embed.kernel import ABSENT
 from shoal.embed.space import DELTA, HOME
-from shoal.embed.stored import stored_rows
+from shoal.embed.stored import RowLost, stored_rows
 from shoal.embed.table import Table
 
 SPARE: Final = 0.10
@@ -63,6 +63,14 @@ def update(table: Table, ids: np.ndarray, rows: np.ndarray, *, spare_blocks: flo
     if table.mirror is not None:
         change = Change(table=table.record.name, row_ids=ids.astype(np.int32), rows=rows)
         return Step(change, np.empty((0, table.codec.words), np.uint32), 0)
+    while True:
+        try:
+            return _update(table, ids, rows, spare_blocks)
+        except RowLost:  # its block is left alone now
+            continue
+
+
+def _update(table: Table, ids: np.ndarray, rows: np.ndarray, spare_blocks: float) -> Step:
     rests, evicted, room = _parted(table, ids)
     cold_ids, cold_rows = ids[~rests], rows[~rests]
     cold_ids = np.concatenate([cold_ids, evicted])
@@ -104,6 +112,8 @@ def _homes_that_pay(table: Table, ids: np.ndarray, spare_blocks: float) -> np.nd
     if spare_blocks < 1 or not len(with_home):
         return _no_blocks()
     homes, changed = np.unique(with_home // size, return_counts=True)
+    sound = _are_sound(table, homes)
+    homes, changed = homes[sound], changed[sound]
     cost = 1.0 - changed / size + 1e-3
     gain = (changed + _rows_away(table, homes)) * (1.0 + table.view.read_count[homes])
     order = np.argsort(-gain / cost, kind="stable")
@@ -180,10 +190,18 @@ def undo(table: Table, blocks: np.ndarray) -> None:
 def compact(table: Table, most_blocks: int, *, everything: bool = False) -> Step | None:
     """Writes the blocks of one step of tidying, `most_blocks` at most; None where there is nothing to do.
 
-    `everything`: also HOME blocks with a single row elsewhere.
+    `everything`: also HOME blocks with a single row elsewhere. Rows that are lost, and their neighbours, stay where they are.
     """
     if table.mirror is not None:
         return None
+    while True:
+        try:
+            return _compact(table, most_blocks, everything)
+        except RowLost:  # its block is left alone now
+            continue
+
+
+def _compact(table: Table, most_blocks: int, everything: bool) -> Step | None:
     kinds, size = table.space.kind, table.slots_per_block
     deltas = np.flatnonzero(kinds == DELTA)
     live = kernel.live_rows(table.view, size, deltas)
@@ -206,11 +224,25 @@ def compact(table: Table, most_blocks: int, *, everything: bool = False) -> Step
 def _homes_to_write(table: Table, most: int, everything: bool) -> np.ndarray:
     size = table.slots_per_block
     homes = np.flatnonzero(table.space.kind == HOME)
+    homes = homes[_are_sound(table, homes)]
     away = _rows_away(table, homes)
     fewest = 1 if everything else max(1, int(FEWEST_AWAY * size))
     score = away * (1.0 + table.view.read_count[homes])
     chosen = np.flatnonzero(away >= fewest)
-    return homes[chosen[np.argsort(-score[chosen], kind="stable")][: max(0, most)]]
+    made: np.ndarray = homes[chosen[np.argsort(-score[chosen], kind="stable")][: max(0, most)]]
+    return made
+
+
+def _are_sound(table: Table, blocks: np.ndarray) -> np.ndarray:
+    """(n,) bool: whether no row of each block would have to be read from a block whose rows are lost."""
+    if not table.lost:
+        return np.ones(len(blocks), bool)
+    size = table.slots_per_block
+    ids = table.view.id_at[blocks[:, None] * size + np.arange(size)]
+    where = table.view.where[np.maximum(ids, 0)]
+    bad = (ids >= 0) & (where >= 0) & np.isin(where // size, list(table.lost))
+    made: np.ndarray = ~bad.any(axis=1)
+    return made
 
 
 def _rows_away(table: Table, homes: np.ndarray) -> np.ndarray:
@@ -233,18 +265,21 @@ def _worn_homes(table: Table, most: int, chosen: np.ndarray) -> np.ndarray:
     if not len(free) or most <= 0 or wear[free].min() < wear.mean() + WEAR_SLACK:
         return np.empty(0, np.int64)
     homes = np.setdiff1d(np.flatnonzero(table.space.kind == HOME), chosen)
-    return homes[np.argsort(wear[homes], kind="stable")][: min(most, len(free))].astype(np.int64)
+    homes = homes[_are_sound(table, homes)]
+    made: np.ndarray = homes[np.argsort(wear[homes], kind="stable")][: min(most, len(free))].astype(np.int64)
+    return made
 
 
 def _sparse_deltas(table: Table, deltas: np.ndarray, live: np.ndarray, most: int, homes: np.ndarray) -> np.ndarray:
     """Delta blocks to merge into fewer, where free blocks run short."""
     if most <= 0 or table.space.num_free >= SPARE * table.space.num_blocks:
         return np.empty(0, np.int64)
-    sparse = deltas[(live > 0) & (live <= table.slots_per_block // 2)]
-    rows = live[(live > 0) & (live <= table.slots_per_block // 2)]
+    few = (live > 0) & (live <= table.slots_per_block // 2) & _are_sound(table, deltas)
+    sparse, rows = deltas[few], live[few]
     order = np.argsort(rows, kind="stable")
     fits = np.cumsum(rows[order]) <= most * table.slots_per_block
-    return sparse[order[fits]].astype(np.int64)
+    made: np.ndarray = sparse[order[fits]].astype(np.int64)
+    return made
 
 
 def _write_step(

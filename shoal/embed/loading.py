@@ -24,17 +24,35 @@ class Pieces:
     def __init__(self, table: Table, pieces: Iterable[np.ndarray]) -> None:
         self._table, self._pieces, self._next = table, iter(pieces), 0
         self._held = np.empty((0, table.codec.words), np.uint32)
+        self._given = 0
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         assert ids[0] == self._next, "rows are asked for in id order"
         while len(self._held) < len(ids):
-            piece = next(self._pieces, None)
+            piece = self._piece()
             if piece is None:
-                raise ValueError(
-                    f"Expected {self._table.record.rows} vectors for table {self._table.record.name!r}, got "
-                    f"{self._next + len(self._held)}."
-                )
+                raise self._another_number(str(self._given))
             self._held = np.concatenate([self._held, self._table.codec.encode(piece)])
         made, self._held = self._held[: len(ids)], self._held[len(ids) :]
         self._next += len(ids)
+        if self._next == self._table.record.rows and (len(self._held) or self._piece() is not None):
+            raise self._another_number(f"at least {self._given}")
         return made
+
+    def _piece(self) -> np.ndarray | None:
+        """The next piece that is not empty; None: there is no more."""
+        name, dim = self._table.record.name, self._table.record.dim
+        for piece in self._pieces:
+            made = np.asarray(piece)
+            if made.ndim != 2 or made.shape[1] != dim or made.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"Expected pieces of table {name!r} to be arrays of numbers (n, {dim}), got {made.dtype}{list(made.shape)}."
+                )
+            self._given += len(made)
+            if len(made):
+                return made
+        return None
+
+    def _another_number(self, got: str) -> ValueError:
+        record = self._table.record
+        return ValueError(f"Expected {record.rows} vectors for table {record.name!r}, got {got}.")

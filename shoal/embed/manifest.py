@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from shoal import validate
+from shoal.embed.cache import POLICIES
 from shoal.embed.codec import DTYPES, Codec, Dtype
 from shoal.errors import StoreError
 from shoal.record.blobs import _sync_folder, disk
@@ -25,6 +26,7 @@ from shoal.tensors import PARSE_ERRORS, Tensors, canonical_json, frame_parts, pa
 
 FORMAT: Final = "shoal embed/2"
 NAME: Final = "manifest.json"
+ADMISSIONS: Final = ("threshold", "duel")
 Tier = Literal["auto", "dram", "block"]
 
 
@@ -63,6 +65,9 @@ class TableRecord:
         validate.types(self)
         validate.positive(rows=self.rows)
         validate.one_of(DTYPES, dtype=self.dtype)
+        validate.one_of(POLICIES, policy=self.policy)
+        validate.one_of(ADMISSIONS, admission=self.admission)
+        validate.not_negative(cache_bytes=self.cache_bytes)
         if not self.name or not self.name.replace("_", "a").replace("-", "a").isalnum() or len(self.name) > 80:
             raise ValueError(f"Expected a table name of letters, digits, _ and -, got {self.name!r}.")
 

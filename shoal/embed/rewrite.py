@@ -11,6 +11,7 @@ References: Shalita et al., 2016, Social Hash, NSDI (why re-partitioning is limi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 import numpy as np
@@ -154,9 +155,23 @@ def some(table: Table, layout: Layout, chosen: np.ndarray, offered: np.ndarray) 
     never = (members >= 0) & (table.view.where[np.maximum(members, 0)] == ABSENT)
     members[never] = -1
     held = members >= 0
+    ids = members[held].astype(np.int64)
+    values = stored_rows(table, ids)
     rows = np.zeros((*members.shape, table.codec.words), np.uint32)
-    rows[held] = stored_rows(table, members[held].astype(np.int64))
+    rows[held] = values
+    emptied = _emptied(table, ids)
     step = write_blocks(
         table, members, rows, np.full(len(members), HOME, np.uint8), offered=offered[chosen].astype(np.int16)
     )
-    return Step(step.change, np.empty((0, table.codec.words), np.uint32), step.written_bytes)
+    return Step(replace(step.change, freed=emptied), values, step.written_bytes)
+
+
+def _emptied(table: Table, ids: np.ndarray) -> np.ndarray:
+    """HOME blocks that hold nothing more, no replica either, once rows `ids` have another home."""
+    size = table.slots_per_block
+    left = table.home_of(ids)
+    left = left[left >= 0]
+    homes = np.unique(left // size)
+    slots = homes[:, None] * size + np.arange(size)
+    made: np.ndarray = homes[np.all((table.view.id_at[slots] < 0) | np.isin(slots, left), axis=1)]
+    return made

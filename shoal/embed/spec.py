@@ -8,10 +8,14 @@ import numpy as np
 
 from shoal import validate
 from shoal.embed.blockfile import block_bytes_for
+from shoal.embed.cache import POLICIES
 from shoal.embed.codec import DTYPES, Codec, Dtype
-from shoal.embed.manifest import TableRecord, Tier
+from shoal.embed.layout import Layout
+from shoal.embed.manifest import ADMISSIONS, TableRecord, Tier
 
 _UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+SETTINGS: Final = ("policy", "admission", "read_aware", "cache_bytes", "tier", "reason")
+"""What may change of a table when its rows are placed."""
 _SMALL: Final = 32
 """A table below a 32nd of the memory is put there whole: no cache could save as many reads with so little."""
 
@@ -43,8 +47,8 @@ class TableSpec:
         validate.between(1, 2**31 - 3, rows=self.rows)
         validate.one_of(DTYPES, dtype=self.dtype)
         validate.one_of(("auto", "dram", "block"), tier=self.tier)
-        validate.one_of(("lru", "s3-fifo", "w-tinylfu"), policy=self.policy)
-        validate.one_of(("threshold", "duel"), admission=self.admission)
+        validate.one_of(POLICIES, policy=self.policy)
+        validate.one_of(ADMISSIONS, admission=self.admission)
         Codec(self.dim, self.dtype)
 
     @property
@@ -79,6 +83,9 @@ def first_records(tables: Mapping[str, TableSpec], dram_bytes: int) -> list[Tabl
     Raises:
         ValueError: what must be in memory does not fit.
     """
+    for name, spec in tables.items():
+        if not isinstance(spec, TableSpec):
+            raise TypeError(f"Expected a TableSpec for table {name!r}, got {spec!r}.")
     if not tables:
         raise ValueError("Expected at least one table, got none.")
     reasons = _tiers(tables, dram_bytes)
@@ -167,6 +174,19 @@ def refuse_bad_update(record: TableRecord, ids: np.ndarray, vectors: np.ndarray)
             f"Expected each id of an update of table {record.name!r} once, got {int(twice[0])} more than once. Add up the "
             "changes of an id, or keep its last vector."
         )
+
+
+def offers_of(offered: Any, layout: Layout) -> np.ndarray:
+    """How many of each block's first rows are offered to the cache, (num_blocks,) int16; None: none are."""
+    if offered is None:
+        return np.zeros(layout.num_blocks, np.int16)
+    made = np.asarray(offered)
+    if made.shape != (layout.num_blocks,) or not 0 <= made.min() <= made.max() <= layout.vectors_per_block:
+        raise ValueError(
+            f"Expected offered to be {layout.num_blocks} numbers from 0 to {layout.vectors_per_block}, one a block, got shape "
+            f"{made.shape} with values up to {made.max(initial=0)}."
+        )
+    return made.astype(np.int16)
 
 
 def offsets_of(offsets: Any, num_ids: int) -> np.ndarray:

@@ -41,7 +41,16 @@ from shoal.embed.locks import FolderLock
 from shoal.embed.manifest import NAME, Manifest, TableRecord, read_state
 from shoal.embed.reads import Lanes
 from shoal.embed.space import FREE
-from shoal.embed.spec import TableSpec, first_records, ids_of, offsets_of, parse_bytes, refuse_bad_update
+from shoal.embed.spec import (
+    SETTINGS,
+    TableSpec,
+    first_records,
+    ids_of,
+    offers_of,
+    offsets_of,
+    parse_bytes,
+    refuse_bad_update,
+)
 from shoal.embed.statistics import Statistics, statistics_of
 from shoal.embed.stored import copy_of, stored_rows, try_block
 from shoal.embed.table import Table
@@ -110,6 +119,11 @@ class EmbeddingStore:
         folder, dram_bytes = Path(path), parse_bytes(dram, "dram")
         validate.positive(writes_per_day=writes_per_day)
         records = first_records(tables, dram_bytes)
+        if "read_only" in options:
+            raise ValueError(
+                "Expected no read_only for a store that is made. Make it, close it, and open it with read_only."
+            )
+        cls._options_of(**options)
         with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
         if (folder / NAME).exists():
@@ -163,12 +177,9 @@ class EmbeddingStore:
             StoreError: there is no store, it is damaged, or another process writes to it.
         """
         folder = Path(path)
-        validate.one_of(("auto", "aio", "threads"), engine=engine)
-        validate.not_negative(remember=remember)
-        options = {
-            "direct": direct, "engine": engine, "threads": threads, "tail": tail, "tidy": tidy, "remember": remember,
-            "clock": clock or SystemClock(),
-        }  # fmt: skip
+        options = cls._options_of(
+            direct=direct, engine=engine, threads=threads, tail=tail, tidy=tidy, remember=remember, clock=clock
+        )
         Manifest.read(folder)  # says that there is none, before a lock file is made
         lock = FolderLock(folder, write=not read_only)
         try:
@@ -176,6 +187,28 @@ class EmbeddingStore:
         except BaseException:
             lock.close()
             raise
+
+    @staticmethod
+    def _options_of(
+        *,
+        direct: bool = True,
+        engine: str = "auto",
+        threads: int = 8,
+        tail: Tail | None = None,
+        tidy: bool = True,
+        remember: int = 0,
+        clock: Clock | None = None,
+    ) -> dict[str, Any]:
+        """Refuses what `open` cannot take, before anything is made."""
+        validate.one_of(("auto", "aio", "threads"), engine=engine)
+        validate.between(1, 1024, threads=threads)
+        validate.not_negative(remember=remember)
+        if tail is not None and not isinstance(tail, Tail):
+            raise TypeError(f"Expected tail to be a shoal.embed.Tail or None, got {tail!r}.")
+        return {
+            "direct": direct, "engine": engine, "threads": threads, "tail": tail, "tidy": tidy, "remember": int(remember),
+            "clock": clock or SystemClock(),
+        }  # fmt: skip
 
     def _open_table(self, record: TableRecord) -> Table:
         state, _ = read_state(self.folder / record.state, record.state_hash)
@@ -228,9 +261,10 @@ class EmbeddingStore:
         if len(wanted) < 2:
             return {name: self.lookup(name, some) for name, some in wanted.items()}
         with self._pool_lock:
+            self._check_open()
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(max(2, len(self._tables)), "shoal-lookup")
-        waiting = {name: self._pool.submit(self.lookup, name, some) for name, some in wanted.items()}
+            waiting = {name: self._pool.submit(self.lookup, name, some) for name, some in wanted.items()}
         return {name: one.result() for name, one in waiting.items()}
 
     def _table(self, name: str) -> Table:
@@ -245,13 +279,11 @@ class EmbeddingStore:
         return {name: table.record for name, table in self._tables.items()}
 
     def layout(self, table: str) -> Layout:
-        """Where the rows of a table lie, as it is now (rows that rest in memory at their old place); rows never written
-        have no place, so the table must have been loaded."""
+        """Where the rows of a table lie now: rows that rest in memory at their old place, rows without a place (never written)
+        as if they were behind the others."""
         opened = self._table(table)
-        where = opened.state()["where"].astype(np.int64)
-        valid = opened.view.replica_valid > 0
-        ids, slots = opened.view.replica_ids[valid].astype(np.int64), opened.view.replica_slots[valid].astype(np.int64)
-        return Layout(where, opened.slots_per_block, ids, slots)
+        with self._writing:
+            return opened.layout()
 
     # Writing.
 
@@ -307,8 +339,10 @@ class EmbeddingStore:
             offered: (num_blocks,) how many of a block's first rows are offered to the cache; none by default.
             most_blocks: move only what saves most reads of `misses`, so many blocks at most, and nothing that saves none.
             misses: what the cache missed, query by query.
-            settings: `policy`, `admission`, `cache_bytes`, `tier`, `reason` of the table from now on.
+            settings: `policy`, `admission`, `read_aware`, `cache_bytes`, `tier`, `reason` of the table from now on.
         """
+        for setting in settings:
+            validate.one_of(SETTINGS, setting=setting)
         with self._writing:
             opened = self._writable(table)
             if layout.vectors_per_block != opened.slots_per_block or layout.num_rows != opened.record.rows:
@@ -316,7 +350,7 @@ class EmbeddingStore:
                     f"Expected a layout of {opened.record.rows} rows, {opened.slots_per_block} a block, for table {table!r}, got "
                     f"{layout.num_rows} rows, {layout.vectors_per_block} a block."
                 )
-            offers = np.zeros(layout.num_blocks, np.int16) if offered is None else offered.astype(np.int16)
+            offers = offers_of(offered, layout)
             if most_blocks is None:
                 self._write.rewrite(opened, layout, partial(stored_rows, opened), offers, settings)
                 return layout.num_blocks
@@ -398,6 +432,8 @@ class EmbeddingStore:
         size = table.slots_per_block
         with self._writing:
             self._check_writable()
+            if table.space.kind[block] == FREE or try_block(table, block) is not None:
+                return True  # another thread has written it, or freed it, meanwhile
             ids = table.view.id_at[block * size : (block + 1) * size].astype(np.int64)
             ids = ids[
                 (ids >= 0) & (table.view.where[np.maximum(ids, 0)] == np.arange(block * size, (block + 1) * size))
@@ -447,7 +483,8 @@ class EmbeddingStore:
     def close(self) -> None:
         """Waits for lookups that have begun, refuses others, closes the files. All that was committed is on the disk already."""
         with self._writing:
-            self._is_open = False
+            with self._pool_lock:
+                self._is_open = False
             self._release()
 
     def _release(self) -> None:

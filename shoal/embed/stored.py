@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from shoal.embed.table import Table
 
 
+class RowLost(StoreError):
+    """A block is damaged and a row in it has no copy. The block is in `Table.lost` from now on."""
+
+
 def try_block(table: "Table", block: int) -> np.ndarray | None:
     """The rows in a block, (slots, words), or None where it is damaged."""
     try:
@@ -89,7 +93,8 @@ def _read_rows(
     for i in order[~sound[index]].tolist():
         row = copy_of(table, int(ids[i]), int(where[i]) // table.slots_per_block)
         if row is None:
-            raise StoreError(
+            table.lost.add(int(where[i]) // table.slots_per_block)
+            raise RowLost(
                 f"Block {int(where[i]) // table.slots_per_block} of {table.path} is damaged and row {int(ids[i])} of "
                 f"table {table.record.name!r} has no copy. Write it again with update, or restore the file."
             )

@@ -30,6 +30,7 @@ from shoal.embed.blockfile import BlockFile
 from shoal.embed.cache import Cache, prefetch_pays
 from shoal.embed.codec import Codec
 from shoal.embed.kernel import Plan, View
+from shoal.embed.layout import Layout
 from shoal.embed.manifest import TableRecord
 from shoal.embed.recent import Recent
 from shoal.embed.space import HOME, Space
@@ -90,6 +91,8 @@ class Table:
         remembered = int(options.get("remember", 0))
         self.recent = Recent(remembered, record.rows) if remembered else None
         self.counters, self.damaged = Counters(), set[int]()
+        self.lost = set[int]()
+        """Damaged blocks with a row that has no copy: tidying leaves alone what it would need them for."""
         self._take_state(state)
         self._make_cache()
         self.mirror: np.ndarray | None = None
@@ -123,6 +126,16 @@ class Table:
         self.changed = np.zeros(self.record.rows if self.record.tier == "dram" else 0, bool)
         """Rows of a table in memory whose block is out of date."""
         self.pending = (state["resident_ids"].copy(), state["resident_rows"].copy())
+
+    def layout(self) -> Layout:
+        """Where the rows lie now; those without a place as if they were in order of id behind the others."""
+        where = self.state()["where"].astype(np.int64)
+        absent = np.flatnonzero(where < 0)
+        first = -(-(int(where.max(initial=-1)) + 1) // self.slots_per_block) * self.slots_per_block
+        where[absent] = first + np.arange(len(absent))
+        valid = self.view.replica_valid > 0
+        replicas = self.view.replica_ids[valid].astype(np.int64), self.view.replica_slots[valid].astype(np.int64)
+        return Layout(where, self.slots_per_block, *replicas)
 
     def home_of(self, ids: np.ndarray) -> np.ndarray:
         """(n,) int64: the slot of each row in a HOME block, where its placement is, whether it is there or not; -1: it has none.
@@ -218,12 +231,12 @@ class Table:
             StoreError: a block is damaged and a row has no copy.
         """
         out = np.empty((len(ids), self.codec.words), np.uint32)
-        if self.mirror is not None:
-            with self.lock:
+        with self.lock:
+            if self.mirror is not None:
                 self._refuse_closed()
                 self._refuse_range(ids, kernel.gather(self.mirror, ids, out))
                 self._count(ids, len(ids), 0)
-            return out, None
+                return out, None
         missed = np.empty(len(ids), np.int64)
         entries = np.empty(len(ids), np.int32)
         with self.lock:
@@ -413,6 +426,7 @@ class Table:
             else:
                 self._make_cache()
             self.damaged.clear()
+            self.lost.clear()
             self.mirror = None
         self.mirror = self._load_mirror() if record.tier == "dram" else None
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from shoal import validate
+from shoal.embed.cache import POLICIES
 from shoal.embed.divide import divide, redivide
 from shoal.embed.layout import Layout
 from shoal.embed.miniature import SETTINGS, Curve, Setting, read_curve
@@ -91,9 +92,14 @@ def retrain(
     for name, trace in traces.items():
         _check(store, name, trace)
     if most_blocks is not None:
-        validate.positive(most_blocks=most_blocks)
+        validate.between(1, 2**31, most_blocks=most_blocks)
+        most_blocks = int(most_blocks)
         return {name: _move(store, name, trace, most_blocks, settings, say) for name, trace in traces.items()}
+    for policy in policies:
+        validate.one_of(POLICIES, policy=policy)
     choices = [setting for setting in SETTINGS if setting.policy in policies]
+    if not choices:
+        raise ValueError("Expected at least one of policies, got none.")
     total = _memory_for(store, traces)
     smallest = total / 2 / max(1, len(traces))
     learned = {
@@ -128,7 +134,7 @@ def rebalance(store: "EmbeddingStore", *, least_gain: float = 0.03) -> dict[str,
         assert table.recent is not None
         trace = table.recent.trace()
         sizes = _sizes(table, smallest)
-        curves[name] = _curve(table, trace, len(trace) // 3, _present_layout(table), trace.counts(), plain, sizes)
+        curves[name] = _curve(table, trace, len(trace) // 3, table.layout(), trace.counts(), plain, sizes)
     given = redivide(
         {name: _points(tables[name], curve) for name, curve in curves.items()},
         current,
@@ -177,7 +183,7 @@ def learn(table: "Table", trace: Trace, choices: list[Setting], plan: Plan, smal
     warm = train.slice(max(0, len(train) - 2 * len(tune)), len(train))
     both, skip = Trace.joined([warm, tune]), len(warm)
     say(f"{record.name}: replaying {len(tune):,} queries at {len(SIZES)} sizes")
-    present, now = _present_layout(table), [float(record.cache_bytes)]
+    present, now = table.layout(), [float(record.cache_bytes)]
     plain = [setting for setting in choices if np.isinf(setting.threshold)]
     stays = _curve(table, both, skip, present, heat, plain, now).reads[0]
     moves = _curve(table, both, skip, layout, heat, choices, now).reads[0]
@@ -232,17 +238,6 @@ def _cache_of(setting: Setting) -> dict[str, Any]:
     return {"policy": setting.policy, "admission": admission, "read_aware": setting.read_aware}
 
 
-def _present_layout(table: "Table") -> Layout:
-    """Where the rows lie now; those never written as if they were in order of id behind the others."""
-    where = table.state()["where"].astype(np.int64)
-    absent = np.flatnonzero(where < 0)
-    first = -(-(int(where.max(initial=-1)) + 1) // table.slots_per_block) * table.slots_per_block
-    where[absent] = first + np.arange(len(absent))
-    valid = table.view.replica_valid > 0
-    replicas = table.view.replica_ids[valid].astype(np.int64), table.view.replica_slots[valid].astype(np.int64)
-    return Layout(where, table.slots_per_block, *replicas)
-
-
 def _settle(store: "EmbeddingStore", name: str, learned: Learned, given: float, say: Progress) -> dict[str, Any]:
     """Gives a table its memory and cache, and where that saves reads its new places."""
     table, whole = store._tables[name], store._tables[name].record.rows * store._tables[name].codec.row_bytes
@@ -264,7 +259,7 @@ def _settle(store: "EmbeddingStore", name: str, learned: Learned, given: float, 
             {name: settings | {"reason": f"{reason}; its rows stay where they are, a new placement saves no reads"}}
         )
     else:
-        layout = learned.layout or _present_layout(table)
+        layout = learned.layout or table.layout()
         say(f"{name}: writing {layout.num_blocks:,} blocks")
         offered = np.zeros(layout.num_blocks, np.int16)
         if learned.layout is not None and not in_memory:
@@ -286,10 +281,10 @@ def _move(
     if table.mirror is not None:
         return _settings(table) | {"written_blocks": 0, "reads_before": 0.0, "reads_after": 0.0}
     trace = Trace(trace.indptr, trace.ids, table.record.rows)
-    before = replay(trace, _present_layout(table), table.new_cache())
+    before = replay(trace, table.layout(), table.new_cache())
     missed = misses(trace, before)
     say(f"{name}: placing anew from where rows lie")
-    start = np.argsort(_present_layout(table).slot_of, kind="stable")
+    start = np.argsort(table.layout().slot_of, kind="stable")
     order = partition(missed, table.slots_per_block, replace(settings, multilevel=False), start=start)
     layout = Layout.from_order(_seen_first(order, trace), table.slots_per_block).hot_first(trace.counts())
     offered = None
@@ -297,7 +292,7 @@ def _move(
         counts = trace.counts()
         offered = depth_above(layout, counts, float(np.quantile(counts[counts > 0], 0.8))).astype(np.int16)
     written = store.place(name, layout, offered=offered, most_blocks=most_blocks, misses=missed)
-    after = replay(trace, _present_layout(table), table.new_cache())
+    after = replay(trace, table.layout(), table.new_cache())
     return _settings(table) | {
         "written_blocks": written,
         "reads_before": before.reads_per_query,

@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from shoal.embed import EmbeddingStore, Layout, TableSpec
+from shoal.embed import EmbeddingStore, Layout, TableSpec, Trace
 
 ROWS, DIM, STEPS = 400, 32, 36
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate", "replace", "unlink", "ftruncate")
 
 
 def kind_of(step: int) -> str:
-    """Every fourth step tidies, every fourth places anew, the others update."""
-    return {1: "place", 3: "tidy"}.get(step % 4, "update")
+    """Every fourth step tidies, every eighth places anew, every eighth moves some blocks, the others update."""
+    return {1: "place", 5: "move", 3: "tidy", 7: "tidy"}.get(step % 8, "update")
 
 
 def values_after(step: int) -> np.ndarray:
@@ -43,6 +43,10 @@ def do(store: EmbeddingStore, step: int) -> None:
         store.compact()
     elif kind_of(step) == "place":
         store.place("t", Layout.at_random(ROWS, 32, seed=step))
+    elif kind_of(step) == "move":
+        layout = Layout.at_random(ROWS, 32, seed=step)
+        misses = Trace.of([layout.ids_of()[block].tolist() for block in (2, 5, 8)] * 2, ROWS)
+        assert store.place("t", layout, misses=misses, most_blocks=3)
     else:
         ids = np.random.default_rng(step).choice(ROWS, 90, replace=False)
         store.update("t", ids, (step + np.arange(DIM)[None, :] + np.zeros((90, 1))).astype(np.float32))

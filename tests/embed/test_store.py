@@ -11,6 +11,7 @@ import pytest
 from shoal.embed import Cache, EmbeddingStore, Layout, TableSpec, Trace
 from shoal.embed.codec import DTYPES
 from shoal.embed.simulate import replay
+from shoal.embed.space import FREE
 from shoal.embed.stored import stored_rows
 from shoal.errors import StoreError
 from tests.embed.builders import DIM, ROWS, flip, small_store, vectors
@@ -141,6 +142,27 @@ def test_tables_are_tiered_and_say_why(tmp_path: Path) -> None:
         np.testing.assert_array_equal(store.lookup("kept", [7])[0], found["kept"][0])
 
 
+def test_a_table_in_memory_is_read_while_it_is_placed_anew(tmp_path: Path) -> None:
+    with EmbeddingStore.create(tmp_path, {"a": TableSpec(rows=ROWS, dim=DIM, tier="dram")}, dram="1MB") as store:
+        store.load("a", vectors())
+        table = store._tables["a"]
+        real, mirror = table.lock, table.mirror
+
+        class Late:
+            """A lock that one gets only when the writer has taken the mirror away."""
+
+            def __enter__(self) -> None:
+                real.acquire()
+                table.mirror = None
+
+            def __exit__(self, *of: object) -> None:
+                real.release()
+
+        table.lock = Late()  # type: ignore[assignment]
+        np.testing.assert_array_equal(store.lookup("a", np.arange(ROWS)), vectors())
+        table.lock, table.mirror = real, mirror
+
+
 def test_memory_that_does_not_suffice_is_said(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match="Expected dram to hold the tables of tier dram and the shadows, 1600 bytes, got 1000"
@@ -150,6 +172,15 @@ def test_memory_that_does_not_suffice_is_said(tmp_path: Path) -> None:
         EmbeddingStore.create(tmp_path, {"a": TableSpec(rows=100, dim=4)}, dram="lots")
     with pytest.raises(ValueError, match="table name"):
         EmbeddingStore.create(tmp_path, {"../a": TableSpec(rows=100, dim=4)})
+    for options, error, text in (
+        ({"threads": 0}, ValueError, "threads"),
+        ({"engine": "uring"}, ValueError, "engine"),
+        ({"engin": "aio"}, TypeError, "engin"),
+        ({"read_only": True}, ValueError, "no read_only"),
+    ):
+        with pytest.raises(error, match=text):
+            EmbeddingStore.create(tmp_path, {"a": TableSpec(rows=100, dim=4)}, **options)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())  # and nothing is made
 
 
 def test_pieces_make_a_table_and_must_be_as_many_as_its_rows(tmp_path: Path) -> None:
@@ -159,6 +190,10 @@ def test_pieces_make_a_table_and_must_be_as_many_as_its_rows(tmp_path: Path) -> 
         np.testing.assert_array_equal(store.lookup("items", [0, 1500]), values[[0, 1500]] * 2)
         with pytest.raises(ValueError, match="Expected 2000 vectors for table 'items', got 10"):
             store.load("items", iter([values[:10]]))
+        with pytest.raises(ValueError, match="Expected 2000 vectors for table 'items', got at least 2010"):
+            store.load("items", [values, values[:10]])
+        with pytest.raises(ValueError, match=r"arrays of numbers \(n, 32\), got float32\[2000, 5\]"):
+            store.load("items", [values[:, :5]])
         with pytest.raises(ValueError, match=r"Expected vectors of shape \(2000, 32\)"):
             store.load("items", values[:10])
         np.testing.assert_array_equal(store.lookup("items", [0, 1500]), values[[0, 1500]] * 2)
@@ -197,6 +232,33 @@ def test_a_damaged_block_is_served_from_a_copy_and_repaired(tmp_path: Path) -> N
         assert store.verify(repair=True) == {"items": []} == store.verify()
     with EmbeddingStore.open(tmp_path) as store:
         np.testing.assert_array_equal(store.lookup("items", np.arange(ROWS)), vectors())
+
+
+def test_copies_in_a_block_that_was_repaired_are_gone(tmp_path: Path) -> None:
+    rng, values = np.random.default_rng(0), vectors()
+    with small_store(tmp_path, dram="9KB") as store:
+        store.place("items", replicated(32))
+        flip(tmp_path / "items.blocks", int(store._tables["items"].view.replica_slots[0]) // 32 * 4096 + 77)
+        assert store.verify(repair=True) == {"items": []}
+        for _ in range(4):  # the freed block is written again, with other rows
+            ids = rng.choice(np.arange(400, ROWS), 300, replace=False)
+            values[ids] = rng.normal(size=(300, DIM))
+            store.update("items", ids, values[ids])
+            store.compact()
+            np.testing.assert_array_equal(store.lookup("items", np.arange(ROWS)), values)
+    with EmbeddingStore.open(tmp_path) as store:
+        np.testing.assert_array_equal(store.lookup("items", np.arange(ROWS)), values)
+
+
+def test_what_another_thread_has_freed_meanwhile_is_not_repaired(tmp_path: Path) -> None:
+    with small_store(tmp_path) as store:
+        table = store._tables["items"]
+        block = damage(store, 40)
+        store.update("items", np.arange(ROWS), vectors())
+        store.compact()
+        written = store.statistics().journal_bytes
+        assert table.space.kind[block] == FREE and store._repair(table, block)
+        assert store.statistics().journal_bytes == written and not table.space._retired
 
 
 def test_replicas_save_reads(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from shoal.embed import EmbeddingStore, Layout, Trace
 from shoal.embed.budget import DAY_S, WriteBudget
 from shoal.embed.space import DELTA, HOME, Space
 from shoal.errors import StoreError, StoreUnavailable
-from tests.embed.builders import DIM, ROWS, small_store, vectors
+from tests.embed.builders import DIM, ROWS, flip, small_store, vectors
 
 
 def change(store: EmbeddingStore, values: np.ndarray, rng: np.random.Generator, count: int) -> None:
@@ -183,6 +183,53 @@ def test_only_what_repays_its_write_is_moved(tmp_path: Path) -> None:
         check(store, vectors())
 
 
+def test_rows_that_move_keep_their_values_in_the_cache(tmp_path: Path) -> None:
+    scattered = np.arange(0, ROWS, 60)[:32]
+    better = Layout.from_order(np.concatenate([scattered, np.setdiff1d(np.arange(ROWS), scattered)]), 32)
+    misses = Trace.of([scattered.tolist()] * 10, ROWS)
+    with small_store(tmp_path, dram="200KB", tidy=False) as store:
+        for _ in range(2):
+            store.lookup("items", scattered)
+        assert store.statistics().tables["items"].cached >= 32
+        assert store.place("items", better, misses=misses, most_blocks=20) == 1
+        check(store, vectors())
+
+
+def test_blocks_that_moves_have_emptied_are_free(tmp_path: Path) -> None:
+    with small_store(tmp_path) as store:
+        for seed in range(40):
+            layout = Layout.at_random(ROWS, 32, seed=seed)
+            misses = Trace.of([layout.ids_of()[block].tolist() for block in range(20)] * 2, ROWS)
+            store.place("items", layout, misses=misses, most_blocks=20)
+        table = store._tables["items"]
+        held = (table.view.id_at.reshape(-1, 32) >= 0).any(axis=1)
+        assert held[table.space.kind == HOME].all() and table.space.num_blocks < 350  # 860 if none were freed
+        check(store, vectors())
+    with EmbeddingStore.open(tmp_path) as store:
+        check(store, vectors())
+
+
+def test_one_damaged_block_does_not_stop_updates(tmp_path: Path) -> None:
+    rng, values, clock = np.random.default_rng(0), vectors(), ManualClock(1e9)
+    with small_store(tmp_path, clock=clock, writes_per_day=50.0) as store:
+        block = int(store.layout("items").block_of[1000])
+        flip(tmp_path / "items.blocks", block * 4096 + 77)
+        others = np.setdiff1d(np.arange(ROWS), store._tables["items"].view.id_at[block * 32 : block * 32 + 32])
+        for _ in range(20):
+            clock.advance(3600)
+            ids = rng.choice(np.append(others, 1000), 200, replace=False)
+            values[ids] = rng.normal(size=(200, DIM))
+            store.update("items", ids, values[ids])
+        store.compact()
+        np.testing.assert_array_equal(store.lookup("items", others), values[others])
+        with pytest.raises(StoreError, match=f"Block {block} "):
+            store.lookup("items", np.setdiff1d(np.arange(ROWS), others))
+        store.update("items", np.arange(ROWS), values)  # what is lost is written again
+        store.compact()
+        check(store, values)
+        assert store.verify() == {"items": []}
+
+
 def test_the_budget_fills_with_time_and_has_a_limit() -> None:
     budget = WriteBudget(writes_per_day=2.0, capacity_bytes=1000, balance=0.0, now_s=0.0)
     assert budget.available(DAY_S / 8) == pytest.approx(250.0)
@@ -255,6 +302,17 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             store.place("items", Layout.in_id_order(ROWS, 16))
         with pytest.raises(ValueError, match="Expected misses"):
             store.place("items", Layout.in_id_order(ROWS, 32), most_blocks=3)
+        for settings, text in (
+            ({"policy": "fifo"}, "Expected policy to be one of lru"),
+            ({"admission": "all"}, "Expected admission to be one of"),
+            ({"cache_bytes": -1}, "Expected cache_bytes >= 0"),
+            ({"rows": 5}, "Expected setting to be one of admission"),
+            ({"offered": np.full(63, 33)}, "63 numbers from 0 to 32"),
+            ({"offered": np.ones(3)}, r"got shape \(3,\)"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                store.place("items", Layout.in_id_order(ROWS, 32), **settings)  # type: ignore[arg-type]
+    EmbeddingStore.open(tmp_path).close()  # nothing of it is in the manifest
     with pytest.raises(StoreError):
         EmbeddingStore.open(tmp_path / "nowhere")
 
