@@ -19,7 +19,7 @@ import platform
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import Any, Final, NamedTuple, cast, final
 
@@ -181,7 +181,10 @@ class Lane:
             self._pool.submit(read_some, self.queue, fd, blocks[first : first + step], first, sums)
             for first in range(step, len(blocks), step)
         ]
-        read_some(self.queue, fd, blocks[:step], 0, sums)
+        try:
+            read_some(self.queue, fd, blocks[:step], 0, sums)
+        finally:
+            wait(waiting)  # also when interrupted: the next lookup gets this lane's buffer
         for one in waiting:
             one.result()
         return bool(np.all(self.queue.status[: len(blocks)] == OK))

@@ -75,8 +75,9 @@ class Statistics:
 def statistics_of(table: Table) -> TableStatistics:
     """What a table is and did so far."""
     used = len(table.space.wear) - max(1, len(table.space.wear) // 100)
-    if table.mirror is not None:
-        memory = table.mirror.nbytes
+    mirror = table.mirror  # a writer may take it away meanwhile
+    if mirror is not None:
+        memory = mirror.nbytes
     else:
         memory = table.view.cached.nbytes + table.cache.size_bytes + table.view.resident.nbytes
     with table.lock:

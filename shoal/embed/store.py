@@ -464,7 +464,9 @@ class EmbeddingStore:
 
     def _check_open(self) -> None:
         if not self._is_open or (self._writer is not None and self._writer.is_broken):
-            raise StoreError(f"The store {self.folder} is closed, or a write failed at its very end. Open it again.")
+            raise StoreError(
+                f"The store {self.folder} is closed, or a write was interrupted or failed at its very end. Open it again."
+            )
 
     # Telling and ending.
 

@@ -4,7 +4,8 @@ Every step is a `Change` whose blocks are written and synced; then its record is
 states that have it (`checkpoint`): only then is it visible. A step that fails leaves all as it was.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ class Writer:
         self.folder, self.manifest = folder, manifest
         self._tables, self._clock = tables, clock
         self.is_broken = False
-        """Whether a write failed so that nobody knows what is on the disk: the store must be opened again."""
+        """Whether a write failed, or was interrupted, so that nobody knows what is on the disk: the store must be opened again."""
         self.journal, replayed_bytes = self._replay(read_only)
         self.budget = WriteBudget(
             writes_per_day=manifest.writes_per_day,
@@ -86,13 +87,25 @@ class Writer:
     def commit(self, table: Table, step: Step) -> None:
         """Journals a change whose blocks are written, then makes it visible."""
         assert self.journal is not None
-        try:
-            written = self.journal.append(step.change.to_bytes())
-        except BaseException:
-            deltas.undo(table, step.change.blocks)
-            raise
-        apply(table, step.change, step.values)
+        with self._or_broken():
+            try:
+                written = self.journal.append(step.change.to_bytes())
+            except StoreError:
+                deltas.undo(table, step.change.blocks)
+                raise
+            apply(table, step.change, step.values)
         self.spend(step.written_bytes + written)
+
+    @contextmanager
+    def _or_broken(self) -> Iterator[None]:
+        """What is inside makes memory follow the disk. Where it is interrupted (Ctrl-C), only opening again tells what is there."""
+        try:
+            yield
+        except StoreError:
+            raise
+        except BaseException:
+            self.is_broken = True
+            raise
 
     def spend(self, num_bytes: int) -> None:
         """Takes written bytes off the budget."""
@@ -145,14 +158,15 @@ class Writer:
         old = np.flatnonzero(table.space.kind != FREE)
         state, blocks = rewriting.whole(table, layout, offers, rows_of)
         self.spend(len(blocks) * record.block_bytes)
-        try:
-            self.checkpoint({record.name: (record, state)})
-        except BaseException:
-            deltas.undo(table, blocks)
-            raise
-        table.become(self._record(record.name), state, blocks, old, is_new=is_new)
-        if record.shadow:
-            table.make_shadow()
+        with self._or_broken():
+            try:
+                self.checkpoint({record.name: (record, state)})
+            except StoreError:
+                deltas.undo(table, blocks)
+                raise
+            table.become(self._record(record.name), state, blocks, old, is_new=is_new)
+            if record.shadow:
+                table.make_shadow()
 
     def _record(self, name: str) -> TableRecord:
         return next(record for record in self.manifest.tables if record.name == name)
@@ -169,16 +183,17 @@ class Writer:
             budget_bytes=self.budget.available(now_s),
             budget_wall_s=now_s,
         )
-        try:
-            made, written = commit_files(self.folder, manifest, states)
-        except StoreError:
-            if is_committed(self.folder, manifest.epoch + 1):  # it has its name, but perhaps not for ever
-                self.is_broken = True
-            raise
-        assert self.journal is not None
-        self.journal.close()
-        self.journal = Journal(self.folder / made.journal, sequence=0, end=0)
-        self.manifest = made
+        with self._or_broken():
+            try:
+                made, written = commit_files(self.folder, manifest, states)
+            except StoreError:
+                if is_committed(self.folder, manifest.epoch + 1):  # it has its name, but perhaps not for ever
+                    self.is_broken = True
+                raise
+            assert self.journal is not None
+            self.journal.close()
+            self.journal = Journal(self.folder / made.journal, sequence=0, end=0)
+            self.manifest = made
         for record in made.tables:
             if record.name not in new:
                 self._tables[record.name].record = record
@@ -192,9 +207,10 @@ class Writer:
             name: (replace(self._tables[name].record, **some), self._tables[name].state())
             for name, some in settings.items()
         }
-        self.checkpoint(changed)
-        for name in settings:
-            self._tables[name].adopt(self._record(name))
+        with self._or_broken():
+            self.checkpoint(changed)
+            for name in settings:
+                self._tables[name].adopt(self._record(name))
 
     @property
     def budget_bytes(self) -> float:

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from shoal.clock import ManualClock
-from shoal.embed import EmbeddingStore, Layout, Trace
+from shoal.embed import EmbeddingStore, Layout, Trace, writer
 from shoal.embed.budget import DAY_S, WriteBudget
+from shoal.embed.journal import Journal
 from shoal.embed.space import DELTA, HOME, Space
+from shoal.embed.table import Table
 from shoal.errors import StoreError, StoreUnavailable
 from tests.embed.builders import DIM, ROWS, flip, small_store, vectors
 
@@ -163,6 +165,41 @@ def test_a_manifest_that_may_not_last_closes_the_store(tmp_path: Path, monkeypat
     store.close()
     with EmbeddingStore.open(tmp_path) as store:
         check(store, vectors())
+
+
+@pytest.mark.parametrize("name", ["Journal.append", "apply", "commit_files", "Table.become"])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_an_interrupted_write_is_there_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, is_late: bool
+) -> None:
+    """Ctrl-C where memory follows the disk: the store refuses to go on, and opens with the one or the other."""
+    owner: Any = {"Journal.append": Journal, "Table.become": Table}.get(name, writer)
+    attribute = name.split(".")[-1]
+    real, values = getattr(owner, attribute), vectors()
+    ids = np.arange(200)
+
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        if is_late:
+            real(*arguments, **named)
+        raise KeyboardInterrupt
+
+    with small_store(tmp_path, tidy=False) as store:
+        monkeypatch.setattr(owner, attribute, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            if owner is Journal or name == "apply":
+                store.update("items", ids, np.zeros((200, DIM)))
+            else:
+                store.place("items", Layout.at_random(ROWS, 32, seed=1))
+        monkeypatch.setattr(owner, attribute, real)
+        with pytest.raises(StoreError, match="Open it again"):
+            store.update("items", ids, values[ids])
+        with pytest.raises(StoreError, match="Open it again"):
+            store.lookup("items", ids)
+    with EmbeddingStore.open(tmp_path) as store:
+        if name == "apply" or (name == "Journal.append" and is_late):
+            values[ids] = 0
+        check(store, values)
+        assert store.verify() == {"items": []}
 
 
 def test_only_what_repays_its_write_is_moved(tmp_path: Path) -> None:
