@@ -13,7 +13,8 @@ a character a state (after Bonawitz et al. 2019, "Towards federated learning at 
 what it does next. So one that is lost before it sends anything has the shape `-v!`.
 
 What few had could betray one: `Folding` writes no shape and no kind of error that fewer than a minimum of devices had in a
-round. They are counted as `other`; when those of several rounds together reach the minimum they get their name back, in the
+round (what a device has again in a round is `other` from the start). They are counted as `other`, and where these are few, too,
+nothing is said of when and where; when those of several rounds together reach the minimum they get their name back, in the
 total of the run alone. (What is kept back is forgotten when the host ends: it stays `other`.)
 """
 
@@ -64,14 +65,14 @@ class Errors:
     """Errors of one kind."""
 
     count: int = 0
-    first_s: float = 0.0
-    """Of the first, in seconds since the round began."""
+    first_s: float | None = 0.0
+    """Of the first, in seconds since the round began; None: not told."""
     edge: str = ""
     """Where the first was, as the Coordinator calls it; empty at the host's own Edge."""
 
     def merge(self, other: "Errors") -> None:
         """Adds others, which happened in the same round."""
-        if other.count and (not self.count or other.first_s < self.first_s):
+        if other.count and (not self.count or _is_before(other.first_s, self.first_s)):
             self.first_s, self.edge = other.first_s, other.edge
         self.count += other.count
 
@@ -104,7 +105,8 @@ class Seen:
         return {
             "counts": self.counts, "shapes": self.shapes,
             "errors": {
-                kind: {"count": e.count, "first_s": round(e.first_s, 3), "edge": e.edge} for kind, e in self.errors.items()
+                kind: {"count": e.count, "first_s": None if e.first_s is None else round(e.first_s, 3), "edge": e.edge}
+                for kind, e in self.errors.items()
             },
             "times": {phase: {str(number): count for number, count in bins.items()} for phase, bins in self.times.items()},
         }  # fmt: skip
@@ -116,7 +118,9 @@ class Seen:
             counts={str(name): int(count) for name, count in data["counts"].items()},
             shapes={str(shape): int(count) for shape, count in data["shapes"].items()},
             errors={
-                str(kind): Errors(int(e["count"]), float(e["first_s"]), str(e["edge"]))
+                str(kind): Errors(
+                    int(e["count"]), None if e["first_s"] is None else float(e["first_s"]), str(e["edge"])
+                )
                 for kind, e in data["errors"].items()
             },
             times={
@@ -144,6 +148,8 @@ class Analytics:
     def __init__(self) -> None:
         self._seen = Seen()
         self._open: dict[bytes, _Session] = {}
+        self._had: dict[bytes, set[str]] = {}
+        """Nonce -> shapes and errors that it had since `take`."""
         self._round_began_s = 0.0
 
     @property
@@ -154,6 +160,7 @@ class Analytics:
     def take(self) -> Seen:
         """What was seen since this was asked last."""
         seen, self._seen = self._seen, Seen()
+        self._had.clear()
         return seen
 
     def round_began(self, now_s: float) -> None:
@@ -166,8 +173,9 @@ class Analytics:
         """Something that has a number and nothing else."""
         self._seen.counts[what] = self._seen.counts.get(what, 0) + number
 
-    def error(self, kind: str, now_s: float) -> None:
-        """Something failed. `kind` is never a device's own text."""
+    def error(self, kind: str, now_s: float, *, nonce: bytes = b"") -> None:
+        """Something failed. `kind` is never a device's own text; `nonce`: whose session it is, where it has one."""
+        kind = self._once(nonce, kind) if nonce else kind
         if kind not in self._seen.errors and len(self._seen.errors) >= MAX_KINDS:
             kind = OTHER
         one = Errors(1, max(0.0, now_s - self._round_began_s))
@@ -215,7 +223,7 @@ class Analytics:
         """Its stream broke; it may come back."""
         if (session := self._open.get(nonce)) is not None and not session.is_away:
             session.is_away = True
-            self.error("stream broke", now_s)
+            self.error("stream broke", now_s, nonce=nonce)
 
     # Its end.
 
@@ -234,7 +242,7 @@ class Analytics:
                 self.count("refused_late")
             else:
                 self.count("refused")
-                self.error("commit failed" if reason == "failed" else f"refused: {reason}", now_s)
+                self.error("commit failed" if reason == "failed" else f"refused: {reason}", now_s, nonce=nonce)
         elif outcome == "moved":
             self.moved(nonce)
         elif outcome == "released" and (session := self._open.get(nonce)) is not None:
@@ -248,7 +256,7 @@ class Analytics:
             return
         session.way = max(len(GIVES_UP_IN.get(stage, "-v")), session.way if session.sending_s is not None else 0)
         self.count("gave_up")
-        self.error(f"gave up {stage if stage in GIVES_UP_IN else OTHER}", now_s)
+        self.error(f"gave up {stage if stage in GIVES_UP_IN else OTHER}", now_s, nonce=nonce)
         self._end(nonce, "*")
 
     def moved(self, nonce: bytes) -> None:
@@ -264,9 +272,17 @@ class Analytics:
     def _end(self, nonce: bytes, end: str) -> _Session | None:
         session = self._open.pop(nonce, None)
         if session is not None:
-            shape = WAY[: session.way] + end
+            shape = self._once(nonce, WAY[: session.way] + end)
             self._seen.shapes[shape] = self._seen.shapes.get(shape, 0) + 1
         return session
+
+    def _once(self, nonce: bytes, name: str) -> str:
+        """What is counted by its name once for a device in a round, so that one device alone is never many."""
+        had = self._had.setdefault(nonce, set())
+        if name in had:
+            return OTHER
+        had.add(name)
+        return name
 
     def _time(self, phase: str, seconds: float) -> None:
         bins, number = self._seen.times.setdefault(phase, {}), bin_of(seconds)
@@ -292,9 +308,11 @@ class Folding:
         errors = {kind: errors for kind, errors in seen.errors.items() if kind not in few}
         for each in few.values():
             errors.setdefault(OTHER, Errors()).merge(each)
+        if OTHER in errors and errors[OTHER].count < self._minimum:
+            errors[OTHER] = Errors(errors[OTHER].count, None)
         shapes = {shape: count for shape, count in seen.shapes.items() if count >= self._minimum}
         if folded := sum(seen.shapes.values()) - sum(shapes.values()):
-            shapes[OTHER] = folded
+            shapes[OTHER] = shapes.get(OTHER, 0) + folded
         for phase, bins in seen.times.items():
             _add(self._times.setdefault(phase, {}), bins)
         times = {phase: bins for phase, bins in self._times.items() if sum(bins.values()) >= self._minimum}
@@ -331,6 +349,10 @@ def total(rounds: Iterable[Mapping[str, Any]]) -> Seen:
     seen.shapes = {shape: count for shape, count in seen.shapes.items() if count > 0}
     seen.errors = {kind: errors for kind, errors in seen.errors.items() if errors.count > 0}
     return seen
+
+
+def _is_before(mine: float | None, theirs: float | None) -> bool:
+    return mine is not None and (theirs is None or bool(mine < theirs))
 
 
 def _add(counts: dict[Any, int], more: Mapping[Any, int]) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import Any, Final
 
@@ -32,10 +33,10 @@ class Failure:
 
     kind: str
     count: int
-    first_s: float
-    """Of the first, in seconds since the round was opened."""
+    first_s: float | None
+    """Of the first, in seconds since the round was opened; None: not told, since too few devices had them."""
     phase: str
-    """selecting | reporting | committing: where the round was at the first."""
+    """selecting | reporting | committing: where the round was at the first; empty where that is not told."""
     edge: str
     """Where the first was; empty where there is one Edge."""
 
@@ -126,12 +127,16 @@ class Explanation:
     def _failed(self) -> list[str]:
         if not self.failures:
             return ["Nothing failed."]
-        first, *others = self.failures
-        where = f", at Edge {first.edge}" if first.edge else ""
-        told = [
-            f"What failed first, {first.first_s:.3g} s after it was opened, while {first.phase}{where}: {first.words}."
-        ]
-        return told + [f"Then, from {each.first_s:.3g} s on, while {each.phase}: {each.words}." for each in others]
+        told = []
+        for each in self.failures:
+            if each.first_s is None:
+                told.append(f"At times that are not told: {each.words}.")
+            elif told:
+                told.append(f"Then, from {each.first_s:.3g} s on, while {each.phase}: {each.words}.")
+            else:
+                where = f"while {each.phase}{f', at Edge {each.edge}' if each.edge else ''}"
+                told.append(f"What failed first, {each.first_s:.3g} s after it was opened, {where}: {each.words}.")
+        return told
 
     def to_json(self) -> dict[str, Any]:
         row = self.round
@@ -170,7 +175,7 @@ def explain(rounds: Sequence[RoundRow], number: int) -> Explanation:
     ]
     made = Explanation(
         round=row, took_s=_took_s(row), usual_s=usual_s, longer={}, counts=seen.counts,
-        failures=tuple(sorted(failures, key=lambda failure: failure.first_s)),
+        failures=tuple(sorted(failures, key=lambda failure: inf if failure.first_s is None else failure.first_s)),
     )  # fmt: skip
     if not made.is_slow:
         return made
@@ -190,7 +195,9 @@ def _usual(rounds: Sequence[RoundRow], phase: str) -> float:
     return median(times) if times else 0.0
 
 
-def _phase(seconds: Mapping[str, float], at_s: float) -> str:
+def _phase(seconds: Mapping[str, float], at_s: float | None) -> str:
+    if at_s is None:
+        return ""
     end_s = 0.0
     for phase in PHASES:
         end_s += seconds.get(phase, float("inf"))

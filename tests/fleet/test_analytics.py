@@ -140,7 +140,7 @@ def test_what_few_had_is_told_once_there_are_enough() -> None:
     first = folding.fold(Seen(shapes={"-v[]+^": 3, "-v!": 1, "-vx": 1}, errors={"protocol": Errors(1, 2.0)},
                               times={"train": {4: 2}, "wait": {0: 3}}))  # fmt: skip
     assert first["shapes"] == {"-v[]+^": 3, OTHER: 2} and "named" not in first
-    assert first["errors"] == {OTHER: {"count": 1, "first_s": 2.0, "edge": ""}}
+    assert first["errors"] == {OTHER: {"count": 1, "first_s": None, "edge": ""}}
     assert first["times"] == {"wait": {"0": 3}}
     second = folding.fold(Seen(shapes={"-v!": 2}, errors={"protocol": Errors(2, 1.0)}, times={"train": {5: 1}}))
     assert second["shapes"] == {OTHER: 2} and second["times"] == {"train": {"4": 2, "5": 1}}
@@ -148,6 +148,35 @@ def test_what_few_had_is_told_once_there_are_enough() -> None:
     sum_ = total([{}, first, second])
     assert sum_.shapes == {"-v[]+^": 3, "-v!": 3, OTHER: 1}
     assert {kind: errors.count for kind, errors in sum_.errors.items()} == {"protocol": 3}
+
+
+def test_what_one_device_has_again_and_again_is_named_once() -> None:
+    made = joined(b"a", b"b")
+    for at_s in range(5):
+        made.away(b"a", float(at_s))
+        made.sending(b"a", float(at_s))  # it is back
+    for _ in range(4):
+        made.gave_up(b"b", "training", 9.0)
+        made.joined(b"b")
+    seen = made.take()
+    assert {kind: errors.count for kind, errors in seen.errors.items()} == {
+        "stream broke": 1, "gave up training": 1, OTHER: 7,
+    }  # fmt: skip
+    assert seen.shapes == {"-v[*": 1, OTHER: 3}
+    told = Folding(3).fold(seen)
+    assert told["shapes"] == {OTHER: 4} and set(told["errors"]) == {OTHER}
+    made.gave_up(b"b", "training", 10.0)
+    assert made.take().shapes == {"-v[*": 1}, "another round"
+
+
+def test_of_what_few_had_neither_time_nor_edge_is_told() -> None:
+    told = Folding(3).fold(Seen(errors={"protocol": Errors(1, 2.0, "north"), "stream broke": Errors(1, 3.0, "south")}))
+    assert told["errors"] == {OTHER: {"count": 2, "first_s": None, "edge": ""}}
+    enough = Folding(2).fold(
+        Seen(errors={"protocol": Errors(1, 2.0, "north"), "stream broke": Errors(1, 3.0, "south")})
+    )
+    assert enough["errors"] == {OTHER: {"count": 2, "first_s": 2.0, "edge": "north"}}
+    assert total([told, enough]).errors[OTHER].count == 4
 
 
 COUNTS = st.dictionaries(st.sampled_from(["-v[]+^", "-v!", "-vx", "-v*"]), st.integers(1, 12), max_size=4)
