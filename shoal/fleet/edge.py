@@ -275,7 +275,7 @@ class Edge:
             raise ProtocolError("A session serves one device.")
         old = self._sessions.get(device)
         if old is not None and old is not session:
-            log.warning("device %s checked in on another stream; the old one is ended", device)
+            log.warning("device %r checked in on another stream; the old one is ended", device)
             old.send(
                 _refused("replaced", f"Another device has checked in as {device!r}. Give each an --id of its own.")
             )
@@ -318,7 +318,7 @@ class Edge:
 
     def _gave_up(self, message: pb.GaveUp) -> None:
         nonce = self._updates.read_token(message.token).nonce
-        log.info("a device gave up in %s: %s", message.stage[:40], message.why[:200])
+        log.info("a device gave up in %r: %r", message.stage[:40], message.why[:200])
         self._seen.gave_up(nonce, message.stage, self._clock.now_s())
         self._updates.gave_up(nonce, message.why)
 

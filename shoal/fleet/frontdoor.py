@@ -236,7 +236,7 @@ class Frontdoor:
         self._visits[device] = visit
         if old is None or old is visit:
             return
-        log.warning("device %s checked in on another stream; the old one is ended", device)
+        log.warning("device %r checked in on another stream; the old one is ended", device)
         detail = f"Another device has checked in as {device!r}. Give each an --id of its own."
         old.told.send(pb.FromEdge(refused=pb.Refused(reason="replaced", detail=detail)))
         old.told.end()

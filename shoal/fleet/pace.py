@@ -72,5 +72,5 @@ class Pace:
         wanted_rate = MARGIN * self._wanted / self._period_s
         if self._rate > 0.0:
             step = min(1.0, GAIN * passed_s / self.delay_s)
-            changed = self.delay_s * exp(step * log(self._rate / wanted_rate))
+            changed = self.delay_s * exp(step * (log(self._rate) - log(wanted_rate)))  # their quotient may be 0
             self.delay_s = min(self._most_s, max(LEAST_S, changed))

@@ -135,7 +135,7 @@ class StagedUpdate:
             raise UpdateRefused(f"Not whole: {', '.join(self.missing[:3])}.", reason="incomplete")
         entries = [Entry(p.spec, p.hasher.hexdigest()) for p in self._parts.values()]
         if (actual := Index(tuple(entries)).root) != root:
-            raise UpdateRefused(f"Expected root {root[:12]}…, the tensors have {actual[:12]}….", reason="wrong hash")
+            raise UpdateRefused(f"Expected root {root[:12]!r}…, the tensors have {actual[:12]}….", reason="wrong hash")
         if self.refusal is not None:
             raise self.refusal
 

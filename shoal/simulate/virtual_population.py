@@ -54,7 +54,7 @@ class VirtualPopulation:
     def __post_init__(self) -> None:
         validate.types(self)
         validate.positive(devices=self.devices, train_s=self.train_s)
-        validate.not_negative(speed_sigma=self.speed_sigma, round_sigma=self.round_sigma)
+        validate.not_negative(speed_sigma=self.speed_sigma, round_sigma=self.round_sigma, seed=self.seed)
         validate.between(1.0, 100.0, daily_swing=self.daily_swing)
         validate.between(0.1, 24.0, window_hours=self.window_hours)
         validate.between(0.0, 0.9, drop_out=self.drop_out)

@@ -1,6 +1,7 @@
 """Real hosts and devices in one process: what goes right, and what bad peers can do."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
@@ -560,3 +561,21 @@ async def test_an_edge_that_holds_as_many_bytes_as_it_may_says_so() -> None:
             await again.say(report=toy.report(theirs.token, toy.update(made)))
             assert (await again.hear())[0] == "counted"
         assert fleet.members == [0, 2]
+
+
+@toy.in_loop
+async def test_what_a_device_says_makes_no_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    forged = "x\n12:00:00 the run was deleted\x1b[2J"
+    policy = RoundPolicy(goal=1, minimum_group=1, over_selection=1.0)
+    async with toy.fleet(toy.plan(policy), rounds=1) as fleet, toy.peer(fleet.link, forged) as peer:
+        assigned = await peer.assigned()
+        await peer.say(gave_up=pb.GaveUp(token=assigned.token, stage=forged, why=forged))
+        again = await peer.assigned()
+        await peer.say(report=toy.report(again.token, toy.update(fleet.host.plan), root=forged))
+        assert (await peer.hear())[0] == "refused"
+        async with toy.peer(fleet.link, forged) as other:
+            await other.assigned()
+    said = [record.getMessage() for record in caplog.records if "x" in record.getMessage()]
+    assert len([line for line in said if "the run was deleted" in line]) >= 2
+    assert not any(character in line for line in said for character in "\n\x1b")

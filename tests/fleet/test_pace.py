@@ -65,6 +65,14 @@ def test_windows_are_within_bounds_whatever_comes() -> None:
         assert 0.0 < low <= high <= 1.5 * p.MOST_S + p.MOST_S * p.TOGETHER
 
 
+@pytest.mark.parametrize("silent_s", range(219_000, 225_000, 100))
+def test_after_days_without_a_device_one_may_come(silent_s: int) -> None:
+    pace = Pace(devices_a_round=1000, now_s=0.0)
+    pace.arrived(1, 0.0)
+    low, high = pace.window(float(silent_s))
+    assert 0.0 < low < high
+
+
 @toy.in_loop
 async def test_an_answer_says_when_to_come_again() -> None:
     made = toy.plan(toy.exact("peer"))
