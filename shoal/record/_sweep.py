@@ -16,6 +16,8 @@ _HASH: Final = re.compile(r"[0-9a-f]{64}")
 _ROOTS: Final = (
     COMMITS.c.model_root, COMMITS.c.server_state_root, COMMITS.c.final_model_root, COMMITS.c.final_server_state_root,
 )  # fmt: skip
+MOST_NAMED: Final = 500
+"""Rounds in one statement: SQLite takes a bounded number of values, and weeks of rounds may have come to nothing."""
 _SUMS: Final = ("seconds", "bytes_down", "bytes_up", "joules", "count")
 
 
@@ -73,7 +75,8 @@ def _forget_rounds(connection: Connection, run_id: str, versions: Sequence[int])
     gone = {version - 1 for version in versions}
     old = connection.execute(select(ROUNDS.c.number, ROUNDS.c.base_version).where(*between)).all()
     numbers = [number for number, base_version in old if base_version in gone]
-    _add_usage_up(connection, run_id, numbers)
+    for first in range(0, len(numbers), MOST_NAMED):
+        _add_usage_up(connection, run_id, numbers[first : first + MOST_NAMED])
     for number in numbers:
         connection.execute(delete(ROUND_LOGS).where(ROUND_LOGS.c.run_id == run_id, ROUND_LOGS.c.round == number))
         connection.execute(delete(ROUNDS).where(ROUNDS.c.run_id == run_id, ROUNDS.c.number == number))
@@ -85,8 +88,6 @@ def _forget_rounds(connection: Connection, run_id: str, versions: Sequence[int])
 
 
 def _add_usage_up(connection: Connection, run_id: str, rounds: Sequence[int]) -> None:
-    if not rounds:
-        return
     of = (USAGE.c.run_id == run_id, USAGE.c.round.in_([0, *rounds]))
     sums = [func.sum(USAGE.c[name]).label(name) for name in _SUMS]
     totals = connection.execute(select(USAGE.c.phase, *sums).where(*of).group_by(USAGE.c.phase)).all()

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Connection, text
 
 from shoal.errors import StoreError
-from shoal.record import RoundLog, migrations, open_store, schema, sqlite
+from shoal.record import RoundLog, _sweep, migrations, open_store, schema, sqlite
 from shoal.record.sqlite import DATABASE_NAME
 from tests.record.builders import (
     commit_row,
@@ -23,6 +23,7 @@ from tests.record.builders import (
     open_row,
     round_row,
     run_row,
+    usage_row,
     with_initial,
 )
 
@@ -296,3 +297,21 @@ def test_run_ids_order_the_runs(tmp_path: Path) -> None:
         for name in ("c", "a", "b"):
             store.create_run(run_row(name))
         assert [row.id for row in store.runs()] == ["a", "b", "c"]
+
+
+def test_a_version_that_took_very_many_rounds_can_be_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sweep, "MOST_NAMED", 7)
+    store = with_initial(open_store(tmp_path))
+    for number in range(1, 51):
+        store.open_round("run", open_row(number, base_version=0))
+        store.close_round("run", round_row(number, base_version=0, state="abandoned"))
+        store.add_usage("run", [usage_row(round=number)])
+    store.commit("run", commit_row(store, 1, round=51), round=round_row(51, base_version=0))
+    store.commit("run", commit_row(store, 2, round=52), round=round_row(52, base_version=1))
+    before = sum(row.seconds for row in store.usage("run"))
+    with store._database.write() as connection:
+        connection.connection.driver_connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, 40)
+    store.sweep("run", since_version=0, before_version=2, every=0, finals_before=0)
+    assert [row.number for row in store.rounds("run")] == [52]
+    assert [row.round for row in store.usage("run")] == [0] and store.usage("run")[0].seconds == pytest.approx(before)
+    store.close()
