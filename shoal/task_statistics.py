@@ -14,6 +14,7 @@ Each round is about its own cohort: with `goal` devices a round, the results are
 """
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from shoal.policy import RoundPolicy
 from shoal.task import Local, Task
 from shoal.tensors import TensorSpec
 
+_NARROWEST: Final = 1e-15  # squares of what is much smaller are 0
 _SLACK: Final = 1.0 + 2.0**-10  # a member adds its values up in float32, which may round upwards
 
 
@@ -47,12 +49,15 @@ def statistics(
         max_examples: most of a device's examples that are used; of more, a random part.
 
     Raises:
-        ValueError: a measure is of no field, or a field of floats has no bounds.
+        ValueError: a measure is of no field, a field of floats has no bounds, or they are so wide or narrow that float32 does
+            not hold the sums of squares.
     """
     asked = dict(measures or {})
     if strangers := sorted(asked.keys() - batch.keys()):
         raise ValueError(f"Expected measures of the fields {' | '.join(batch)}, got {strangers[0]!r}.")
     chosen = {field: _bounded(field, dtype, asked.get(field, Measure())) for field, (_, dtype) in sorted(batch.items())}
+    for field, measure in chosen.items():
+        _check_width(field, measure, max_examples)
     shapes = {field: tuple(shape) for field, (shape, _) in batch.items()}
 
     def init(key: Any) -> dict[str, Any]:
@@ -79,6 +84,16 @@ def _bounded(field: str, dtype: str, measure: Measure) -> Measure:
         )
     info = np.iinfo(kind)
     return measure.within(float(info.min), float(info.max))
+
+
+def _check_width(field: str, measure: Measure, most: int) -> None:
+    assert measure.bounds is not None
+    widest = sqrt(float(np.finfo(np.float32).max) / (most * _SLACK))
+    if not _NARROWEST <= (width := measure.bounds[1] - measure.bounds[0]) <= widest:
+        raise ValueError(
+            f"Expected bounds of field {field!r} that are {_NARROWEST:g} to {widest:.3g} apart, got {width:.3g}: float32 holds the "
+            f"squares of no others, added up over max_examples={most}. Scale the field."
+        )
 
 
 def _begin(measure: Measure, shape: tuple[int, ...]) -> dict[str, Any]:

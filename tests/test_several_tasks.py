@@ -320,6 +320,16 @@ def test_one_host_trains_two_tasks_evaluates_one_and_adds_statistics_up() -> Non
     [
         ({"x": ((), "float32")}, {}, "Expected bounds of field 'x'"),
         ({"x": ((), "uint8")}, {"y": shoal.Measure()}, "'y'"),
+        (
+            {"x": ((), "float32")},
+            {"x": shoal.Measure(bounds=(-1e19, 1e19))},
+            "apart, got 2e\\+19",
+        ),  # devices would all be refused
+        (
+            {"x": ((), "float32")},
+            {"x": shoal.Measure(bounds=(0.0, 1e-30))},
+            "apart, got 1e-30",
+        ),  # the deviation would be 0
     ],
 )
 def test_statistics_that_cannot_be_made_are_refused(
