@@ -24,7 +24,7 @@ class Said(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("hello", "arrived", "left", "joined", "counted", "released", "away", "ask", "closed", "sums", "withdrawn")
+    __slots__ = ("hello", "arrived", "left", "joined", "counted", "released", "away", "ask", "closed", "sums", "withdrawn", "heard")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ARRIVED_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Event(_message.Message):
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
+    HEARD_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     arrived: Arrived
     left: str
@@ -47,7 +48,8 @@ class Event(_message.Message):
     closed: Closed
     sums: bytes
     withdrawn: Withdrawn
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., arrived: _Optional[_Union[Arrived, _Mapping]] = ..., left: _Optional[str] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., released: _Optional[bytes] = ..., away: _Optional[bytes] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., sums: _Optional[bytes] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ...) -> None: ...
+    heard: int
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., arrived: _Optional[_Union[Arrived, _Mapping]] = ..., left: _Optional[str] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., released: _Optional[bytes] = ..., away: _Optional[bytes] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., sums: _Optional[bytes] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., heard: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("credential", "name", "address", "version")
@@ -164,16 +166,18 @@ class Command(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., close: _Optional[bool] = ..., stored: _Optional[bool] = ..., committed: _Optional[int] = ..., failed: _Optional[str] = ..., finish: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., withdraw: _Optional[bytes] = ..., dissolve: _Optional[str] = ..., send_away: _Optional[str] = ..., neighbours: _Optional[_Union[Neighbours, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run", "plan", "token_key", "population")
+    __slots__ = ("run", "plan", "token_key", "population", "wall_s")
     RUN_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_KEY_FIELD_NUMBER: _ClassVar[int]
     POPULATION_FIELD_NUMBER: _ClassVar[int]
+    WALL_S_FIELD_NUMBER: _ClassVar[int]
     run: str
     plan: str
     token_key: bytes
     population: str
-    def __init__(self, run: _Optional[str] = ..., plan: _Optional[str] = ..., token_key: _Optional[bytes] = ..., population: _Optional[str] = ...) -> None: ...
+    wall_s: float
+    def __init__(self, run: _Optional[str] = ..., plan: _Optional[str] = ..., token_key: _Optional[bytes] = ..., population: _Optional[str] = ..., wall_s: _Optional[float] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("round", "base_version", "seed", "max_members", "reporting_window_s", "model", "taken")
