@@ -72,7 +72,9 @@ async def attached(
     screen.say(
         f"edges: {command_line(['shoal', 'edge', '--coordinator', where, '--credential', credential, *trusted])}"
     )
-    (settings.folder / RESTART).write_text(json.dumps(settings.again(server.port)))
+    written = settings.folder / f"{RESTART}.new"
+    written.write_text(json.dumps(settings.again(server.port)))
+    written.replace(settings.folder / RESTART)
     assert host.edges is not None
     children = [
         asyncio.create_task(

@@ -376,6 +376,8 @@ class Coordinator:
             raise  # the record is not what this host takes it for: it must not go on
         except ShoalError as error:
             return self._failed(error)
+        if left:
+            self._edge.stored()  # so that nobody is told a version that it is not in
         self._edge.committed(commit.row.version)
         self._on_commit(commit)
         if commit.row.version % SWEEP_EVERY == 0:

@@ -143,8 +143,11 @@ class Edge:
         self._nonces = {device: nonce for device, nonce in self._nonces.items() if self._updates.held(nonce)}
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
-        """Sends a device its assignment; False where it has gone."""
+        """Sends a device its assignment; False where it has gone, and nothing of it is here."""
         session = self._sessions.get(device)
+        if session is None and self._updates.state(assignment.nonce) is not None:
+            self._told().away(assignment.nonce)  # it was given the same before, and may come back with it
+            return True
         if session is None or self._updates.configuration is None:
             return False
         self._updates.assigned(token, assignment, session)

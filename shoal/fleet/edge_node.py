@@ -42,6 +42,8 @@ log = logging.getLogger("shoal.edge")
 RETRY_S: Final = (0.1, 2.0)
 MODELS_KEPT: Final = 8
 """Models of versions before, at most, that devices may still fetch here, where they may be late."""
+SKEW_S: Final = 10.0
+"""Two clocks that are further apart are not of the same time."""
 PATIENCE_S: Final = 20.0
 """How long a device waits for an Edge that has no Coordinator at the moment."""
 
@@ -148,6 +150,7 @@ class EdgeNode:
         welcome = command.welcome
         await self._ensure(welcome.plan, stub)
         plan = Plan.parse(self._blobs.get(welcome.plan))
+        self._compare_clocks(welcome.wall_s)
         self._num_kept = 1 + min(MODELS_KEPT, plan.manifest.server.rounds.max_staleness)
         self._blobs.put_all([plan.manifest.data, *plan.programs.values()])
         edge = Edge(
@@ -163,13 +166,23 @@ class EdgeNode:
         self.door.edge, self._token_key = edge, Ed25519PublicKey.from_public_bytes(welcome.token_key)
         return edge
 
+    def _compare_clocks(self, wall_s: float) -> None:
+        ahead_s = self._clock.wall_s() - wall_s
+        if wall_s and abs(ahead_s) > SKEW_S:
+            log.error(
+                "this machine's clock is %.0f s %s the Coordinator's: devices' tokens are taken to expire too %s; set it",
+                abs(ahead_s), *(("ahead of", "early") if ahead_s > 0 else ("behind", "late")),
+            )  # fmt: skip
+
     async def _carry_out(self, command: pb.Command, edge: Edge, far: "_Far", stub: Any) -> None:
+        far.num_heard += 1
         match command.WhichOneof("kind"):
             case "open":
                 await self._open(command.open, edge, stub)
             case "assign":
                 assign = command.assign
-                assignment = read_token(assign.token, self._token_key, wall_s=self._clock.wall_s())
+                # Signed just now, whatever this machine's clock says.
+                assignment = read_token(assign.token, self._token_key, wall_s=0.0)
                 if not edge.assign(assign.device, assign.token, assignment):
                     far.released(assignment.nonce)
             case "close":
@@ -272,6 +285,8 @@ class _Far:
         self._asked: dict[int, tuple[bytes, asyncio.Future[TokenRow | None]]] = {}
         self._numbers = count(1)
         self._is_ended = False
+        self.num_heard = 0
+        """Commands carried out."""
 
     def say(self, **event: Any) -> None:
         self.outgoing.put(pb.Event(**event))
@@ -289,7 +304,7 @@ class _Far:
         self.say(counted=pb.Counted(nonce=nonce, version=version, staleness=staleness))
 
     def released(self, nonce: bytes) -> None:
-        self.say(released=nonce)
+        self.say(released=nonce, heard=self.num_heard)
 
     def away(self, nonce: bytes) -> None:
         self.say(away=nonce)

@@ -186,6 +186,7 @@ class Edges:
                 groups += self._closed(seat, await closed)
             except EdgeLost as error:
                 log.warning("Edge %s is lost, and the groups that it held: %s", seat.name, error)
+                self.lost(seat.name, seat.edge, why=str(error))
             except StoreError as error:
                 broken = error
         if broken is not None:
@@ -286,6 +287,30 @@ class Edges:
         held = self._holder.pop(nonce, None)
         if held is not None:
             held[0].open.discard(nonce)
+
+
+class Grants:
+    """Whether an Edge that lets go of an update knew that it had been given it again meanwhile.
+
+    What is said goes out in order; so it is enough to know how much of it an Edge had heard.
+    """
+
+    def __init__(self) -> None:
+        self._said = 0
+        self._given: dict[bytes, int] = {}  # those that it may not have heard of yet, oldest first
+
+    def said(self, nonce: bytes | None = None) -> None:
+        """A command goes out; one that gives it an update names that."""
+        self._said += 1
+        if nonce is not None:
+            self._given.pop(nonce, None)
+            self._given[nonce] = self._said
+
+    def knew(self, nonce: bytes, heard: int) -> bool:
+        """Whether it knew, after so many commands, that the update was its own."""
+        while self._given and (oldest := next(iter(self._given.items())))[1] <= heard:
+            del self._given[oldest[0]]
+        return nonce not in self._given
 
 
 class _Seat:

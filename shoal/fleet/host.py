@@ -187,6 +187,7 @@ class Host:
             blobs=self.store.blobs,
             credential=self._keys.edge_credential,
             address=address,
+            clock=self._clock,
             tls=tls,
         )
 

@@ -15,13 +15,14 @@ from typing import Any, Final
 import grpc
 import numpy as np
 
+from shoal.clock import Clock
 from shoal.errors import ProtocolError, ShoalError, StoreError
 from shoal.fleet import edge as e
 from shoal.fleet.analytics import Seen
 from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
-from shoal.fleet.edges import EdgeLost, Edges
+from shoal.fleet.edges import EdgeLost, Edges, Grants
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.grpc_server import OPTIONS, Tls, listen
 from shoal.fleet.wire import edges_pb2 as pb
@@ -32,11 +33,13 @@ from shoal.tensors import PARSE_ERRORS, Index, parse_json
 
 log = logging.getLogger("shoal.coordinator")
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 8 << 20
 SLICE_BYTES: Final = 1 << 20
 ALIVE_S: Final = 5.0
 """An Edge that does not answer for so long, twice, is lost."""
+SILENCE_S: Final = 60.0
+"""An Edge that is asked for its sums and says nothing for so long hangs, whatever its link answers."""
 EDGE_OPTIONS: Final = [
     *(option for option in OPTIONS if not option[0].startswith(("grpc.max_", "grpc.keepalive_time"))),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -60,6 +63,8 @@ class RemoteEdge:
         self._closing: asyncio.Future[list[GroupResult]] | None = None
         self._sums: _Sums | None = None
         self._asked: dict[bytes, list[Callable[[bool], None]]] = {}
+        self._grants = Grants()
+        self._num_heard = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._lost = ""
         self._seen = Seen()
@@ -84,7 +89,7 @@ class RemoteEdge:
         )
 
     def assign(self, device: str, token: fleet.Token, assignment: fleet.Assignment) -> bool:
-        self._say(assign=pb.Assign(device=device, token=token))
+        self._say(assignment.nonce, assign=pb.Assign(device=device, token=token))
         return True
 
     def close_groups(self, *, final: bool = True) -> Coroutine[Any, Any, list[GroupResult]]:
@@ -93,8 +98,11 @@ class RemoteEdge:
         return self._until_closed(self._closing)
 
     async def _until_closed(self, closing: "asyncio.Future[list[GroupResult]]") -> list[GroupResult]:
-        if not self._lost:
-            await asyncio.wait([closing])
+        while not (closing.done() or self._lost):
+            heard = self._num_heard
+            await asyncio.wait([closing], timeout=SILENCE_S)
+            if not closing.done() and self._num_heard == heard:
+                raise EdgeLost(f"it was asked for its sums and has said nothing for {SILENCE_S:.0f} s")
         if self._lost:  # also where the answer came just before: what it held has been given up
             raise EdgeLost(self._lost)
         return closing.result()
@@ -129,7 +137,8 @@ class RemoteEdge:
     def send_away(self, device: str) -> None:
         self._say(send_away=device)
 
-    def _say(self, **command: Any) -> None:
+    def _say(self, gives: bytes | None = None, /, **command: Any) -> None:
+        self._grants.said(gives)
         self.outgoing.put(pb.Command(**command))
 
     def lose(self, why: str) -> None:
@@ -150,6 +159,7 @@ class RemoteEdge:
         """Raises ProtocolError for what no Edge says."""
         told = self._told
         assert told is not None
+        self._num_heard += 1
         match event.WhichOneof("kind"):
             case "arrived":
                 told.arrived(*event.arrived.devices)
@@ -160,7 +170,8 @@ class RemoteEdge:
             case "counted":
                 told.counted(event.counted.nonce, event.counted.version, event.counted.staleness)
             case "released":
-                told.released(event.released)
+                if self._grants.knew(event.released, event.heard):
+                    told.released(event.released)
             case "away":
                 told.away(event.away)
             case "ask":
@@ -185,7 +196,8 @@ class RemoteEdge:
             if row is not None:
                 answer.state, answer.reason, answer.expires_s = row.state, row.reason, row.expires_s
                 answer.has_version, answer.version = row.version is not None, row.version or 0
-        self._say(answer=answer)
+        is_given = not answer.elsewhere and not answer.state
+        self._say(ask.nonce if is_given else None, answer=answer)
 
     def _withdrawn(self, nonce: bytes, is_gone: bool) -> None:
         answers = self._asked.pop(nonce, [])  # it answers each that asks, in order
@@ -280,20 +292,22 @@ class EdgesServer:
         blobs: Blobs,
         credential: bytes,
         address: str,
+        clock: Clock,
         tls: Tls | None = None,
     ) -> None:
         """
         Args:
             edges: the Coordinator's.
-            welcome: what an Edge is told first.
+            welcome: what an Edge is told first, but for the time.
             manifest: of the plan.
             blobs: the record's.
             credential: what Edges must show, 32 bytes.
             address: where to listen.
+            clock: time.
             tls: key and certificate; None: in the clear.
         """
         self._edges, self._welcome, self._manifest, self._blobs = edges, welcome, manifest, blobs
-        self._credential, self._address, self._tls = credential, address, tls
+        self._credential, self._address, self._tls, self._clock = credential, address, tls, clock
         self._server = grpc.aio.server(options=EDGE_OPTIONS)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         self._num_attached = 0
@@ -334,7 +348,10 @@ class EdgesServer:
     async def _attach(self, requests: AsyncIterator[pb.Said], context: Any) -> AsyncIterator[pb.Told]:
         hello = await self._hello(requests, context)
         edge = RemoteEdge(hello.name, self._manifest)
-        edge.outgoing.put(pb.Command(welcome=self._welcome))
+        welcome = pb.Welcome()
+        welcome.CopyFrom(self._welcome)
+        welcome.wall_s = self._clock.wall_s()
+        edge.outgoing.put(pb.Command(welcome=welcome))
         self._edges.join(hello.name, edge, address=hello.address)
         self._num_attached += 1
         log.info("Edge %s has come%s", hello.name, f" (devices find it at {hello.address})" if hello.address else "")

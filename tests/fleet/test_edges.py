@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.clock import SystemClock
+from shoal.clock import ManualClock, SystemClock
 from shoal.errors import ProtocolError
 from shoal.fleet import streams
 from shoal.fleet.edge_node import EdgeNode
@@ -258,3 +258,11 @@ async def test_an_edge_whose_stream_breaks_while_its_sums_are_on_their_way_comes
         assert members(fleet) == [1] and closes == 2
         await link.close()
         await node.end()
+
+
+def test_an_edge_says_that_its_clock_is_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    node = EdgeNode("nowhere:1", credential=bytes(32), name="a", blobs=FolderBlobs(tmp_path), clock=ManualClock(1e9))
+    node._compare_clocks(1e9 - 5)
+    assert not caplog.text
+    node._compare_clocks(1e9 - 3600)
+    assert "3600 s ahead of the Coordinator's" in caplog.text and "expire too early" in caplog.text

@@ -9,11 +9,12 @@ import pytest
 from shoal.aggregate.commit import WeightedMean
 from shoal.clock import SystemClock
 from shoal.errors import NetworkError
+from shoal.fleet import remote_edge
 from shoal.fleet.configuration import configure
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.costs import Costs
 from shoal.fleet.edge_node import _Far
-from shoal.fleet.edges import Edges
+from shoal.fleet.edges import Edges, Grants
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.remote_edge import RemoteEdge
 from shoal.fleet.round import Arrived, Left
@@ -149,6 +150,42 @@ async def test_who_waits_at_one_edge_waits_though_another_that_it_left_says_so_l
     assert events[-1] == Arrived(("device",), "b")
     fleet.edge["b"].hear(pb.Event(left="device"))
     assert told.get_nowait() == Left("device") and not fleet.edges._at
+
+
+@toy.in_loop
+async def test_what_an_edge_let_go_of_before_it_was_given_it_again_it_still_has() -> None:
+    fleet = Fleet("a", "b")
+    fleet.coordinator.may_answer.set()
+    seat: Any = fleet.edge["a"]._told
+    for number in (1, 2):  # one Ask, one Answer: commands 1 and 2, which give it the same update twice
+        fleet.edge["a"].hear(pb.Event(ask=pb.Ask(number=number, nonce=NONCE)))
+        await moment()
+    assert fleet.edges.is_at(seat, NONCE)
+    fleet.edge["a"].hear(pb.Event(released=NONCE, heard=fleet.said("a", "answer") - 1))
+    assert fleet.edges.is_at(seat, NONCE), "said before it had heard the last answer"
+    fleet.edge["a"].hear(pb.Event(released=NONCE, heard=100))
+    assert not fleet.edges.is_at(seat, NONCE)
+
+
+def test_what_was_given_is_forgotten_once_it_was_heard() -> None:
+    grants = Grants()
+    for number in range(100):
+        grants.said(number.to_bytes(2))
+        assert grants.knew(b"", number)
+    assert len(grants._given) == 1
+
+
+@toy.in_loop
+async def test_an_edge_that_hangs_while_its_sums_are_wanted_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_edge, "SILENCE_S", 0.05)
+    fleet = Fleet("a", "b")
+    closing = asyncio.ensure_future(fleet.edges.close_groups())
+    await moment()
+    to_close = fleet.edge["b"]._closing
+    assert to_close is not None
+    to_close.set_result([])
+    assert await closing == []
+    assert fleet.edges.names == ("b",)
 
 
 @pytest.mark.parametrize("nonces", [(NONCE,), (bytes(15) + b"\1",) * 2])

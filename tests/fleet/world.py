@@ -23,7 +23,7 @@ from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.coordinator import Coordinator
-from shoal.fleet.edges import EdgeLost, Edges
+from shoal.fleet.edges import EdgeLost, Edges, Grants
 from shoal.fleet.group_sums import GroupResult, GroupSums
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
@@ -176,6 +176,9 @@ class TinyEdge:
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         self.world.point()
+        if device not in self.sessions and self.groups.state(assignment.nonce) is not None:
+            self.coordinator.away(assignment.nonce)
+            return True
         if device not in self.sessions:
             return False
         self.of_nonce[assignment.nonce] = (device, self.sessions[device], assignment.base_version)
@@ -319,10 +322,17 @@ class FarEdge:
         self.world, self.edge, self.is_lost = world, edge, False
         self.asked: dict[bytes, list[Callable[[bool], None]]] = {}
         self.answer: list[GroupResult] | None = None
+        self.grants, self.num_heard = Grants(), 0
         edge.on_closed = lambda: self.say_back(self.closed(edge.results()))  # type: ignore[method-assign]
 
-    def say(self, work: Callable[[], None]) -> None:
-        self.world.in_order(("to", id(self)), lambda: None if self.edge.is_dead else work())
+    def say(self, work: Callable[[], None], *, gives: bytes | None = None) -> None:
+        self.grants.said(gives)
+
+        def hear() -> None:
+            self.num_heard += 1
+            work()
+
+        self.world.in_order(("to", id(self)), lambda: None if self.edge.is_dead else hear())
 
     def say_back(self, work: Callable[[], None]) -> None:
         self.world.in_order(("from", id(self)), lambda: None if self.is_lost else work())
@@ -340,7 +350,7 @@ class FarEdge:
             if not self.edge.assign(device, token, assignment):
                 self.edge.coordinator.released(assignment.nonce)
 
-        self.say(assign)
+        self.say(assign, gives=assignment.nonce)
         return True
 
     def close_groups(self, *, final: bool = True) -> Coroutine[Any, Any, list[GroupResult]]:
@@ -426,11 +436,15 @@ class FarCoordinator:
 
             def found() -> None:
                 is_here = is_free and seat._edges.is_at(seat, nonce)
-                self.far.say(lambda: heard(is_here, row))
+                self.far.say(lambda: heard(is_here, row), gives=nonce if is_here and row is None else None)
 
             world.later(found, 0.5)
 
         self.far.say_back(lambda: seat._edges.claim(seat, nonce, claimed))
+
+    def released(self, nonce: bytes) -> None:
+        heard = self.far.num_heard
+        self.far.say_back(lambda: self.seat.released(nonce) if self.far.grants.knew(nonce, heard) else None)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         method = getattr(self.seat, name)
