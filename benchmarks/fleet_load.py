@@ -8,15 +8,17 @@ rounds of 2,000 are served. Memory is the resident memory of the server's proces
 first, over their number.
 
 *Whole sessions*: check-in, assignment, report, *counted*, each on a stream of its own, of devices that come once; with
-one parameter there is nothing to carry. What is counted is the processor time of the server's process, all of its threads,
-commits included: a figure of one core, whatever else the machine does. Devices on connections that are there already,
-one each (H3) or many to a connection, as those of a gateway are (beside).
+one parameter there is nothing to carry. What is counted is the processor time of a process, all of its threads: a figure
+of one core, whatever else the machine does. That of an Edge with a process of its own (H3: what one more Edge adds to a
+host), and beside it that of a host that is Coordinator, Edge and record in one process, commits included. Devices on
+connections that are there already, one each (H3) or many to a connection, as those of a gateway are (beside).
 """
 
 import contextlib
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     )
     rounds = 4 if quick else 40
     rates = {
+        "an Edge, a connection each": _whole(rounds, sessions=1000, connections=1000, tls=False, edge=True),
         "a connection each": _whole(rounds, sessions=1000, connections=1000, tls=False),
         "a connection each, TLS": _whole(rounds, sessions=1000, connections=1000, tls=True),
         "8 connections": _whole(rounds, sessions=1000, connections=8, tls=False),
@@ -66,9 +69,19 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
         Goal("H1", "sessions held, with rounds of a fifth served and no error", held * served, ">= 10000", why=why),
         Goal("H2", "memory of a held session, kB", plain, "<= 45", why=why),
         Goal("H2-tls", "memory of a held session with TLS, kB", tls, "<= 90", why=why),
-        Goal("H3", "whole sessions a second of one core", rates["a connection each"].rate, ">= 1500", why=why),
+        Goal(
+            "H3",
+            "whole sessions a second of one core of an Edge",
+            rates["an Edge, a connection each"].rate,
+            ">= 1500",
+            why=why,
+        ),
     ]
-    figures = {"multiplexed": rates["8 connections"].rate, "tls": rates["a connection each, TLS"].rate}
+    figures = {
+        "host": rates["a connection each"].rate,
+        "multiplexed": rates["8 connections"].rate,
+        "tls": rates["a connection each, TLS"].rate,
+    }
     return goals, {**figures, "errors": errors}
 
 
@@ -111,10 +124,10 @@ class Whole:
         return self.counted / self.processor_s
 
 
-def _whole(rounds: int, *, sessions: int, connections: int, tls: bool) -> Whole:
+def _whole(rounds: int, *, sessions: int, connections: int, tls: bool, edge: bool = False) -> Whole:
     goal = sessions // 2  # the others wait for the next round
     with (
-        _server(goal=goal, rounds=rounds + 1, tls=tls) as server,
+        _server(goal=goal, rounds=rounds + 1, tls=tls, edge=edge) as server,
         server.devices(sessions=sessions, connections=connections, stay=False) as devices,
     ):
         devices.let_report()
@@ -177,7 +190,9 @@ class Server:
     """`shoal host` and its record."""
 
     def __init__(self, host: "subprocess.Popen[bytes]", record: Path, port: int, ca: str) -> None:
-        self._host, self._port, self._ca, self._process = host, port, ca, psutil.Process(host.pid)
+        self._host, self._port, self._ca = host, port, ca
+        process = psutil.Process(host.pid)
+        self._process = next((child for child in process.children() if "edge" in child.cmdline()), process)
         self._store = open_store(record, read_only=True)
         self._run = self._store.runs()[-1].id
         manifest = load_plan(self._store, self._run).plan.manifest
@@ -234,13 +249,14 @@ class Server:
 
 
 @contextlib.contextmanager
-def _server(*, goal: int, rounds: int, tls: bool) -> Iterator[Server]:
+def _server(*, goal: int, rounds: int, tls: bool, edge: bool = False) -> Iterator[Server]:
     task = str(Path(__file__).parent / "one_parameter.py") + ":task"
     windows = ["--over-selection", "1", "--selection-window", "900", "--reporting-window", "900"]
     with tempfile.TemporaryDirectory() as folder:
         record, ready = Path(folder) / "run", Path(folder) / "ready"
         command = [sys.executable, "-m", "shoal", "host", task, "--rounds", str(rounds), "--goal", str(goal), *windows]
-        command += ["--port", "0", "--run", str(record), "--ready-file", str(ready), *(["--tls"] if tls else [])]
+        command += ["--edges", "1", "--port", str(_free_port())] if edge else ["--port", "0"]
+        command += ["--run", str(record), "--ready-file", str(ready), *(["--tls"] if tls else [])]
         host = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         try:
             while not ready.exists():
@@ -256,6 +272,12 @@ def _server(*, goal: int, rounds: int, tls: bool) -> Iterator[Server]:
         finally:
             host.kill()
             host.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def _raise_file_limit() -> None:

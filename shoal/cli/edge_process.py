@@ -102,6 +102,8 @@ class _Restarts:
 
     def __call__(self) -> None:
         folder = self._folder
+        if folder is not None and not folder.exists():
+            raise NetworkError(f"The run folder {folder} is gone, and its host with it.")
         if folder is None or not was_left(folder) or (self._started is not None and self._started.poll() is None):
             return
         try:

@@ -16,6 +16,7 @@ Invariants (tests cite them by number):
     (5) At most `most` members are ever added to what one version sums up; the others are released at its close.
     (6) Nobody is more than `max_staleness` versions behind when it is added.
     (7) What is added below the minimum is never lost: its group stays, or becomes part of a later one.
+    (8) Whoever is checked, and has room, is added next: nobody in the queue waits for something else to happen.
 
 One member's way::
 
@@ -362,7 +363,7 @@ class ClearGroups:
         if self._adding is not None and any(self._adding in self._groups[n].members for n in full):
             return []
         self._closing, self._closed = None, tuple(full)
-        return [Closed(self._closed)]
+        return [Closed(self._closed), *self._add_next()]
 
     def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[Command]:
         told: list[Command] = []

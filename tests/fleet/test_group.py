@@ -208,6 +208,18 @@ def test_a_group_is_stored_while_the_round_goes_on() -> None:
     assert isinstance(adding, Add) and adding.group not in closed.groups
 
 
+def test_who_waits_while_a_group_is_stored_is_added_next() -> None:
+    groups = opened(most=9, minimum_group=2, group_size=2, goal=6)
+    add(groups, A)
+    for nonce in (B, C):
+        for event in (Joined(nonce, 0), Offered(nonce), Checked(nonce)):
+            groups.step(event, 0.0)
+    assert groups.step(Close(final=False), 0.0) == [], "the sum that B is being added to is full"
+    _, closed, adding = groups.step(Added(B), 0.0)
+    assert isinstance(closed, Closed) and isinstance(adding, Add) and adding.nonce == C, "invariant (8)"
+    assert adding.group not in closed.groups
+
+
 def test_no_group_is_begun_that_could_not_be_one() -> None:
     groups = opened(most=9, minimum_group=2, group_size=2, goal=3)
     add(groups, A, B, C)
@@ -259,9 +271,11 @@ LATES = [Late(), Late.discount(0.5, max_staleness=2), Late.patch(max_staleness=2
 class AnyOrder(RuleBasedStateMachine):
     """Events in any order, duplicates too; the shell answers `Check`, `Add` and `Closed` when it likes."""
 
-    @initialize(late=st.sampled_from(LATES), minimum=st.integers(1, 2), most=st.integers(2, 4))
-    def start(self, late: Late, minimum: int, most: int) -> None:
-        self.groups, self.most = ClearGroups(policy(late, minimum_group=minimum), most=most), most
+    @initialize(late=st.sampled_from(LATES), minimum=st.integers(1, 2), size=st.integers(0, 2), most=st.integers(2, 4))
+    def start(self, late: Late, minimum: int, size: int, most: int) -> None:
+        size = size and max(size, minimum)
+        rules = policy(late, minimum_group=minimum, group_size=size, goal=most)
+        self.groups, self.most = ClearGroups(rules, most=most), most
         self.late, self.minimum = late, minimum
         self.version = 0
         self.of: dict[bytes, int] = {}  # nonce -> the version that it trained on
@@ -358,6 +372,11 @@ class AnyOrder(RuleBasedStateMachine):
         else:
             self.do(Failed("no"))
         self.do(Open(self.version))
+
+    @invariant()
+    def nobody_waits_in_vain(self) -> None:
+        if hasattr(self, "groups") and self.asked is None and not self.adds:
+            assert self.groups._add_next() == [], "invariant (8)"
 
     @invariant()
     def nobody_is_in_two_sums_and_none_is_too_full(self) -> None:
