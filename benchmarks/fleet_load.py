@@ -270,6 +270,9 @@ def _server(*, goal: int, rounds: int, tls: bool, edge: bool = False) -> Iterato
             finally:
                 server.close()
         finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in psutil.Process(host.pid).children():  # first: one that is left starts the host again
+                    child.kill()
             host.kill()
             host.wait()
 
