@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from shoal.clock import Clock
 from shoal.errors import ProtocolError
 from shoal.fleet import turns as t
-from shoal.fleet.check_in import check_device_id, needs
+from shoal.fleet.check_in import check_device_id, essence, needs
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.edge import Edge
 from shoal.fleet.pace import Pace
@@ -221,9 +221,7 @@ class Frontdoor:
         self._leave(visit)
         visit.told.device, visit.told.stays, visit.told.is_known = device, check_in.stay, True
         visit.runs = frozenset(fitting).difference(visit.refused) or frozenset(fitting)
-        visit.check_in = pb.CheckIn()
-        visit.check_in.CopyFrom(check_in)
-        visit.check_in.stay = False  # when it is through it is dealt out anew
+        visit.check_in = essence(check_in)  # without `stay`: when it is through it is dealt out anew
         self._pace.arrived(1, self._clock.now_s())
         if not check_in.stay and self._machine.num_idle >= self._pace.pool:
             self._say(t.Left(device))  # it may have waited, as one that stays

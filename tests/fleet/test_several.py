@@ -420,3 +420,36 @@ def test_a_front_door_says_where_devices_are() -> None:
         await door.close()
 
     asyncio.run(ask())
+
+
+@toy.in_loop
+async def test_of_a_large_check_in_little_is_kept() -> None:
+    async with (
+        fleet([toy.plan(policy(4), task="one"), toy.plan(policy(4), task="two")]) as running,
+        toy.peer(running.link, "d") as peer,
+    ):
+        door, words = running.several.frontdoor, [f"{number:0>60}" for number in range(900)]
+        await peer.check_in(stay=True, tasks=["one", "two", *words], held=[])
+        hearing = asyncio.create_task(peer.hear())
+        await running.until(lambda: door.snapshot().given)
+        kept = door._visits["d"].check_in
+        assert kept is not None and kept.ByteSize() < 200
+        hearing.cancel()
+        await asyncio.gather(hearing, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [{"kind": "x" * 101}, {"platforms": ["cpu"] * 17}, {"platforms": ["cpu", "x" * 101]}, {"version": [1, 2]}],
+    ids=["kind", "platforms", "platform", "version"],
+)
+@toy.in_loop
+async def test_a_runtime_that_is_none_is_refused(runtime: dict[str, Any]) -> None:
+    info = {"kind": toy.RUNTIME.kind, "version": toy.RUNTIME.version, "platforms": ["cpu"], **runtime}
+    async with (
+        fleet([toy.plan(policy(1), task="one"), toy.plan(policy(1), task="two")]) as running,
+        toy.peer(running.link, "d") as peer,
+    ):
+        await peer.check_in(runtime=pb.RuntimeInfo(**info))
+        kind, refused = await peer.hear()
+        assert (kind, refused.reason) == ("refused", "protocol") and "Expected a runtime" in refused.detail
