@@ -11,6 +11,7 @@ import numpy as np
 
 from shoal.data.batch import num_blocks
 from shoal.data.store import Examples, Population
+from shoal.errors import DataError
 from shoal.fleet.configuration import round_seed
 from shoal.fleet.host import run_seed
 from shoal.plan.jax_runner import JaxRunner
@@ -48,6 +49,7 @@ class VirtualTraining:
 
         Raises:
             ValueError: the plan's devices keep state.
+            DataError: no user has examples.
         """
         if plan.manifest.device_state:
             raise ValueError(
@@ -57,6 +59,8 @@ class VirtualTraining:
         self._manifest, self._population, self._user_of = plan.manifest, population, user_of
         self._sizes = population.sizes()
         self._users = [user for user, size in self._sizes.items() if size]
+        if not self._users:
+            raise DataError(f"Expected users with examples for the devices to play, got {len(self._sizes)} with none.")
         self._store, self._run, self._seed = store, run_id, run_seed(seed)
         self._runner: Runner = runner or JaxRunner(plan)
 

@@ -5,10 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shoal.data.store import Examples, Population
 from shoal.errors import DataError
 from shoal.policy import Late, RoundPolicy
+from shoal.record.memory import MemoryStore
 from shoal.simulate.virtual import DAY_S, virtual_fleet
 from shoal.simulate.virtual_population import Network, VirtualPopulation
+from shoal.simulate.virtual_training import VirtualTraining
+from tests.fleet import toy
 
 SMALL = VirtualPopulation(devices=3_000, window_hours=12.0)
 PAPER = RoundPolicy(goal=50, over_selection=1.3, selection_window_s=60.0, reporting_window_s=200.0, adaptive=False)
@@ -129,3 +133,10 @@ def test_a_bad_file_is_refused_with_one_clear_line(tmp_path: Path, text: str, sa
     with pytest.raises(DataError, match=said) as error:
         VirtualPopulation.read(path)
     assert "\n" not in str(error.value)
+
+
+def test_users_without_examples_can_play_no_device() -> None:
+    none = Population.from_arrays({"a": Examples({"x": np.zeros(0, np.float32)})})
+    plan = toy.plan(RoundPolicy(goal=8))
+    with pytest.raises(DataError, match="got 1 with none"):
+        VirtualTraining(plan, none, MemoryStore(), "run", seed=0, runner=toy.ToyRunner(plan))
