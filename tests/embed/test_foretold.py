@@ -65,6 +65,7 @@ def test_a_replay_foretells_the_stores_reads(
     has_copies: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("shoal.embed.table.prefetch_pays", lambda entered, used: True)
+    trace = trace.slice(0, 500)
     layout = copied if has_copies else Layout(copied.slot_of, 32)
     depth = depth_above(layout, trace.counts(), threshold)
     with opened(tmp_path / "s", policy=policy, read_aware=read_aware, admission=admission) as store:

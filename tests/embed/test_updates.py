@@ -34,7 +34,7 @@ def test_values_are_right_through_any_mixture_of_writing(tmp_path: Path, tidy: b
     rng, values, clock = np.random.default_rng(0), vectors(), ManualClock(1e9)
     with small_store(tmp_path, tidy=tidy, clock=clock, capacity="100MB") as store:
         store.place("items", _with_replicas())
-        for number in range(60):
+        for number in range(40):
             change(store, values, rng, int(rng.integers(1, 400)))
             clock.advance(3600)
             if number % 13 == 5:
