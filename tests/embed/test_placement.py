@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.embed import Layout, Trace
-from shoal.embed import partition as module
+from shoal.embed import Layout, Trace, swaps
 from shoal.embed.cache import Cache
 from shoal.embed.generator import TableKind, generate, patterns
 from shoal.embed.partition import Settings, fanout, partition
@@ -48,7 +47,7 @@ def test_gains_are_what_the_final_p_fanout_loses():
     trace, side, p, splits = Trace.of(queries, 12), (np.arange(12) % 2).astype(np.int8), 0.5, (4, 3)
     powers = np.array([(1 - p / s) ** np.arange(13.0) for s in splits], np.float32)
     gain = np.empty(12, np.float32)
-    module._gains(trace.indptr, trace.ids.astype(np.int32), np.ones(20, np.float32), side, powers, gain)
+    swaps._gains(trace.indptr, trace.ids.astype(np.int32), np.ones(20, np.float32), side, powers, gain)
     before = final_p_fanout(queries, side, p, splits)
     for vector in range(12):
         moved = side.copy()
