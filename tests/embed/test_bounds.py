@@ -25,7 +25,7 @@ def plain_belady(ids, capacity):
 
 
 @given(st.lists(st.integers(0, 9), max_size=60), st.integers(1, 8))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_it_misses_as_often_as_the_plain_one_and_no_policy_less(ids, capacity):
     trace = Trace.of([[id] for id in ids], 10)
     missed = belady(trace, capacity)

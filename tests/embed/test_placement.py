@@ -61,7 +61,7 @@ def test_gains_are_what_the_final_p_fanout_loses():
     multilevel=st.booleans(),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_order_is_a_permutation_and_is_the_same_again(queries, size, multilevel, seed):
     trace = Trace.of(queries, 41)
     chosen = Settings(multilevel=multilevel, passes=2 * multilevel, seed=seed, iterations=5)

@@ -45,7 +45,7 @@ queries_of = st.lists(st.lists(st.integers(0, 29), max_size=6), max_size=40)
 
 
 @given(queries_of, st.integers(8, 20), st.integers(0, 4))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_reads_are_those_of_the_plain_cache(queries, capacity, deep):
     layout = Layout.at_random(30, 4, seed=0)
     depth = np.full(layout.num_blocks, deep)
@@ -56,7 +56,7 @@ def test_reads_are_those_of_the_plain_cache(queries, capacity, deep):
 
 
 @given(queries_of, st.sampled_from(sorted(POLICIES)), st.booleans(), st.booleans(), st.integers(1, 12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_no_query_reads_more_blocks_than_it_has_ids(queries, policy, duel, read_aware, capacity):
     trace = Trace.of(queries, 30)
     cache = Cache(policy, capacity, 30, duel=duel, read_aware=read_aware)
@@ -93,7 +93,7 @@ def test_a_copy_beside_its_company_is_chosen():
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6, unique=True), st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_every_missing_vector_is_in_its_chosen_block(missing, seed):
     rng = np.random.default_rng(seed)
     blocks = np.concatenate([np.arange(10).reshape(5, 2), rng.permutation(10)[:8].reshape(4, 2)])
