@@ -163,7 +163,7 @@ def read_statistics(run: Path | str, *, version: int | None = None, task: str = 
     Args:
         run: the run folder (or a folder of run folders: then the newest run).
         version: of which commit; None: the last.
-        task: name of the task, where the folder has runs of several.
+        task: name of the task, or id of the run, where the folder has several.
 
     Returns:
         Field -> name -> array, S being the shape of the field in one example: `count`, `clipped`, `missing` (S) int64;
@@ -194,7 +194,7 @@ def load(run: Path | str, *, version: int | None = None, task: str = "") -> Mode
     Args:
         run: the run folder (or a folder of run folders: then the newest).
         version: which commit; None: the last.
-        task: name of the task, where the folder has runs of several.
+        task: name of the task, or id of the run, where the folder has several.
 
     Raises:
         DataError: there is no run, or it has no such version.

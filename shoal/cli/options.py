@@ -48,7 +48,11 @@ HeldOut = Annotated[
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; a new one under runs/ if not given.")]
 RunId = Annotated[
     str | None,
-    typer.Option("--id", help="Which run of the folder; `shoal runs list` shows them.", show_default="the newest"),
+    typer.Option(
+        "--id",
+        help="Which run of the folder, by its id or its task; `shoal runs list` shows them.",
+        show_default="the newest",
+    ),
 ]
 TaskName = Annotated[
     str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute (the attribute of an only task may be left out).")

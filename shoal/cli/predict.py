@@ -27,6 +27,7 @@ def predict(
         int | None, typer.Option("--version", min=0, help="Which version.", show_default="the newest")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the predictions to this .npz.")] = None,
+    run_id: options.RunId = None,
     json: options.AsJson = False,
 ) -> None:
     """Predict with a version of a run.
@@ -39,10 +40,14 @@ def predict(
     import shoal
     from shoal.record.run import latest_run
 
-    run = latest_run(run).path
-    model = shoal.load(run, version=version)
+    found = latest_run(run, task=run_id or "")
+    run = found.path
+    model = shoal.load(run, version=version, task=found.run.id)
     if not model.plan.manifest.variants("predict"):
-        raise ValueError(f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …).")
+        raise ValueError(
+            f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …); where {run} has runs of "
+            "other tasks, name one with --id."
+        )
     watch.lap("load")
     made = model.predict(fields)
     watch.lap("predict")

@@ -28,8 +28,8 @@ def report(
     from shoal.report.facts import read_facts
 
     screen = Screen(json=json)
-    found = latest_run(run)
-    facts = read_facts(found.path, run_id or found.run.id)
+    found = latest_run(run, task=run_id or "")
+    facts = read_facts(found.path, found.run.id)
     card = write_card(facts, out or found.path)
     screen.line(card.read_text(encoding="utf-8"))
     screen.line(f"card: {card}")

@@ -81,19 +81,16 @@ def init(
 
 
 def open_run(folder: Path, *, run_id: str | None = None, read_only: bool = True, clock: Clock | None = None) -> "Run":
-    """Opens a run that exists: the one named, or the newest in the folder.
+    """Opens a run that exists: the one named (see `latest_run`), or the newest in the folder.
 
     Raises:
-        DataError: the folder holds no run.
+        DataError: the folder holds no such run.
     """
-    found = latest_run(folder)
+    found = latest_run(folder, task=run_id or "")
     store = open_store(found.path, read_only=read_only)
-    try:
-        row = store.run(found.run.id if run_id is None else run_id)
-    except BaseException:
-        store.close()
-        raise
-    return Run(store, row.id, folder=found.path, clock=SystemClock() if clock is None else clock, read_only=read_only)
+    return Run(
+        store, found.run.id, folder=found.path, clock=SystemClock() if clock is None else clock, read_only=read_only
+    )
 
 
 @final
@@ -249,15 +246,23 @@ def find_runs(root: Path, *, on_error: Callable[[Path, StoreError], None] | None
 
 
 def latest_run(folder: Path, *, task: str = "") -> FoundRun:
-    """The newest run in a run folder, or below a folder of run folders; of that task, if one is named.
+    """The newest run in a run folder, or below a folder of run folders.
+
+    Args:
+        folder: where to look.
+        task: only runs of this task; or the id of a run, for that one.
 
     Raises:
         DataError: there is none.
     """
-    found = find_runs(folder)
-    if task and found and not (found := [each for each in found if each.run.name == task]):
-        names = sorted({each.run.name for each in find_runs(folder)})
-        raise DataError(f"Expected a run of {' | '.join(names)} in {folder}, got task {task!r}.")
+    runs = find_runs(folder)
+    found = [each for each in runs if task in ("", each.run.id)] or [each for each in runs if each.run.name == task]
+    if runs and not found:
+        names = sorted({each.run.name for each in runs})
+        raise DataError(
+            f"Expected a task that has a run in {folder} ({' | '.join(names)}) or the id of a run, got {task!r}. "
+            "`shoal runs list` shows both."
+        )
     if not found:
         raise DataError(
             f"Expected a run folder (one with {DATABASE_NAME}) or a folder of them, got {folder}, which has none. "

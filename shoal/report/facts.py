@@ -75,16 +75,16 @@ def read_facts(folder: Path, run_id: str | None = None) -> Facts:
 
     Args:
         folder: a run folder, or a folder of them: then the newest.
-        run_id: which run of it; None: the newest.
+        run_id: which run of it, by id or by task; None: the newest.
 
     Raises:
         DataError: there is no run.
         StoreError: the record cannot be read.
     """
-    found = latest_run(folder)
+    found = latest_run(folder, task=run_id or "")
     store = open_store(found.path, read_only=True)
     try:
-        return facts_of(store, found.run.id if run_id is None else run_id)
+        return facts_of(store, found.run.id)
     finally:
         store.close()
 

@@ -79,6 +79,10 @@ def test_predict_from_fields_and_from_a_bare_array(trained: Path, tmp_path: Path
     made = shoal("predict", trained, tmp_path / "in.npz", "--json")
     assert made.code == 0 and made.err == "", "the prediction does not read y: no word about it"
     assert made.json["prediction"] == pytest.approx([1, 4, 7], abs=0.3) and made.json["version"] == 20
+    assert (
+        shoal("predict", trained, tmp_path / "in.npz", "--id", "line", "--json").json["prediction"]
+        == made.json["prediction"]
+    )
     written = shoal("predict", trained, tmp_path / "in.npz", "--version", 0, "--out", tmp_path / "out.npz")
     assert written.code == 0 and last(written.out) == f"wrote: {tmp_path / 'out.npz'}", written
     with np.load(tmp_path / "out.npz") as arrays:
@@ -100,6 +104,7 @@ def test_what_predict_cannot_use(trained: Path, tmp_path: Path, shoal: Shoal) ->
         (trained, tmp_path / "x.npy"): "fits",
         (trained, tmp_path / "odd.npz", "--version", 99): "99",
         (trained, tmp_path / "odd.npz", "--out", tmp_path / "o.txt"): "--out",
+        (trained, tmp_path / "odd.npz", "--id", "lime"): "(line) or the id of a run, got 'lime'",
         (tmp_path, tmp_path / "odd.npz"): "run folder",
     }.items():
         made = shoal("predict", *arguments)

@@ -96,6 +96,23 @@ def test_one_folder_may_hold_several_runs(tmp_path: Path, clock: ManualClock) ->
         assert (last.history("loss")[1].tolist(), first.history("loss")[1].tolist()) == ([1.0], [0.0])
 
 
+def test_a_run_is_named_by_its_id_or_its_task(tmp_path: Path, clock: ManualClock) -> None:
+    ids = {}
+    for place, task in (("old", "train"), ("old", "measured"), ("new", "train"), ("new", "evaluated")):
+        with init(task, folder=tmp_path / place, clock=clock) as run:
+            ids[place, task] = run.id
+        clock.advance(1.0)
+    assert latest_run(tmp_path).run.id == ids["new", "evaluated"]
+    assert latest_run(tmp_path, task="train").run.id == ids["new", "train"]
+    assert latest_run(tmp_path, task=ids["old", "train"]).path == tmp_path / "old"
+    with open_run(tmp_path, run_id="measured") as run:
+        assert (run.id, run.folder) == (ids["old", "measured"], tmp_path / "old")
+    with open_run(tmp_path, run_id=ids["old", "train"]) as run:
+        assert run.id == ids["old", "train"]
+    with pytest.raises(DataError, match=r"evaluated \| measured \| train.* or the id of a run, got 'tarin'"):
+        open_run(tmp_path, run_id="tarin")
+
+
 def test_one_bad_record_need_not_hide_the_others(tmp_path: Path) -> None:
     with init("good", folder=tmp_path / "good"):
         pass
