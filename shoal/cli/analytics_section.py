@@ -20,7 +20,8 @@ def show(rounds: Sequence[RoundRow], screen: Screen) -> dict[str, Any]:
     """Prints it, and returns it for the JSON document."""
     seen = total(row.analytics for row in rounds)
     if seen.counts:
-        screen.line("\ndevices, over all rounds (each as often as it came)")
+        kept = "all rounds" if len(rounds) == max(row.number for row in rounds) else "the rounds that are kept"
+        screen.line(f"\ndevices, over {kept} (each as often as it was taken; one that stays connected checks in once)")
         screen.line(f"  {_funnel(seen)}")
         _shapes(seen, screen)
         _times(seen, screen)

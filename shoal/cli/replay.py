@@ -30,22 +30,19 @@ def replay(
     from shoal.errors import DataError
     from shoal.fleet.round_log import replay as run_again
     from shoal.record.run import open_run
+    from shoal.report.explain import find_round
 
     screen = Screen(json=json)
     with open_run(run, run_id=run_id) as opened:
         rows = {row.number: row for row in opened.store.rounds(opened.id)}
-        if round not in rows:
-            last = max(rows, default=0)
-            raise DataError(
-                f"Expected a round of run {opened.id}, which has {f'1 to {last}' if last else 'none'}, got {round}."
-            )
+        find_round(list(rows.values()), round)
         data = opened.store.round_log(opened.id, round)
         if data is None:
             kept = [number for number in rows if opened.store.round_log(opened.id, number) is not None]
             has = f"those of rounds {kept[0]} to {kept[-1]}" if kept else "none"
             raise DataError(
-                f"The events of round {round} are not in the record, which keeps {has}: the newest are kept, of rounds that "
-                "have ended and whose host did not die in them."
+                f"The events of round {round} are not in the record, which keeps {has}: the newest of a host or a virtual fleet "
+                "are kept, of rounds that have ended and whose host did not die in them."
             )
     made = run_again(data)
     _tell(made, round, screen)

@@ -97,7 +97,8 @@ def _rounds(screen: Screen, rounds: list[RoundRow]) -> None:
         return
     states = Counter(row.state for row in rounds)
     told = ", ".join(f"{number} {state}" for state, number in sorted(states.items()))
-    screen.line(f"\nrounds: {told}")
+    last = max(row.number for row in rounds)
+    screen.line(f"\nrounds: {told}" + (f" (kept of {last}; the others are swept)" if last > len(rounds) else ""))
     reasons = Counter(row.reason or "-" for row in rounds if row.state != "open")
     screen.line(f"  closed by: {', '.join(f'{reason} ({number})' for reason, number in reasons.most_common())}")
     columns = ("round", "from version", "state", "selected", "counted", "released", "took", "reason")

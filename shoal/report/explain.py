@@ -150,6 +150,27 @@ class Explanation:
         }  # fmt: skip
 
 
+def find_round(rounds: Sequence[RoundRow], number: int) -> RoundRow:
+    """The round of that number.
+
+    Raises:
+        DataError: the run has no such round, or keeps it no more.
+    """
+    row = next((row for row in rounds if row.number == number), None)
+    if row is not None:
+        return row
+    if not rounds:
+        raise DataError(f"Expected a round of this run, which has no rounds yet, got {number}.")
+    last = rounds[-1].number
+    if number > last:
+        raise DataError(f"Expected a round of this run, which has rounds 1 to {last}, got {number}.")
+    since = max(each.number for each in rounds if each.number - 1 not in {other.number for other in rounds})
+    raise DataError(
+        f"Round {number} is not kept (`--keep`): of this run's, rounds {since} to {last} are, and some older ones. "
+        "`shoal runs show --json` lists them."
+    )
+
+
 def explain(rounds: Sequence[RoundRow], number: int) -> Explanation:
     """Explains one round of a run.
 
@@ -160,10 +181,7 @@ def explain(rounds: Sequence[RoundRow], number: int) -> Explanation:
     Raises:
         DataError: the run has no such round.
     """
-    row = next((row for row in rounds if row.number == number), None)
-    if row is None:
-        known = f"rounds 1 to {rounds[-1].number}" if rounds else "no rounds yet"
-        raise DataError(f"Expected a round of this run, which has {known}, got {number}.")
+    row = find_round(rounds, number)
     seen = Seen.from_json(row.analytics) if "counts" in row.analytics else Seen()
     others = [other for other in rounds if other.state == "committed" and other.number != number]
     times = [took_s for other in others if (took_s := _took_s(other)) is not None]

@@ -1,5 +1,6 @@
 """`shoal runs show`, `runs explain`, `replay`, `report`: what became of a run's devices and rounds."""
 
+import shutil
 import sqlite3
 from pathlib import Path
 
@@ -82,8 +83,6 @@ def test_replay_says_what_it_has_not(trained: Path, played: Path, tmp_path: Path
     assert made.code == 1 and "keeps none" in made.err
     made = shoal("replay", trained, "--round", 21)
     assert made.code == 1 and "1 to 20, got 21" in made.err
-    import shutil
-
     altered = tmp_path / "altered"
     shutil.copytree(played, altered)
     with sqlite3.connect(altered / "record.sqlite") as connection:
@@ -108,8 +107,6 @@ def test_report_writes_the_card(trained: Path, tmp_path: Path, shoal: Shoal) -> 
 
 
 def test_a_run_whose_host_died_is_listed_as_such(played: Path, tmp_path: Path, shoal: Shoal) -> None:
-    import shutil
-
     folder = tmp_path / "left"
     shutil.copytree(played, folder)
     with sqlite3.connect(folder / "record.sqlite") as connection:
@@ -122,3 +119,15 @@ def test_a_run_whose_host_died_is_listed_as_such(played: Path, tmp_path: Path, s
     )
     assert shoal("runs", "list", folder, "--json").json[0]["status"] == "stopped (died)"
     assert shoal("runs", "show", folder, "--json").json["status"] == "stopped (died)"
+
+
+def test_of_swept_rounds_is_said_that_they_are(played: Path, tmp_path: Path, shoal: Shoal) -> None:
+    shutil.copytree(played, tmp_path / "swept")
+    with sqlite3.connect(tmp_path / "swept" / "record.sqlite") as connection:
+        connection.execute("DELETE FROM rounds WHERE number BETWEEN 2 AND 5")
+    connection.close()
+    made = shoal("runs", "show", tmp_path / "swept")
+    assert "(kept of " in made.out and "devices, over the rounds that are kept" in made.out, made
+    for command in (("runs", "explain"), ("replay",)):
+        made = shoal(*command, tmp_path / "swept", "--round", 3)
+        assert made.code == 1 and "Round 3 is not kept (`--keep`)" in made.err, made

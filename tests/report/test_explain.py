@@ -86,6 +86,15 @@ def test_rounds_of_older_records_and_open_ones() -> None:
     assert late.failures[0].phase == "committing"
 
 
+def test_a_round_that_is_kept_no_more() -> None:
+    rows = [row(1), row(50), *(row(number) for number in range(91, 96))]
+    assert explain(rows, 50).round.number == 50
+    with pytest.raises(DataError, match=r"Round 59 is not kept \(`--keep`\): of this run's, rounds 91 to 95 are"):
+        explain(rows, 59)
+    with pytest.raises(DataError, match="which has rounds 1 to 95, got 96"):
+        explain(rows, 96)
+
+
 def test_a_round_that_there_is_not() -> None:
     with pytest.raises(DataError, match="rounds 1 to 7, got 9"):
         explain(USUAL, 9)
