@@ -107,12 +107,15 @@ def write_credential(folder: Path, keys: HostKeys) -> Path:
 
 def read_credential(path: Path) -> bytes:
     """Raises StoreError where the file is none of `write_credential`."""
+    hint = f"`shoal host` writes {CREDENTIAL} into the run folder."
     try:
         made = bytes.fromhex(path.read_text().strip())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"Cannot read the credential {path}: {error}. `shoal host` writes {CREDENTIAL}.") from error
+    except OSError as error:
+        raise StoreError(f"Cannot read the credential {path}: {error.strerror}. {hint}") from error
+    except ValueError as error:
+        raise StoreError(f"Expected 64 hexadecimal digits in {path}, got something else. {hint}") from error
     if len(made) != 32:
-        raise StoreError(f"Expected 64 hexadecimal digits in {path}, got {2 * len(made)}.")
+        raise StoreError(f"Expected 64 hexadecimal digits in {path}, got {2 * len(made)}. {hint}")
     return made
 
 

@@ -47,7 +47,11 @@ def run_folder(tmp_path: Path) -> Iterator[Path]:
         (("--coordinator", "10.0.0.1:5", "--credential", "k"), "--ca"),
         (("--coordinator", "127.0.0.1:5", "--credential", "k", "--address", "0.0.0.0"), "--tls"),
         (("--coordinator", "127.0.0.1:5", "--credential", "k", "--public", "x"), "--public HOST:PORT"),
-        (("--coordinator", "127.0.0.1:5", "--credential", "nothing.key"), "edges.key"),
+        (
+            ("--coordinator", "127.0.0.1:5", "--credential", "nothing.key"),
+            "nothing.key: No such file or directory. `shoal host`",
+        ),
+        (("--coordinator", "127.0.0.1:5", "--credential", __file__), "Expected 64 hexadecimal digits"),
     ],
 )
 def test_an_edge_refuses_in_one_line(arguments: tuple[object, ...], expected: str, shoal: Shoal) -> None:
@@ -141,6 +145,12 @@ def test_an_edge_starts_no_host_that_was_ended(tmp_path: Path) -> None:
         pass
     with pytest.raises(NetworkError, match="has ended"):
         _Restarts(tmp_path)()
+
+
+def test_an_edge_whose_run_folder_is_gone_ends(tmp_path: Path) -> None:
+    _Restarts(tmp_path)()  # nothing was left there yet: it waits on
+    with pytest.raises(NetworkError, match="is gone, and its host with it"):
+        _Restarts(tmp_path / "gone")()
 
 
 def reached(folder: Path) -> int:
