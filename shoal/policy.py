@@ -43,10 +43,15 @@ class Late:
         if not 0.0 < self.factor <= 1.0:
             raise ValueError(f"Expected 0 < factor <= 1, got factor={self.factor!r}.")
         validate.not_negative(max_staleness=self.max_staleness)
-        if (self.kind == "discard") != (self.max_staleness == 0):
+        if self.kind != "discard" and not self.max_staleness:
             raise ValueError(
-                f"Expected max_staleness=0 if and only if late updates are discarded, got kind={self.kind!r} "
-                f"max_staleness={self.max_staleness}."
+                f"Expected max_staleness >= 1 with {self.kind!r}, got max_staleness=0: no late update would be taken. "
+                "To take none, discard them."
+            )
+        if self.kind == "discard" and self.max_staleness:
+            raise ValueError(
+                f"Expected max_staleness=0 where late updates are discarded, got max_staleness={self.max_staleness}. To use "
+                "late updates, discount or patch them."
             )
         if self.kind != "discount" and self.factor != 1.0:
             raise ValueError(

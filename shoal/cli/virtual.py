@@ -34,6 +34,7 @@ def simulate_virtually(
 
     Raises:
         DataError: the file is not right, or the users' examples do not fit the task.
+        ValueError: there are too few devices for a round.
     """
     from dataclasses import replace
 
@@ -53,6 +54,11 @@ def simulate_virtually(
     devices = replace(devices, seed=seed)
     loaded = load_task(task)
     loaded = loaded.replace(rounds=replace(loaded.rounds, **policy))
+    if devices.devices < loaded.rounds.minimum:
+        raise ValueError(
+            f"{file}: expected devices >= {loaded.rounds.minimum}, got {devices.devices}: fewer can never commit a round of task "
+            f"{loaded.name!r}. Take more devices, or a smaller --goal."
+        )
     folder = run_folder.new_folder(run, loaded.name)
     built = build(loaded, seed=seed)
     keys, clock = HostKeys.load_or_make(folder), VirtualClock(begins_s=_now_s())
@@ -157,7 +163,7 @@ def _tell(
     updates = sum(number for _, number, _ in tally.commits)
     late = sum(number for _, _, number in tally.commits)
     fates = {"used": "in a commit", "aborted": "aborted by us", "unused": "discounted or refused", "dropped": "lost"}
-    trained = sum(seconds[fate] for fate in fates) or 1.0
+    trained = sum(seconds[fate] for fate in fates)
     draw_virtual(tally, curve, folder / PICTURE, until_s=now_s)
     watch.lap("picture")
     screen.line(
@@ -167,8 +173,12 @@ def _tell(
     screen.line(
         f"updates: {updates:,}, {late:,} of them late; {tally.num_check_ins:,} check-ins, {tally.told_later:,} told later"
     )
-    told = ", ".join(f"{seconds[fate] / trained:.1%} {text}" for fate, text in fates.items())
+    told = ", ".join(f"{seconds[fate] / trained:.1%} {text}" for fate, text in fates.items()) if trained else "none"
     screen.line(f"{words.duration(trained)} of training: {told}")
+    if not versions:
+        screen.say(
+            f"no round was committed: `shoal runs show {folder}` says how they ended. More devices, or a smaller goal?"
+        )
     screen.line(f"where the time went: {words.phases(watch.seconds, total=watch.total)}")
     screen.line(f"picture: {folder / PICTURE}")
     screen.line(f"run: {folder}")

@@ -61,7 +61,7 @@ def _draw_fates(axes: Axes, seconds: dict[str, float]) -> None:
         share = seconds[fate] / trained
         axes.barh(row, share, height=0.45, color=color, edgecolor=INK)
         axes.text(share + 0.02, row, f"{share:.1%}", va="center", color=INK)
-        axes.text(0.0, row + 0.27, label, va="bottom", color=INK, fontsize=9)
+        axes.text(0.015, row + 0.27, label, va="bottom", color=INK, fontsize=9)
     axes.set_xlim(0.0, 1.2)
     axes.set_ylim(-0.4, len(FATES) - 0.3)
     axes.set_yticks([])

@@ -42,6 +42,16 @@ def test_without_data_only_who_and_when_is_played(place: Path, tmp_path: Path, p
     assert made.code == 0 and "of virtual time" in made.out and "virtual.png" in made.out, made
 
 
+def test_a_fleet_that_commits_nothing_says_so(place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    path = tmp_path / "rare.toml"
+    path.write_text("devices = 10\nwindow_hours = 0.1\n")
+    made = shoal(
+        "simulate", place / "line.py", "--virtual", path, "--hours", 0.1, "--goal", 10, "--run", tmp_path / "r"
+    )
+    assert made.code == 0 and "0 versions" in made.out and "no round was committed" in made.err, made
+    assert "0 ms of training: none" in made.out, made
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -50,6 +60,8 @@ def test_without_data_only_who_and_when_is_played(place: Path, tmp_path: Path, p
         (("--virtual", "POPULATION", "--rounds", 1, "--resume"), "cannot be resumed"),
         (("--virtual", "POPULATION", "--rounds", 1, "--late", "never"), "discount:FACTOR:VERSIONS"),
         (("--virtual", "POPULATION", "--rounds", 1, "--buffer", 5), "late=Late.discount"),
+        (("--virtual", "POPULATION", "--rounds", 1, "--late", "patch:0"), "max_staleness >= 1 with 'patch'"),
+        (("--virtual", "POPULATION", "--rounds", 1, "--goal", 300), "expected devices >= 240, got 200"),
         (("--data", "name:digits", "--rounds", 1, "--late", "patch:2"), "go with --virtual"),
     ],
 )
