@@ -146,6 +146,7 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
     try:
         keys = HostKeys.load_or_make(settings.folder)
         before = [summarize(store, run_id) for run_id in settings.run_ids]
+        _say_what_is_finished(settings, store, screen)
         run_until_told(_serve(settings, store, keys, held_out, screen), parent=parent)
         watch.lap("rounds")
         _tell(settings, [summarize(store, run_id) for run_id in settings.run_ids], before, screen, watch)
@@ -154,6 +155,16 @@ def _run(settings: Settings, *, screen: Screen, watch: Stopwatch, parent: int) -
         raise Stopped(f"stopped at {at}. Go on with: {settings.go_on_with()}", code=stopped.code) from None
     finally:
         store.close()
+
+
+def _say_what_is_finished(settings: Settings, store: Store, screen: Screen) -> None:
+    for run_id in settings.run_ids:
+        row, version = store.run(run_id), store.last_version(run_id) or 0
+        wanted = settings.rounds or int(row.config["rounds"])
+        if row.kind == "host" and version >= wanted:
+            screen.say(
+                f"{row.name} has version {version} of {wanted} already, and devices are told that it is over; ask for more with --rounds"
+            )
 
 
 async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
@@ -296,7 +307,8 @@ def _tell(
 ) -> None:
     spent: dict[str, float] = {}
     for summary, at_first in zip(after, before, strict=True):
-        screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or 'no metrics'}")
+        see = f"no metrics; shoal runs show {settings.folder} --id {summary.task}"
+        screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or see}")
         for phase, seconds in summary.seconds_since(at_first).items():
             spent[phase] = spent.get(phase, 0.0) + seconds
     beside = {"commit": spent.pop("commit", 0.0), "evaluate, beside the rounds": spent.pop("evaluate", 0.0)}

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import typer
 
+from shoal.__main__ import main
 from shoal.cli.main import app
 
 from .conftest import Shoal
@@ -87,6 +88,17 @@ def test_starting_imports_nothing_heavy_and_is_quick() -> None:
         took_s.append(time.perf_counter() - begun_s)
         assert done.stdout.strip() == "[]"
     assert min(took_s) < 1.0  # 0.1 s on an idle machine; the goal is 0.4
+
+
+def test_ctrl_c_while_it_is_loaded_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Loading:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "shoal.cli.main", Loading())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
 
 
 def test_version(shoal: Shoal) -> None:

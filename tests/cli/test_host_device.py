@@ -248,6 +248,10 @@ def test_a_killed_host_goes_on_from_the_last_version(start: Start, place: Path, 
         rounds = [row.number for row in run.store.rounds(run.id)]
         logs = [number for number in rounds if run.store.round_log(run.id, number) is not None]
         assert logs == rounds[-4:] and run.row.config["events_kept"] == 4
+    finished = start("host", "--resume", "--run", tmp_path / "run", "--port", port)
+    assert finished.wait() == 0 and f"has version {reached + 10} of {reached + 10} already" in finished.text, (
+        finished.text
+    )
     shown = shoal("runs", "show", tmp_path / "run").out
     assert "-v[]+^" in shown and "fetch and train" in shown
     assert "it was to commit, because: goal" in shoal("replay", tmp_path / "run", "--round", rounds[-1]).out
