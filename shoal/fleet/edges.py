@@ -256,7 +256,9 @@ class Edges:
     def _hold(self, seat: "_Seat", nonce: bytes, answer: Callable[[bool], None]) -> None:
         if seat.is_present:
             present = self._opened[0].base_version if self._opened is not None else 0
-            self._holder[nonce] = (seat, present + self.policy.max_staleness)
+            holder, until = self._holder.get(nonce, (None, 0.0))
+            until = until if holder is seat else 0.0  # one that has it in its sum already keeps it while that waits
+            self._holder[nonce] = (seat, max(until, present + self.policy.max_staleness))
         answer(True)
 
     def is_present(self, seat: "_Seat") -> bool:

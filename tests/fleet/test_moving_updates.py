@@ -22,6 +22,7 @@ from shoal.fleet.wire import edges_pb2 as pb
 from shoal.policy import Late, RoundPolicy
 from shoal.record.memory import MemoryStore
 from shoal.record.store import TokenRow
+from shoal.tensors import Index
 from tests.fleet import toy
 
 NONCE = bytes(16)
@@ -165,6 +166,19 @@ async def test_what_an_edge_let_go_of_before_it_was_given_it_again_it_still_has(
     assert fleet.edges.is_at(seat, NONCE), "said before it had heard the last answer"
     fleet.edge["a"].hear(pb.Event(released=NONCE, heard=100))
     assert not fleet.edges.is_at(seat, NONCE)
+
+
+@toy.in_loop
+async def test_what_is_in_a_small_group_is_still_there_after_it_was_given_again() -> None:
+    fleet = Fleet("a", "b")
+    fleet.coordinator.may_answer.set()
+    seat: Any = fleet.edge["a"]._told
+    await fleet.ask("a")
+    fleet.edge["a"].hear(pb.Event(joined=pb.Joined(nonce=NONCE, version=0)))
+    await fleet.ask("a")  # its device came again, and it was given the same assignment
+    configuration = configure(PLAN.manifest, run_seed=bytes(32), round=9, base_version=8)
+    fleet.edges.open_groups(configuration, Index(()), taken={})
+    assert fleet.edges.is_at(seat, NONCE)
 
 
 def test_what_was_given_is_forgotten_once_it_was_heard() -> None:
