@@ -110,7 +110,7 @@ class _Restarts:
             again = json.loads((folder / RESTART).read_text())
         except FileNotFoundError:
             raise NetworkError(f"The host of {folder} has ended while this Edge was not attached.") from None
-        command = [sys.executable, "-m", "shoal", *again]
+        command = [sys.executable, "-P", "-m", "shoal", *again]  # not a folder of that name that happens to be here
         log.warning("the host has died; starting it again")
         with (folder / LOG).open("ab") as out:
             self._started = subprocess.Popen(

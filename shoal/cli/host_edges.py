@@ -123,7 +123,7 @@ def _command(settings: EdgeSettings, number: int, here: str, credential: Path) -
     address, port = settings.devices
     mine = port if IS_SHARED or not port else port + number
     words: list[object] = [
-        sys.executable, "-m", "shoal", "edge", "--coordinator", here, "--credential", credential,
+        sys.executable, "-P", "-m", "shoal", "edge", "--coordinator", here, "--credential", credential,
         "--name", f"edge-{number + 1}", "--address", address, "--port", mine, "--restarts", settings.folder,
         *(["--share-port"] if IS_SHARED and port else []),
         *(["--tls-key", settings.tls[0], "--tls-cert", settings.tls[1]] if settings.tls else ["--insecure"]),
@@ -155,7 +155,7 @@ async def _until_here(server: EdgesServer, host: Host, number: int) -> None:
     assert host.edges is not None
     try:
         async with asyncio.timeout(START_S):
-            while len(host.edges.names) <= number and number:
+            while len(host.edges.names) <= number and number and not host.edges.is_finished:
                 server.changed.clear()
                 await server.changed.wait()
     except TimeoutError:

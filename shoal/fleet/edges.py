@@ -91,6 +91,11 @@ class Edges:
         """Of the Edges that are here."""
         return tuple(self._seats)
 
+    @property
+    def is_finished(self) -> bool:
+        """The run is over: Edges that come are told so, and go."""
+        return bool(self._finished)
+
     # Edges come and go.
 
     def join(self, name: str, edge: Member, *, address: str = "") -> None:

@@ -85,6 +85,9 @@ def test_an_edge_attaches_and_the_run_ends_for_all(start: Start, place: Path, tm
     with open_run(run_folder) as run:
         assert [commit.version for commit in run.store.commits(run.id)] == list(range(6))
 
+    again = start("host", "--resume", "--run", run_folder, "--port", 0, "--edges", 1)
+    assert again.wait() == 0, again.text
+
 
 @pytest.mark.slow
 @pytest.mark.integration
