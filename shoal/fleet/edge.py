@@ -10,6 +10,7 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol, runtime_checkable
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
@@ -244,7 +245,7 @@ class Edge:
         """One control stream, until either side ends it."""
         session = Session(stream)
         try:
-            await self._streams.hold(session, stream, lambda message: self._handle(session, message))
+            await self._streams.hold(session, stream, partial(self._handle, session))
         finally:
             self._stop_waiting(session)
             if session.device and self._sessions.get(session.device) is session:

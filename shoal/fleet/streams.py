@@ -47,12 +47,23 @@ class Streams:
         self.num += 1
         if (crowded_out := self._strangers.come(session, stream.address)) is not None:
             crowded_out.end()
+        # One coroutine, not three in one another: ten thousand of them wait here.
         try:
             try:
-                await self._answered(session, stream, handle)
+                if self.num > MAX_SESSIONS:
+                    self._send_away(session)
+                async with asyncio.timeout(CHECK_IN_WAIT_S) as unknown:
+                    while not session.is_ended and (message := await stream.read()) is not None:
+                        _check_size(message)
+                        await handle(message)
+                        if session.is_known and unknown.when() is not None:
+                            unknown.reschedule(None)
+                            self._strangers.gone(session, stream.address)
             except asyncio.CancelledError:
                 if not session.is_ended:
                     raise  # by the device
+            except Exception as error:
+                session.send(self._answer(error))
             session.is_ended = True
             await session.until_told()
         finally:
@@ -60,44 +71,38 @@ class Streams:
             self._strangers.gone(session, stream.address)
             session.drop()
 
-    async def _answered(
-        self, session: Session, stream: Stream, handle: Callable[[pb.FromDevice], Awaitable[None]]
-    ) -> None:
-        try:
-            await self._read(session, stream, handle)
-        except TimeoutError:
-            session.send(pb.FromEdge(later=busy(f"nobody checked in within {CHECK_IN_WAIT_S:g} s")))
-        except ProtocolError as error:
-            self._on_error("protocol")
-            session.send(pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error))))
-        except (NetworkError, StoreError) as error:
-            self._on_error("server busy")
-            log.warning("a device is told to come later: %s", error)
-            session.send(pb.FromEdge(later=busy(str(error))))
-        except Exception:
-            self._on_error("server failed")
-            log.exception("a message of a device could not be handled")
-            session.send(pb.FromEdge(later=busy("the server has failed at this message; it was logged there")))
+    def _send_away(self, session: Session) -> None:
+        later = busy("this server holds as many sessions as it may")
+        later.other_edge = next(self._neighbours, "")
+        session.send(pb.FromEdge(later=later))
+        session.is_ended = True
 
-    async def _read(self, session: Session, stream: Stream, handle: Callable[[pb.FromDevice], Awaitable[None]]) -> None:
-        if self.num > MAX_SESSIONS:
-            later = busy("this server holds as many sessions as it may")
-            later.other_edge = next(self._neighbours, "")
-            return session.send(pb.FromEdge(later=later))
-        async with asyncio.timeout(CHECK_IN_WAIT_S) as unknown:
-            while not session.is_ended and (message := await stream.read()) is not None:
-                if message.ByteSize() > MAX_CONTROL_BYTES:
-                    raise ProtocolError(
-                        f"Expected control messages of at most {MAX_CONTROL_BYTES} bytes, got {message.ByteSize()}. "
-                        "Send a larger update with Push."
-                    )
-                await handle(message)
-                if session.is_known and unknown.when() is not None:
-                    unknown.reschedule(None)
-                    self._strangers.gone(session, stream.address)
+    def _answer(self, error: Exception) -> pb.FromEdge:
+        """What a device is told of what went wrong."""
+        match error:
+            case TimeoutError():
+                return pb.FromEdge(later=busy(f"nobody checked in within {CHECK_IN_WAIT_S:g} s"))
+            case ProtocolError():
+                self._on_error("protocol")
+                return pb.FromEdge(refused=pb.Refused(reason="protocol", detail=str(error)))
+            case NetworkError() | StoreError():
+                self._on_error("server busy")
+                log.warning("a device is told to come later: %s", error)
+                return pb.FromEdge(later=busy(str(error)))
+            case _:
+                self._on_error("server failed")
+                log.error("a message of a device could not be handled", exc_info=error)
+                return pb.FromEdge(later=busy("the server has failed at this message; it was logged there"))
 
 
 def busy(why: str) -> pb.Later:
     """An answer that is none: the device may try again soon."""
     low, high = BUSY_DELAY_S
     return pb.Later(delay_min_s=low, delay_max_s=high, why=why)
+
+
+def _check_size(message: pb.FromDevice) -> None:
+    if (size := message.ByteSize()) > MAX_CONTROL_BYTES:
+        raise ProtocolError(
+            f"Expected control messages of at most {MAX_CONTROL_BYTES} bytes, got {size}. Send a larger update with Push."
+        )
