@@ -8,6 +8,7 @@ from shoal.cli.screen import Screen, Stopwatch
 EPILOG = options.examples(
     "shoal check task.py",
     "shoal check examples/one_task.py:task --data users/",
+    "shoal check task.py --data visits.csv --user-column patient",
     "shoal check task.py --data name:digits --users 50 --json",
 )
 
@@ -15,6 +16,7 @@ EPILOG = options.examples(
 def check(
     task: options.TaskName,
     data: options.Data = "",
+    user_column: options.UserColumn = "",
     split: options.Split = "iid",
     users: options.Users = 20,
     json: options.AsJson = False,
@@ -28,7 +30,7 @@ def check(
     from shoal.cli.task_argument import load_task
 
     screen, watch = Screen(json=json), Stopwatch()
-    population = data_argument.open_data(data, split=split, users=users) if data else None
+    population = data_argument.open_data(data, split=split, users=users, user_column=user_column) if data else None
     watch.lap("data")
     screen.live("loading the task")
     chosen = load_task(task)

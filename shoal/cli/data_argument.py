@@ -1,9 +1,11 @@
-"""--data, --split, --users and --held-out: users' examples from files, or a known data set dealt out to made users.
+"""--data, --user-column, --split, --users and --held-out: users' examples from files, or a known data set.
 
-`name:digits` is a data set of `shoal.data.load`. It is dealt out with a fixed seed, so that `shoal simulate` and
-`shoal device` with the same options mean the same users.
+`name:digits` is a data set of `shoal.data.load`. It is dealt out to made users with a fixed seed, so that `shoal simulate`
+and `shoal device` with the same options mean the same users. `name:movielens-100k` is one of `shoal.data.load_federated`: its
+users are in it.
 """
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -12,10 +14,13 @@ if TYPE_CHECKING:
 PREFIX: Final = "name:"
 DEFAULT_SPLIT: Final = "iid"
 DEFAULT_USERS: Final = 20
+DEFAULT_COLUMN: Final = "user"
 _SPLIT_SEED: Final = 0
 
 
-def open_data(text: str, *, split: str = DEFAULT_SPLIT, users: int = DEFAULT_USERS) -> "Population":
+def open_data(
+    text: str, *, split: str = DEFAULT_SPLIT, users: int = DEFAULT_USERS, user_column: str = ""
+) -> "Population":
     """The population that --data names.
 
     Raises:
@@ -24,17 +29,22 @@ def open_data(text: str, *, split: str = DEFAULT_SPLIT, users: int = DEFAULT_USE
     """
     from shoal import data
 
-    if not text.startswith(PREFIX):
-        if split != DEFAULT_SPLIT or users != DEFAULT_USERS:
-            raise ValueError(
-                f"--split and --users are for --data {PREFIX}…; the users of {text} are those in its files."
-            )
-        return data.open_population(text)
-    examples = data.load(text.removeprefix(PREFIX)).train
+    name = text.removeprefix(PREFIX) if text.startswith(PREFIX) else ""
+    has_users = not name or name in data.federated_names()
+    if has_users and (split != DEFAULT_SPLIT or users != DEFAULT_USERS):
+        where = f"in {name}" if name else "in its files"
+        raise ValueError(f"--split and --users are for data sets without users; the users of {text} are those {where}.")
+    if user_column and name:
+        raise ValueError(f"--user-column is for files; {text} has none.")
+    if not name:
+        return _open_files(text, user_column)
+    if has_users:
+        return data.load_federated(name).train
+    examples = data.load(known_name(name)).train
     return data.Population.from_split(examples, _deal(examples, split, users))
 
 
-def open_held_out(text: str, *, data_text: str = "") -> "Examples | None":
+def open_held_out(text: str, *, data_text: str = "", user_column: str = "") -> "Examples | None":
     """What --held-out names, all users' examples joined; without it, the test part of the data set of --data."""
     from shoal import data
 
@@ -43,9 +53,35 @@ def open_held_out(text: str, *, data_text: str = "") -> "Examples | None":
     if not text:
         return None
     if text.startswith(PREFIX):
-        return data.load(text.removeprefix(PREFIX)).test
-    population = data.open_population(text)
+        name = text.removeprefix(PREFIX)
+        if name not in data.federated_names():
+            return data.load(known_name(name)).test
+        population = data.load_federated(name).test
+    else:
+        population = _open_files(text, user_column)
     return data.Examples.concatenate([examples for _, examples in population.items()])
+
+
+def known_name(name: str) -> str:
+    """The name, if it is that of a data set; raises ValueError with all names."""
+    from shoal import data
+    from shoal.data.recipes import RECIPES
+
+    if name not in (known := sorted([*RECIPES, *data.federated_names()])):
+        raise ValueError(f"Expected the name of a data set, one of {' | '.join(known)}, got {name!r}.")
+    return name
+
+
+def _open_files(text: str, user_column: str) -> "Population":
+    """A file, a folder of files, or a folder of users' folders."""
+    from shoal import data
+
+    folder = Path(text)
+    if text and folder.is_dir() and not user_column:
+        inside = [entry for entry in folder.iterdir() if entry.name[0] != "."]
+        if inside and all(entry.is_dir() for entry in inside):
+            return data.open_folders(folder)
+    return data.open_population(text, user=user_column or DEFAULT_COLUMN)
 
 
 def _deal(examples: "Examples", split: str, users: int) -> "Split":

@@ -19,6 +19,7 @@ EPILOG = options.examples(
 def device(
     server: Annotated[str, typer.Option("--server", help="HOST:PORT of the host.")],
     data: options.Data = "",
+    user_column: options.UserColumn = "",
     split: options.Split = "iid",
     users: options.Users = 20,
     first: Annotated[int, typer.Option("--first", min=0, help="The first user to play, from 0.")] = 0,
@@ -84,7 +85,7 @@ def device(
 
     from shoal.cli import data_argument, device_process
 
-    examples = data_argument.open_data(data, split=split, users=users)
+    examples = data_argument.open_data(data, split=split, users=users, user_column=user_column)
     chosen = device_process.choose(examples, first=first, count=count)
     watch.lap("data")
     settings = device_process.Settings(

@@ -11,8 +11,13 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON o
 Data = Annotated[
     str,
     typer.Option(
-        "--data", help="Users' examples: a file, a folder, or name:digits | name:mnist-5k | name:fashion-mnist."
+        "--data",
+        help="Users' examples: a file (.csv, .parquet, .npz), a folder of them or of users' folders, or name:NAME of a known "
+        "data set, such as name:digits or name:movielens-100k (docs/data.md).",
     ),
+]
+UserColumn = Annotated[
+    str, typer.Option("--user-column", help="For tables: the column that names the user.", show_default="user")
 ]
 Split = Annotated[
     str,

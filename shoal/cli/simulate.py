@@ -20,6 +20,7 @@ EPILOG = options.examples(
     "shoal simulate task.py --data name:digits --split dirichlet:0.3 --users 100 --rounds 10",
     "shoal simulate examples/one_task.py:task --data users/ --held-out test.npz --rounds 20 --goal 4",
     "shoal simulate examples/fashion.py --virtual examples/population.toml --hours 3 --late patch:5",
+    "shoal simulate task.py --data visits.parquet --user-column patient --rounds 10",
     "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
 )
 
@@ -29,6 +30,7 @@ def simulate(
         str, typer.Argument(metavar="TASK", help="module:attribute or file.py:attribute; not needed with --resume.")
     ] = "",
     data: options.Data = "",
+    user_column: options.UserColumn = "",
     rounds: options.Rounds = None,
     seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
     goal: options.Goal = None,
@@ -65,7 +67,7 @@ def simulate(
             "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
         }  # fmt: skip
         return _virtually(
-            task, virtual, data, held_out, split, users, rounds=rounds, hours=hours, seed=seed, run=run, resume=resume,
+            task, virtual, data, user_column, held_out, split, users, rounds=rounds, hours=hours, seed=seed, run=run, resume=resume,
             policy={name: value for name, value in policy.items() if value is not None}, evaluate_every=evaluate_every,
             screen=screen, watch=watch,
         )  # fmt: skip
@@ -79,8 +81,8 @@ def simulate(
         screen.say(f"the run has its own copy of the task: {task} is not read")
     if not resume and not (task and rounds):
         raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
-    population = data_argument.open_data(data, split=split, users=users)
-    examples = data_argument.open_held_out(held_out, data_text=data)
+    population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
+    examples = data_argument.open_held_out(held_out, data_text=data, user_column=user_column)
     watch.lap("data")
     screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
     if resume:
@@ -90,7 +92,16 @@ def simulate(
         folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""
         watch.lap("plan")
     go_on = command_line(
-        ["shoal", "simulate", "--data", data, *_changed(split, users, held_out), "--run", folder, "--resume"]
+        [
+            "shoal",
+            "simulate",
+            "--data",
+            data,
+            *_changed(split, users, held_out, user_column),
+            "--run",
+            folder,
+            "--resume",
+        ]
     )
     from shoal.record.lock import only_writer
 
@@ -101,8 +112,8 @@ def simulate(
 
 
 def _virtually(
-    task: str, file: Path, data: str, held_out: str, split: str, users: int, *, rounds: int | None, hours: float | None,
-    seed: int, run: Path | None, resume: bool, policy: dict[str, Any], evaluate_every: int, screen: Screen, watch: Stopwatch,
+    task: str, file: Path, data: str, user_column: str, held_out: str, split: str, users: int, *, rounds: int | None,
+    hours: float | None, seed: int, run: Path | None, resume: bool, policy: dict[str, Any], evaluate_every: int, screen: Screen, watch: Stopwatch,
 ) -> None:  # fmt: skip
     from shoal.cli import data_argument
     from shoal.cli.virtual import simulate_virtually
@@ -111,8 +122,10 @@ def _virtually(
         raise ValueError("A virtual fleet cannot be resumed: leave out --resume; the same --seed plays the same again.")
     if not task or not (rounds or hours):
         raise ValueError("Expected TASK and --rounds or --hours with --virtual.")
-    population = data_argument.open_data(data, split=split, users=users) if data else None
-    examples = data_argument.open_held_out(held_out, data_text=data) if data else None
+    population = None
+    if data:
+        population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
+    examples = data_argument.open_held_out(held_out, data_text=data, user_column=user_column) if data else None
     watch.lap("data")
     simulate_virtually(
         task, file, population, examples, rounds=rounds, hours=hours, policy=policy, evaluate_every=evaluate_every,
@@ -226,6 +239,7 @@ class _Progress:
         )
 
 
-def _changed(split: str, users: int, held_out: str) -> list[str]:
+def _changed(split: str, users: int, held_out: str, user_column: str) -> list[str]:
     given = [*(["--split", split] if split != "iid" else []), *(["--users", str(users)] if users != 20 else [])]
-    return [*given, *(["--held-out", held_out] if held_out else [])]
+    column = ["--user-column", user_column] if user_column else []
+    return [*column, *given, *(["--held-out", held_out] if held_out else [])]

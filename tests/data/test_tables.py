@@ -18,6 +18,22 @@ def test_csv(tmp_path):
     assert opened["007"].fields["x"].tolist() == [1.5, 3]
 
 
+def test_csv_errors_name_file_column_and_row(tmp_path):
+    (tmp_path / "a.csv").write_text("who,x,y,note\nann,1,1.5,good\nann,,-2e3,bad\nben,3,n.a.,bad\n")
+    for column, says in {
+        "x": "lacks 1 of 3 values, the first in row 2",
+        "y": r"is string \(row 3 has 'n.a.'\); expected numbers",
+        "note": r"is string \(row 1 has 'good'\)",
+    }.items():
+        with pytest.raises(DataError, match=rf"Column '{column}' of .*a.csv {says}"):
+            open_population(tmp_path / "a.csv", user="who", fields={"f": column})
+
+
+def test_columns_not_asked_for_may_be_anything(tmp_path):
+    pa.parquet.write_table(table(x=[1, 2, 3], text=["a", None, "c"]), tmp_path / "a.parquet")
+    assert open_population(tmp_path / "a.parquet", fields={"x": "x"}).spec() == {"x": ((), "int64")}
+
+
 def table(**columns):
     return pa.table({"user": ["a", "b", "a"], **columns})
 
@@ -43,10 +59,11 @@ def test_a_folder_of_tables_is_joined(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"x": ["text", "b", "c"]}, "Column 'x' of .* is string; expected numbers"),
-        ({"x": [1, None, 2]}, "lacks 1 of 3 values"),
-        ({"x": [[1], [1, 2], [3]]}, "lists of 1 to 2; expected one length"),
-        ({"x": [[1], [None], [3]]}, "lacks 1 of 3 values"),
+        ({"x": ["1.5", "-2e3", "c"]}, r"Column 'x' of .* is string \(row 3 has 'c'\); expected numbers"),
+        ({"x": [1, None, 2]}, "lacks 1 of 3 values, the first in row 2"),
+        ({"x": [[1], [1, 2], [3]]}, "lists of 1 to 2, the first other than row 1's in row 2; expected one length"),
+        ({"x": [[1, 2], [1, 2], [3, None]]}, "lacks 1 of 6 values, the first in row 3"),
+        ({"x": [[[1], [2]], [[3], [4]], [[5], [6, 7]]]}, "lists of 1 to 2, the first other than row 1's in row 3"),
         ({}, "at least one field"),
     ],
 )
@@ -58,7 +75,7 @@ def test_bad_columns_are_named(tmp_path, columns, says):
 
 def test_bad_tables_are_named(tmp_path):
     (tmp_path / "a.csv").write_text("x,y\n1,2\n")
-    with pytest.raises(DataError, match=r"no column 'user'; it has x, y. Name the column"):
+    with pytest.raises(DataError, match=r"no column 'user'; it has x, y. Name the column .* \(--user-column\)"):
         open_population(tmp_path)
     with pytest.raises(DataError, match=r"no column 'z'; it has x, y. Check fields"):
         open_population(tmp_path, user="x", fields={"f": "z"})
