@@ -1,0 +1,61 @@
+"""The examples with real data learn: each ends with a number that guessing does not reach."""
+
+import importlib
+
+import pytest
+
+from examples import language, ranking, watch
+from shoal.data import load_federated
+from shoal.errors import DataError
+
+
+@pytest.fixture
+def needs() -> object:
+    """Skips where the data set cannot be had."""
+
+    def needs(name: str) -> None:
+        try:
+            load_federated(name)
+        except DataError as error:
+            if "sha256" in str(error):
+                raise
+            pytest.skip(f"no source answered: {error}")
+
+    return needs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_watch_knows_exercises_on_a_wrist_it_has_never_seen(needs) -> None:  # type: ignore[no-untyped-def]
+    needs("watch")
+    assert watch.without("subject-10", rounds=12) > 0.65, "one exercise of seven is 0.14"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ranking_beats_what_is_popular(needs) -> None:  # type: ignore[no-untyped-def]
+    needs("movielens-100k")
+    learned, popular = ranking.run()
+    assert learned > 2 * popular > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_language_beats_the_frequencies_of_words(needs) -> None:  # type: ignore[no-untyped-def]
+    needs("brown")
+    learned, frequencies = language.run()
+    assert learned < 0.8 * frequencies < 120
+
+
+def test_a_history_is_what_was_seen_before() -> None:
+    import numpy as np
+
+    made = ranking.histories(np.arange(30), 2)
+    assert made["label"].tolist() == [28, 29]
+    assert made["history"][1].tolist() == list(range(10, 30)), "films 9 to 28, numbered from 1"
+    assert ranking.histories(np.arange(2), 1)["history"][0].tolist() == [0] * 19 + [1]
+
+
+def test_examples_say_how_they_are_run() -> None:
+    for name in ("language", "ranking", "watch"):
+        assert f"python examples/{name}.py" in (importlib.import_module(f"examples.{name}").__doc__ or "")
