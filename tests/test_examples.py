@@ -1,11 +1,14 @@
 """The examples with real data learn: each ends with a number that guessing does not reach."""
 
 import importlib
+from types import ModuleType
 
+import numpy as np
 import pytest
 
+import shoal
 from examples import language, ranking, watch
-from shoal.data import load_federated
+from shoal.data import Examples, Federated, Population, load_federated
 from shoal.errors import DataError
 
 
@@ -47,9 +50,41 @@ def test_language_beats_the_frequencies_of_words(needs) -> None:  # type: ignore
     assert learned < 0.8 * frequencies < 120
 
 
-def test_a_history_is_what_was_seen_before() -> None:
-    import numpy as np
+def made_like(name: str) -> Federated:
+    """A handful of users in the form of the real data."""
+    rng = np.random.default_rng(0)
 
+    def examples(count: int) -> Examples:
+        words = rng.integers(0, 4_000, (count, language.ROW + 1), dtype=np.int32)
+        label = rng.integers(0, watch.EXERCISES, count, dtype=np.int32)
+        fields = {
+            "watch": {"window": rng.normal(size=(count, 100, 6)).astype(np.float32), "label": label},
+            "brown": {"word": words[:, :-1], "label": words[:, 1:]},
+            "movielens-100k": {"film": rng.integers(0, ranking.FILMS, count, dtype=np.int32)},
+        }
+        return Examples(fields[name])
+
+    train, test = (Population.from_arrays({f"user-{n}": examples(count) for n in range(10)}) for count in (6, 4))
+    if name == "watch":
+        test = Population.from_arrays({"subject-10": examples(6)})
+    return Federated(name=name, train=train, test=test, words=(), about="made")
+
+
+@pytest.mark.parametrize(
+    "example", [ranking, *(pytest.param(slow, marks=pytest.mark.slow) for slow in (watch, language))]
+)
+def test_examples_run_from_data_to_number(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shoal.data, "load_federated", made_like)
+    task = example.task.replace(rounds=shoal.RoundPolicy(goal=2, minimum_group=2))
+    monkeypatch.setattr(example, "task", task)
+    if example is watch:
+        assert 0 <= watch.without("subject-10", rounds=1) <= 1
+    else:
+        learned, guessed = example.run(rounds=1)
+        assert np.isfinite(learned) and np.isfinite(guessed)
+
+
+def test_a_history_is_what_was_seen_before() -> None:
     made = ranking.histories(np.arange(30), 2)
     assert made["label"].tolist() == [28, 29]
     assert made["history"][1].tolist() == list(range(10, 30)), "films 9 to 28, numbered from 1"

@@ -33,7 +33,7 @@ def open_data(
     has_users = not name or name in data.federated_names()
     if has_users and (split != DEFAULT_SPLIT or users != DEFAULT_USERS):
         where = f"in {name}" if name else "in its files"
-        raise ValueError(f"--split and --users are for data sets without users; the users of {text} are those {where}.")
+        raise ValueError(f"--split and --users are for {PREFIX}… without users; the users of {text} are those {where}.")
     if user_column and name:
         raise ValueError(f"--user-column is for files; {text} has none.")
     if not name:

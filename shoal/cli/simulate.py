@@ -91,18 +91,8 @@ def simulate(
     else:
         folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""
         watch.lap("plan")
-    go_on = command_line(
-        [
-            "shoal",
-            "simulate",
-            "--data",
-            data,
-            *_changed(split, users, held_out, user_column),
-            "--run",
-            folder,
-            "--resume",
-        ]
-    )
+    again = ["--data", data, *_changed(split, users, held_out, user_column), "--run", folder, "--resume"]
+    go_on = command_line(["shoal", "simulate", *again])
     from shoal.record.lock import only_writer
 
     with only_writer(folder):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from shoal.data import npz
+from shoal.data.rows import spec_of, stacked
 from shoal.data.store import Examples, Population, Spec, difference, num_examples
 from shoal.errors import DataError
 
@@ -75,7 +76,7 @@ def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
 def _one_each(files: dict[str, list[Path]], read: Read) -> Population:
     """A file is an example."""
     first = next(iter(files.values()))[0]
-    spec: Spec = {field: (array.shape, array.dtype.name) for field, array in _read(read, first).items()}
+    spec = spec_of(_read(read, first))
     view = _FilesView(files, read, spec, first)
     return Population({user: len(found) for user, found in files.items()}, view, spec=spec)
 
@@ -94,7 +95,7 @@ def _arrays(files: dict[str, list[Path]]) -> Population:
             here: Spec = {field: (shape[1:], dtype.name) for field, (shape, dtype) in layout.items()}
             spec = spec or here
             if problem := difference(here, spec):
-                raise DataError(f"{file} does not agree with {first}: {problem}.")
+                raise DataError(f"{file} is not like {first}: {problem}.")
     assert spec is not None
     return Population(sizes, _ArraysView(files), spec=spec)
 
@@ -117,17 +118,9 @@ class _FilesView:
     first: Path
 
     def __call__(self, user: str) -> Examples:
-        made: dict[str, np.ndarray] = {}
-        for number, file in enumerate(self.files[user]):
-            arrays = _read(self.read, file)
-            if problem := difference(
-                {field: (array.shape, array.dtype.name) for field, array in arrays.items()}, self.spec
-            ):
-                raise DataError(f"{file} does not agree with {self.first}: {problem}.")
-            for field, array in arrays.items():
-                rows = made.setdefault(field, np.empty((len(self.files[user]), *array.shape), array.dtype))
-                rows[number] = array
-        return Examples(made)
+        files = self.files[user]
+        rows = ((str(file), _read(self.read, file)) for file in files)
+        return stacked(rows, len(files), self.spec, like=str(self.first))
 
 
 def _read(read: Read, file: Path) -> dict[str, np.ndarray]:

@@ -22,6 +22,8 @@ from shoal.errors import DataError
 
 _IDX_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
+_MOST_BYTES = 1 << 29
+
 
 def read_members(path: Path, members: Sequence[str]) -> dict[str, bytes]:
     """Takes files out of a wheel (`.whl`), a Debian package (`.deb`), a packed tar archive or a folder.
@@ -38,14 +40,16 @@ def read_members(path: Path, members: Sequence[str]) -> dict[str, bytes]:
     """
     try:
         if path.is_dir():
-            return {_base(member): (path / _base(member)).read_bytes() for member in members}
+            return {_base(member): _read_file(path / _base(member)) for member in members}
         if path.suffix == ".deb":
             return _read_tar(io.BytesIO(_deb_data(path)), members)
         if path.name.endswith((".tgz", ".tar.gz", ".tar.bz2")):
             with open(path, "rb") as file:
                 return _read_tar(file, members)
         with zipfile.ZipFile(path) as archive:
-            return {_base(member): archive.read(member) for member in members}
+            return {
+                _base(member): archive.read(_bounded(member, archive.getinfo(member).file_size)) for member in members
+            }
     except (OSError, KeyError, ValueError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         wanted = ", ".join(_base(member) for member in members)
@@ -77,10 +81,23 @@ def _read_tar(raw: io.BufferedIOBase, members: Sequence[str]) -> dict[str, bytes
             if name in wanted and entry.isfile():
                 file = archive.extractfile(entry)
                 assert file is not None  # isfile() holds
+                _bounded(name, entry.size)
                 found[_base(name)] = file.read()
     if missing := [member for member in members if _base(member) not in found]:
         raise KeyError(f"{missing[0]} is not in it")
     return found
+
+
+def _read_file(path: Path) -> bytes:
+    _bounded(path.name, path.stat().st_size)
+    return path.read_bytes()
+
+
+def _bounded(member: str, size: int) -> str:
+    """The member's name, if it may be read whole: what is small when packed can be endless."""
+    if size > _MOST_BYTES:
+        raise ValueError(f"{member} has {size} bytes, more than {_MOST_BYTES}")
+    return member
 
 
 def _deb_data(path: Path) -> bytes:

@@ -56,8 +56,7 @@ def from_dataset(
     if not split:
         raise ValueError("Expected at least one user, got none.")
     first = next((int(indices[0]) for indices in split.values() if len(indices)), 0)
-    example = _example(dataset, fields, first)
-    spec: Spec = {name: (array.shape, array.dtype.name) for name, array in example.items()}
+    spec = spec_of(_example(dataset, fields, first))
     view = _RowsView(dataset, split, tuple(fields), spec)
     return Population({user: len(indices) for user, indices in split.items()}, view, spec=spec)
 
@@ -132,15 +131,25 @@ class _RowsView:
     spec: Spec
 
     def __call__(self, user: str) -> Examples:
-        indices = self.split[user]
-        made = {name: np.empty((len(indices), *shape), dtype) for name, (shape, dtype) in self.spec.items()}
-        for place, index in enumerate(indices):
-            example = _example(self.dataset, self.fields, int(index))
-            if problem := difference({name: (a.shape, a.dtype.name) for name, a in example.items()}, self.spec):
-                raise DataError(f"Example {index} of the data set is not like the first: {problem}.")
-            for name, array in example.items():
-                made[name][place] = array
-        return Examples(made)
+        indices = self.split[user].tolist()
+        rows = ((f"Example {index} of the data set", _example(self.dataset, self.fields, index)) for index in indices)
+        return stacked(rows, len(indices), self.spec, like="the first")
+
+
+def stacked(rows: Iterable[tuple[str, Mapping[str, np.ndarray]]], count: int, spec: Spec, *, like: str) -> Examples:
+    """So many rows, each with what it is called in an error, as one; DataError at the first that is not as `like`."""
+    made = {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in spec.items()}
+    for place, (what, row) in enumerate(rows):
+        if problem := difference(spec_of(row), spec):
+            raise DataError(f"{what} is not like {like}: {problem}.")
+        for name, array in row.items():
+            made[name][place] = array
+    return Examples(made)
+
+
+def spec_of(row: Mapping[str, np.ndarray]) -> Spec:
+    """What an example looks like, by one of them."""
+    return {name: (array.shape, array.dtype.name) for name, array in row.items()}
 
 
 def _example(dataset: Rows, fields: Sequence[str], index: int) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ def test_folders_of_users_folders(tmp_path: Path) -> None:
 def test_names_of_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"one of brown \| cifar-10 \| .* \| watch, got 'mnist'"):
         data_argument.open_data("name:mnist")
-    with pytest.raises(ValueError, match="--split and --users are for data sets without users"):
+    with pytest.raises(ValueError, match="--split and --users are for name:… without users"):
         data_argument.open_data("name:brown", users=5)
     with pytest.raises(ValueError, match="--user-column is for files"):
         data_argument.open_data("name:brown", user_column="who")

@@ -23,7 +23,7 @@ def test_the_arrays_of_a_user_are_joined(tmp_path: Path) -> None:
     assert made.sizes() == {"ann": 3, "ben": 3} and made.spec() == {"x": ((4,), "float32")}
     assert made["ann"].fields["x"][:, 0].tolist() == [2, 2, 1]
     np.savez(tmp_path / "ben" / "wednesday.npz", x=np.zeros((1, 5), np.float32))
-    with pytest.raises(DataError, match=r"wednesday.npz does not agree with .*monday.npz: field 'x' is float32 \(5,\)"):
+    with pytest.raises(DataError, match=r"wednesday.npz is not like .*monday.npz: field 'x' is float32 \(5,\)"):
         open_folders(tmp_path)
 
 
@@ -46,7 +46,7 @@ def test_pictures_by_class(tmp_path: Path, mode: str, channels: int) -> None:
 def test_pictures_that_do_not_fit_are_named(tmp_path: Path) -> None:
     picture(tmp_path / "ann" / "dog" / "1.png", 10)
     picture(tmp_path / "ann" / "dog" / "2.png", 10, size=(5, 5))
-    with pytest.raises(DataError, match=r"2.png does not agree with .*1.png: field 'image' is uint8 \(5, 5, 1\)"):
+    with pytest.raises(DataError, match=r"2.png is not like .*1.png: field 'image' is uint8 \(5, 5, 1\)"):
         open_folders(tmp_path)["ann"]
     (tmp_path / "ann" / "dog" / "2.png").write_bytes(b"rubbish")
     with pytest.raises(DataError, match=r"Cannot read .*2.png: UnidentifiedImageError"):

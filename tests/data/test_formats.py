@@ -127,3 +127,16 @@ def test_idx(dtype, code):
 def test_broken_idx_is_refused(raw, says):
     with pytest.raises(DataError, match=says):
         formats.read_idx(raw)
+
+
+def test_a_member_of_any_package_is_read_to_a_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "_MOST_BYTES", 4)
+    (tmp_path / "p.whl").write_bytes(wheel({"a": b"small", "b": b"odd"}))
+    (tmp_path / "p.tgz").write_bytes(tar({"a": b"small", "b": b"odd"}, "gz"))
+    (tmp_path / "folder").mkdir()
+    for name, content in {"a": b"small", "b": b"odd"}.items():
+        (tmp_path / "folder" / name).write_bytes(content)
+    for name in ("p.whl", "p.tgz", "folder"):
+        assert formats.read_members(tmp_path / name, ["b"]) == {"b": b"odd"}
+        with pytest.raises(DataError, match=r"does not give a: a has 5 bytes, more than 4"):
+            formats.read_members(tmp_path / name, ["a"])

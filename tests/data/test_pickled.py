@@ -102,6 +102,59 @@ def test_nothing_is_called_that_data_does_not_need(capsys: pytest.CaptureFixture
     assert capsys.readouterr().out == ""
 
 
+class Made:
+    """Pickled, it is a call with a state, whatever they are."""
+
+    def __init__(self, *made: object) -> None:
+        self._made = made
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return self._made
+
+
+_MAKE = np.array([0]).__reduce__()[0]
+_POINTER = (4096).to_bytes(8, "little")
+_HIDDEN = Made(np.dtype, ("V8", False, True), (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 1, 0))
+"""A record of one object that says of itself that it has none."""
+
+
+def array(*state: object) -> Made:
+    return Made(_MAKE, (np.ndarray, (0,), b"b"), (1, *state))
+
+
+@pytest.mark.parametrize(
+    ("trap", "says"),
+    [
+        (Made(np.ndarray, ((1,), np.dtype("O"), _POINTER)), "must come with its state"),
+        (array((1,), np.dtype("O"), False, _POINTER), "expected list to fill"),
+        (array((9,), np.dtype("O"), False, [1]), "expected list to fill"),
+        (array((9,), np.dtype("i8"), False, _POINTER), "expected bytes to fill"),
+        (array((-1,), np.dtype("i8"), False, b""), "expected a shape"),
+        (array((1,), _HIDDEN, False, _POINTER), "numbers or objects"),
+        (array((1,), Made(np.dtype, ("O8",), (3, "|", None, ("a",), {}, 8, 1, 0)), False, [1]), "got records"),
+        (np.array(["text"]), "numbers or objects, got 'U4'"),
+    ],
+)
+def test_bytes_are_never_taken_for_objects(trap: object, says: str) -> None:
+    with pytest.raises(DataError, match=says):
+        pickled.read_objects(objects({"X": trap}))
+
+
+def test_arrays_come_out_plain_in_either_byte_order() -> None:
+    nested = np.empty(2, object)
+    nested[:] = [np.arange(3, dtype=">i4"), {"deep": np.ones((2, 2), order="F")}]
+    made = pickled.read_objects(objects({"X": nested}))["X"]
+    assert type(made) is type(made[0]) is type(made[1]["deep"]) is np.ndarray
+    assert made[0].tolist() == [0, 1, 2] and made[1]["deep"].tolist() == [[1, 1], [1, 1]]
+
+
+def test_what_holds_itself_is_refused() -> None:
+    endless: list[object] = []
+    endless.append(endless)
+    with pytest.raises(DataError, match="recursion"):
+        pickled.read_objects(objects({"X": endless}))
+
+
 @pytest.mark.parametrize("raw", [b"", b"rubbish", objects([1])[:-4]])
 def test_broken_files_are_data_errors(raw: bytes) -> None:
     with pytest.raises(DataError, match=r"Expected a \.npy"):
