@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from shoal import data, errors, record, server, testing
     from shoal.aggregate.statistics import Measure
+    from shoal.algorithms.fedprox import fedprox
+    from shoal.algorithms.scaffold import scaffold
     from shoal.api import Model, load, read_statistics, simulate
     from shoal.local import LocalRule, Report
     from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
@@ -37,9 +39,11 @@ _HOMES = {
     "Task": "shoal.task",
     "Variables": "shoal.task",
     "evaluation": "shoal.task_evaluation",
+    "fedprox": "shoal.algorithms.fedprox",
     "from_safetensors": "shoal.weights",
     "load": "shoal.api",
     "read_statistics": "shoal.api",
+    "scaffold": "shoal.algorithms.scaffold",
     "simulate": "shoal.api",
     "statistics": "shoal.task_statistics",
 }
@@ -65,10 +69,12 @@ __all__ = [
     "data",
     "errors",
     "evaluation",
+    "fedprox",
     "from_safetensors",
     "load",
     "read_statistics",
     "record",
+    "scaffold",
     "server",
     "simulate",
     "statistics",

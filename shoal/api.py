@@ -12,6 +12,7 @@ import numpy as np
 from shoal.aggregate.statistics import read_results
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
+from shoal.local import is_of_model
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -118,10 +119,11 @@ class Model:
         return dict(evaluate(self._runner, self.plan.manifest, self._root, chosen))
 
     def save(self, path: Path | str) -> None:
-        """Writes the tensors as a safetensors file."""
+        """Writes the model as a safetensors file, without what an algorithm added to the line (`control/…`)."""
         from safetensors.numpy import save_file
 
-        save_file({name: np.asarray(value, order="C") for name, value in self.tensors.items()}, str(path))
+        chosen = {name: np.asarray(value, order="C") for name, value in self.tensors.items() if is_of_model(name)}
+        save_file(chosen, str(path))
 
     def _fields(self, fields: Mapping[str, np.ndarray] | np.ndarray) -> Mapping[str, np.ndarray]:
         if not isinstance(fields, np.ndarray):

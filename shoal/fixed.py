@@ -108,7 +108,8 @@ class SumSpec:
     bound: float
     """Largest absolute value of one element."""
     weighted: bool
-    """Whether a member's contribution is multiplied by its weight."""
+    """Whether a member's contribution is multiplied by its weight. The mean of a weighted `delta/…` is given to the server's
+    rule; the sum of one that is not is added to its tensor."""
 
     def __post_init__(self) -> None:
         validate.types(self)

@@ -65,11 +65,22 @@ class LocalRule:
     finish: Callable[[Named, Named], Report]
     """(carry, broadcast) -> report."""
     broadcast: tuple[TensorSpec, ...]
-    """What the server sends."""
+    """What the server sends, sorted by name: the model (`params/…`, `state/…`), and what the rule adds to it under a prefix of
+    its own, which begins as zeros and is no part of evaluation, prediction or export."""
     device_state: tuple[TensorSpec, ...]
     """What the device keeps; a device without it passes zeros."""
     sums: tuple[SumSpec, ...]
     """What is reported for summing, by flat name (`delta/params/…`, `metric/loss/numerator`)."""
+
+    @property
+    def model(self) -> tuple[TensorSpec, ...]:
+        """What is broadcast without what the rule adds to it."""
+        return tuple(spec for spec in self.broadcast if is_of_model(spec.name))
+
+
+def is_of_model(name: str) -> bool:
+    """Whether a tensor of a line is the task's own, not one that its local rule added (`control/…`)."""
+    return name.split("/", 1)[0] in ("params", "state")
 
 
 def seed_key(key: Any) -> jax.Array:

@@ -163,6 +163,8 @@ class Task:
     """Of the aggregator, as JSON."""
     rule: "Callable[[Task], LocalRule] | None" = None
     """Makes another local rule than `local.sgd_rule` of this task."""
+    algorithms: tuple[str, ...] = ()
+    """What has been made of it by `shoal.fedprox` and its siblings, in order."""
 
     def __post_init__(self) -> None:
         check_task_name(self.name)

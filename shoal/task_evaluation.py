@@ -14,7 +14,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from shoal import validate
-from shoal.local import LocalRule, Named, Report, evaluate_bounds, evaluator, metric_sums, model_specs
+from shoal.local import LocalRule, Named, Report, evaluate_bounds, evaluator, local_rule, metric_sums, model_specs
 from shoal.policy import Late, RoundPolicy, ServerRule
 from shoal.task import Task
 
@@ -76,6 +76,6 @@ def evaluation_rule(task: Task, max_examples: int) -> LocalRule:
         return Report({}, carry["weight"], {name: carry[f"metric/{name}"] for name in sums}, {})
 
     return LocalRule(
-        begin=begin, block=block, finish=finish, broadcast=model_specs(task), device_state=(),
+        begin=begin, block=block, finish=finish, broadcast=local_rule(task).broadcast, device_state=(),
         sums=metric_sums(bounds, max_examples),
     )  # fmt: skip

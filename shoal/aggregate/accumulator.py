@@ -96,6 +96,10 @@ class Accumulator:
             if values[f"{name}/denominator"]
         }
 
+    def is_weighted(self, name: str) -> bool:
+        """Whether a member's part in this sum was multiplied by its weight."""
+        return self._weighted[name]
+
     def mean_steps(self) -> float:
         """What the mean update is multiplied by: the members' mean steps where updates are divided by them, else 1."""
         return self._scalar(STEPS) / self.weight if STEPS in self.totals else 1.0

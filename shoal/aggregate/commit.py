@@ -1,5 +1,8 @@
 """From a group's sums to the next version: mean, server rule, blobs. Piece by piece, so that it takes no memory.
 
+A tensor takes a step along the *mean* of its updates; one whose sum is not weighted (`SumSpec.weighted`) has the *sum* of
+them added, whoever reported and however late, and no other rule: SCAFFOLD's control variate is such a sum.
+
 A tensor is read (memory-mapped), stepped and written in pieces of `fixed.CHUNK` elements; beyond the sums themselves a
 commit of any size holds a few megabytes. Tensors that are not averaged (frozen, private) keep their blob.
 """
@@ -72,8 +75,10 @@ class WeightedMean:
         blobs: Blobs,
     ) -> dict[str, Entry]:
         total, fixed = sums.totals[f"delta/{entry.spec.name}"], sums.fixed[f"delta/{entry.spec.name}"]
-        rule = self._rule if _is_param(entry) else ServerRule()  # statistics take the plain mean
-        times = sums.mean_steps() if _is_param(entry) else 1.0
+        is_mean = sums.is_weighted(f"delta/{entry.spec.name}")
+        is_learned = _is_param(entry) and is_mean
+        rule = self._rule if is_learned else ServerRule()  # statistics take the plain mean
+        times, divisor = sums.mean_steps() if is_learned else 1.0, sums.weight if is_mean else 1
         names = {slot: f"{slot}/{entry.spec.name}" for slot in slots(rule)}
         specs = {"value": entry.spec} | {
             slot: TensorSpec(name=name, shape=entry.spec.shape, dtype="float32") for slot, name in names.items()
@@ -83,7 +88,7 @@ class WeightedMean:
         writers = {part: blobs.writer() for part in specs}
         flat = total.reshape(-1)
         for piece in _pieces(flat.size):
-            mean = times * read(flat[piece], fixed, divisor=sums.weight)
+            mean = times * read(flat[piece], fixed, divisor=divisor)
             slot_values = {
                 slot: olds[slot][piece].astype(np.float64)
                 if slot in olds
@@ -97,7 +102,7 @@ class WeightedMean:
 
     def _commit_program(self, sums: Accumulator, model: Index, state: Index, blobs: Blobs) -> tuple[Index, Index]:
         assert self._call is not None
-        plain = WeightedMean(ServerRule()).commit(_only(sums, "delta/state/"), model, Index(()), blobs)[0]
+        plain = WeightedMean(ServerRule()).commit(_but_for(sums, "delta/params/"), model, Index(()), blobs)[0]
         learned = [entry for entry in plain if f"delta/{entry.spec.name}" in sums.totals and _is_param(entry)]
         values = {f"model/{entry.spec.name}": blobs.view(entry.hash, entry.spec) for entry in learned}
         means = {f"mean/{entry.spec.name}": _mean(sums, entry.spec.name) for entry in learned}
@@ -132,8 +137,8 @@ def _mean(sums: Accumulator, name: str) -> np.ndarray:
     return (sums.mean_steps() * read(sums.totals[key], sums.fixed[key], divisor=sums.weight)).astype(np.float32)
 
 
-def _only(sums: Accumulator, prefix: str) -> Accumulator:
+def _but_for(sums: Accumulator, prefix: str) -> Accumulator:
     # A view of some of the totals: the others' tensors then keep their blob.
     chosen = object.__new__(Accumulator)
-    chosen.__dict__.update(sums.__dict__, totals={n: t for n, t in sums.totals.items() if n.startswith(prefix)})
+    chosen.__dict__.update(sums.__dict__, totals={n: t for n, t in sums.totals.items() if not n.startswith(prefix)})
     return chosen

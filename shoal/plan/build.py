@@ -111,10 +111,11 @@ def _refuse_other_sums(rule: LocalRule, programs: Sequence[Program]) -> None:
 
 
 def initial_model(task: Task, rule: LocalRule, *, seed: int) -> Tensors:
-    """Version 0 of the task's line, in the manifest's order."""
+    """Version 0 of the task's line, in the manifest's order; what the rule adds to the model begins as zeros."""
     variables = task.variables(jax.random.key(seed))
     flat = named(variables.params, "params") | named(variables.state, "state")
-    return {spec.name: np.asarray(flat[spec.name]) for spec in rule.broadcast}
+    zeros = {spec.name: np.zeros(spec.shape, spec.numpy_dtype) for spec in rule.broadcast if spec.name not in flat}
+    return {spec.name: np.asarray((flat | zeros)[spec.name]) for spec in rule.broadcast}
 
 
 def _training(task: Task) -> Training:

@@ -10,6 +10,7 @@ from shoal import server
 from shoal.aggregate import commit as module
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import WeightedMean
+from shoal.aggregate.patch import replay
 from shoal.errors import QuorumNotReached
 from shoal.fixed import SumSpec
 from shoal.policy import ServerRule
@@ -73,6 +74,46 @@ def test_statistics_take_the_mean_and_what_is_not_averaged_stays() -> None:
     assert [e.hash for e in after if e.spec.name == "params/frozen"] == [
         e.hash for e in before if e.spec.name == "params/frozen"
     ]
+
+
+def added(updates: list[tuple[float, int, float]]) -> Accumulator:
+    """Sums of a mean and of an added tensor, of (value, weight, discount)."""
+    sums = [
+        SumSpec(tensor=TensorSpec(name=f"delta/{name}", shape=(2,), dtype="float32"), bound=8.0, weighted=is_weighted)
+        for name, is_weighted in (("control/w", False), ("params/w", True))
+    ]
+    made = Accumulator(sums, bits=64, max_weight=16, max_members=8)
+    for value, weight, discount in updates:
+        pieces = ((spec.tensor.name, 0, np.full(2, value, np.float32)) for spec in sums)
+        made.add_checked(pieces, weight=weight, discount=discount)
+    return made
+
+
+ADDED = tuple(TensorSpec(name=name, shape=(2,), dtype="float32") for name in ("control/w", "params/w"))
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: f"{rule.kind}-{rule.momentum}")
+def test_a_sum_without_weights_is_added_as_it_is(rule: ServerRule) -> None:
+    """Whatever the rule, the weights, and the age of an update."""
+    blobs, sums = MemoryStore().blobs, added([(0.5, 3, 1.0), (0.25, 5, 0.5)])
+    model = put_tensors(blobs, {spec.name: np.ones(2, np.float32) for spec in ADDED}, ADDED)
+    after, state = WeightedMean(rule).commit(sums, model, Index(()), blobs)
+    np.testing.assert_array_equal(view_tensors(blobs, after)["control/w"], np.full(2, 1.75, np.float32))
+    assert not any(entry.spec.name.endswith("control/w") for entry in state)
+
+
+def test_late_updates_of_added_tensors_are_patched_in_with_the_bits_of_a_run_in_time() -> None:
+    blobs = MemoryStore().blobs
+    model = put_tensors(blobs, {spec.name: np.ones(2, np.float32) for spec in ADDED}, ADDED)
+    rounds = [[(0.3, 3, 1.0), (0.1, 2, 1.0)], [(0.7, 1, 1.0)]]
+    late = added(rounds[0][:1])
+    late.merge_all(added(rounds[0][1:]))
+    rule = WeightedMean(server.adam(0.1))
+    patched = replay(rule, (model, Index(())), [late, added(rounds[1])], blobs)
+    in_time = (model, Index(()))
+    for updates in rounds:
+        in_time = rule.commit(added(updates), *in_time, blobs)
+    assert [index.root for index in patched] == [index.root for index in in_time]
 
 
 def test_no_update_is_no_commit() -> None:

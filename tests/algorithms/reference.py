@@ -1,0 +1,109 @@
+"""The algorithms as their papers write them, in NumPy and float64, on the problem of `problem.py`.
+
+They share with the programs the order of the examples and nothing else. A model is {"w": (D, E), "b": (E,)}.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from shoal.fleet.configuration import round_seed
+from shoal.fleet.host import run_seed
+from shoal.plan.train import member_randomness
+from tests.algorithms.problem import BATCH, EPOCHS, RATE, SEED, population
+
+Model = dict[str, np.ndarray]
+Batch = tuple[np.ndarray, np.ndarray]
+Cohorts = Sequence[Sequence[str]]
+LocalUpdate = Callable[[Model, list[Batch], str, int], Model]
+"""(model, batches, member, version) -> the model that the member reached"""
+
+
+def gradient(model: Model, batch: Batch) -> Model:
+    """Of the mean of 1/2 |x w + b - y|^2."""
+    x, y = batch
+    rest = x @ model["w"] + model["b"] - y
+    return {"w": x.T @ rest / len(x), "b": rest.mean(axis=0)}
+
+
+def plus(one: Model, other: Model, times: float = 1.0) -> Model:
+    return {name: one[name] + times * other[name] for name in one}
+
+
+def minus(one: Model, other: Model) -> Model:
+    return plus(one, other, -1.0)
+
+
+def scaled(model: Model, times: float) -> Model:
+    return {name: times * value for name, value in model.items()}
+
+
+def batches(version: int, member: str) -> list[Batch]:
+    return list(_batches(version, member))
+
+
+def _batches(version: int, member: str) -> Iterator[Batch]:
+    examples, rng = population()[member], member_randomness(round_seed(run_seed(SEED), version), member).rng
+    for _ in range(EPOCHS):
+        order = rng.permutation(len(examples))
+        for first in range(0, len(order), BATCH):
+            chosen = examples.take(order[first : first + BATCH])
+            yield chosen["x"].astype(np.float64), chosen["y"].astype(np.float64)
+
+
+def sgd(model: Model, given: list[Batch]) -> Model:
+    for batch in given:
+        model = plus(model, gradient(model, batch), -RATE)
+    return model
+
+
+def averaged(
+    model: Model, cohorts: Cohorts, local: LocalUpdate, *, uniform: bool = False, server_rate: float = 1.0
+) -> Model:
+    """McMahan et al. 2017, algorithm 1: the mean of what members reached, by examples or all alike."""
+    for version, cohort in enumerate(cohorts):
+        updates, weights = [], []
+        for member in cohort:
+            given = batches(version, member)
+            updates.append(minus(local(model, given, member, version), model))
+            weights.append(1 if uniform else sum(len(x) for x, _ in given))
+        for update, weight in zip(updates, weights, strict=True):
+            model = plus(model, update, server_rate * weight / sum(weights))
+    return model
+
+
+def fedavg(model: Model, cohorts: Cohorts) -> Model:
+    return averaged(model, cohorts, lambda received, given, member, version: sgd(received, given))
+
+
+def fedprox(model: Model, cohorts: Cohorts, *, mu: float) -> Model:
+    """Li et al. 2020, equation 2, by SGD."""
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        reached = received
+        for batch in given:
+            step = plus(gradient(reached, batch), minus(reached, received), mu)
+            reached = plus(reached, step, -RATE)
+        return reached
+
+    return averaged(model, cohorts, local)
+
+
+def scaffold(model: Model, cohorts: Cohorts, *, devices: int) -> Model:
+    """Karimireddy et al. 2020, algorithm 1, option II, global step size 1."""
+    c = scaled(model, 0.0)
+    controls: dict[str, Model] = {}
+    for version, cohort in enumerate(cohorts):
+        reached, changes = [], []
+        for member in cohort:
+            own, y, given = controls.get(member, scaled(model, 0.0)), model, batches(version, member)
+            for batch in given:
+                y = plus(y, plus(minus(gradient(y, batch), own), c), -RATE)
+            after = plus(minus(own, c), minus(model, y), 1.0 / (len(given) * RATE))
+            changes.append(minus(after, own))
+            controls[member] = after
+            reached.append(minus(y, model))
+        for update, change in zip(reached, changes, strict=True):
+            model = plus(model, update, 1.0 / len(cohort))
+            c = plus(c, change, 1.0 / devices)
+    return {**model, **{f"control/{name}": value for name, value in c.items()}}
