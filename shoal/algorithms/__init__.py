@@ -14,6 +14,6 @@ A task stays what it was, a loss and settings; an algorithm changes one of the f
       update that is not weighted is *added* to its tensor, that of a weighted one is averaged: see `aggregate/commit.py`;
     * the server's rule (`reptile`).
 
-Nothing here runs a round. What comes out is a task like any other: its plan runs in simulation, on a fleet, and under a
-virtual clock unchanged. What goes together with what is in `compose.py`; `docs/algorithms.md` has the table.
+Nothing here runs a round. What comes out is a task like any other: its plan runs in simulation and on a fleet unchanged (a
+virtual fleet takes those whose devices keep nothing). What goes together with what is in `compose.py`; `docs/algorithms.md` has the table.
 """
