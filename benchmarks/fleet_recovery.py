@@ -131,7 +131,7 @@ def _judge(folder: Path, record: Path) -> dict[str, Any]:
         sys.exit("the line has a gap")
     simulated = folder / "simulated"
     subprocess.run(
-        [sys.executable, "-m", "shoal", "simulate", TASK, "--data", str(folder / "data"), "--rounds", str(last), "--run", str(simulated)],
+        [sys.executable, "-m", "shoal", "simulate", TASK, "--backend", "sequential", "--data", str(folder / "data"), "--rounds", str(last), "--run", str(simulated)],
         check=True, capture_output=True,
     )  # fmt: skip
     with open_run(simulated) as found:

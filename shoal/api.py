@@ -22,8 +22,9 @@ from shoal.record.retention import Retention
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
 from shoal.record.tensor_blobs import view_tensors
-from shoal.simulate.engine import RoundResult, Simulation
+from shoal.simulate.engine import BackendName, RoundResult, Simulation
 from shoal.simulate.engine import simulate as run_simulation
+from shoal.simulate.layout import use_all_cores
 from shoal.task import Task
 from shoal.tensors import Tensors
 
@@ -37,6 +38,7 @@ def simulate(
     held_out: Examples | Mapping[str, np.ndarray] | None = None,
     evaluate_every: int = 1,
     folder: Path | str | None = None,
+    backend: BackendName = "fused",
     on_round: Callable[[RoundResult], None] = lambda result: None,
 ) -> Simulation:
     """Trains a task on simulated devices; the run is kept in a folder.
@@ -49,6 +51,8 @@ def simulate(
         held_out: examples on which versions are evaluated.
         evaluate_every: versions between two evaluations; the last one is always evaluated.
         folder: the run folder; None: a temporary one, that is gone when the program ends. It must not hold a run yet.
+        backend: `fused`: the cohort in one compiled program; `sequential`: much slower, one member after the other, with
+            the bits of a fleet.
         on_round: told of each committed round.
 
     Returns:
@@ -57,6 +61,7 @@ def simulate(
     Raises:
         DataError: fewer members than a round needs, or examples that do not fit the task.
     """
+    use_all_cores()
     members = population if isinstance(population, Population) else Population.from_arrays(population)
     examples = held_out if held_out is None or isinstance(held_out, Examples) else Examples(dict(held_out))
     with tempfile.TemporaryDirectory() as temporary:
@@ -65,7 +70,7 @@ def simulate(
         try:
             result = run_simulation(
                 task, members, rounds=rounds, store=store, seed=seed, held_out=examples, evaluate_every=evaluate_every,
-                folder=chosen, on_round=on_round,
+                folder=chosen, backend=backend, on_round=on_round,
             )  # fmt: skip
         finally:
             store.close()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shoal.cli.run_summary import RunSummary
     from shoal.data import Examples, Population
     from shoal.simulate.engine import RoundResult, Simulation
+    from shoal.task import Task
 
 EPILOG = options.examples(
     "shoal simulate task.py --data name:digits --split dirichlet:0.3 --users 100 --rounds 10",
@@ -50,16 +51,24 @@ def simulate(
     evaluate_every: Annotated[
         int, typer.Option("--evaluate-every", min=1, help="Versions between two evaluations.")
     ] = 1,
+    backend: Annotated[
+        str,
+        typer.Option("--backend", help="fused: a cohort in one program; sequential: slower, with the bits of a fleet."),
+    ] = "fused",
     run: options.RunFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run in --run.")] = False,
     json: options.AsJson = False,
 ) -> None:
     """Train a task on simulated devices.
 
-    Each round draws members of the population, lets them train one after another by the very programs that a fleet
-    runs, and commits the next version. The run is kept in a folder and can be taken up again.
+    Each round draws members of the population, lets them train, all in one compiled program, and commits the next version
+    by the very code of a fleet. The run is kept in a folder and can be taken up again: with TASK as fast as before,
+    without it by the run's own copy of the task, one member after the other.
     """  # fmt: skip
     from shoal.cli import data_argument, run_folder
+    from shoal.cli.task_argument import load_task
+    from shoal.simulate.layout import use_all_cores
+    from shoal.validate import one_of
 
     screen, watch = Screen(json=json), Stopwatch()
     if virtual is not None:
@@ -77,10 +86,10 @@ def simulate(
         raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
     if resume and (goal or seed):
         raise ValueError("With --resume --goal and --seed are those of the run: leave them out.")
-    if resume and task:
-        screen.say(f"the run has its own copy of the task: {task} is not read")
+    one_of(("fused", "sequential"), backend=backend)
     if not resume and not (task and rounds):
         raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
+    use_all_cores()
     population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
     examples = data_argument.open_held_out(held_out, data_text=data, user_column=user_column)
     watch.lap("data")
@@ -88,16 +97,19 @@ def simulate(
     if resume:
         found = run_folder.existing_run(run, kind="simulate")
         folder, run_id = found.path, found.run.id
+        made = load_task(task) if task else None  # how large its rounds are is the run's affair
     else:
-        folder, run_id = _begin(task, rounds or 0, seed, goal, run, screen), ""
+        made = _with_goal(load_task(task), goal, screen)
+        folder, run_id = _begin(made, rounds or 0, seed, run), ""
         watch.lap("plan")
     again = ["--data", data, *_changed(split, users, held_out, user_column), "--run", folder, "--resume"]
-    go_on = command_line(["shoal", "simulate", *again])
+    go_on = command_line(["shoal", "simulate", *([task] if task else []), *again])
     from shoal.record.lock import only_writer
 
     with only_writer(folder):
         _train(
-            folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on, asked=bool(held_out)
+            folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on, asked=bool(held_out),
+            task=made if backend == "fused" else None,
         )  # fmt: skip
 
 
@@ -123,24 +135,25 @@ def _virtually(
     )  # fmt: skip
 
 
-def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None, screen: Screen) -> Path:
+def _with_goal(task: "Task", goal: int | None, screen: Screen) -> "Task":
+    from shoal.simulate.engine import with_goal
+
+    if not goal:
+        return task
+    if goal < task.rounds.minimum_group:
+        screen.say(f"the smallest group is lowered from {task.rounds.minimum_group} to {goal}: fit for simulation only")
+    return with_goal(task, goal)
+
+
+def _begin(task: "Task", rounds: int, seed: int, run: Path | None) -> Path:
     """Builds the plan and begins the run; returns its folder."""
     from shoal.cli import run_folder
-    from shoal.cli.task_argument import load_task
     from shoal.fleet.host import begin_run
     from shoal.fleet.keys import HostKeys
     from shoal.plan.build import build
     from shoal.record.sqlite import open_store
-    from shoal.simulate.engine import with_goal
 
-    task = load_task(text)
     folder = run_folder.new_folder(run, task.name)
-    if goal:
-        if goal < task.rounds.minimum_group:
-            screen.say(
-                f"the smallest group is lowered from {task.rounds.minimum_group} to {goal}: fit for simulation only"
-            )
-        task = with_goal(task, goal)
     built = build(task, seed=seed)
     plan = built.plan.sign(HostKeys.load_or_make(folder).signing)
     store = open_store(folder)
@@ -153,7 +166,7 @@ def _begin(text: str, rounds: int, seed: int, goal: int | None, run: Path | None
 
 def _train(
     folder: Path, run_id: str, rounds: int, population: "Population", examples: "Examples | None", evaluate_every: int,
-    screen: Screen, watch: Stopwatch, go_on_with: str, *, asked: bool,
+    screen: Screen, watch: Stopwatch, go_on_with: str, *, asked: bool, task: "Task | None",
 ) -> None:  # fmt: skip
     from shoal.cli.run_summary import summarize
     from shoal.plan.run_plan import load_plan
@@ -178,7 +191,7 @@ def _train(
             with told:
                 made = go_on(
                     store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every,
-                    folder=folder, on_round=on_round,
+                    folder=folder, on_round=on_round, task=task,
                 )  # fmt: skip
         except KeyboardInterrupt:
             version = store.last_version(run_id)

@@ -143,6 +143,10 @@ class Population:
                 raise ValueError(f"User {user!r} does not agree with user {first!r}: {problem}.")
         return Population({u: len(e) for u, e in made.items()}, made.__getitem__, spec=made[first].spec())
 
+    def whole(self) -> tuple[Examples, Mapping[str, np.ndarray]] | None:
+        """The one array that all users hold parts of, and user id -> indices; None where there is none such."""
+        return (self._fetch.examples, self._fetch.split) if isinstance(self._fetch, _SplitView) else None
+
     @property
     def ids(self) -> tuple[str, ...]:
         """The user ids, in order."""

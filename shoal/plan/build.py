@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from shoal.errors import PlanError
 from shoal.local import (
     LocalRule,
     Named,
@@ -80,6 +81,16 @@ def build(task: Task, *, seed: int = 0) -> Built:
         half=half,
     )
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
+
+
+def refuse_other_task(task: Task, plan: Plan) -> None:
+    """Raises PlanError unless the task trains as the plan says."""
+    made = {program.hash for program, _ in _training_programs(task, local_rule(task))}
+    if not made <= {program.hash for program in plan.manifest.programs}:
+        raise PlanError(
+            f"Task {task.name!r} is not the one that this run was begun with: its training programs are others. Give the "
+            "task as it was, or leave it out to go on with the run's own copy."
+        )
 
 
 def _traces(task: Task) -> dict[str, Callable[[], Any]]:

@@ -72,13 +72,7 @@ def train(
     """
     randomness = member_randomness(seed, member)
     training = manifest.training
-    most = training.max_examples // training.epochs
-    if training.whole_batches:
-        most = most // training.batch_size * training.batch_size
-    if why := obstacle(training, len(examples)):
-        hint = f" {HEED_THE_MASK}" if training.whole_batches and len(examples) else ""
-        raise DataError(f"{member!r} cannot take part in task {manifest.task!r}: it has {why}.{hint}")
-    chosen = _at_most(_part(conform(examples, manifest), training), most, randomness.rng)
+    chosen = chosen_examples(conform(examples, manifest), manifest, randomness.rng, member=member)
     blocks = Blocks(
         chosen,
         batch_size=training.batch_size,
@@ -106,6 +100,22 @@ def train(
     # FedNova: a device's weight is that of its data, however many steps it took.
     weight = update.weight if is_whole else min(blocks.num_examples, training.max_weight)
     return replace(update, weight=weight, seconds={**update.seconds, "data": data_s})
+
+
+def chosen_examples(examples: Examples, manifest: Manifest, rng: np.random.Generator, *, member: str) -> Examples:
+    """Those that a member trains on: the task's part of them, and no more than one update may use.
+
+    Raises:
+        DataError: the member cannot take part.
+    """
+    training = manifest.training
+    most = training.max_examples // training.epochs
+    if training.whole_batches:
+        most = most // training.batch_size * training.batch_size
+    if why := obstacle(training, len(examples)):
+        hint = f" {HEED_THE_MASK}" if training.whole_batches and len(examples) else ""
+        raise DataError(f"{member!r} cannot take part in task {manifest.task!r}: it has {why}.{hint}")
+    return _at_most(_part(examples, training), most, rng)
 
 
 def no_state(manifest: Manifest) -> Tensors:

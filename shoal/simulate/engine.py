@@ -1,8 +1,9 @@
 """Simulation: the members' part of a round in this process, the server's part by the very code of a fleet.
 
-This first engine is the *sequential* backend: it calls the plan's own programs, one member at a time, and closes a round
-with the same accumulator, server rule and record as a Coordinator. Given the same members it therefore commits the same
-bits as a fleet (rule 7). `reference.py` is the readable loop that it is held against.
+The members train by a backend (`backends.py`): fused into one program, or one after the other by the plan's own programs.
+A round is closed with the same accumulator, server rule and record as a Coordinator's; so the sequential backend commits the
+same bits as a fleet (rule 7 of the design), and the fused one agrees to rounding. `reference.py` is the readable loop
+that both are held against.
 """
 
 import logging
@@ -10,32 +11,39 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from shoal.aggregate.choose import aggregator_of
 from shoal.data.store import Examples, Population
-from shoal.errors import DataError, StoreError, UpdateRefused
+from shoal.errors import DataError, StoreError
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
-from shoal.plan.build import build
-from shoal.plan.evaluate_version import evaluate_version, hand_over
+from shoal.local import local_rule
+from shoal.plan.build import build, refuse_other_task
+from shoal.plan.evaluate_version import evaluate_version
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.left_out import EMPTY, HEED_THE_MASK, left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.runner import Runner
-from shoal.plan.train import train
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import view_tensors
+from shoal.simulate.backends import Attempt, Backend, Cohorts, FusedCohorts, Sequential
+from shoal.simulate.cohort import Stage
+from shoal.simulate.convolutions import faster_convolutions
+from shoal.simulate.fused import Fused, Layout
+from shoal.simulate.layout import cache, cached, choose, key_of
 from shoal.task import Task
 from shoal.tensors import Tensors
 
 log = logging.getLogger("shoal.simulate")
+
+BackendName = Literal["fused", "sequential"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ def simulate(
     held_out: Examples | None = None,
     evaluate_every: int = 1,
     folder: Path | None = None,
+    backend: BackendName = "fused",
     on_round: Callable[[RoundResult], None] = lambda result: None,
 ) -> Simulation:
     """Trains a task on simulated devices.
@@ -84,6 +93,7 @@ def simulate(
         held_out: examples on which versions are evaluated.
         evaluate_every: versions between two evaluations; the last is always evaluated.
         folder: the run folder, for the keys and to say where it is.
+        backend: `fused`: the cohort in one program, fast; `sequential`: one member after the other, with the bits of a fleet.
         on_round: told of each committed round.
 
     Raises:
@@ -94,8 +104,9 @@ def simulate(
     plan = built.plan.sign(keys.signing)
     run_id = begin_run(store, plan, built.model, kind="simulate", rounds=rounds, seed=seed)
     return go_on(
-        store, run_id, population, held_out=held_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round
-    )
+        store, run_id, population, held_out=held_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round,
+        task=task if backend == "fused" else None,
+    )  # fmt: skip
 
 
 def go_on(
@@ -109,13 +120,15 @@ def go_on(
     folder: Path | None = None,
     on_round: Callable[[RoundResult], None] = lambda result: None,
     runner: Runner | None = None,
+    task: Task | None = None,
 ) -> Simulation:
     """Runs a simulation from where its record stands to its last version. Arguments as for `simulate`.
 
     `rounds`, if given, is in the run's config from now on. `runner` is one of the run's plan, where there is one already.
+    `task` is the run's: with it the cohort trains in one program; without, by the programs of the run's plan.
 
     Raises:
-        StoreError: members keep state between rounds, and the run is taken up in the middle.
+        StoreError: the task is not that of the run; or members keep state between rounds, and the run is taken up in the middle.
     """
     found = load_plan(store, run_id)
     taken = take_up(store, run_id, time_s=time.time())
@@ -133,17 +146,21 @@ def go_on(
         members = _members(found.plan.manifest, population)
         if held_out is not None and not found.plan.manifest.variants("evaluate"):
             raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
+        runner = runner or JaxRunner(found.plan)
+        to_do = max(0, last - taken.last.version)
+        backend = _backend(store, run_id, found.plan, population, runner, task, rounds=to_do)
         engine = _Engine(
-            store, run_id, found.plan, population, members, runner=runner or JaxRunner(found.plan),
-            seed=int(found.config["seed"]), head=taken.last,
+            store, run_id, found.plan, members, runner=runner, backend=backend, seed=int(found.config["seed"]),
+            head=taken.last, last=last,
         )  # fmt: skip
         engine.next_round = taken.next_round
-        while engine.head.version < last:
-            evaluated = (
-                held_out if (engine.head.version + 1) % evaluate_every == 0 or engine.head.version + 1 == last else None
-            )
-            history.append(engine.round(evaluated))
-            on_round(history[-1])
+        try:
+            while engine.head.version < last:
+                version = engine.head.version + 1
+                history.append(engine.round(held_out if version % evaluate_every == 0 or version == last else None))
+                on_round(history[-1])
+        finally:
+            backend.close()
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         store.set_status(run_id, "stopped" if stopped else "failed", time_s=time.time())
@@ -153,30 +170,78 @@ def go_on(
     return Simulation(run_id, folder, model, engine.head.version, tuple(history))
 
 
+def _backend(
+    store: Store, run_id: str, plan: Plan, population: Population, runner: Runner, task: Task | None, *, rounds: int
+) -> Backend:
+    config = store.run(run_id).config
+    if task is None:
+        if "engine" in config:
+            log.warning("without its task, members train one after the other: slower, and with other last bits")
+        return Sequential(runner, plan.manifest, population)
+    refuse_other_task(task, plan)
+    stage, manifest = Stage(population, plan.manifest), plan.manifest
+    rule = local_rule(task.replace(loss=faster_convolutions(task.loss)))
+
+    def made(layout: Layout) -> Fused:
+        return Fused(rule, manifest, layout)
+
+    def make(attempt: Attempt) -> Fused:
+        kept = config.get("engine")
+        if isinstance(kept, Mapping):
+            return made(Layout.from_json(kept))
+        fused = _fastest(manifest, attempt, made, rounds=rounds)
+        store.set_config(run_id, {**store.run(run_id).config, "engine": fused.layout.to_json()})
+        return fused
+
+    return FusedCohorts(make, stage)
+
+
+def _fastest(manifest: Manifest, attempt: Attempt, made: Callable[[Layout], Fused], *, rounds: int) -> Fused:
+    """The engine with the layout of an earlier trial, or of one that is made now if it is worth it."""
+    members = len(attempt.round.members)
+    key = key_of(manifest, members)
+    if (known := cached(key)) is not None:
+        return made(known)
+    engines: dict[Layout, Fused] = {}
+
+    def seconds_with(layout: Layout) -> float:
+        engines[layout] = made(layout)
+        attempt(engines[layout])  # compiles
+        begun = time.perf_counter()
+        attempt(engines[layout])
+        return time.perf_counter() - begun
+
+    trial = choose(members, rounds, seconds_with)
+    if len(trial.seconds) > 1:
+        cache(key, trial.layout)
+        tried = ", ".join(f"{layout} {seconds:.3g} s" for layout, seconds in trial.seconds.items())
+        log.info("a round of %d members takes %s; kept for this program and machine", members, tried)
+    return engines[trial.layout]
+
+
 class _Engine:
-    """The sequential backend."""
+    """The rounds, whatever trains the members."""
 
     def __init__(
         self,
         store: Store,
         run_id: str,
         plan: Plan,
-        population: Population,
         members: Sequence[str],
         *,
         runner: Runner,
+        backend: Backend,
         seed: int,
         head: CommitRow,
+        last: int,
     ) -> None:
-        self.store, self.run_id, self.plan, self.population, self.head = store, run_id, plan, population, head
+        self.store, self.run_id, self.plan, self.head, self.last = store, run_id, plan, head, last
         self.members = members
-        self.runner = runner
+        self.runner, self.backend = runner, backend
         self.seed = run_seed(seed)
-        self.states: dict[str, Tensors] = {}
         self.next_round = 1
         half = plan.manifest.server
         self.aggregator = aggregator_of(half.aggregator, half.rule, half.options, call=self.runner.call)
-        self.compile_s = self.runner.compile()
 
     @property
     def manifest(self) -> Manifest:
@@ -186,24 +251,13 @@ class _Engine:
         """One round: select, train, sum, commit, evaluate."""
         begun, wall_s = time.perf_counter(), time.time()
         number, version = self.next_round, self.head.version
-        configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
-        members = self.select(configuration)
-        root = hand_over(self.runner, self.store, self.head)
-        sums = configuration.accumulator(self.manifest)
-        seconds: dict[str, float] = {}
-        for member in members:
-            try:
-                update = train(
-                    self.runner, self.manifest, root, self.population[member], self.states.get(member),
-                    seed=configuration.seed, member=member,
-                )  # fmt: skip
-                sums.add(update.sums, weight=update.weight)
-            except (DataError, UpdateRefused, ValueError) as error:
-                raise DataError(f"Member {member!r} cannot be used: {error} Mend its data, or leave it out.") from error
-            if update.device_state:
-                self.states[member] = update.device_state
-            for phase, value in update.seconds.items():
-                seconds[phase] = seconds.get(phase, 0.0) + value
+        configuration, members = self.cohort(number, version)
+        following = self.cohort(number + 1, version + 1) if version + 1 < self.last else None
+        cohorts = Cohorts(configuration, members)
+        if following is not None:
+            cohorts = replace(cohorts, next_seed=following[0].seed, next_members=following[1])
+        trained = self.backend.train(cohorts, self.head.model.root, view_tensors(self.store.blobs, self.head.model))
+        sums, seconds = trained.sums, trained.seconds
         commit_begun = time.perf_counter()
         model, server_state = self.aggregator.commit(sums, self.head.model, self.head.server_state, self.store.blobs)
         row = CommitRow(
@@ -212,12 +266,15 @@ class _Engine:
         )  # fmt: skip
         prefix = self.manifest.server.metrics_prefix
         metrics = {f"{prefix}/{name}": value for name, value in sums.metrics().items()}
-        if self.compile_s:
-            seconds["compile"], self.compile_s = self.compile_s, 0.0
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
         metrics |= self.evaluate(held_out) if held_out is not None else {}
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
+
+    def cohort(self, number: int, version: int) -> tuple[Configuration, tuple[str, ...]]:
+        """The configuration of the round that starts from a version, and who is in it."""
+        configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
+        return configuration, self.select(configuration)
 
     def select(self, configuration: Configuration) -> tuple[str, ...]:
         """The cohort: the exact ids, or drawn at random from the run's seed and the version."""

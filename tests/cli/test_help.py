@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,16 +77,11 @@ def test_every_command_but_groups_knows_json() -> None:
 
 
 @pytest.mark.integration
-def test_starting_imports_nothing_heavy_and_is_quick() -> None:
+def test_starting_imports_nothing_heavy() -> None:
     heavy = ("jax", "grpc", "sqlalchemy", "matplotlib", "numpy", "flax", "optax", "cryptography")
     source = f"import sys, shoal.cli.main; print([m for m in {heavy} if m in sys.modules])"
-    took_s = []
-    for _ in range(3):
-        begun_s = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
-        took_s.append(time.perf_counter() - begun_s)
-        assert done.stdout.strip() == "[]"
-    assert min(took_s) < 1.0  # 0.1 s on an idle machine; the goal is 0.4
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_ctrl_c_while_it_is_loaded_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,9 @@ def test_a_run_goes_on_to_the_same_model_as_one_without_a_break(place: Path, tmp
     data = ("--data", place / "users", "--held-out", place / "test.npz")
     whole = shoal("simulate", place / "line.py", *data, "--rounds", 4, "--run", tmp_path / "whole", "--json")
     assert shoal("simulate", place / "line.py", *data, "--rounds", 2, "--run", tmp_path / "parts").code == 0
-    rest = shoal("simulate", *data, "--run", tmp_path / "parts", "--resume", "--rounds", 4, "--json")
+    rest = shoal(
+        "simulate", place / "line.py", *data, "--run", tmp_path / "parts", "--resume", "--rounds", 4, "--json"
+    )  # fmt: skip
     assert rest.code == 0 and "going on from version 2" in rest.err, rest
     with open_run(tmp_path / "whole") as a, open_run(tmp_path / "parts") as b:
         roots = [run.store.get_commit(run.id, 4).model.root for run in (a, b)]

@@ -1,0 +1,133 @@
+"""What trains a cohort: `Sequential`, the plan's own programs as a device runs them, or `FusedCohorts`, one program for all.
+
+Given the same members `Sequential` commits the same bits as a fleet (rule 7 of the design); `FusedCohorts` agrees to
+rounding, many times faster. Both leave the sums of the cohort in an `Accumulator`; what follows is the fleet's own code.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from shoal.aggregate.accumulator import Accumulator
+from shoal.data.store import Population
+from shoal.errors import DataError, UpdateRefused
+from shoal.fleet.configuration import Configuration
+from shoal.plan.manifest import Manifest
+from shoal.plan.runner import Runner
+from shoal.plan.train import train
+from shoal.simulate.cohort import Cohort, Stage
+from shoal.simulate.fused import Fused
+from shoal.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Cohorts:
+    """Who trains in a round; and in the next, where there is one, so that it can be made ready meanwhile."""
+
+    configuration: Configuration
+    members: tuple[str, ...]
+    next_seed: bytes = b""
+    next_members: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A cohort that has trained."""
+
+    sums: Accumulator
+    seconds: dict[str, float]
+    """By phase."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Trains cohorts; keeps what members keep between rounds."""
+
+    def train(self, round: "Cohorts", root: str, model: Tensors) -> Trained:
+        """Trains a cohort on the model with that root. Raises DataError naming a member that cannot be used."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Sequential:
+    """One member after the other, by a `Runner`."""
+
+    def __init__(self, runner: Runner, manifest: Manifest, population: Population) -> None:
+        self._runner, self._manifest, self._population = runner, manifest, population
+        self._states: dict[str, Tensors] = {}
+        self._compile_s = runner.compile()
+
+    def train(self, round: Cohorts, root: str, model: Tensors) -> Trained:
+        if not self._runner.has_model(root):
+            self._runner.set_model(root, model)
+        sums = round.configuration.accumulator(self._manifest)
+        seconds = {"compile": self._compile_s} if self._compile_s else {}
+        self._compile_s = 0.0
+        for member in round.members:
+            try:
+                update = train(
+                    self._runner, self._manifest, root, self._population[member], self._states.get(member),
+                    seed=round.configuration.seed, member=member,
+                )  # fmt: skip
+                sums.add(update.sums, weight=update.weight)
+            except (DataError, UpdateRefused, ValueError) as error:
+                raise DataError(f"Member {member!r} cannot be used: {error} Mend its data, or leave it out.") from error
+            if update.device_state:
+                self._states[member] = update.device_state
+            for phase, value in update.seconds.items():
+                seconds[phase] = seconds.get(phase, 0.0) + value
+        return Trained(sums, seconds)
+
+    def close(self) -> None:
+        """Nothing to do: the runner is the caller's."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A cohort that can be trained with any engine, again and again: nothing is kept of it."""
+
+    round: Cohorts
+    cohort: Cohort
+    states: Sequence[Tensors | None]
+    root: str
+    model: Tensors
+
+    def __call__(self, fused: Fused) -> tuple[Accumulator, list[Tensors]]:
+        """Its sums, and what each member keeps."""
+        return fused.sums(
+            self.round.configuration, self.round.members, self.cohort, self.states, root=self.root, model=self.model
+        )
+
+
+class FusedCohorts:
+    """All members in one program; the next cohort is made ready meanwhile."""
+
+    def __init__(self, make: Callable[[Attempt], Fused], stage: Stage) -> None:
+        """`make` makes the engine when the first cohort is at hand."""
+        self._make, self._stage = make, stage
+        self._fused: Fused | None = None
+        self._states: dict[str, Tensors] = {}
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="shoal-stage")
+        self._ahead: tuple[bytes, Future[Cohort]] | None = None
+
+    def train(self, round: Cohorts, root: str, model: Tensors) -> Trained:
+        members = round.members
+        cohort = self._cohort(round.configuration.seed, members)
+        if round.next_members:
+            made = self._beside.submit(self._stage.cohort, round.next_members, round.next_seed)
+            self._ahead = (round.next_seed, made)
+        attempt = Attempt(round, cohort, [self._states.get(member) for member in members], root, model)
+        if self._fused is None:
+            self._fused = self._make(attempt)
+        sums, kept = attempt(self._fused)
+        self._states |= {member: state for member, state in zip(members, kept, strict=True) if state}
+        return Trained(sums, self._fused.take_seconds())
+
+    def close(self) -> None:
+        self._beside.shutdown(cancel_futures=True)
+
+    def _cohort(self, seed: bytes, members: tuple[str, ...]) -> Cohort:
+        ahead, self._ahead = self._ahead, None
+        return ahead[1].result() if ahead is not None and ahead[0] == seed else self._stage.cohort(members, seed)

@@ -1,0 +1,283 @@
+"""The fused engine: a cohort's whole training, its exact sums and its checks in one compiled program.
+
+    model, pool, indices, counts, keys ──> one program ──> int64 sums, weights, checks
+
+    for each chunk of V members (a loop; the mesh's devices each have their share of the members)
+        begin                                     V at once (vmap), or one
+        for each step until the longest of the V is done   (a loop whose length is data, not shape)
+            gather the batch from the pool, block
+        finish, round(weight x value x 2^-exponent) to int64, add      rule 3 of the design
+
+Memory is bounded by the chunk, not by the cohort. How many members go together, and over how many devices, is a
+`Layout`: settings of speed alone (`layout.py` finds them), by which results differ no more than by rounding. Sums are the
+integers of an `Accumulator`; the server's part of a round is the very code of a fleet.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shoal.aggregate.accumulator import Accumulator
+from shoal.fixed import STEPS
+from shoal.fleet.configuration import Configuration
+from shoal.local import LocalRule, Named, Report
+from shoal.plan.manifest import Manifest
+from shoal.simulate.cohort import Cohort, padded, refuse
+from shoal.tensors import Tensors
+
+AXIS: Final = "members"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How a cohort is laid out over the machine."""
+
+    devices: int
+    """JAX devices that share the members."""
+    together: int
+    """Members that a device trains at once; 1: one after the other."""
+
+    def __str__(self) -> str:
+        devices = "1 device" if self.devices == 1 else f"{self.devices} devices"
+        return f"{devices}, {self.together} at once"
+
+    def to_json(self) -> dict[str, int]:
+        return {"devices": self.devices, "together": self.together}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Layout":
+        """Raises TypeError for anything that `to_json` would not have written."""
+        return cls(**data)
+
+
+@dataclass(eq=False)
+class Fused:
+    """Trains cohorts. Compiles once for each size of cohort (members, steps and examples are rounded up)."""
+
+    rule: LocalRule
+    manifest: Manifest
+    layout: Layout
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Phase -> seconds since the last `take_seconds`."""
+    _compiled: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _model: tuple[str, Named] | None = None
+    _pool: tuple[Tensors, Named] | None = None
+
+    def __post_init__(self) -> None:
+        devices = jax.devices()[: self.layout.devices]
+        mesh = Mesh(np.array(devices), (AXIS,))
+        self._whole, self._shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
+        self._mesh = mesh
+
+    def sums(
+        self,
+        configuration: Configuration,
+        members: Sequence[str],
+        cohort: Cohort,
+        states: Sequence[Tensors | None],
+        *,
+        root: str,
+        model: Tensors,
+    ) -> tuple[Accumulator, list[Tensors]]:
+        """The sums of a cohort, and what each member keeps.
+
+        Args:
+            configuration: of the round.
+            members: names, for what is said of them.
+            cohort: their examples.
+            states: what each has kept.
+            root: hash of the model.
+            model: what they start from.
+
+        Raises:
+            DataError: a member's update is not finite or out of bounds.
+        """
+        begun = time.perf_counter()
+        sums = configuration.accumulator(self.manifest)
+        number, steps, pool = self._sizes(cohort)
+        grown = padded(cohort, members=number, steps=steps, pool=pool)
+        inputs = (
+            self._model_on_devices(root, model),
+            self._pool_on_devices(cohort.pool, grown.pool),
+            {n: jax.device_put(v, self._shared) for n, v in self._states(states, number).items()},
+            *(jax.device_put(values, self._shared) for values in (grown.indices, grown.counts, grown.keys)),
+            {name: np.float64(2.0**-fixed.exponent) for name, fixed in sums.fixed.items()},
+        )
+        staged = time.perf_counter()
+        with jax.enable_x64(True):
+            program = self._program(inputs, (number, steps, pool))
+            compiled = time.perf_counter()
+            totals, weights, largest, kept = jax.device_get(program(*inputs))
+        done = time.perf_counter()
+        for phase, value in (("data", staged - begun), ("compile", compiled - staged), ("compute", done - compiled)):
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + value
+        count = len(members)
+        self._check(members, sums, weights[:count], {n: values[:count] for n, values in largest.items()})
+        for name, total in totals.items():
+            sums.totals[name][...] = total
+        sums.weight, sums.members = int(np.sum(weights[:count], dtype=np.int64)), count
+        return sums, [{name: np.array(values[i]) for name, values in kept.items()} for i in range(count)]
+
+    def take_seconds(self) -> dict[str, float]:
+        """Where the time went since this was asked last, by phase."""
+        taken, self.seconds = self.seconds, {}
+        return taken
+
+    # Sizes, and what is on the devices.
+
+    def _sizes(self, cohort: Cohort) -> tuple[int, int, int]:
+        members, steps, _ = cohort.indices.shape
+        each = self.layout.devices * self.layout.together
+        pool = len(next(iter(cohort.pool.values())))
+        is_held = self._pool is not None and self._pool[0] is cohort.pool
+        return -(-members // each) * each, ladder(steps), pool if is_held else ladder(pool)
+
+    def _model_on_devices(self, root: str, model: Tensors) -> Named:
+        if self._model is None or self._model[0] != root:
+            self._model = root, {name: jax.device_put(value, self._whole) for name, value in model.items()}
+        return self._model[1]
+
+    def _pool_on_devices(self, pool: Tensors, grown: Tensors) -> Named:
+        if self._pool is None or self._pool[0] is not pool:
+            self._pool = pool, {name: jax.device_put(value, self._whole) for name, value in grown.items()}
+        return self._pool[1]
+
+    def _states(self, states: Sequence[Tensors | None], number: int) -> Tensors:
+        made = {spec.name: np.zeros((number, *spec.shape), spec.numpy_dtype) for spec in self.manifest.device_state}
+        for row, state in enumerate(states):
+            for name, value in (state or {}).items():
+                made[name][row] = value
+        return made
+
+    # The program.
+
+    def _program(self, inputs: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
+        if sizes not in self._compiled:
+            self._compiled[sizes] = jax.jit(self._sharded()).lower(*inputs).compile()
+        return self._compiled[sizes]
+
+    def _sharded(self) -> Callable[..., Any]:
+        whole, shared = PartitionSpec(), PartitionSpec(AXIS)
+        return jax.shard_map(
+            self._share,
+            mesh=self._mesh,
+            in_specs=(whole, whole, shared, shared, shared, shared, whole),
+            out_specs=(whole, shared, shared, shared),
+            check_vma=False,
+        )
+
+    def _share(
+        self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any, scales: Named
+    ) -> tuple[Named, Any, Named, Named]:
+        """One device's share of the members: chunk after chunk."""
+        together = self.layout.together
+        chunks = jax.tree.map(
+            lambda values: values.reshape(-1, together, *values.shape[1:]), (states, indices, counts, keys)
+        )
+        zeros = {spec.tensor.name: jnp.zeros(spec.tensor.shape, jnp.int64) for spec in self.manifest.sums}
+
+        def chunk(totals: Named, given: tuple[Named, Any, Any, Any]) -> tuple[Named, tuple[Any, Named, Named]]:
+            with jax.enable_x64(False):
+                report, takes_part = self._train(model, pool, *given)
+            reported = flat_sums(report)
+            added = {}
+            for spec in self.manifest.sums:
+                name = spec.tensor.name
+                weight = report.weight.astype(jnp.float64) if spec.weighted else jnp.ones((together,), jnp.float64)
+                times = jnp.where(takes_part, weight * scales[name][None], 0.0)
+                added[name] = totals[name] + _rounded(reported[name], times)
+            largest = {name: _largest(values) for name, values in reported.items()}
+            if STEPS in reported:
+                largest["fewest steps"] = reported[STEPS].reshape(together)
+            return added, (jnp.where(takes_part, report.weight, 0), largest, report.device_state)
+
+        totals, collected = jax.lax.scan(chunk, zeros, chunks)
+        weights, largest, kept = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), collected)
+        return jax.lax.psum(totals, AXIS), weights, largest, kept
+
+    def _train(
+        self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any
+    ) -> tuple[Report, Any]:
+        """The members of one chunk: (reports (V, …), which of them take part (V,))."""
+        rule, together = self.rule, self.layout.together
+        if together == 1:
+            report, takes_part = self._train_one(
+                model, pool, *jax.tree.map(lambda values: values[0], (states, indices, counts, keys))
+            )
+            return jax.tree.map(lambda value: value[None], report), takes_part[None]
+        steps = jnp.max(jnp.sum(counts > 0, axis=1, dtype=jnp.int32))
+        carry = jax.vmap(rule.begin, in_axes=(None, 0), axis_size=together)(model, states)
+
+        def step(number: Any, carry: Named) -> Named:
+            at = jax.lax.dynamic_index_in_dim(indices, number, axis=1, keepdims=False)
+            batches, mask = _batch(pool, at, jax.lax.dynamic_index_in_dim(counts, number, axis=1, keepdims=False))
+            batches = {name: values[:, None] for name, values in batches.items()}
+            made: Named = jax.vmap(rule.block)(carry, batches, mask[:, None], keys)
+            return made
+
+        carry = jax.lax.fori_loop(0, steps, step, carry)
+        reports: Report = jax.vmap(rule.finish, in_axes=(0, None))(carry, model)
+        return reports, jnp.any(counts > 0, axis=1)
+
+    def _train_one(
+        self, model: Named, pool: Named, state: Named, indices: Any, counts: Any, key: Any
+    ) -> tuple[Report, Any]:
+        rule = self.rule
+
+        def step(number: Any, carry: Named) -> Named:
+            at = jax.lax.dynamic_index_in_dim(indices, number, keepdims=False)
+            batches, mask = _batch(pool, at, jax.lax.dynamic_index_in_dim(counts, number, keepdims=False))
+            return rule.block(carry, {name: values[None] for name, values in batches.items()}, mask[None], key)
+
+        steps = jnp.sum(counts > 0, dtype=jnp.int32)
+        carry = jax.lax.fori_loop(0, steps, step, rule.begin(model, state))
+        return rule.finish(carry, model), steps > 0
+
+    def _check(self, members: Sequence[str], sums: Accumulator, weights: np.ndarray, largest: Tensors) -> None:
+        refuse(members, (weights >= 1) & (weights <= sums.max_weight), f"its weight is not in [1, {sums.max_weight}].")
+        for name, fixed in sums.fixed.items():
+            refuse(members, np.isfinite(largest[name]), f"{name} holds NaN or infinity.")
+            refuse(
+                members, largest[name] <= fixed.bound,
+                f"{name} has an element above the bound {fixed.bound:g}, which is a setting of the task.",
+            )  # fmt: skip
+        if "fewest steps" in largest:
+            refuse(members, largest["fewest steps"] >= 1, "it took no step.")
+
+
+def flat_sums(report: Report) -> Named:
+    """What a report adds, by flat name."""
+    made = {f"{kind}/{name}": value for kind, tensors in report.sums.items() for name, value in tensors.items()}
+    return made | {f"metric/{name}": value for name, value in report.metrics.items()}
+
+
+def ladder(size: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …: few sizes, none more than a quarter too large."""
+    if size <= 8:
+        return max(1, size)
+    unit = 1 << (size - 1).bit_length() - 3
+    return -(-size // unit) * unit
+
+
+def _batch(pool: Named, indices: Any, counts: Any) -> tuple[Named, Any]:
+    """(fields (…, B, …), mask (…, B)): of each row of indices the first `counts` count."""
+    mask = jax.lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1) < counts[..., None]
+    return {name: jnp.take(values, indices, axis=0, mode="clip") for name, values in pool.items()}, mask
+
+
+def _rounded(values: Any, times: Any) -> Any:
+    """sum over V of round(value x times), as `fixed.add` rounds; those that do not take part add nothing."""
+    times = times.reshape(-1, *(1 for _ in values.shape[1:]))
+    scaled = jnp.rint(values.astype(jnp.float64) * times)
+    return jnp.sum(jnp.where(times != 0, scaled, 0.0).astype(jnp.int64), axis=0)
+
+
+def _largest(values: Any) -> Any:
+    """(V,): the largest absolute value; NaN where there is one."""
+    return jnp.max(jnp.abs(values.reshape(values.shape[0], -1)), axis=1, initial=0.0)

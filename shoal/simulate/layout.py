@@ -1,0 +1,124 @@
+"""How a cohort is laid out over this machine, found by a short trial of the cohort itself.
+
+On a CPU the choice is between one device that takes all threads and one device a core, and between members one after the
+other (small working sets, plain convolutions) and several at once (larger matrix products). None is best for all models:
+the trial trains a part of the first cohort with each and keeps the fastest. It is made only where it pays (`WORTH`), and its
+result is kept in the user's cache for this program on this kind of machine, and in the run's config.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import jax
+
+from shoal.plan.compile_cache import cache_folder
+from shoal.plan.manifest import Manifest
+from shoal.simulate.fused import Layout
+from shoal.tensors import sha256
+
+log = logging.getLogger("shoal.simulate")
+
+WORTH: Final = 20
+"""A trial is made where the run is expected to take so many times as long as a trial does."""
+COMPILE_S: Final = 3.0
+"""What the compilation of one candidate is taken to cost."""
+
+
+def use_all_cores() -> None:
+    """Makes each core of a CPU a JAX device, where JAX has not started yet."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        jax.config.update("jax_num_cpu_devices", cores)
+    except RuntimeError:
+        log.debug("JAX has started already: its %d devices are used", len(jax.devices()))
+
+
+def default(members: int) -> Layout:
+    """What is tried first: on a CPU a device a core, members one after the other; elsewhere all at once."""
+    devices = min(len(jax.devices()), members)
+    return Layout(devices=devices, together=1 if jax.default_backend() == "cpu" else -(-members // devices))
+
+
+def candidates(members: int) -> Iterator[Layout]:
+    """The others, at most five."""
+    seen = {default(members)}
+    for devices in dict.fromkeys((min(len(jax.devices()), members), 1)):
+        share = -(-members // devices)
+        for together in (1, 4, share) if jax.default_backend() == "cpu" else (share, -(-share // 4)):
+            layout = Layout(devices=devices, together=min(together, share))
+            if layout not in seen:
+                seen.add(layout)
+                yield layout
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of it."""
+
+    layout: Layout
+    seconds: Mapping[Layout, float]
+    """Layout -> seconds for the cohort, of those that were tried."""
+
+
+def choose(
+    members: int,
+    rounds: int,
+    seconds_with: Callable[[Layout], float],
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Trial:
+    """The fastest layout for so many rounds of such a cohort.
+
+    Args:
+        members: of the cohort.
+        rounds: that are still to be run.
+        seconds_with: trains the cohort with a layout, compiled before, and says how long that took.
+        clock: seconds.
+    """
+    first = default(members)
+    found = {first: seconds_with(first)}
+    others = list(candidates(members))
+    if rounds * found[first] < WORTH * len(others) * (COMPILE_S + 2 * found[first]):
+        return Trial(first, found)
+    begun = clock()
+    for layout in others:
+        found[layout] = seconds_with(layout)
+        if clock() - begun > rounds * found[first] / WORTH:
+            break
+    return Trial(min(found, key=lambda layout: found[layout]), found)
+
+
+def cached(key: str) -> Layout | None:
+    """The layout of an earlier trial; None where there is none that can be used."""
+    try:
+        layout = Layout.from_json(json.loads(_file(key).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+    return layout if layout.devices <= len(jax.devices()) else None
+
+
+def cache(key: str, layout: Layout) -> None:
+    """Keeps it for the next time, where the cache can be written."""
+    path = _file(key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.write_text(json.dumps(layout.to_json()))
+    except OSError as error:
+        log.debug("the layout could not be kept: %s", error)
+
+
+def key_of(manifest: Manifest, members: int) -> str:
+    """What a trial's result is good for: these programs, a cohort of that size, this machine and JAX."""
+    programs = sorted(program.hash for program in manifest.programs if program.name in ("begin", "block", "finish"))
+    here = [jax.__version__, jax.default_backend(), len(jax.devices()), os.cpu_count()]
+    return sha256(json.dumps([programs, members, here]).encode())
+
+
+def _file(key: str) -> Path:
+    return cache_folder() / "layouts" / f"{key[:32]}.json"

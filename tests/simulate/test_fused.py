@@ -1,0 +1,168 @@
+"""The fused engine: what the sequential one computes, whatever the layout, cohort, sizes and kind of population."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import shoal
+from examples import one_task
+from shoal.data.store import Examples, Population
+from shoal.errors import DataError, PlanError
+from shoal.record.memory import MemoryStore
+from shoal.simulate import engine
+from shoal.simulate.engine import Simulation, go_on, simulate
+from shoal.simulate.fused import Layout, ladder
+from tests.simulate.test_engine import population, task
+
+LAYOUTS = [Layout(devices=d, together=t) for d, t in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2))]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(engine, "cached", lambda key: None)
+    monkeypatch.setattr(engine, "cache", lambda key, layout: None)
+    yield
+
+
+def use(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cached", lambda key: layout)
+
+
+def same(one: Simulation, other: Simulation, *, atol: float = 1e-6) -> None:
+    assert [r.members for r in one.history] == [r.members for r in other.history]
+    for name, value in one.model.items():
+        np.testing.assert_allclose(other.model[name], value, rtol=1e-5, atol=atol, err_msg=name)
+    for before, after in zip(one.history, other.history, strict=True):
+        assert before.metrics.keys() == after.metrics.keys()
+        for name, metric in before.metrics.items():
+            assert after.metrics[name] == pytest.approx(metric, rel=1e-4, abs=1e-5), name
+
+
+def run(chosen: shoal.Task, members: Population, backend: Any, *, rounds: int = 3, seed: int = 1) -> Simulation:
+    return simulate(chosen, members, rounds=rounds, store=MemoryStore(), seed=seed, backend=backend)
+
+
+def in_one_array(members: Population) -> Population:
+    """The same users, as parts of one array."""
+    whole = Examples.concatenate([members[user] for user in members])
+    ends = np.cumsum(list(members.sizes().values()))
+    return Population.from_split(
+        whole, {user: np.arange(end - len(members[user]), end) for user, end in zip(members, ends, strict=True)}
+    )
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "fednova": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, epochs=3, partial="fednova")},
+    "few examples": {"local": shoal.Local(optimizer=optax.adam(0.1), batch_size=2, epochs=2, max_examples=6)},
+    "uniform": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=3, weighting="uniform")},
+    "whole batches": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, drop_remainder=True)},
+    "held out": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, holdout=0.3)},
+    "private": {"leaves": {"params/b": "private"}},
+    "frozen": {"leaves": {"params/b": "frozen"}},
+}
+
+
+@functools.cache
+def sequential(case: str) -> Simulation:
+    return run(task(**CASES[case]), population(), "sequential")
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
+def test_it_does_what_the_sequential_engine_does(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = list(CASES)[number]
+    use(LAYOUTS[-1 - number % 2], monkeypatch)
+    members = in_one_array(population()) if number % 3 else population()
+    same(sequential(case), run(task(**CASES[case]), members, "fused"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_it_does_so_with_any_layout(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(layout, monkeypatch)
+    same(sequential("plain"), run(task(), population(), "fused"))
+
+
+def test_a_model_with_state_and_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = run(one_task.task, one_task.population(), "sequential", rounds=2)
+    for layout in (Layout(devices=1, together=1), Layout(devices=2, together=2)):
+        use(layout, monkeypatch)
+        same(slow, run(one_task.task, one_task.population(), "fused", rounds=2), atol=1e-5)
+
+
+def test_a_run_taken_up_has_the_bits_and_the_layout_of_one_that_was_not_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    use(Layout(devices=2, together=2), monkeypatch)
+    whole = simulate(task(), population(), rounds=4, store=MemoryStore(), seed=3)
+    halted = MemoryStore()
+
+    def halt(result: Any) -> None:
+        if result.version == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        simulate(task(), population(), rounds=4, store=halted, seed=3, on_round=halt)
+    use(Layout(devices=1, together=1), monkeypatch)
+    run_id = halted.runs()[0].id
+    resumed = go_on(halted, run_id, population(), task=task())
+    for name, value in whole.model.items():
+        np.testing.assert_array_equal(resumed.model[name], value, err_msg=name)
+    assert halted.run(run_id).config["engine"] == {"devices": 2, "together": 2}
+
+
+def test_another_task_than_the_run_has_is_refused() -> None:
+    store = MemoryStore()
+    simulate(task(), population(), rounds=1, store=store)
+    other = task(local=shoal.Local(optimizer=optax.sgd(0.2), batch_size=4, epochs=2, steps_per_block=2))
+    with pytest.raises(PlanError, match="not the one that this run was begun with"):
+        go_on(store, store.runs()[0].id, population(), rounds=2, task=other)
+
+
+def nothing_finite(params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
+    return jnp.sum(batch["x"] * params["w"][:, 0][None, :], axis=1) / jnp.where(batch["y"] > 5, 0.0, 1.0)
+
+
+def test_a_member_whose_update_is_of_no_use_is_named() -> None:
+    users = {user: dict(examples.fields) for user, examples in population(4).items()}
+    users["m2"]["y"] = np.full_like(users["m2"]["y"], 9)
+    rounds = shoal.RoundPolicy(goal=4, minimum_group=3)
+    with pytest.raises(DataError, match=r"'m2' cannot be used: .* NaN or infinity"):
+        run(task(loss=nothing_finite, rounds=rounds), Population.from_arrays(users), "fused")
+
+
+def test_an_update_above_the_bound_is_refused() -> None:
+    local = shoal.Local(optimizer=optax.sgd(1e7), batch_size=4)
+    with pytest.raises(DataError, match="above the bound"):
+        run(task(local=local), population(), "fused")
+
+
+def test_fields_that_do_not_fit_are_refused() -> None:
+    members = Population.from_arrays({f"m{i}": {"x": np.zeros((3, 3), np.float32)} for i in range(4)})
+    with pytest.raises(DataError, match="reads field 'y'"):
+        run(task(), members, "fused")
+
+
+@given(st.integers(1, 1 << 40))
+def test_sizes_are_rounded_up_by_a_quarter_at_most(size: int) -> None:
+    assert size <= ladder(size) <= max(8, size * 1.25)
+    assert ladder(ladder(size)) == ladder(size)
+
+
+def test_there_are_few_sizes() -> None:
+    assert len({ladder(size) for size in range(1, 100_000)}) < 70
+
+
+def test_a_large_cohort_takes_no_more_sums_than_fit() -> None:
+    rounds = shoal.RoundPolicy(goal=30, minimum_group=3)
+    chosen = task(rounds=rounds, local=dataclasses.replace(task().local, epochs=1))
+    made = run(chosen, population(40), "fused", rounds=1)
+    assert made.version == 1 and len(made.history[0].members) == 30
