@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shoal.task import Local, Loss, Sum, Task, Variables
     from shoal.task_evaluation import evaluation
     from shoal.task_statistics import statistics
-    from shoal.weights import from_safetensors
+    from shoal.weights import from_safetensors, to_safetensors
 
 _HOMES = {
     "About": "shoal.policy",
@@ -46,6 +46,7 @@ _HOMES = {
     "scaffold": "shoal.algorithms.scaffold",
     "simulate": "shoal.api",
     "statistics": "shoal.task_statistics",
+    "to_safetensors": "shoal.weights",
 }
 _MODULES = ("data", "errors", "record", "server", "testing")
 
@@ -79,6 +80,7 @@ __all__ = [
     "simulate",
     "statistics",
     "testing",
+    "to_safetensors",
 ]
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from shoal.aggregate.statistics import read_results
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
-from shoal.local import is_of_model
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -27,6 +26,7 @@ from shoal.simulate.engine import simulate as run_simulation
 from shoal.simulate.layout import use_all_cores
 from shoal.task import Task
 from shoal.tensors import Tensors
+from shoal.weights import to_safetensors
 
 
 def simulate(
@@ -123,12 +123,9 @@ class Model:
         chosen = examples if isinstance(examples, Examples) else Examples(dict(examples))
         return dict(evaluate(self._runner, self.plan.manifest, self._root, chosen))
 
-    def save(self, path: Path | str) -> None:
-        """Writes the model as a safetensors file, without what an algorithm added to the line (`control/…`)."""
-        from safetensors.numpy import save_file
-
-        chosen = {name: np.asarray(value, order="C") for name, value in self.tensors.items() if is_of_model(name)}
-        save_file(chosen, str(path))
+    def save(self, path: Path | str, *, bare: bool = False) -> None:
+        """Writes the model as a safetensors file; see `shoal.to_safetensors`."""
+        to_safetensors(self.tensors, path, bare=bare)
 
     def _fields(self, fields: Mapping[str, np.ndarray] | np.ndarray) -> Mapping[str, np.ndarray]:
         if not isinstance(fields, np.ndarray):

@@ -240,6 +240,16 @@ class Task:
         made: Self = from_flax(cls, module, loss=loss, batch=batch, **settings)
         return made
 
+    @classmethod
+    def from_equinox(
+        cls, module: Any, *, loss: str | Callable[..., Any], batch: Mapping[str, Any], **settings: Any
+    ) -> Self:
+        """A task from an Equinox module in one line; see `shoal.task_equinox.from_equinox`."""
+        from shoal.task_equinox import from_equinox
+
+        made: Self = from_equinox(cls, module, loss=loss, batch=batch, **settings)
+        return made
+
 
 def _slots(leaves: Mapping[str, LeafRule]) -> list[str]:
     return [f"leaves[{pattern!r}]" for pattern in leaves]

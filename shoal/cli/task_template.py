@@ -33,7 +33,7 @@ class Net(nnx.Module):
 task = shoal.Task.from_flax(
     lambda rngs: Net(rngs),
     name="NAME",
-    # A name of shoal.task_flax.LOSSES, or your own: (outputs, labels) -> one loss for each example.
+    # A name of shoal.task_supervised.LOSSES, or your own: (outputs, labels) -> one loss for each example.
     loss="softmax_cross_entropy",
     # The fields of one example: name -> (shape, type). uint8 images are divided by 255 for you.
     batch={"image": ((8, 8, 1), "uint8"), "label": ((), "int32")},
