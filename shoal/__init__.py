@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from shoal import data, errors, record, server, testing
     from shoal.aggregate.statistics import Measure
+    from shoal.algorithms.compression import compressed
     from shoal.algorithms.fedprox import fedprox
+    from shoal.algorithms.per_fedavg import per_fedavg
+    from shoal.algorithms.reptile import reptile
     from shoal.algorithms.scaffold import scaffold
     from shoal.api import Model, load, read_statistics, simulate
     from shoal.local import LocalRule, Report
@@ -38,11 +41,14 @@ _HOMES = {
     "Sum": "shoal.task",
     "Task": "shoal.task",
     "Variables": "shoal.task",
+    "compressed": "shoal.algorithms.compression",
     "evaluation": "shoal.task_evaluation",
     "fedprox": "shoal.algorithms.fedprox",
     "from_safetensors": "shoal.weights",
     "load": "shoal.api",
+    "per_fedavg": "shoal.algorithms.per_fedavg",
     "read_statistics": "shoal.api",
+    "reptile": "shoal.algorithms.reptile",
     "scaffold": "shoal.algorithms.scaffold",
     "simulate": "shoal.api",
     "statistics": "shoal.task_statistics",
@@ -67,14 +73,17 @@ __all__ = [
     "Task",
     "Variables",
     "__version__",
+    "compressed",
     "data",
     "errors",
     "evaluation",
     "fedprox",
     "from_safetensors",
     "load",
+    "per_fedavg",
     "read_statistics",
     "record",
+    "reptile",
     "scaffold",
     "server",
     "simulate",

@@ -171,8 +171,21 @@ def local_rule(task: Task) -> LocalRule:
     return task.rule(task) if task.rule is not None else sgd_rule(task)
 
 
-def sgd_rule(task: Task) -> LocalRule:
-    """Local training by the task's optax transformation."""
+Objective = Callable[[Tree, Mapping[str, Any]], tuple[Any, Loss]]
+"""(learned parameters, batch with its mask) -> (mean loss over real examples, penalty included; what the loss returned)"""
+
+Gradient = Callable[[Objective, Tree, Mapping[str, Any]], tuple[Tree, Loss, Any]]
+"""(objective, learned parameters, batch) -> (gradient, what is reported, mask (n,) of the examples that is about)"""
+
+
+def plain_gradient(objective: Objective, params: Tree, batch: Mapping[str, Any]) -> tuple[Tree, Loss, Any]:
+    """The gradient of the batch's mean loss."""
+    gradient, result = jax.grad(objective, has_aux=True)(params, batch)
+    return gradient, result, batch["mask"]
+
+
+def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule:
+    """Local training by the task's optax transformation, along the gradient that `gradient_of` takes of each batch."""
     like, specs = model_shape(task), model_specs(task)
     params_shape, state_shape = Shape(like.params, "params"), Shape(like.state, "state")
     learned = [name for name in params_shape.names if task.leaf_rule(name) != "frozen"]
@@ -207,22 +220,22 @@ def sgd_rule(task: Task) -> LocalRule:
         return carry
 
     def step(carry: Named, batch: Named, key: jax.Array) -> Named:
-        mask = batch["mask"]
-        count = jnp.sum(mask, dtype=jnp.int32)
+        count = jnp.sum(batch["mask"], dtype=jnp.int32)
         step_key = jax.random.fold_in(key, carry["step"])
 
-        def objective(chosen: Tree) -> tuple[Any, Loss]:
+        def objective(chosen: Tree, batch: Mapping[str, Any]) -> tuple[Any, Loss]:
+            mask = batch["mask"]
             values = carry | {n: v for n, v in zip(learned, _leaves(chosen), strict=True)}
             params = params_shape.tree(values)
             result = task.losses(params, state_shape.tree(carry), batch, step_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
-            mean = total / jnp.maximum(count, 1).astype(total.dtype)
+            mean = total / jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(total.dtype)
             if task.penalty is not None:
                 mean = mean + task.penalty(params)
             return mean, result
 
         chosen = learned_tree(carry)
-        gradient, result = jax.grad(objective, has_aux=True)(chosen)
+        gradient, result, seen = gradient_of(objective, chosen, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
             updates, opt = task.local.optimizer.update(gradient, opt_shape.tree(carry), chosen)
             reached = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), chosen, updates)
@@ -230,7 +243,7 @@ def sgd_rule(task: Task) -> LocalRule:
         after = dict(zip(learned, _leaves(reached), strict=True)) | named(opt, "opt") | state
         after |= {"step": carry["step"] + 1, "weight": carry["weight"] + count}
         for name, metric in _with_loss(result, metric_bounds).items():
-            for part, value in zip(_PARTS, _masked_sums(metric, mask), strict=True):
+            for part, value in zip(_PARTS, _masked_sums(metric, seen), strict=True):
                 after[f"metric/{name}/{part}"] = carry[f"metric/{name}/{part}"] + value
         live = count > 0
         kept = {name: jnp.where(live, value, carry[name]) for name, value in after.items()}

@@ -5,10 +5,12 @@ They share with the programs the order of the examples and nothing else. A model
 
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 
 from shoal.fleet.configuration import round_seed
 from shoal.fleet.host import run_seed
+from shoal.local import seed_key
 from shoal.plan.train import member_randomness
 from tests.algorithms.problem import BATCH, EPOCHS, RATE, SEED, population
 
@@ -107,3 +109,68 @@ def scaffold(model: Model, cohorts: Cohorts, *, devices: int) -> Model:
             model = plus(model, update, 1.0 / len(cohort))
             c = plus(c, change, 1.0 / devices)
     return {**model, **{f"control/{name}": value for name, value in c.items()}}
+
+
+def reptile(model: Model, cohorts: Cohorts, *, step: float) -> Model:
+    """Nichol et al. 2018, algorithm 2, with a round's devices as the batch of tasks."""
+    return averaged(
+        model, cohorts, lambda received, given, member, version: sgd(received, given), uniform=True, server_rate=step
+    )
+
+
+def per_fedavg(model: Model, cohorts: Cohorts, *, alpha: float, delta: float | None) -> Model:
+    """Fallah et al. 2020, algorithm 1; FO without a delta, HF (equation 12) with one."""
+    parts = 2 if delta is None else 3
+
+    def part(batch: Batch, number: int) -> Batch:
+        return batch[0][number::parts], batch[1][number::parts]
+
+    def slope(at: Model, batch: Batch) -> Model:
+        return gradient(at, batch) if len(batch[0]) else scaled(at, 0.0)
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        w = received
+        for batch in given:
+            adapted = plus(w, slope(w, part(batch, 0)), -alpha)
+            v = slope(adapted, part(batch, 1))
+            step = v
+            if delta is not None:
+                turn = minus(slope(plus(w, v, delta), part(batch, 2)), slope(plus(w, v, -delta), part(batch, 2)))
+                step = plus(v, turn, -alpha / (2 * delta))
+            w = plus(w, step, -RATE)
+        return w
+
+    return averaged(model, cohorts, local)
+
+
+def top_k(model: Model, cohorts: Cohorts, *, share: float) -> Model:
+    """Karimireddy et al. 2019, algorithm 2, on each tensor of an update."""
+    errors: dict[str, Model] = {}
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        p = plus(minus(sgd(received, given), received), errors.get(member, scaled(received, 0.0)))
+        sent = {}
+        for name, value in p.items():
+            order = np.argsort(-np.abs(value), axis=None)[: max(1, int(np.ceil(share * value.size)))]
+            kept = np.zeros(value.size)
+            kept[order] = value.reshape(-1)[order]
+            sent[name] = kept.reshape(value.shape)
+        errors[member] = minus(p, sent)
+        return plus(received, sent)
+
+    return averaged(model, cohorts, local)
+
+
+def int8(model: Model, cohorts: Cohorts) -> Model:
+    """Alistarh et al. 2017, section 3.1, with 127 levels and the largest element for the norm."""
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        key = seed_key(member_randomness(round_seed(run_seed(SEED), version), member).key)
+        sent = {}
+        for number, (name, value) in enumerate(sorted(minus(sgd(received, given), received).items())):
+            u = np.asarray(jax.random.uniform(jax.random.fold_in(key, number), value.shape))
+            unit = np.abs(value).max() / 127
+            sent[name] = np.floor(value / unit + u) * unit
+        return plus(received, sent)
+
+    return averaged(model, cohorts, local)

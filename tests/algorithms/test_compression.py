@@ -1,0 +1,54 @@
+"""Compressed updates: unbiased, or fed back; and what they would cost."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import shoal
+from shoal.algorithms.compression import INT8, top_k
+from shoal.record.memory import MemoryStore
+from shoal.simulate.engine import simulate
+from tests.algorithms.problem import population, task
+
+
+def values(size: int = 40) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(1).normal(size=size).astype(np.float32))
+
+
+def test_int8_is_right_in_the_mean_and_off_by_less_than_a_level() -> None:
+    given = values()
+    made = jax.vmap(lambda number: INT8.apply(given, jax.random.key(number)))(jnp.arange(2000))
+    level = float(jnp.max(jnp.abs(given))) / 127
+    assert float(jnp.max(jnp.abs(made - given[None]))) <= level * 1.001
+    spread = level / 2 / np.sqrt(2000)
+    assert float(jnp.max(jnp.abs(made.mean(axis=0) - given))) < 5 * spread
+
+
+@pytest.mark.parametrize("given", [np.zeros(5, np.float32), np.full(3, -2.0, np.float32), np.zeros((0, 2), np.float32)])
+def test_int8_keeps_what_it_can_say_exactly(given: np.ndarray) -> None:
+    np.testing.assert_allclose(INT8.apply(jnp.asarray(given), jax.random.key(0)), given, rtol=1e-6)
+
+
+def test_top_k_keeps_the_largest() -> None:
+    given = jnp.asarray([0.1, -3.0, 2.0, 0.0, -0.5], jnp.float32)
+    made = top_k(0.4).apply(given, jax.random.key(0))
+    np.testing.assert_array_equal(made, [0.0, -3.0, 2.0, 0.0, 0.0])
+    assert np.count_nonzero(top_k(0.01).apply(values(), jax.random.key(0))) == 1
+    assert top_k(0.01).apply(jnp.zeros((0,), jnp.float32), jax.random.key(0)).size == 0
+
+
+@pytest.mark.parametrize(("kind", "share", "expected"), [("int8", 0.01, 6 + 4 + 2 + 4), ("top_k", 0.3, 2 * 8 + 8)])
+def test_what_the_message_would_take_is_a_metric(kind: str, share: float, expected: int) -> None:
+    chosen = shoal.compressed(task(), kind, share=share)  # type: ignore[arg-type]
+    made = simulate(chosen, population(), rounds=1, store=MemoryStore())
+    assert made.history[0].metrics["train/update_bytes"] == pytest.approx(expected, abs=0.01)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"0 < share <= 1, got share=0\.0"):
+        shoal.compressed(task(), "top_k", share=0.0)
+    with pytest.raises(ValueError, match="has compressed already"):
+        shoal.compressed(shoal.compressed(task(), "int8"), "top_k")
+    with pytest.raises(ValueError, match="plain local training for scaffold"):
+        shoal.scaffold(shoal.compressed(task(), "int8"), devices=5)
