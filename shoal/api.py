@@ -66,7 +66,7 @@ def simulate(
     examples = held_out if held_out is None or isinstance(held_out, Examples) else Examples(dict(held_out))
     with tempfile.TemporaryDirectory() as temporary:
         chosen = Path(temporary) if folder is None else Path(folder)
-        store = open_store(chosen)
+        store = open_store(chosen, durable=folder is not None)
         try:
             result = run_simulation(
                 task, members, rounds=rounds, store=store, seed=seed, held_out=examples, evaluate_every=evaluate_every,
