@@ -76,7 +76,7 @@ def _equation(equation: JaxprEqn) -> JaxprEqn:
     operands: list[Any] = [variable.aval for variable in equation.invars]
     changes: dict[str, Any] = {"params": {name: _replaced(value) for name, value in params.items()}}
     if equation.primitive is lax.conv_general_dilated_p and _supported(*operands, params=params):
-        changes = {"primitive": convolution_p, "params": params | {"members": False}}
+        changes = {"primitive": convolution_p, "params": params | {"members": False, "out_sharding": None}}
     elif equation.primitive is lax.reduce_window_max_p and max_pooling.supported(*operands, params=params):
         changes = {"primitive": max_pooling.max_pool_p}
     elif all(changes["params"][name] is params[name] for name in params):
@@ -87,7 +87,12 @@ def _equation(equation: JaxprEqn) -> JaxprEqn:
 
 def _supported(x: Any, w: Any, *, params: dict[str, Any]) -> bool:
     floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype == w.dtype
-    return floating and params["out_sharding"] is None and x.ndim > 2 and x.size > 0 and w.size > 0
+    return floating and _is_whole(params["out_sharding"]) and x.ndim > 2 and x.size > 0 and w.size > 0
+
+
+def _is_whole(sharding: Any) -> bool:
+    """Whether each device has all of it: also what the gradients inside a `shard_map` say of their share."""
+    return sharding is None or all(axis is None for axis in sharding.spec)
 
 
 def _plain(x: Array, w: Array, *, members: bool, **params: Any) -> Array:

@@ -350,4 +350,5 @@ def test_members_may_be_laid_out_over_a_mesh() -> None:
         )
 
     pooled = lambda x, w: pool(fn(x, w))  # noqa: E731
+    assert "conv_general_dilated" not in primitives(steps(faster_convolutions(pooled)), x, w[0])
     assert_close(*both(steps(faster_convolutions(pooled)), steps(pooled))(x * 0.1, w[0]))
