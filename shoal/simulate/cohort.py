@@ -15,7 +15,7 @@ from typing import Final
 
 import numpy as np
 
-from shoal.data.batch import Blocks
+from shoal.data.batch import Blocks, num_steps
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
 from shoal.plan.manifest import Manifest
@@ -24,6 +24,8 @@ from shoal.tensors import Tensors
 
 POOL_BYTES: Final = 2 << 30
 """Larger arrays are not handed over whole: what a round needs is gathered from them."""
+INDEX_BYTES: Final = 1 << 24
+"""Up to here every cohort has room for the steps of the longest member there is, so that one program serves all of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,9 @@ class Stage:
     def __init__(self, population: Population, manifest: Manifest) -> None:
         """Raises DataError where the fields do not fit the task."""
         self._population, self._manifest = population, manifest
+        training = manifest.training
+        largest = min(max(population.sizes().values()), training.max_examples // training.epochs)
+        self._most_steps = num_steps(largest, training.batch_size, training.epochs)
         whole = population.whole()
         self._parts: Mapping[str, np.ndarray] | None = None
         self._pool: Tensors = {}
@@ -65,8 +70,10 @@ class Stage:
     def cohort(self, members: Sequence[str], seed: bytes) -> Cohort:
         """The members' part of the round with that seed. Raises DataError: a member's examples do not fit the task."""
         batches = [self._batches(member, seed) for member in members]
-        most = max(len(each.counts) for each in batches)
         size = self._manifest.training.batch_size
+        most = self._most_steps
+        if len(members) * most * size * 4 > INDEX_BYTES:
+            most = max(len(each.counts) for each in batches)
         indices = np.zeros((len(members), most, size), np.int32)
         counts = np.zeros((len(members), most), np.int32)
         first = 0

@@ -20,7 +20,7 @@ from shoal.errors import DataError, PlanError
 from shoal.record.memory import MemoryStore
 from shoal.simulate import engine
 from shoal.simulate.engine import Simulation, go_on, simulate
-from shoal.simulate.fused import Layout, ladder
+from shoal.simulate.fused import Fused, Layout, ladder
 from tests.simulate.test_engine import population, task
 
 LAYOUTS = [Layout(devices=d, together=t) for d, t in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2))]
@@ -159,6 +159,25 @@ def test_sizes_are_rounded_up_by_a_quarter_at_most(size: int) -> None:
 
 def test_there_are_few_sizes() -> None:
     assert len({ladder(size) for size in range(1, 100_000)}) < 70
+
+
+def test_cohorts_of_other_lengths_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = []
+
+    def count(self: Fused, inputs: Any, sizes: Any) -> Any:
+        programs.append(sizes)
+        return program(self, inputs, sizes)
+
+    program = Fused._program
+    monkeypatch.setattr(Fused, "_program", count)
+    use(Layout(devices=1, together=1), monkeypatch)
+    rng = np.random.default_rng(0)
+    users = {f"m{i}": {"x": rng.standard_normal((4 * i + 1, 3)).astype(np.float32)} for i in range(12)}
+    for fields in users.values():
+        fields["y"] = np.zeros(len(fields["x"]), np.int32)
+    rounds = shoal.RoundPolicy(goal=3, minimum_group=3)
+    run(task(rounds=rounds), in_one_array(Population.from_arrays(users)), "fused", rounds=6)
+    assert len(programs) == 6 and len(set(programs)) == 1
 
 
 def test_a_large_cohort_takes_no_more_sums_than_fit() -> None:
