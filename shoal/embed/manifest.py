@@ -21,7 +21,7 @@ from shoal import validate
 from shoal.embed.cache import POLICIES
 from shoal.embed.codec import DTYPES, Codec, Dtype
 from shoal.errors import StoreError
-from shoal.record.blobs import _sync_folder, disk
+from shoal.record.blobs import disk, sync_folder
 from shoal.tensors import PARSE_ERRORS, Tensors, canonical_json, frame_parts, parse_json, sha256, unpack
 
 FORMAT: Final = "shoal embed/2"
@@ -113,9 +113,9 @@ class Manifest:
                 if file.write(data) != len(data):
                     raise OSError(28, "No space left on device", str(new))
                 os.fsync(file.fileno())
-            _sync_folder(folder)  # the files that it names have their names, durably, before it has its own
+            sync_folder(folder)  # the files that it names have their names, durably, before it has its own
             os.replace(new, folder / NAME)
-            _sync_folder(folder)
+            sync_folder(folder)
         return len(data)
 
     @classmethod

@@ -249,7 +249,7 @@ def _adopt(folder: Path, incoming: dict[str, Path], *, durable: bool) -> None:
     for hash, path in incoming.items():
         os.replace(path, folder / hash[:2] / hash)
     for shard in sorted(shards) if durable else ():
-        _sync_folder(folder / shard)
+        sync_folder(folder / shard)
 
 
 def _new_name(folder: Path) -> Path:
@@ -261,10 +261,11 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
     if os.name == "nt":  # Windows opens no folders; its journal orders the rename
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -14,9 +14,10 @@ from shoal.data.store import Population
 from shoal.errors import DataError, UpdateRefused
 from shoal.fleet.configuration import Configuration
 from shoal.plan.manifest import Manifest
-from shoal.plan.runner import Runner
+from shoal.plan.runner import Runner, Update
 from shoal.plan.train import train
 from shoal.simulate.cohort import Cohort, Stage
+from shoal.simulate.device_states import DeviceStates
 from shoal.simulate.fused import Fused
 from shoal.tensors import Tensors
 
@@ -42,7 +43,7 @@ class Trained:
 
 @runtime_checkable
 class Backend(Protocol):
-    """Trains cohorts; keeps what members keep between rounds."""
+    """Trains cohorts; what members keep between rounds is in `DeviceStates`."""
 
     def train(self, round: "Cohorts", root: str, model: Tensors) -> Trained:
         """Trains a cohort on the model with that root. Raises DataError naming a member that cannot be used."""
@@ -54,9 +55,8 @@ class Backend(Protocol):
 class Sequential:
     """One member after the other, by a `Runner`."""
 
-    def __init__(self, runner: Runner, manifest: Manifest, population: Population) -> None:
-        self._runner, self._manifest, self._population = runner, manifest, population
-        self._states: dict[str, Tensors] = {}
+    def __init__(self, runner: Runner, manifest: Manifest, population: Population, states: DeviceStates) -> None:
+        self._runner, self._manifest, self._population, self._states = runner, manifest, population, states
         self._compile_s = runner.compile()
 
     def train(self, round: Cohorts, root: str, model: Tensors) -> Trained:
@@ -65,20 +65,26 @@ class Sequential:
         sums = round.configuration.accumulator(self._manifest)
         seconds = {"compile": self._compile_s} if self._compile_s else {}
         self._compile_s = 0.0
-        for member in round.members:
-            try:
-                update = train(
-                    self._runner, self._manifest, root, self._population[member], self._states.get(member),
-                    seed=round.configuration.seed, member=member,
-                )  # fmt: skip
-                sums.add(update.sums, weight=update.weight)
-            except (DataError, UpdateRefused, ValueError) as error:
-                raise DataError(f"Member {member!r} cannot be used: {error} Mend its data, or leave it out.") from error
-            if update.device_state:
-                self._states[member] = update.device_state
-            for phase, value in update.seconds.items():
-                seconds[phase] = seconds.get(phase, 0.0) + value
+        version = round.configuration.base_version
+        self._states.settle(version)
+        with self._states.writing(version + 1) as keep:
+            for member in round.members:
+                update = self._train(round, root, member, sums)
+                keep(member, update.device_state)
+                for phase, value in update.seconds.items():
+                    seconds[phase] = seconds.get(phase, 0.0) + value
         return Trained(sums, seconds)
+
+    def _train(self, round: Cohorts, root: str, member: str, sums: Accumulator) -> Update:
+        try:
+            update = train(
+                self._runner, self._manifest, root, self._population[member], self._states.read(member),
+                seed=round.configuration.seed, member=member,
+            )  # fmt: skip
+            sums.add(update.sums, weight=update.weight)
+        except (DataError, UpdateRefused, ValueError) as error:
+            raise DataError(f"Member {member!r} cannot be used: {error} Mend its data, or leave it out.") from error
+        return update
 
     def close(self) -> None:
         """Nothing to do: the runner is the caller's."""
@@ -104,11 +110,10 @@ class Attempt:
 class FusedCohorts:
     """All members in one program; the next cohort is made ready meanwhile."""
 
-    def __init__(self, make: Callable[[Attempt], Fused], stage: Stage) -> None:
+    def __init__(self, make: Callable[[Attempt], Fused], stage: Stage, states: DeviceStates) -> None:
         """`make` makes the engine when the first cohort is at hand."""
-        self._make, self._stage = make, stage
+        self._make, self._stage, self._states = make, stage, states
         self._fused: Fused | None = None
-        self._states: dict[str, Tensors] = {}
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="shoal-stage")
         self._ahead: tuple[bytes, Future[Cohort]] | None = None
 
@@ -118,11 +123,15 @@ class FusedCohorts:
         if round.next_members:
             made = self._beside.submit(self._stage.cohort, round.next_members, round.next_seed)
             self._ahead = (round.next_seed, made)
-        attempt = Attempt(round, cohort, [self._states.get(member) for member in members], root, model)
+        version = round.configuration.base_version
+        self._states.settle(version)
+        attempt = Attempt(round, cohort, [self._states.read(member) for member in members], root, model)
         if self._fused is None:
             self._fused = self._make(attempt)
         sums, kept = attempt(self._fused)
-        self._states |= {member: state for member, state in zip(members, kept, strict=True) if state}
+        with self._states.writing(version + 1) as keep:
+            for member, state in zip(members, kept, strict=True):
+                keep(member, state)
         return Trained(sums, self._fused.take_seconds())
 
     def close(self) -> None:

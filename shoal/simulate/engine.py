@@ -36,6 +36,7 @@ from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.backends import Attempt, Backend, Cohorts, FusedCohorts, Sequential
 from shoal.simulate.cohort import Stage
 from shoal.simulate.convolutions import faster_convolutions
+from shoal.simulate.device_states import DeviceStates, states_folder
 from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.layout import cache, cached, choose, key_of
 from shoal.task import Task
@@ -128,16 +129,17 @@ def go_on(
     `task` is the run's: with it the cohort trains in one program; without, by the programs of the run's plan.
 
     Raises:
-        StoreError: the task is not that of the run; or members keep state between rounds, and the run is taken up in the middle.
+        StoreError: the task is not that of the run; or members keep state between rounds, which is not there, or of others.
     """
     found = load_plan(store, run_id)
     taken = take_up(store, run_id, time_s=time.time())
     if taken.last is None:
         raise StoreError(f"Run {run_id} has no initial model; it was never begun.")
-    if taken.last.version and found.plan.manifest.device_state:
+    of_devices = None if folder is None else states_folder(folder, run_id)
+    if taken.last.version and found.plan.manifest.device_state and not (of_devices is not None and of_devices.exists()):
         raise StoreError(
             f"Run {run_id} cannot be resumed: its members keep state ({len(found.plan.manifest.device_state)} tensors) "
-            "that this version of the simulator holds in memory only. Start it anew."
+            f"{f'in {of_devices}, which is not there' if of_devices else 'that was in memory only'}. Start it anew."
         )
     last = int(found.config["rounds"]) if rounds is None else rounds
     keep_rounds(store, run_id, last)
@@ -148,7 +150,8 @@ def go_on(
             raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
         runner = runner or JaxRunner(found.plan)
         to_do = max(0, last - taken.last.version)
-        backend = _backend(store, run_id, found.plan, population, runner, task, rounds=to_do)
+        states = DeviceStates(found.plan.manifest.device_state, population.ids, of_devices)
+        backend = _backend(store, run_id, found.plan, population, states, runner, task, rounds=to_do)
         engine = _Engine(
             store, run_id, found.plan, members, runner=runner, backend=backend, seed=int(found.config["seed"]),
             head=taken.last, last=last,
@@ -171,13 +174,21 @@ def go_on(
 
 
 def _backend(
-    store: Store, run_id: str, plan: Plan, population: Population, runner: Runner, task: Task | None, *, rounds: int
+    store: Store,
+    run_id: str,
+    plan: Plan,
+    population: Population,
+    states: DeviceStates,
+    runner: Runner,
+    task: Task | None,
+    *,
+    rounds: int,
 ) -> Backend:
     config = store.run(run_id).config
     if task is None:
         if "engine" in config:
             log.warning("without its task, members train one after the other: slower, and with other last bits")
-        return Sequential(runner, plan.manifest, population)
+        return Sequential(runner, plan.manifest, population, states)
     refuse_other_task(task, plan)
     stage, manifest = Stage(population, plan.manifest), plan.manifest
     rule = local_rule(task.replace(loss=faster_convolutions(task.loss)))
@@ -193,7 +204,7 @@ def _backend(
         store.set_config(run_id, {**store.run(run_id).config, "engine": fused.layout.to_json()})
         return fused
 
-    return FusedCohorts(make, stage)
+    return FusedCohorts(make, stage, states)
 
 
 def _fastest(manifest: Manifest, attempt: Attempt, made: Callable[[Layout], Fused], *, rounds: int) -> Fused:

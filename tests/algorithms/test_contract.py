@@ -7,6 +7,7 @@ masked step, and gives the same in blocks of any length. Its neutral setting is 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import pytest
 
 import shoal
 from shoal.local import Objective, local_rule, plain_gradient, sgd_rule
+from shoal.simulate import engine
+from shoal.simulate.fused import Layout
 from shoal.task import Task
 from shoal.tensors import Tensors
 from shoal.testing import random_examples
@@ -79,6 +82,19 @@ def _name(name: str) -> str:
 
 def test_a_fleet_gives_the_bits_of_the_simulation(ways: Ways) -> None:
     same_bits(ways.on_a_fleet(rounds=2), ways.simulate(rounds=2, exactly=True).model)
+
+
+@pytest.mark.slow
+def test_the_fused_engine_agrees(ways: Ways, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three members at once, in one program."""
+    monkeypatch.setattr(engine, "cached", lambda key: Layout(devices=1, together=3))
+    made, expected = ways.fused(rounds=3), ways.simulate(rounds=3)
+    assert cohorts(made) == cohorts(expected)
+    close(made.model, expected.model)
+
+
+def test_a_run_taken_up_has_the_bits_of_one_that_was_not_interrupted(ways: Ways, tmp_path: Path) -> None:
+    same_bits(ways.taken_up(tmp_path, rounds=4, halts_after=2).model, ways.simulate(rounds=4).model)
 
 
 def feed(chosen: Task, steps: int) -> tuple[Tensors, np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,6 +36,16 @@ class Ways:
         built = self._built(exactly)
         store, run_id = self._begin(built, rounds)
         return go_on(store, run_id, population(), runner=self.runner)
+
+    def fused(self, *, rounds: int) -> Simulation:
+        store, run_id = self._begin(self.built, rounds)
+        return go_on(store, run_id, population(), runner=self.runner, task=self.task)
+
+    def taken_up(self, folder: Path, *, rounds: int, halts_after: int) -> Simulation:
+        """A run that ends in the middle, and is gone on with by another life."""
+        store, run_id = self._begin(self.built, rounds)
+        go_on(store, run_id, population(), runner=self.runner, folder=folder, rounds=halts_after)
+        return go_on(store, run_id, population(), runner=self.runner, folder=folder, rounds=rounds)
 
     def on_a_fleet(self, *, rounds: int) -> Tensors:
         store, run_id = self._begin(self._built(True), rounds)
