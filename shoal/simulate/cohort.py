@@ -40,6 +40,8 @@ class Cohort:
     """(C, S) int32: so many of a step's examples count, its first."""
     keys: np.ndarray
     """(C, 2) uint32: what the programs draw from."""
+    has_whole_pool: bool
+    """Whether the pool is everybody's examples, the same for every cohort."""
 
     @property
     def steps(self) -> np.ndarray:
@@ -86,7 +88,7 @@ class Stage:
                 parts.append(each.fields)
                 first += len(next(iter(each.fields.values())))
         pool = self._pool or {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return Cohort(pool, indices, counts, np.stack([each.key for each in batches]))
+        return Cohort(pool, indices, counts, np.stack([each.key for each in batches]), self.is_shared)
 
     def _batches(self, member: str, seed: bytes) -> "_Batches":
         randomness = member_randomness(seed, member)
@@ -133,6 +135,7 @@ def padded(cohort: Cohort, *, members: int, steps: int, pool: int) -> Cohort:
         grown(cohort.indices, members, steps),
         grown(cohort.counts, members, steps),
         grown(cohort.keys, members),
+        cohort.has_whole_pool,
     )
 
 

@@ -135,8 +135,7 @@ class Fused:
         members, steps, _ = cohort.indices.shape
         each = self.layout.devices * self.layout.together
         pool = len(next(iter(cohort.pool.values())))
-        is_held = self._pool is not None and self._pool[0] is cohort.pool
-        return -(-members // each) * each, ladder(steps), pool if is_held else ladder(pool)
+        return -(-members // each) * each, ladder(steps), pool if cohort.has_whole_pool else ladder(pool)
 
     def _model_on_devices(self, root: str, model: Tensors) -> Named:
         if self._model is None or self._model[0] != root:
