@@ -101,8 +101,8 @@ class Local:
 
     holdout: float = 0.0
     """Share of a device's examples that training leaves out, for `shoal.evaluation`; in [0, 1)."""
-    part: Literal["training", "held_out"] = "training"
-    """Which part of the examples is used; `held_out` is for evaluation."""
+    part: Literal["training", "held_out", "both"] = "training"
+    """Which part of the examples is used; the others are set by `shoal.evaluation` and `shoal.measured`."""
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.holdout < 1.0:

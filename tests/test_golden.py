@@ -153,5 +153,8 @@ def test_plans_that_hold_examples_out_and_rules_with_options() -> None:
     training = replace(manifest.training, holdout=0.2, part="held_out")
     made = replace(manifest, training=training, server_hash=sha256(half.data), half=half)
     hold("manifest_evaluation.json", made.data)
+    both = replace(made, training=replace(training, part="both"))
+    hold("manifest_both_parts.json", both.data)
+    assert Manifest.parse(both.data) == both
     hold("server_half_evaluation.json", half.data)
     assert Manifest.parse(made.data, server=half.data) == made and made.server.metrics_prefix == "evaluate"

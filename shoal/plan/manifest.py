@@ -26,6 +26,8 @@ OPTIONAL_PROGRAMS: Final = ("evaluate", "predict", "keys")
 """What a member runs if it can: metrics, predictions, the rows of tables that its batches need."""
 SERVER_PROGRAMS: Final = ("server_begin", "server_step")
 PROGRAMS: Final = DEVICE_PROGRAMS + OPTIONAL_PROGRAMS + SERVER_PROGRAMS
+HELD_OUT: Final = "held_out"
+"""Field of a batch, where programs are fed both parts of a device's examples: true for those that are held out."""
 MAX_MANIFEST_BYTES: Final = 16 << 20
 MAX_PROGRAM_BYTES: Final = 64 << 20
 
@@ -130,13 +132,13 @@ class Training:
     """Batch of the `evaluate` and `predict` programs."""
     holdout: float = 0.0
     """Share of a device's examples that is kept for evaluation (`data.split.held_out_part` says which)."""
-    part: Literal["training", "held_out"] = "training"
-    """Which part the programs are fed: what is not held out, or what is."""
+    part: Literal["training", "held_out", "both"] = "training"
+    """Which part the programs are fed: what is not held out, what is, or both: the held-out part once, after all epochs."""
 
     def __post_init__(self) -> None:
         validate.types(self)
-        validate.one_of(("training", "held_out"), part=self.part)
-        if not 0.0 <= self.holdout < 1.0 or (self.part == "held_out" and not self.holdout):
+        validate.one_of(("training", "held_out", "both"), part=self.part)
+        if not 0.0 <= self.holdout < 1.0 or (self.part != "training" and not self.holdout):
             raise ValueError(f"Expected 0 <= holdout < 1, above 0 for the part held out, got holdout={self.holdout!r}.")
         validate.positive(batch_size=self.batch_size, steps_per_block=self.steps_per_block, epochs=self.epochs)
         validate.positive(max_weight=self.max_weight, evaluate_batch_size=self.evaluate_batch_size)
@@ -149,7 +151,7 @@ class Training:
         return made if self.holdout else {name: made[name] for name in made if name not in ("holdout", "part")}
 
     def num_used(self, num_examples: int) -> int:
-        """How many of a device's examples the programs are fed in an epoch, at most."""
+        """How many of a device's examples the programs are fed in an epoch, at most; of both parts those of training."""
         held_out = floor(num_examples * self.holdout)
         return held_out if self.part == "held_out" else num_examples - held_out
 

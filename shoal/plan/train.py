@@ -6,18 +6,19 @@ simulated member and a real one do the same, and order and parallelism change no
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from shoal.data.batch import Blocks
+from shoal.data.batch import Block, Blocks
 from shoal.data.split import held_out_part
 from shoal.data.store import Examples
 from shoal.errors import DataError, DeviceError
 from shoal.plan.left_out import HEED_THE_MASK, obstacle
-from shoal.plan.manifest import Manifest, Training
+from shoal.plan.manifest import HELD_OUT, Manifest, Training
 from shoal.plan.runner import Runner, Update
 from shoal.tensors import Tensors
 
@@ -72,7 +73,8 @@ def train(
     """
     randomness = member_randomness(seed, member)
     training = manifest.training
-    chosen = chosen_examples(conform(examples, manifest), manifest, randomness.rng, member=member)
+    conformed = conform(examples, manifest)
+    chosen = chosen_examples(conformed, manifest, randomness.rng, member=member)
     blocks = Blocks(
         chosen,
         batch_size=training.batch_size,
@@ -81,11 +83,12 @@ def train(
         rng=randomness.rng,
         drop_remainder=training.drop_remainder,
     )
+    measured = _held_out_blocks(conformed, manifest) if training.part == "both" else ()
     runner.begin(root, device_state if device_state is not None else no_state(manifest))
     data_s = 0.0
     begun = time.perf_counter()
     is_whole = True
-    for number, (batches, mask) in enumerate(blocks):
+    for number, (batches, mask) in enumerate(chain(blocks, measured)):
         data_s += time.perf_counter() - begun
         if should_stop():
             raise DeviceError("The training was stopped: its result is not needed any more.", stage="train")
@@ -118,6 +121,19 @@ def chosen_examples(examples: Examples, manifest: Manifest, rng: np.random.Gener
     return _at_most(_part(examples, training), most, rng)
 
 
+def _held_out_blocks(examples: Examples, manifest: Manifest) -> Iterable[Block]:
+    """What a member measures when it has trained: the part held out, as far as an update may use it."""
+    training = manifest.training
+    where = held_out_part(len(examples), fraction=training.holdout, is_held_out=True)
+    if not len(where):
+        return ()
+    fields = examples.take(where[: training.max_examples // training.epochs])
+    chosen = Examples({**fields, HELD_OUT: np.ones(len(next(iter(fields.values()))), bool)})
+    return Blocks(
+        chosen, batch_size=training.batch_size, steps_per_block=training.steps_per_block, shuffle=False
+    )  # fmt: skip
+
+
 def no_state(manifest: Manifest) -> Tensors:
     """The state of a device that has none."""
     return {spec.name: np.zeros(spec.shape, spec.numpy_dtype) for spec in manifest.device_state}
@@ -129,6 +145,8 @@ def conform(examples: Examples, manifest: Manifest) -> Examples:
     Raises:
         DataError: a field is missing, or has another shape or a type that cannot be converted without loss of kind.
     """
+    if manifest.training.part == "both" and HELD_OUT not in examples.fields:
+        examples = Examples({**examples.fields, HELD_OUT: np.zeros(len(examples), bool)})
     spec = examples.spec()
     fields = {}
     for wanted in manifest.batch:
