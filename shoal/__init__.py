@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from shoal import data, errors, record, server, testing
     from shoal.aggregate.statistics import Measure
     from shoal.algorithms.compression import compressed
+    from shoal.algorithms.ditto import ditto
     from shoal.algorithms.fedprox import fedprox
+    from shoal.algorithms.measured import measured
     from shoal.algorithms.per_fedavg import per_fedavg
     from shoal.algorithms.reptile import reptile
     from shoal.algorithms.scaffold import scaffold
@@ -42,10 +44,12 @@ _HOMES = {
     "Task": "shoal.task",
     "Variables": "shoal.task",
     "compressed": "shoal.algorithms.compression",
+    "ditto": "shoal.algorithms.ditto",
     "evaluation": "shoal.task_evaluation",
     "fedprox": "shoal.algorithms.fedprox",
     "from_safetensors": "shoal.weights",
     "load": "shoal.api",
+    "measured": "shoal.algorithms.measured",
     "per_fedavg": "shoal.algorithms.per_fedavg",
     "read_statistics": "shoal.api",
     "reptile": "shoal.algorithms.reptile",
@@ -75,11 +79,13 @@ __all__ = [
     "__version__",
     "compressed",
     "data",
+    "ditto",
     "errors",
     "evaluation",
     "fedprox",
     "from_safetensors",
     "load",
+    "measured",
     "per_fedavg",
     "read_statistics",
     "record",

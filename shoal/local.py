@@ -71,6 +71,8 @@ class LocalRule:
     """What the device keeps; a device without it passes zeros."""
     sums: tuple[SumSpec, ...]
     """What is reported for summing, by flat name (`delta/params/…`, `metric/loss/numerator`)."""
+    reached: Callable[[Named], Named] | None = None
+    """carry -> the model that the device holds by now, by name; None: the tensors of that name in the carry."""
 
     @property
     def model(self) -> tuple[TensorSpec, ...]:

@@ -7,6 +7,9 @@ Served together (`shoal host file.py:train file.py:measure`), every fifth versio
 devices, which evaluate it on the part of their examples that is held out; only sums leave them, added up over at least
 the smallest group. The metrics go into the record of the training run, under the version that they are of, by the names
 `evaluate/…`. Nothing is learned: the line of an evaluation repeats the versions that it has measured.
+
+With `steps` the model is fine-tuned before: each device takes that many local steps on the part it trains on, by the task's
+optimizer, and measures what came of them.
 """
 
 from dataclasses import replace
@@ -14,17 +17,31 @@ from dataclasses import replace
 import jax.numpy as jnp
 
 from shoal import validate
-from shoal.local import LocalRule, Named, Report, evaluate_bounds, evaluator, local_rule, metric_sums, model_specs
+from shoal.algorithms.measured import measuring_rule, with_both_parts
+from shoal.local import (
+    LocalRule,
+    Named,
+    Report,
+    evaluate_bounds,
+    evaluator,
+    local_rule,
+    metric_sums,
+    model_specs,
+    sgd_rule,
+)
 from shoal.policy import Late, RoundPolicy, ServerRule
 from shoal.task import Task
 
 
-def evaluation(task: Task, *, every: int = 1, name: str = "", rounds: RoundPolicy | None = None) -> Task:
+def evaluation(
+    task: Task, *, every: int = 1, steps: int = 0, name: str = "", rounds: RoundPolicy | None = None
+) -> Task:
     """A task that evaluates the versions of `task` on devices.
 
     Args:
         task: what is trained; it has `evaluate`, and `Local(holdout=…)` above 0.
         every: versions of the training run from one that is evaluated to the next; the last one always is.
+        steps: that a device trains before it measures, as far as the task's epochs go; 0: it measures the model as it is sent.
         name: of the new task; `<task>-evaluate` if not given.
         rounds: how its rounds are run; like the task's own, without late updates, if not given.
 
@@ -32,6 +49,7 @@ def evaluation(task: Task, *, every: int = 1, name: str = "", rounds: RoundPolic
         ValueError: the task has no `evaluate`, holds nothing out, or keeps part of the model on devices.
     """
     validate.positive(every=every)
+    validate.not_negative(steps=steps)
     if task.evaluate is None:
         raise ValueError(f"Task {task.name!r} has no `evaluate`: there is nothing to measure. Give it one.")
     if not task.local.holdout:
@@ -44,12 +62,26 @@ def evaluation(task: Task, *, every: int = 1, name: str = "", rounds: RoundPolic
             f"Expected a model that the server has whole; {private[0]} of task {task.name!r} stays on devices."
         )
     own = replace(task.rounds, late=Late(), buffer=0, concurrency=0, group_size=0)
+    if steps:
+        tuned = with_both_parts(task)
+        return replace(
+            tuned, name=name or f"{task.name}-evaluate", local=replace(tuned.local, drop_remainder=False, partial="drop"),
+            rounds=rounds or own, server=ServerRule(), predict=None,
+            rule=lambda made: _tuned_rule(task, made, steps), algorithms=(),
+            aggregator="evaluation", options={"follows": task.name, "every": every},
+        )  # fmt: skip
     return replace(
         task, name=name or f"{task.name}-evaluate", local=replace(task.local, epochs=1, part="held_out", drop_remainder=False, partial="drop"),
         rounds=rounds or own, server=ServerRule(), evaluate=None, predict=None, penalty=None, heeds_mask=True,
-        rule=lambda made: evaluation_rule(task, made.local.max_examples),
+        rule=lambda made: evaluation_rule(task, made.local.max_examples), algorithms=(),
         aggregator="evaluation", options={"follows": task.name, "every": every},
     )  # fmt: skip
+
+
+def _tuned_rule(task: Task, made: Task, steps: int) -> LocalRule:
+    """Plain local steps from the model as it was sent, and what came of them."""
+    rule = measuring_rule(sgd_rule(made.replace(rule=None)), made, prefix="", learns=False, steps=steps)
+    return replace(rule, broadcast=local_rule(task).broadcast)
 
 
 def evaluation_rule(task: Task, max_examples: int) -> LocalRule:

@@ -134,6 +134,7 @@ def compressed_rule(inner: LocalRule, codec: Codec) -> LocalRule:
         finish=finish,
         broadcast=inner.broadcast,
         device_state=tuple(sorted(inner.device_state + residuals, key=lambda spec: spec.name)),
+        reached=inner.reached,
         sums=(*inner.sums, *metric_sums({BYTES: (0.0, float(total_bytes(deltas.values())) + 64.0)}, 1)),
     )
 

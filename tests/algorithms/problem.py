@@ -55,6 +55,11 @@ def task(**changes: Any) -> Task:
     return Task(**{**settings, **changes})
 
 
+def held_out() -> shoal.Local:
+    """Local training that leaves a quarter of the examples out."""
+    return replace(task().local, holdout=0.25)
+
+
 def exact(chosen: Task) -> Task:
     """Three devices that take part in every round."""
     return chosen.replace(rounds=replace(chosen.rounds, selection=Selection.exact(COHORT)))

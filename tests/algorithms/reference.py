@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from shoal.data.split import held_out_part
+from shoal.data.store import Examples
 from shoal.fleet.configuration import round_seed
 from shoal.fleet.host import run_seed
 from shoal.local import seed_key
@@ -40,12 +42,14 @@ def scaled(model: Model, times: float) -> Model:
     return {name: times * value for name, value in model.items()}
 
 
-def batches(version: int, member: str) -> list[Batch]:
-    return list(_batches(version, member))
+def batches(version: int, member: str, *, holdout: float = 0.0) -> list[Batch]:
+    return list(_batches(version, member, holdout))
 
 
-def _batches(version: int, member: str) -> Iterator[Batch]:
+def _batches(version: int, member: str, holdout: float) -> Iterator[Batch]:
     examples, rng = population()[member], member_randomness(round_seed(run_seed(SEED), version), member).rng
+    if holdout:
+        examples = Examples(examples.take(held_out_part(len(examples), fraction=holdout, is_held_out=False)))
     for _ in range(EPOCHS):
         order = rng.permutation(len(examples))
         for first in range(0, len(order), BATCH):
@@ -60,13 +64,19 @@ def sgd(model: Model, given: list[Batch]) -> Model:
 
 
 def averaged(
-    model: Model, cohorts: Cohorts, local: LocalUpdate, *, uniform: bool = False, server_rate: float = 1.0
+    model: Model,
+    cohorts: Cohorts,
+    local: LocalUpdate,
+    *,
+    uniform: bool = False,
+    server_rate: float = 1.0,
+    holdout: float = 0.0,
 ) -> Model:
     """McMahan et al. 2017, algorithm 1: the mean of what members reached, by examples or all alike."""
     for version, cohort in enumerate(cohorts):
         updates, weights = [], []
         for member in cohort:
-            given = batches(version, member)
+            given = batches(version, member, holdout=holdout)
             updates.append(minus(local(model, given, member, version), model))
             weights.append(1 if uniform else sum(len(x) for x, _ in given))
         for update, weight in zip(updates, weights, strict=True):
@@ -76,6 +86,32 @@ def averaged(
 
 def fedavg(model: Model, cohorts: Cohorts) -> Model:
     return averaged(model, cohorts, lambda received, given, member, version: sgd(received, given))
+
+
+def fedavg_with_holdout(model: Model, cohorts: Cohorts) -> Model:
+    return averaged(model, cohorts, lambda received, given, member, version: sgd(received, given), holdout=0.25)
+
+
+def personal(model: Model, cohorts: Cohorts, *, lam: float) -> dict[str, Model]:
+    """The personal models of Li et al. 2021, algorithm 1, of whoever took part."""
+    kept: dict[str, Model] = {}
+    for version, cohort in enumerate(cohorts):
+        for member in cohort:
+            v = kept.get(member, model)
+            for batch in batches(version, member):
+                v = plus(v, plus(gradient(v, batch), minus(v, model), lam), -RATE)
+            kept[member] = v
+        model = fedavg_round(model, cohort, version)
+    return kept
+
+
+def fedavg_round(model: Model, cohort: Sequence[str], version: int) -> Model:
+    """One round, that of a version."""
+    given = {member: batches(version, member) for member in cohort}
+    total, after = sum(len(x) for batch in given.values() for x, _ in batch), model
+    for batch in given.values():
+        after = plus(after, minus(sgd(model, batch), model), sum(len(x) for x, _ in batch) / total)
+    return after
 
 
 def fedprox(model: Model, cohorts: Cohorts, *, mu: float) -> Model:

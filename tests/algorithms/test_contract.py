@@ -23,7 +23,7 @@ from shoal.task import Task
 from shoal.tensors import Tensors
 from shoal.testing import random_examples
 from tests.algorithms import reference
-from tests.algorithms.problem import MEMBERS, task, uniform
+from tests.algorithms.problem import MEMBERS, held_out, task, uniform
 from tests.algorithms.ways import Ways, close, cohorts, initial, same_bits, simulated
 
 ROUNDS = 4
@@ -54,6 +54,8 @@ CASES = {
         lambda m, c: reference.per_fedavg(m, c, alpha=0.1, delta=1e-2),
         tolerance=1e-3,  # a difference of gradients in float32
     ),
+    "ditto": Case(lambda: shoal.ditto(task(), lam=0.5), reference.fedavg),
+    "measured": Case(lambda: shoal.measured(task(local=held_out())), reference.fedavg_with_holdout),
     "top_k": Case(lambda: shoal.compressed(task(), "top_k", share=0.3), lambda m, c: reference.top_k(m, c, share=0.3)),
     "int8": Case(lambda: shoal.compressed(task(), "int8"), reference.int8),
 }
@@ -152,6 +154,10 @@ def test_blocks_of_any_length_give_the_same(ways: Ways) -> None:
     close(training.finish(stepwise), training.finish(blockwise), rtol=1e-6)
 
 
+def task_with_holdout() -> Task:
+    return task(local=held_out())
+
+
 def uniform_task() -> Task:
     return uniform(task())
 
@@ -176,6 +182,8 @@ NEUTRAL: dict[str, tuple[Callable[[], Task], Callable[[], Task], int]] = {
         1,
     ),
     "reptile with a whole step is FedAvg": (lambda: shoal.reptile(task(), step=1.0), uniform_task, 2),
+    "the global model of ditto is that of FedAvg": (lambda: shoal.ditto(task()), task, 2),
+    "measuring changes nothing": (lambda: shoal.measured(task(local=held_out())), task_with_holdout, 2),
     "top_k of all elements is no compression": (lambda: shoal.compressed(task(), "top_k", share=1.0), task, 2),
     "per_fedavg without a step is FedAvg on every second example": (
         lambda: shoal.per_fedavg(task(), alpha=0.0),
