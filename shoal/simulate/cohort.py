@@ -7,8 +7,12 @@
 A population whose users are parts of one array has one pool for all rounds: it is handed over once, and a round carries
 nothing but indices. Other populations are gathered for each round. The order of examples is that of a device
 (`plan.train`): the same generator, the same batches, the same mask.
+
+What is compiled depends on the shapes. So they are those of the largest cohort that the population can give, where this wastes
+little (`ROOM_BYTES`), else rounded up to few sizes: rows and steps in excess train on nothing and take no time.
 """
 
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -24,8 +28,8 @@ from shoal.tensors import Tensors
 
 POOL_BYTES: Final = 2 << 30
 """Larger arrays are not handed over whole: what a round needs is gathered from them."""
-INDEX_BYTES: Final = 1 << 24
-"""Up to here every cohort has room for the steps of the longest member there is, so that one program serves all of them."""
+ROOM_BYTES: Final = 16 << 20
+"""Most that indices, or gathered examples, may take beyond what a cohort needs, so that all cohorts have one shape."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,8 +44,6 @@ class Cohort:
     """(C, S) int32: so many of a step's examples count, its first."""
     keys: np.ndarray
     """(C, 2) uint32: what the programs draw from."""
-    has_whole_pool: bool
-    """Whether the pool is everybody's examples, the same for every cohort."""
 
     @property
     def steps(self) -> np.ndarray:
@@ -55,9 +57,7 @@ class Stage:
     def __init__(self, population: Population, manifest: Manifest) -> None:
         """Raises DataError where the fields do not fit the task."""
         self._population, self._manifest = population, manifest
-        training = manifest.training
-        largest = min(max(population.sizes().values()), training.max_examples // training.epochs)
-        self._most_steps = num_steps(largest, training.batch_size, training.epochs)
+        self._sizes = np.sort([*population.sizes().values()])[::-1]
         whole = population.whole()
         self._parts: Mapping[str, np.ndarray] | None = None
         self._pool: Tensors = {}
@@ -73,22 +73,33 @@ class Stage:
         """The members' part of the round with that seed. Raises DataError: a member's examples do not fit the task."""
         batches = [self._batches(member, seed) for member in members]
         size = self._manifest.training.batch_size
-        most = self._most_steps
-        if len(members) * most * size * 4 > INDEX_BYTES:
-            most = max(len(each.counts) for each in batches)
+        most = _with_room(max(len(each.counts) for each in batches), self._most_steps(), len(members) * size * 4)
         indices = np.zeros((len(members), most, size), np.int32)
         counts = np.zeros((len(members), most), np.int32)
         first = 0
-        parts: list[Tensors] = []
         for row, each in enumerate(batches):
             steps = len(each.counts)
             indices[row, :steps], counts[row, :steps] = each.indices + first, each.counts
             indices[row, steps:] = indices[row, 0, 0]
-            if each.fields:
-                parts.append(each.fields)
-                first += len(next(iter(each.fields.values())))
-        pool = self._pool or {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        return Cohort(pool, indices, counts, np.stack([each.key for each in batches]), self.is_shared)
+            first += _rows(each.fields)
+        pool = self._pool or self._gathered([each.fields for each in batches])
+        return Cohort(pool, indices, counts, np.stack([each.key for each in batches]))
+
+    def _most_steps(self) -> int:
+        """What no member exceeds."""
+        training = self._manifest.training
+        used = min(training.num_used(int(self._sizes[0])), training.max_examples // training.epochs)
+        return num_steps(used, training.batch_size, training.epochs)
+
+    def _gathered(self, parts: Sequence[Tensors]) -> Tensors:
+        """The examples of a cohort, one member's after the other's."""
+        used, most = sum(map(_rows, parts)), int(self._sizes[: len(parts)].sum())
+        pool: Tensors = {}
+        row_bytes = sum(values[:1].nbytes for values in parts[0].values())
+        for name, like in parts[0].items():
+            pool[name] = np.zeros((_with_room(used, most, row_bytes), *like.shape[1:]), like.dtype)
+            np.concatenate([part[name] for part in parts], out=pool[name][:used])
+        return pool
 
     def _batches(self, member: str, seed: bytes) -> "_Batches":
         randomness = member_randomness(seed, member)
@@ -98,7 +109,7 @@ class Stage:
             where = self._parts[member]
         else:
             fields = conform(self._population[member], self._manifest).fields
-            where = np.arange(len(next(iter(fields.values()))))
+            where = np.arange(_rows(fields))
         chosen = chosen_examples(Examples({"at": where}), self._manifest, randomness.rng, member=member)
         blocks = Blocks(
             chosen, batch_size=training.batch_size, steps_per_block=1, epochs=training.epochs, rng=randomness.rng,
@@ -120,23 +131,53 @@ class _Batches:
     """Its examples, where they are not in the shared pool."""
 
 
-def padded(cohort: Cohort, *, members: int, steps: int, pool: int) -> Cohort:
-    """The same for so many members, steps and examples: the new ones train on nothing."""
+def packed(steps: np.ndarray, *, devices: int, together: int) -> np.ndarray:
+    """Who trains where, so that no device waits long: members of like length together, the chunks dealt longest first to
+    the device with least to do (Graham 1969).
 
-    def grown(values: np.ndarray, *shape: int) -> np.ndarray:
-        if values.shape[: len(shape)] == shape:
-            return values
-        made = np.zeros((*shape, *values.shape[len(shape) :]), values.dtype)
-        made[tuple(slice(0, size) for size in values.shape[: len(shape)])] = values
-        return made
+    Args:
+        steps: (C,), of each member.
+        devices: D.
+        together: V, members of a chunk; it takes as long as its longest.
 
-    return Cohort(
-        {name: grown(values, pool) for name, values in cohort.pool.items()},
-        grown(cohort.indices, members, steps),
-        grown(cohort.counts, members, steps),
-        grown(cohort.keys, members),
-        cohort.has_whole_pool,
-    )
+    Returns:
+        (D, n, V) int64: members by device and chunk; -1 is nobody.
+    """
+    order = np.argsort(-steps, kind="stable")
+    count = -(-len(order) // (devices * together))
+    chunks = np.full((devices * count, together), -1)
+    chunks.reshape(-1)[: len(order)] = order
+    given: list[list[np.ndarray]] = [[] for _ in range(devices)]
+    loads = [(0, device) for device in range(devices)]
+    for chunk in chunks:
+        load, device = heapq.heappop(loads)
+        given[device].append(chunk)
+        if len(given[device]) < count:
+            heapq.heappush(loads, (load + int(steps[chunk[0]] if chunk[0] >= 0 else 0), device))
+    return np.array(given)
+
+
+def arranged(cohort: Cohort, rows: np.ndarray) -> Cohort:
+    """The members in that order; -1 is one that trains on nothing."""
+    counts = np.where(rows[:, None] >= 0, cohort.counts[rows], 0)
+    return Cohort(cohort.pool, cohort.indices[rows], counts, cohort.keys[rows])
+
+
+def ladder(size: int) -> int:
+    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …: few sizes, none more than a quarter too large."""
+    if size <= 8:
+        return max(1, size)
+    unit = 1 << (size - 1).bit_length() - 3
+    return -(-size // unit) * unit
+
+
+def _with_room(needed: int, most: int, item_bytes: int) -> int:
+    """The size for all cohorts, where it takes little memory; else the next of few."""
+    return max(needed, most) if (most - needed) * item_bytes <= ROOM_BYTES else min(ladder(needed), most)
+
+
+def _rows(fields: Tensors) -> int:
+    return len(next(iter(fields.values()))) if fields else 0
 
 
 def refuse(members: Sequence[str], is_good: np.ndarray, why: str) -> None:

@@ -28,7 +28,7 @@ from shoal.fixed import STEPS
 from shoal.fleet.configuration import Configuration
 from shoal.local import LocalRule, Named, Report
 from shoal.plan.manifest import Manifest
-from shoal.simulate.cohort import Cohort, padded, refuse
+from shoal.simulate.cohort import Cohort, arranged, packed, refuse
 from shoal.tensors import Tensors
 
 AXIS: Final = "members"
@@ -58,14 +58,14 @@ class Layout:
 
 @dataclass(eq=False)
 class Fused:
-    """Trains cohorts. Compiles once for each size of cohort (members, steps and examples are rounded up)."""
+    """Trains cohorts. Compiles once for each shape of them; `cohort.py` sees to it that there are few."""
 
     rule: LocalRule
     manifest: Manifest
     layout: Layout
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds since the last `take_seconds`."""
-    _compiled: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    _compiled: dict[tuple[tuple[int, ...], ...], Any] = field(default_factory=dict)
     _model: tuple[str, Named] | None = None
     _pool: tuple[Tensors, Named] | None = None
 
@@ -100,66 +100,61 @@ class Fused:
         """
         begun = time.perf_counter()
         sums = configuration.accumulator(self.manifest)
-        number, steps, pool = self._sizes(cohort)
-        grown = padded(cohort, members=number, steps=steps, pool=pool)
+        rows = packed(cohort.steps, devices=self.layout.devices, together=self.layout.together).reshape(-1)
+        placed, at = arranged(cohort, rows), np.empty(len(members), np.int64)
+        at[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
         inputs = (
             self._model_on_devices(root, model),
-            self._pool_on_devices(cohort.pool, grown.pool),
-            {n: jax.device_put(v, self._shared) for n, v in self._states(states, number).items()},
-            *(jax.device_put(values, self._shared) for values in (grown.indices, grown.counts, grown.keys)),
+            self._pool_on_devices(cohort.pool),
+            {n: jax.device_put(v, self._shared) for n, v in self._states(states, at, len(rows)).items()},
+            *(jax.device_put(values, self._shared) for values in (placed.indices, placed.counts, placed.keys)),
             {name: np.float64(2.0**-fixed.exponent) for name, fixed in sums.fixed.items()},
         )
         staged = time.perf_counter()
         with jax.enable_x64(True):
-            program = self._program(inputs, (number, steps, pool))
+            program = self._program(inputs)
             compiled = time.perf_counter()
             totals, weights, largest, kept = jax.device_get(program(*inputs))
         done = time.perf_counter()
         for phase, value in (("data", staged - begun), ("compile", compiled - staged), ("compute", done - compiled)):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        count = len(members)
-        self._check(members, sums, weights[:count], {n: values[:count] for n, values in largest.items()})
+        self._check(members, sums, weights[at], {name: values[at] for name, values in largest.items()})
         for name, total in totals.items():
             sums.totals[name][...] = total
-        sums.weight, sums.members = int(np.sum(weights[:count], dtype=np.int64)), count
-        return sums, [{name: np.array(values[i]) for name, values in kept.items()} for i in range(count)]
+        sums.weight, sums.members = int(np.sum(weights[at], dtype=np.int64)), len(members)
+        return sums, [{name: np.array(values[row]) for name, values in kept.items()} for row in at]
 
     def take_seconds(self) -> dict[str, float]:
         """Where the time went since this was asked last, by phase."""
         taken, self.seconds = self.seconds, {}
         return taken
 
-    # Sizes, and what is on the devices.
-
-    def _sizes(self, cohort: Cohort) -> tuple[int, int, int]:
-        members, steps, _ = cohort.indices.shape
-        each = self.layout.devices * self.layout.together
-        pool = len(next(iter(cohort.pool.values())))
-        return -(-members // each) * each, ladder(steps), pool if cohort.has_whole_pool else ladder(pool)
+    # What is on the devices.
 
     def _model_on_devices(self, root: str, model: Tensors) -> Named:
         if self._model is None or self._model[0] != root:
             self._model = root, {name: jax.device_put(value, self._whole) for name, value in model.items()}
         return self._model[1]
 
-    def _pool_on_devices(self, pool: Tensors, grown: Tensors) -> Named:
+    def _pool_on_devices(self, pool: Tensors) -> Named:
         if self._pool is None or self._pool[0] is not pool:
-            self._pool = pool, {name: jax.device_put(value, self._whole) for name, value in grown.items()}
+            self._pool = pool, {name: jax.device_put(value, self._whole) for name, value in pool.items()}
         return self._pool[1]
 
-    def _states(self, states: Sequence[Tensors | None], number: int) -> Tensors:
-        made = {spec.name: np.zeros((number, *spec.shape), spec.numpy_dtype) for spec in self.manifest.device_state}
-        for row, state in enumerate(states):
+    def _states(self, states: Sequence[Tensors | None], at: np.ndarray, rows: int) -> Tensors:
+        made = {spec.name: np.zeros((rows, *spec.shape), spec.numpy_dtype) for spec in self.manifest.device_state}
+        for row, state in zip(at, states, strict=True):
             for name, value in (state or {}).items():
                 made[name][row] = value
         return made
 
     # The program.
 
-    def _program(self, inputs: tuple[Any, ...], sizes: tuple[int, ...]) -> Any:
-        if sizes not in self._compiled:
-            self._compiled[sizes] = jax.jit(self._sharded()).lower(*inputs).compile()
-        return self._compiled[sizes]
+    def _program(self, inputs: tuple[Any, ...]) -> Any:
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
+        if shapes not in self._compiled:
+            self._compiled[shapes] = jax.jit(self._sharded()).lower(*inputs).compile()
+        return self._compiled[shapes]
 
     def _sharded(self) -> Callable[..., Any]:
         whole, shared = PartitionSpec(), PartitionSpec(AXIS)
@@ -254,14 +249,6 @@ def flat_sums(report: Report) -> Named:
     """What a report adds, by flat name."""
     made = {f"{kind}/{name}": value for kind, tensors in report.sums.items() for name, value in tensors.items()}
     return made | {f"metric/{name}": value for name, value in report.metrics.items()}
-
-
-def ladder(size: int) -> int:
-    """The next of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, …: few sizes, none more than a quarter too large."""
-    if size <= 8:
-        return max(1, size)
-    unit = 1 << (size - 1).bit_length() - 3
-    return -(-size // unit) * unit
 
 
 def _batch(pool: Named, indices: Any, counts: Any) -> tuple[Named, Any]:

@@ -19,8 +19,9 @@ from shoal.data.store import Examples, Population
 from shoal.errors import DataError, PlanError
 from shoal.record.memory import MemoryStore
 from shoal.simulate import engine
+from shoal.simulate.cohort import ladder, packed
 from shoal.simulate.engine import Simulation, go_on, simulate
-from shoal.simulate.fused import Fused, Layout, ladder
+from shoal.simulate.fused import Fused, Layout
 from tests.simulate.test_engine import population, task
 
 LAYOUTS = [Layout(devices=d, together=t) for d, t in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2))]
@@ -151,6 +152,19 @@ def test_fields_that_do_not_fit_are_refused() -> None:
         run(task(), members, "fused")
 
 
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 7))
+def test_members_are_packed_so_that_no_device_has_much_more_to_do(
+    lengths: list[int], devices: int, together: int
+) -> None:
+    steps = np.array(lengths)
+    rows = packed(steps, devices=devices, together=together)
+    assert sorted(rows[rows >= 0]) == list(range(len(steps))) and rows.size < len(steps) + devices * together
+    longest = np.where(rows >= 0, steps[rows], 0).max(axis=2)
+    loads = longest.sum(axis=1)
+    assert loads.max() - loads.min() <= longest.max()
+    assert longest.sum() * together <= steps.sum() + max(steps) * together  # what waiting within chunks costs, at most
+
+
 @given(st.integers(1, 1 << 40))
 def test_sizes_are_rounded_up_by_a_quarter_at_most(size: int) -> None:
     assert size <= ladder(size) <= max(8, size * 1.25)
@@ -158,26 +172,26 @@ def test_sizes_are_rounded_up_by_a_quarter_at_most(size: int) -> None:
 
 
 def test_there_are_few_sizes() -> None:
-    assert len({ladder(size) for size in range(1, 100_000)}) < 70
+    assert len({ladder(size) for size in range(1, 5_000)}) < 50
 
 
 def test_cohorts_of_other_lengths_are_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = []
+    engines: list[Fused] = []
+    begin = Fused.__post_init__
 
-    def count(self: Fused, inputs: Any, sizes: Any) -> Any:
-        programs.append(sizes)
-        return program(self, inputs, sizes)
+    def made(self: Fused) -> None:
+        engines.append(self)
+        begin(self)
 
-    program = Fused._program
-    monkeypatch.setattr(Fused, "_program", count)
+    monkeypatch.setattr(Fused, "__post_init__", made)
     use(Layout(devices=1, together=1), monkeypatch)
     rng = np.random.default_rng(0)
     users = {f"m{i}": {"x": rng.standard_normal((4 * i + 1, 3)).astype(np.float32)} for i in range(12)}
     for fields in users.values():
         fields["y"] = np.zeros(len(fields["x"]), np.int32)
     rounds = shoal.RoundPolicy(goal=3, minimum_group=3)
-    run(task(rounds=rounds), in_one_array(Population.from_arrays(users)), "fused", rounds=6)
-    assert len(programs) == 6 and len(set(programs)) == 1
+    run(task(rounds=rounds), Population.from_arrays(users), "fused", rounds=6)
+    assert [len(each._compiled) for each in engines] == [1]
 
 
 def test_a_large_cohort_takes_no_more_sums_than_fit() -> None:
