@@ -1,10 +1,12 @@
 """Where a command's words go: progress to standard error; what it made to standard output, as text or as JSON."""
 
 import json
+import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, final
 
 
@@ -47,6 +49,20 @@ class Screen:
         for row in (columns, *rows):
             cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
             self.line((indent + "  ".join(cells)).rstrip())
+
+    @contextmanager
+    def hearing(self, logger: str) -> Iterator[None]:
+        """What is logged there meanwhile, from `info` upwards, is a line of progress."""
+        heard, handler = logging.getLogger(logger), logging.Handler()
+        handler.emit = lambda record: self.say(record.getMessage())  # type: ignore[method-assign]
+        before = heard.level
+        heard.addHandler(handler)
+        heard.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            heard.removeHandler(handler)
+            heard.setLevel(before)
 
     def _end_live(self) -> None:
         if self._is_live:

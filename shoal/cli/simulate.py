@@ -67,6 +67,7 @@ def simulate(
     """  # fmt: skip
     from shoal.cli import data_argument, run_folder
     from shoal.cli.task_argument import load_task
+    from shoal.plan.compile_cache import cache_folder, switch_on
     from shoal.simulate.layout import use_all_cores
     from shoal.validate import one_of
 
@@ -90,6 +91,7 @@ def simulate(
     if not resume and not (task and rounds):
         raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
     use_all_cores()
+    switch_on(cache_folder())
     population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
     examples = data_argument.open_held_out(held_out, data_text=data, user_column=user_column)
     watch.lap("data")
@@ -188,7 +190,7 @@ def _train(
             told.check()
 
         try:
-            with told:
+            with told, screen.hearing("shoal.simulate"):
                 made = go_on(
                     store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every,
                     folder=folder, on_round=on_round, task=task,

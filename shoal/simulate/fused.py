@@ -13,6 +13,7 @@ Memory is bounded by the chunk, not by the cohort. How many members go together,
 integers of an `Accumulator`; the server's part of a round is the very code of a fleet.
 """
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from shoal.local import LocalRule, Named, Report
 from shoal.plan.manifest import Manifest
 from shoal.simulate.cohort import Cohort, arranged, packed, refuse
 from shoal.tensors import Tensors
+
+log = logging.getLogger("shoal.simulate")
 
 AXIS: Final = "members"
 
@@ -153,7 +156,13 @@ class Fused:
     def _program(self, inputs: tuple[Any, ...]) -> Any:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
         if shapes not in self._compiled:
+            begun = time.perf_counter()
             self._compiled[shapes] = jax.jit(self._sharded()).lower(*inputs).compile()
+            members, steps, examples = inputs[3].shape
+            log.info(
+                "compiled a round of %d members, up to %d steps of %d examples each, for %s: %.1f s",
+                members, steps, examples, self.layout, time.perf_counter() - begun,
+            )  # fmt: skip
         return self._compiled[shapes]
 
     def _sharded(self) -> Callable[..., Any]:

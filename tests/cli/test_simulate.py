@@ -33,7 +33,9 @@ def test_progress_goes_to_standard_error_and_json_to_standard_output(place: Path
     assert made.code == 0, made
     assert made.json["version"] == 2 and made.json["folder"] == str(tmp_path / "r") and len(made.json["rounds"]) == 2
     assert made.json["seconds"]["compute"] > 0
-    assert "round 1/2" in made.err and "rounds/s" in made.err and "left" in made.err
+    assert (
+        "compiled a round of" in made.err and "round 1/2" in made.err and "rounds/s" in made.err and "left" in made.err
+    )
 
 
 def test_a_run_goes_on_to_the_same_model_as_one_without_a_break(place: Path, tmp_path: Path, shoal: Shoal) -> None:
