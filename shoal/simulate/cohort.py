@@ -64,11 +64,6 @@ class Stage:
         if whole is not None and sum(array.nbytes for array in whole[0].fields.values()) <= POOL_BYTES:
             self._pool, self._parts = conform(whole[0], manifest).fields, whole[1]
 
-    @property
-    def is_shared(self) -> bool:
-        """Whether every cohort has the same pool."""
-        return self._parts is not None
-
     def cohort(self, members: Sequence[str], seed: bytes) -> Cohort:
         """The members' part of the round with that seed. Raises DataError: a member's examples do not fit the task."""
         batches = [self._batches(member, seed) for member in members]
