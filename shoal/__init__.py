@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shoal.api import Model, load, read_statistics, simulate
     from shoal.local import LocalRule, Report
     from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
+    from shoal.stop_when import StopWhen
     from shoal.task import Local, Loss, Sum, Task, Variables
     from shoal.task_evaluation import evaluation
     from shoal.task_statistics import statistics
@@ -40,6 +41,7 @@ _HOMES = {
     "RoundPolicy": "shoal.policy",
     "Selection": "shoal.policy",
     "ServerRule": "shoal.policy",
+    "StopWhen": "shoal.stop_when",
     "Sum": "shoal.task",
     "Task": "shoal.task",
     "Variables": "shoal.task",
@@ -73,6 +75,7 @@ __all__ = [
     "RoundPolicy",
     "Selection",
     "ServerRule",
+    "StopWhen",
     "Sum",
     "Task",
     "Variables",

@@ -1,8 +1,8 @@
 """The short way: train a task in simulation, load any version of any run. Re-exported by `shoal`."""
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from shoal.aggregate.statistics import read_results
+from shoal.data.federated import leave_out as shut_out
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
 from shoal.plan.jax_runner import JaxRunner
@@ -24,6 +25,8 @@ from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.engine import BackendName, RoundResult, Simulation
 from shoal.simulate.engine import simulate as run_simulation
 from shoal.simulate.layout import use_all_cores
+from shoal.simulate.progress import progress_bar
+from shoal.stop_when import StopWhen
 from shoal.task import Task
 from shoal.tensors import Tensors
 from shoal.weights import to_safetensors
@@ -35,10 +38,13 @@ def simulate(
     *,
     rounds: int,
     seed: int = 0,
-    held_out: Examples | Mapping[str, np.ndarray] | None = None,
+    held_out: Examples | Population | Mapping[str, np.ndarray] | None = None,
+    leave_out: float | str | Iterable[str] | None = None,
     evaluate_every: int = 1,
+    stop_when: StopWhen | None = None,
     folder: Path | str | None = None,
     backend: BackendName = "fused",
+    progress: bool = True,
     on_round: Callable[[RoundResult], None] = lambda result: None,
 ) -> Simulation:
     """Trains a task on simulated devices; the run is kept in a folder.
@@ -48,35 +54,51 @@ def simulate(
         population: the members' examples: a `Population`, or member -> field -> array (N, …).
         rounds: versions to commit.
         seed: of everything random.
-        held_out: examples on which versions are evaluated.
+        held_out: examples on which versions are evaluated. Of a `Population` they are evaluated user by user: the metrics
+            over all examples, and how they are distributed over users.
+        leave_out: users who do not train and are evaluated user by user too (`left_out/…`): a share of them, drawn with the
+            seed, or their ids.
         evaluate_every: versions between two evaluations; the last one is always evaluated.
+        stop_when: ends the run before its last round.
         folder: the run folder; None: a temporary one, that is gone when the program ends. It must not hold a run yet.
         backend: `fused`: the cohort in one compiled program; `sequential`: much slower, one member after the other, with
             the bits of a fleet.
+        progress: shows a bar with rate and time left when standard error is a terminal.
         on_round: told of each committed round.
 
     Returns:
         The last model by name, its version, and the rounds' metrics.
 
     Raises:
-        DataError: fewer members than a round needs, or examples that do not fit the task.
+        DataError: fewer members than a round needs, examples that do not fit the task, or a rule to stop by whose metric the
+            run does not have.
+        ValueError: nobody, or everybody, is left out.
     """
     use_all_cores()
     members = population if isinstance(population, Population) else Population.from_arrays(population)
-    examples = held_out if held_out is None or isinstance(held_out, Examples) else Examples(dict(held_out))
+    left_out = None
+    if leave_out is not None:
+        members, left_out = shut_out(members, leave_out, rng=np.random.Generator(np.random.Philox(key=seed)))
+    examples = Examples(dict(held_out)) if isinstance(held_out, Mapping) else held_out
     with tempfile.TemporaryDirectory() as temporary:
         chosen = Path(temporary) if folder is None else Path(folder)
         store = open_store(chosen, durable=folder is not None)
         try:
-            result = run_simulation(
-                task, members, rounds=rounds, store=store, seed=seed, held_out=examples, evaluate_every=evaluate_every,
-                folder=chosen, backend=backend, on_round=on_round,
-            )  # fmt: skip
+            with progress_bar(task.name, rounds, shown=progress) as tell:
+
+                def told(round: RoundResult) -> None:
+                    tell(round)
+                    on_round(round)
+
+                result = run_simulation(
+                    task, members, rounds=rounds, store=store, seed=seed, held_out=examples, left_out=left_out,
+                    evaluate_every=evaluate_every, stop_when=stop_when, folder=chosen, backend=backend, on_round=told,
+                )  # fmt: skip
         finally:
             store.close()
         # A temporary folder's files are about to go; the model must not depend on them.
         model = {name: np.array(value) for name, value in result.model.items()}
-        return Simulation(result.run_id, None if folder is None else chosen, model, result.version, result.history)
+        return replace(result, folder=None if folder is None else chosen, model=model)
 
 
 @dataclass(frozen=True)

@@ -48,18 +48,61 @@ def open_held_out(text: str, *, data_text: str = "", user_column: str = "") -> "
     """What --held-out names, all users' examples joined; without it, the test part of the data set of --data."""
     from shoal import data
 
-    if not text and data_text.startswith(PREFIX):
-        text = data_text
-    if not text:
-        return None
-    if text.startswith(PREFIX):
-        name = text.removeprefix(PREFIX)
-        if name not in data.federated_names():
-            return data.load(known_name(name)).test
-        population = data.load_federated(name).test
-    else:
-        population = _open_files(text, user_column)
-    return data.Examples.concatenate([examples for _, examples in population.items()])
+    found = _held_out(text or _test_part(data_text), user_column)
+    if not isinstance(found, data.Population):
+        return found
+    return data.Examples.concatenate([examples for _, examples in found.items()])
+
+
+def open_held_out_users(text: str, *, data_text: str = "", user_column: str = "") -> "Population":
+    """The same, by users.
+
+    Raises:
+        ValueError: there is nothing, or it has no users.
+    """
+    from shoal import data
+
+    found = _held_out(text or _test_part(data_text), user_column)
+    if not isinstance(found, data.Population):
+        what = text or data_text
+        raise ValueError(
+            f"--by-user needs --held-out with users; {what} has none. --leave-out keeps users of --data out."
+        )
+    return found
+
+
+def _test_part(data_text: str) -> str:
+    return data_text if data_text.startswith(PREFIX) else ""
+
+
+def _held_out(text: str, user_column: str) -> "Examples | Population | None":
+    from shoal import data
+
+    if not text.startswith(PREFIX):
+        return _open_files(text, user_column) if text else None
+    name = text.removeprefix(PREFIX)
+    return data.load_federated(name).test if name in data.federated_names() else data.load(known_name(name)).test
+
+
+def shut_out(population: "Population", asked: "list[str]", *, seed: int) -> "tuple[Population, Population | None]":
+    """What --leave-out asks for: those who train, and those who do not. One number is a share, drawn with the run's seed.
+
+    Raises:
+        ValueError: an unknown user, or nobody or everybody is left out.
+    """
+    import numpy as np
+
+    from shoal import data
+
+    if not asked:
+        return population, None
+    whom: list[str] | float = asked
+    if len(asked) == 1 and asked[0] not in population:
+        try:
+            whom = float(asked[0])
+        except ValueError:
+            whom = asked
+    return data.leave_out(population, whom, rng=np.random.Generator(np.random.Philox(key=seed)))
 
 
 def known_name(name: str) -> str:

@@ -9,12 +9,17 @@ from shoal.cli import options, words
 from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.late_argument import parse_late
+from shoal.cli.round_lines import RoundLines
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.cli.stop_argument import parse_stop_when
+from shoal.metric_names import without_tails
 
 if TYPE_CHECKING:
     from shoal.cli.run_summary import RunSummary
     from shoal.data import Examples, Population
+    from shoal.record.store import Store
     from shoal.simulate.engine import RoundResult, Simulation
+    from shoal.stop_when import StopWhen
     from shoal.task import Task
 
 EPILOG = options.examples(
@@ -22,6 +27,7 @@ EPILOG = options.examples(
     "shoal simulate examples/one_task.py:task --data users/ --held-out test.npz --rounds 20 --goal 4",
     "shoal simulate examples/fashion.py --virtual examples/population.toml --hours 3 --late patch:5",
     "shoal simulate task.py --data visits.parquet --user-column patient --rounds 10",
+    "shoal simulate task.py --data name:digits --users 100 --leave-out 0.2 --rounds 200 --stop-when left_out/accuracy:patience=20",
     "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
 )
 
@@ -55,6 +61,24 @@ def simulate(
         str,
         typer.Option("--backend", help="fused: a cohort in one program; sequential: slower, with the bits of a fleet."),
     ] = "fused",
+    leave_out: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--leave-out",
+            help="Users who do not train, and are measured one by one: a share such as 0.1, or an id; several may be given.",
+        ),
+    ] = None,
+    by_user: Annotated[
+        bool, typer.Option("--by-user", help="Measure the users of --held-out one by one: how metrics are distributed.")
+    ] = False,
+    stop_when: Annotated[
+        str,
+        typer.Option(
+            "--stop-when",
+            help="End early: METRIC:reaches=VALUE or METRIC:patience=ROUNDS, or both with a comma; none lifts it on --resume.",
+            show_default="at the last round",
+        ),
+    ] = "",
     run: options.RunFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run in --run.")] = False,
     json: options.AsJson = False,
@@ -68,11 +92,14 @@ def simulate(
     from shoal.cli import data_argument, run_folder
     from shoal.cli.task_argument import load_task
     from shoal.plan.compile_cache import cache_folder, switch_on
+    from shoal.simulate.engine import own_config
     from shoal.simulate.layout import use_all_cores
     from shoal.validate import one_of
 
     screen, watch = Screen(json=json), Stopwatch()
     if virtual is not None:
+        if leave_out or by_user or stop_when:
+            raise ValueError("--leave-out, --by-user and --stop-when are not for --virtual.")
         policy = {
             "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
         }  # fmt: skip
@@ -88,30 +115,42 @@ def simulate(
     if resume and (goal or seed):
         raise ValueError("With --resume --goal and --seed are those of the run: leave them out.")
     one_of(("fused", "sequential"), backend=backend)
+    rule = parse_stop_when(stop_when) if stop_when else None
     if not resume and not (task and rounds):
         raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
     use_all_cores()
     switch_on(cache_folder())
     population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
-    examples = data_argument.open_held_out(held_out, data_text=data, user_column=user_column)
+    open_held_out = data_argument.open_held_out_users if by_user else data_argument.open_held_out
+    examples = open_held_out(held_out, data_text=data, user_column=user_column)
     watch.lap("data")
     screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
-    if resume:
-        found = run_folder.existing_run(run, kind="simulate")
+    found = run_folder.existing_run(run, kind="simulate") if resume else None
+    seed = int(found.run.config["seed"]) if found is not None else seed
+    population, left_out = data_argument.shut_out(population, leave_out or [], seed=seed)
+    if left_out is not None:
+        screen.say(f"{words.count(len(left_out), 'user')} left out of training")
+    about = _changed(
+        split, users, held_out, user_column, by_user=by_user, leave_out=leave_out or [], evaluate_every=evaluate_every
+    )
+    if found is not None:
         folder, run_id = found.path, found.run.id
         made = load_task(task) if task else None  # how large its rounds are is the run's affair
     else:
         made = _with_goal(load_task(task), goal, screen)
-        folder, run_id = _begin(made, rounds or 0, seed, run), ""
+        config = own_config(left_out, rule) | {"data": " ".join([data, *about])}
+        folder, run_id = _begin(made, rounds or 0, seed, run, config), ""
         watch.lap("plan")
-    again = ["--data", data, *_changed(split, users, held_out, user_column), "--run", folder, "--resume"]
+    again = ["--data", data, *about, "--run", folder, "--resume"]
     go_on = command_line(["shoal", "simulate", *([task] if task else []), *again])
     from shoal.record.lock import only_writer
 
     with only_writer(folder):
+        if found is not None and stop_when:
+            _set_stop_when(folder, run_id, rule)
         _train(
-            folder, run_id, rounds or 0, population, examples, evaluate_every, screen, watch, go_on, asked=bool(held_out),
-            task=made if backend == "fused" else None,
+            folder, run_id, rounds or 0, population, examples, left_out, evaluate_every, screen, watch, go_on,
+            asked=bool(held_out), task=made if backend == "fused" else None,
         )  # fmt: skip
 
 
@@ -147,7 +186,7 @@ def _with_goal(task: "Task", goal: int | None, screen: Screen) -> "Task":
     return with_goal(task, goal)
 
 
-def _begin(task: "Task", rounds: int, seed: int, run: Path | None) -> Path:
+def _begin(task: "Task", rounds: int, seed: int, run: Path | None, config: dict[str, Any]) -> Path:
     """Builds the plan and begins the run; returns its folder."""
     from shoal.cli import run_folder
     from shoal.fleet.host import begin_run
@@ -160,15 +199,27 @@ def _begin(task: "Task", rounds: int, seed: int, run: Path | None) -> Path:
     plan = built.plan.sign(HostKeys.load_or_make(folder).signing)
     store = open_store(folder)
     try:
-        begin_run(store, plan, built.model, kind="simulate", rounds=rounds, seed=seed)
+        begin_run(store, plan, built.model, kind="simulate", rounds=rounds, seed=seed, config=config)
     finally:
         store.close()
     return folder
 
 
+def _set_stop_when(folder: Path, run_id: str, rule: "StopWhen | None") -> None:
+    from shoal.record.sqlite import open_store
+    from shoal.simulate.stopping import keep_stop_when
+
+    store = open_store(folder)
+    try:
+        keep_stop_when(store, run_id, rule)
+    finally:
+        store.close()
+
+
 def _train(
-    folder: Path, run_id: str, rounds: int, population: "Population", examples: "Examples | None", evaluate_every: int,
-    screen: Screen, watch: Stopwatch, go_on_with: str, *, asked: bool, task: "Task | None",
+    folder: Path, run_id: str, rounds: int, population: "Population", examples: "Examples | Population | None",
+    left_out: "Population | None", evaluate_every: int, screen: Screen, watch: Stopwatch, go_on_with: str, *, asked: bool,
+    task: "Task | None",
 ) -> None:  # fmt: skip
     from shoal.cli.run_summary import summarize
     from shoal.plan.run_plan import load_plan
@@ -183,7 +234,7 @@ def _train(
         if examples is not None and not asked and not load_plan(store, run_id).plan.manifest.variants("evaluate"):
             screen.say("the task has no evaluate: versions are not evaluated on the test part of the data")
             examples = None
-        before, progress, told = summarize(store, run_id), _Progress(first, last, screen), Told()
+        before, progress, told = summarize(store, run_id), RoundLines(first, last, screen), Told()
 
         def on_round(result: "RoundResult") -> None:
             progress(result)
@@ -192,59 +243,60 @@ def _train(
         try:
             with told, screen.hearing("shoal.simulate"):
                 made = go_on(
-                    store, run_id, population, rounds=last, held_out=examples, evaluate_every=evaluate_every,
-                    folder=folder, on_round=on_round, task=task,
+                    store, run_id, population, rounds=last, held_out=examples, left_out=left_out,
+                    evaluate_every=evaluate_every, folder=folder, on_round=on_round, task=task,
                 )  # fmt: skip
         except KeyboardInterrupt:
             version = store.last_version(run_id)
             text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
             raise Stopped(text, code=told.code) from None
         watch.lap("rounds")
-        _tell(summarize(store, run_id), before, made, folder, screen, watch)
+        _tell(store, before, made, folder, screen, watch)
     finally:
         store.close()
 
 
 def _tell(
-    summary: "RunSummary", before: "RunSummary", made: "Simulation", folder: Path, screen: Screen, watch: Stopwatch
+    store: "Store", before: "RunSummary", made: "Simulation", folder: Path, screen: Screen, watch: Stopwatch
 ) -> None:
+    from shoal.cli import over_users_section
+    from shoal.cli.run_summary import summarize
+
+    summary = summarize(store, made.run_id)
     # The members' phases lie within the rounds; what the rounds took beside them is the rest.
     inside = summary.seconds_since(before)
     others = {phase: s for phase, s in watch.seconds.items() if phase != "rounds"}
     rest = {"rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
     last = made.history[-1].metrics if made.history else summary.metrics
-    screen.line(f"{summary.task} version {made.version}: {words.values(dict(last)) or 'no metrics'}")
+    screen.line(f"{summary.task} version {made.version}: {words.values(without_tails(last)) or 'no metrics'}")
+    if made.stopped_early:
+        screen.line(f"ended early: {made.stopped_early}")
+    users = over_users_section.show(store, made.run_id, screen)
     screen.line(f"where the time went: {words.phases({**others, **inside, **rest}, total=watch.total)}")
     screen.line(f"run: {folder}")
     document: dict[str, Any] = summary.to_json() | {"folder": str(folder), "total_seconds": watch.total}
     rounds = [{"version": r.version, "seconds": r.seconds, "metrics": dict(r.metrics)} for r in made.history]
-    screen.document({**document, "rounds": rounds})
+    document |= {"rounds": rounds, "stopped_early": made.stopped_early, "over_users": users}
+    screen.document(document)
 
 
-class _Progress:
-    """A line for each round, with the rate and the time left."""
-
-    def __init__(self, first: int, last: int, screen: Screen) -> None:
-        self._first, self._last, self._screen, self._watch = first, last, screen, Stopwatch()
-        self._slow_s = 0.0  # the first round, with what is done once before it
-        if first >= last:
-            screen.say(f"the run has version {first} of {last} already; ask for more with --rounds")
-        elif first:
-            screen.say(f"going on from version {first}")
-
-    def __call__(self, result: "RoundResult") -> None:
-        done = result.version - self._first
-        self._slow_s = self._slow_s or self._watch.total
-        each = (self._watch.total - self._slow_s) / (done - 1) if done > 1 else result.seconds
-        width = len(str(self._last))
-        self._screen.say(
-            f"round {result.version:{width}}/{self._last}  {words.values(dict(result.metrics))}  "
-            f"{words.duration(result.seconds)}  {1 / max(each, 1e-9):.3g} rounds/s  "
-            f"{words.duration((self._last - result.version) * each)} left"
-        )
-
-
-def _changed(split: str, users: int, held_out: str, user_column: str) -> list[str]:
-    given = [*(["--split", split] if split != "iid" else []), *(["--users", str(users)] if users != 20 else [])]
-    column = ["--user-column", user_column] if user_column else []
-    return [*column, *given, *(["--held-out", held_out] if held_out else [])]
+def _changed(
+    split: str,
+    users: int,
+    held_out: str,
+    user_column: str,
+    *,
+    by_user: bool,
+    leave_out: list[str],
+    evaluate_every: int = 1,
+) -> list[str]:
+    """The options about data that are not as if left out."""
+    return [
+        *(["--user-column", user_column] if user_column else []),
+        *(["--split", split] if split != "iid" else []),
+        *(["--users", str(users)] if users != 20 else []),
+        *(["--held-out", held_out] if held_out else []),
+        *(["--by-user"] if by_user else []),
+        *(part for each in leave_out for part in ("--leave-out", each)),
+        *(["--evaluate-every", str(evaluate_every)] if evaluate_every != 1 else []),
+    ]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+import numpy as np
+
 from shoal import validate
 from shoal.data import federated_recipes, published
 from shoal.data.federated_recipes import OWNER
@@ -69,25 +71,37 @@ def load_federated(name: str, *, cache: Path | None = None, progress: bool = Tru
     )
 
 
-def leave_out(population: Population, users: str | Iterable[str]) -> tuple[Population, Population]:
+def leave_out(
+    population: Population, users: str | Iterable[str] | float, *, rng: np.random.Generator | None = None
+) -> tuple[Population, Population]:
     """Cuts users out, to measure on those a model has never seen (leave one subject out, for instance).
 
     Args:
         population: All users.
-        users: Whom to leave out: one id, or several.
+        users: Whom to leave out: one id, or several; or what share of them, in (0, 1), to be drawn.
+        rng: Draws a share.
 
     Returns:
         The others, and those left out, both in the order of the population and made when asked for.
 
     Raises:
-        ValueError: An unknown user, or nobody is left on one side.
+        ValueError: An unknown user, a share without a generator, or nobody is left on one side.
     """
+    if isinstance(users, float):
+        users = _drawn(population, users, rng)
     out = {users} if isinstance(users, str) else set(users)
     if unknown := sorted(out - set(population)):
         raise ValueError(f"No user {unknown[0]!r} among {len(population)}; the first is {population.ids[0]!r}.")
     if not out or len(out) == len(population):
         raise ValueError(f"Expected to leave out at least one user and not all {len(population)}, got {len(out)}.")
     return _some(population, out, wanted=False), _some(population, out, wanted=True)
+
+
+def _drawn(population: Population, share: float, rng: np.random.Generator | None) -> list[str]:
+    if not 0.0 < share < 1.0 or rng is None:
+        raise ValueError(f"Expected a share above 0 and below 1, and rng= to draw it with, got {share!r} and {rng!r}.")
+    count = min(max(1, round(share * len(population))), len(population) - 1)
+    return [population.ids[place] for place in rng.choice(len(population), count, replace=False)]
 
 
 def _some(population: Population, out: set[str], *, wanted: bool) -> Population:

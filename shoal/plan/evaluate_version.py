@@ -1,6 +1,7 @@
 """Evaluates a version of a run: the same in simulation, beside a host's rounds, and in the demo."""
 
 import time
+from collections.abc import Mapping
 
 from shoal.data.store import Examples
 from shoal.plan.manifest import Manifest
@@ -42,12 +43,18 @@ def evaluate_version(
     begun_s = time.perf_counter()
     found = evaluate(runner, manifest, hand_over(runner, store, row), examples)
     metrics = {f"{prefix}{name}": value for name, value in found.items()}
+    write_evaluation(store, run_id, row, metrics, seconds=time.perf_counter() - begun_s, count=1)
+    return metrics
+
+
+def write_evaluation(
+    store: Store, run_id: str, row: CommitRow, metrics: Mapping[str, float], *, seconds: float, count: int
+) -> None:
+    """Writes a version's metrics into the record, and the time that so many measurements took."""
     time_s = time.time() - store.run(run_id).created_s
     rows = [
         MetricRow(version=row.version, name=name, value=value, scope="server", time_s=time_s)
         for name, value in metrics.items()
     ]
     store.log(run_id, rows)
-    took_s = time.perf_counter() - begun_s
-    store.add_usage(run_id, [UsageRow(round=row.round, phase="evaluate", seconds=took_s, count=1)])
-    return metrics
+    store.add_usage(run_id, [UsageRow(round=row.round, phase="evaluate", seconds=seconds, count=count)])

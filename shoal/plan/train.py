@@ -189,14 +189,24 @@ def _at_most(examples: Examples, most: int, rng: np.random.Generator) -> Example
 
 def evaluate(runner: Runner, manifest: Manifest, root: str, examples: Examples) -> Mapping[str, float]:
     """The task's metrics over all the examples, by the plan's `evaluate` program."""
+    return ratios(evaluated_sums(runner, manifest, root, examples))
+
+
+def evaluated_sums(runner: Runner, manifest: Manifest, root: str, examples: Examples) -> dict[str, float]:
+    """The sums of which the metrics are made: `NAME/numerator` and `NAME/denominator`."""
     totals: dict[str, float] = {}
     size = manifest.training.evaluate_batch_size
     for batches, mask in Blocks(conform(examples, manifest), batch_size=size, steps_per_block=1, shuffle=False):
         batch = {name: values[0] for name, values in batches.items()}
         for name, value in runner.evaluate(root, batch, mask[0]).items():
             totals[name] = totals.get(name, 0.0) + float(value)
-    names = sorted({name.rsplit("/", 1)[0] for name in totals})
-    return {n: totals[f"{n}/numerator"] / totals[f"{n}/denominator"] for n in names if totals[f"{n}/denominator"]}
+    return totals
+
+
+def ratios(sums: Mapping[str, float]) -> dict[str, float]:
+    """Metrics of their sums; one whose denominator is zero is left out."""
+    names = sorted({name.rsplit("/", 1)[0] for name in sums})
+    return {n: sums[f"{n}/numerator"] / sums[f"{n}/denominator"] for n in names if sums[f"{n}/denominator"]}
 
 
 def predict(runner: Runner, manifest: Manifest, root: str, fields: Mapping[str, np.ndarray]) -> np.ndarray:

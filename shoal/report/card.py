@@ -8,8 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.metric_names import LEFT_OUT, is_tail
 from shoal.plan.manifest import Manifest
 from shoal.report.facts import Facts
+from shoal.report.over_users import over_users
 
 FILE_NAME: Final = "CARD.md"
 _UNSAID: Final = "The task does not say."
@@ -76,6 +78,8 @@ def _training(facts: Facts) -> str:
             f"{len(facts.commits)} rounds were committed, with {members:,} updates in all, made from "
             f"{facts.num_examples_used:,} uses of an example."
         )
+    if facts.stopped_early:
+        rows.append(f"It ended before its last round: {facts.stopped_early}.")
     if abandoned := sum(row.state == "abandoned" for row in facts.rounds):
         rows.append(f"{abandoned} rounds were abandoned; what they had counted went into the next one.")
     if facts.manifest is not None:
@@ -114,13 +118,30 @@ def _results(facts: Facts, results: Sequence[tuple[str, str]], told: Collection[
     own = [
         (f"{name} (version {points[-1].version})", f"{points[-1].value:.4g}")
         for name, points in facts.metrics.items()
-        if points and name not in told
+        if points and name not in told and not is_tail(name)
     ]
     if not results and not own:
         return "Nothing was measured."
     rows = [f"| {what} | {value} |" for what, value in (*results, *own)]
     table = "\n".join(["| measure | value |", "|---|---|", *rows])
-    return "\n\n".join([table, *notes, "`train/…` is over the devices of a round, on the version before it."])
+    words = ["`train/…` is over the devices of a round, on the version before it."]
+    if any(name.startswith(LEFT_OUT) for name in facts.metrics):
+        words.append("`left_out/…` is over users who took no part in training.")
+    return "\n\n".join([table, *_over_users(facts), *notes, " ".join(words)])
+
+
+def _over_users(facts: Facts) -> list[str]:
+    """How metrics are distributed over users, where they were measured one by one."""
+    found = over_users(facts.distributions)
+    if not found:
+        return []
+    rows = [
+        f"| {each.metric} (version {each.version}) | {each.users} | {each.worst:.4g} | {each.median:.4g} | {each.best:.4g} | "
+        f"{each.least:.4g} {each.bars} {each.most:.4g} |"
+        for each in found
+    ]
+    head = "| measure, user by user | users | worst tenth | median | best tenth | users at each value |\n|---|---|---|---|---|---|"
+    return ["\n".join([head, *rows])]
 
 
 def _privacy(facts: Facts) -> str:

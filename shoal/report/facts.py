@@ -12,6 +12,7 @@ from pathlib import Path
 from shoal.errors import StoreError
 from shoal.plan.manifest import Manifest
 from shoal.plan.run_plan import load_plan
+from shoal.record.distribution import Distribution, read_distributions
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
 from shoal.record.store import CommitRow, EventRow, RoundRow, RunRow, Store
@@ -54,6 +55,10 @@ class Facts:
     """(members, weight) of versions 1, 2, …"""
     usage: Mapping[str, Usage] = field(default_factory=dict)
     """By phase."""
+    distributions: Mapping[str, Mapping[int, Distribution]] = field(default_factory=dict)
+    """Metric -> version -> how it is distributed over users, where it was measured user by user."""
+    stopped_early: str = ""
+    """Why the run ended before its last round; empty if it did not."""
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric; None if it was never measured."""
@@ -92,7 +97,7 @@ def read_facts(folder: Path, run_id: str | None = None) -> Facts:
 def facts_of(store: Store, run_id: str) -> Facts:
     """The facts of a run in an open store."""
     row = store.run(run_id)
-    commits = list(store.commits(run_id))
+    commits, events = list(store.commits(run_id)), store.events(run_id)
     head = commits[-1] if commits else None
     return Facts(
         run=row,
@@ -100,10 +105,12 @@ def facts_of(store: Store, run_id: str) -> Facts:
         version=head.version if head is not None else None,
         parameters=sum(_numbers(entry.spec.shape) for entry in head.model) if head is not None else 0,
         metrics=_metrics(store, run_id),
-        seconds=seconds_at_work(commits, store.events(run_id), created_s=row.created_s),
+        seconds=seconds_at_work(commits, events, created_s=row.created_s),
         rounds=tuple(store.rounds(run_id)),
         commits=tuple((commit.members, commit.weight) for commit in commits if commit.version),
         usage=_usage(store, run_id),
+        distributions=read_distributions(events),
+        stopped_early=stopped_early(events),
     )
 
 
@@ -121,6 +128,12 @@ def seconds_at_work(
         seconds |= {version: before_s + time_s - begin_s for version, time_s in here.items()}
         before_s = max(seconds.values(), default=0.0)
     return dict(sorted(seconds.items()))
+
+
+def stopped_early(events: Sequence[EventRow]) -> str:
+    """Why the last session of a run ended before its last round; empty if it did not."""
+    last = next((event for event in reversed(events) if event.kind in ("session", "stopped_early")), None)
+    return str(last.data["why"]) if last is not None and last.kind == "stopped_early" else ""
 
 
 def _manifest(store: Store, run_id: str) -> Manifest | None:

@@ -23,7 +23,6 @@ from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.local import local_rule
 from shoal.plan.build import build, refuse_other_task
-from shoal.plan.evaluate_version import evaluate_version
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.left_out import EMPTY, HEED_THE_MASK, left_out, named, told
 from shoal.plan.manifest import Manifest
@@ -31,14 +30,19 @@ from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.runner import Runner
 from shoal.record.resume import take_up
-from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
+from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.backends import Attempt, Backend, Cohorts, FusedCohorts, Sequential
 from shoal.simulate.cohort import Stage
 from shoal.simulate.convolutions import faster_convolutions
 from shoal.simulate.device_states import DeviceStates, states_folder
 from shoal.simulate.fused import Fused, Layout
+from shoal.simulate.history import History
 from shoal.simulate.layout import cache, cached, choose, key_of
+from shoal.simulate.measuring import Measured, left_out_config, measure
+from shoal.simulate.stopping import CONFIG as STOP_WHEN
+from shoal.simulate.stopping import Stopping
+from shoal.stop_when import StopWhen
 from shoal.task import Task
 from shoal.tensors import Tensors
 
@@ -67,7 +71,10 @@ class Simulation:
     model: Tensors
     """The last version."""
     version: int
-    history: tuple[RoundResult, ...] = field(repr=False, default=())
+    history: History = field(repr=False, default=History())
+    """The rounds of this session, as a tuple; `history.to_pandas()` is a table of them."""
+    stopped_early: str = ""
+    """Why the run ended before its last round (`StopWhen`); empty if it did not."""
 
 
 def simulate(
@@ -77,8 +84,10 @@ def simulate(
     rounds: int,
     store: Store,
     seed: int = 0,
-    held_out: Examples | None = None,
+    held_out: Examples | Population | None = None,
+    left_out: Population | None = None,
     evaluate_every: int = 1,
+    stop_when: StopWhen | None = None,
     folder: Path | None = None,
     backend: BackendName = "fused",
     on_round: Callable[[RoundResult], None] = lambda result: None,
@@ -91,8 +100,10 @@ def simulate(
         rounds: versions to commit.
         store: the record to write to.
         seed: of the initial model, the selection, the members' randomness.
-        held_out: examples on which versions are evaluated.
+        held_out: examples on which versions are evaluated; of a population user by user.
+        left_out: users who do not train, on whom versions are evaluated too.
         evaluate_every: versions between two evaluations; the last is always evaluated.
+        stop_when: when the run ends before its last round.
         folder: the run folder, for the keys and to say where it is.
         backend: `fused`: the cohort in one program, fast; `sequential`: one member after the other, with the bits of a fleet.
         on_round: told of each committed round.
@@ -103,9 +114,11 @@ def simulate(
     keys = HostKeys.load_or_make(folder) if folder is not None else HostKeys.make()
     built = build(task, seed=seed)
     plan = built.plan.sign(keys.signing)
-    run_id = begin_run(store, plan, built.model, kind="simulate", rounds=rounds, seed=seed)
+    run_id = begin_run(
+        store, plan, built.model, kind="simulate", rounds=rounds, seed=seed, config=own_config(left_out, stop_when)
+    )
     return go_on(
-        store, run_id, population, held_out=held_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round,
+        store, run_id, population, held_out=held_out, left_out=left_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round,
         task=task if backend == "fused" else None,
     )  # fmt: skip
 
@@ -116,20 +129,23 @@ def go_on(
     population: Population,
     *,
     rounds: int | None = None,
-    held_out: Examples | None = None,
+    held_out: Examples | Population | None = None,
+    left_out: Population | None = None,
     evaluate_every: int = 1,
     folder: Path | None = None,
     on_round: Callable[[RoundResult], None] = lambda result: None,
     runner: Runner | None = None,
     task: Task | None = None,
 ) -> Simulation:
-    """Runs a simulation from where its record stands to its last version. Arguments as for `simulate`.
+    """Runs a simulation from where its record stands to its last version, or to where its rule stops it. Arguments as for
+    `simulate`; the rule is that of the run's config.
 
     `rounds`, if given, is in the run's config from now on. `runner` is one of the run's plan, where there is one already.
     `task` is the run's: with it the cohort trains in one program; without, by the programs of the run's plan.
 
     Raises:
-        StoreError: the task is not that of the run; or members keep state between rounds, which is not there, or of others.
+        StoreError: the task, or who is left out, is not that of the run; or members keep state between rounds, which is not
+            there, or of others.
     """
     found = load_plan(store, run_id)
     taken = take_up(store, run_id, time_s=time.time())
@@ -145,23 +161,29 @@ def go_on(
     keep_rounds(store, run_id, last)
     history = []
     try:
+        measured = Measured(held_out=held_out, left_out=left_out, every=evaluate_every)
+        measured.check(found.plan.manifest, found.config)
         members = _members(found.plan.manifest, population)
-        if held_out is not None and not found.plan.manifest.variants("evaluate"):
-            raise DataError(f"Task {found.row.name!r} has no evaluate: leave out held_out, or give the task one.")
         runner = runner or JaxRunner(found.plan)
         to_do = max(0, last - taken.last.version)
         states = DeviceStates(found.plan.manifest.device_state, population.ids, of_devices)
         backend = _backend(store, run_id, found.plan, population, states, runner, task, rounds=to_do)
         engine = _Engine(
             store, run_id, found.plan, members, runner=runner, backend=backend, seed=int(found.config["seed"]),
-            head=taken.last, last=last,
+            head=taken.last, last=last, measured=measured,
         )  # fmt: skip
         engine.next_round = taken.next_round
         try:
-            while engine.head.version < last:
-                version = engine.head.version + 1
-                history.append(engine.round(held_out if version % evaluate_every == 0 or version == last else None))
-                on_round(history[-1])
+            engine.begin_session()
+            stopping = Stopping(store, run_id, found.plan.manifest, measured)
+            why = stopping.why
+            while engine.head.version < last and not why:
+                result = engine.round()
+                why = stopping.saw(result)
+                if why:
+                    result = engine.measured_at_last(result)
+                history.append(result)
+                on_round(result)
         finally:
             backend.close()
     except BaseException as error:
@@ -170,7 +192,13 @@ def go_on(
         raise
     store.set_status(run_id, "finished", time_s=time.time())
     model = view_tensors(store.blobs, engine.head.model)
-    return Simulation(run_id, folder, model, engine.head.version, tuple(history))
+    return Simulation(run_id, folder, model, engine.head.version, History(history), why)
+
+
+def own_config(left_out: Population | None, stop_when: StopWhen | None) -> dict[str, Any]:
+    """What the config of a simulation has beyond any run's."""
+    found = {"left_out": left_out_config(left_out), STOP_WHEN: None if stop_when is None else stop_when.to_json()}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _backend(
@@ -248,7 +276,9 @@ class _Engine:
         seed: int,
         head: CommitRow,
         last: int,
+        measured: Measured,
     ) -> None:
+        self.measured = measured
         self.store, self.run_id, self.plan, self.head, self.last = store, run_id, plan, head, last
         self.members = members
         self.runner, self.backend = runner, backend
@@ -261,8 +291,17 @@ class _Engine:
     def manifest(self) -> Manifest:
         return self.plan.manifest
 
-    def round(self, held_out: Examples | None) -> RoundResult:
-        """One round: select, train, sum, commit, evaluate."""
+    def begin_session(self) -> None:
+        """Tells the record when work begins (anew); what a session that was interrupted had still to measure is measured."""
+        version, began_s = self.head.version, time.time() - self.store.run(self.run_id).created_s
+        self.store.journal(self.run_id, [EventRow(time_s=began_s, kind="session", data={"began_s": began_s})])
+        if version and self.measured.is_due(version, last=self.last):
+            known = (row for row in self.store.metrics(self.run_id) if row.scope == "server")
+            if all(row.version != version for row in known):
+                self.measure()
+
+    def round(self) -> RoundResult:
+        """One round: select, train, sum, commit, and measure if that is due."""
         begun, wall_s = time.perf_counter(), time.time()
         number, version = self.next_round, self.head.version
         configuration, members = self.cohort(number, version)
@@ -282,7 +321,7 @@ class _Engine:
         metrics = {f"{prefix}/{name}": value for name, value in sums.metrics().items()}
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
-        metrics |= self.evaluate(held_out) if held_out is not None else {}
+        metrics |= self.measure() if self.measured.is_due(row.version, last=self.last) else {}
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
     def cohort(self, number: int, version: int) -> tuple[Configuration, tuple[str, ...]]:
@@ -298,9 +337,17 @@ class _Engine:
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(configuration.seed[:16], "little")))
         return tuple(self.members[i] for i in rng.choice(len(self.members), policy.goal, replace=False))
 
-    def evaluate(self, held_out: Examples) -> dict[str, float]:
-        """The task's metrics of the head on held-out examples, also into the record."""
-        return evaluate_version(self.runner, self.manifest, self.store, self.run_id, self.head, held_out)
+    def measured_at_last(self, result: RoundResult) -> RoundResult:
+        """The round, which turns out to be the last, with the head's metrics."""
+        if self.measured.is_due(result.version, last=self.last) or not self.measured.is_due(
+            result.version, last=result.version
+        ):
+            return result
+        return replace(result, metrics={**result.metrics, **self.measure()})
+
+    def measure(self) -> dict[str, float]:
+        """The metrics of the head on what versions are measured on, also into the record."""
+        return measure(self.runner, self.manifest, self.store, self.run_id, self.head, self.measured)
 
     def _metric_rows(self, version: int, metrics: Mapping[str, float], scope: Any) -> list[MetricRow]:
         time_s = time.time() - self.store.run(self.run_id).created_s

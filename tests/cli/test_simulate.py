@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.cli import simulate as command
+from shoal.cli.round_lines import RoundLines
 from shoal.record.run import init, open_run
 
 from .conftest import LINE, Process, Shoal
@@ -57,13 +57,13 @@ def test_a_run_goes_on_to_the_same_model_as_one_without_a_break(place: Path, tmp
 def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
     place: Path, tmp_path: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = command._Progress.__call__
+    real = RoundLines.__call__
 
-    def interrupted(self: command._Progress, result: object) -> None:
+    def interrupted(self: RoundLines, result: object) -> None:
         real(self, result)  # type: ignore[arg-type]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command._Progress, "__call__", interrupted)
+    monkeypatch.setattr(RoundLines, "__call__", interrupted)
     made = shoal("simulate", place / "line.py", "--data", place / "users", "--rounds", 5, "--run", tmp_path / "r")
     assert made.code == 130, made
     line = one_line(made.err)

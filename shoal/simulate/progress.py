@@ -1,0 +1,37 @@
+"""The progress of a simulation on a terminal: rounds done, the newest metrics, rate, time left."""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from shoal.metric_names import is_tail
+
+if TYPE_CHECKING:
+    from shoal.simulate.engine import RoundResult
+
+_SHOWN = 3
+
+
+@contextmanager
+def progress_bar(name: str, rounds: int, *, shown: bool) -> Iterator[Callable[["RoundResult"], None]]:
+    """A bar on standard error while rounds go on; where that is no terminal, nothing.
+
+    Yields:
+        What is told of each round.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown or not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(name, total=rounds, told="compiling")
+
+        def tell(result: "RoundResult") -> None:
+            metrics = [f"{name} {value:.4g}" for name, value in result.metrics.items() if not is_tail(name)][:_SHOWN]
+            rate = f"{1 / max(result.seconds, 1e-9):.3g} rounds/s"
+            bar.update(task, completed=result.version, told=", ".join([*metrics, rate]))
+
+        yield tell
