@@ -1,4 +1,4 @@
-"""`shoal runs`: what runs there are, and what became of one."""
+"""`shoal runs`: what runs there are, what became of one, and several beside one another."""
 
 import time
 from pathlib import Path
@@ -14,15 +14,27 @@ if TYPE_CHECKING:
     from shoal.record.run import FoundRun
 
 app = typer.Typer(
-    help="List runs, show one of them, or explain one of its rounds.",
+    help="List runs, show or plot them, compare several, or explain a round of one.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    epilog=options.examples("shoal runs list", "shoal runs show runs/digits"),
+    epilog=options.examples("shoal runs list", "shoal runs show runs/digits", "shoal runs compare runs/a runs/b"),
 )
 
 LIST_EPILOG = options.examples("shoal runs list", "shoal runs list experiments/ --json")
 EXPLAIN_EPILOG = options.examples("shoal runs explain runs/digits --round 7")
 SHOW_EPILOG = options.examples("shoal runs show runs/digits", "shoal runs show runs/digits --json")
+PLOT_EPILOG = options.examples(
+    "shoal runs plot runs/digits",
+    "shoal runs plot runs/digits runs/digits-2 --metric accuracy --metric train/loss --out digits.png",
+)
+COMPARE_EPILOG = options.examples(
+    "shoal runs compare runs/digits runs/digits-2",
+    "shoal runs compare runs/ --metric accuracy --target 0.9 --json",
+)
+
+Several = Annotated[
+    list[Path], typer.Argument(metavar="RUN…", help="Run folders; a folder of several runs stands for all of them.")
+]
 
 
 @app.command("list", epilog=LIST_EPILOG)
@@ -77,6 +89,55 @@ def explain(
             screen.line(line)
         screen.line(f"run: {opened.folder}")
         screen.document(made.to_json() | {"folder": str(opened.folder)})
+
+
+@app.command("plot", epilog=PLOT_EPILOG)
+def plot(
+    runs: Several,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="A row of the picture; several may be given.", show_default="the first three"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The PNG to write.", show_default="curves.png in the first run's folder"),
+    ] = None,
+    json: options.AsJson = False,
+) -> None:
+    """Draw metrics of one run or of several: over rounds, over seconds, and over users where they were measured so."""
+    from shoal.cli import runs_beside
+
+    found = runs_beside.read_runs(runs)
+    runs_beside.plot(found, metric or [], out or runs[0] / "curves.png", Screen(json=json))
+
+
+@app.command("compare", epilog=COMPARE_EPILOG)
+def compare(
+    runs: Several,
+    metric: Annotated[
+        str, typer.Option("--metric", help="By which metric.", show_default="the first that all have")
+    ] = "",
+    target: Annotated[
+        float | None,
+        typer.Option(
+            "--target", help="Tell the rounds that each took to this value.", show_default="the best that all reached"
+        ),
+    ] = None,
+    higher: Annotated[
+        bool | None,
+        typer.Option(
+            "--higher/--lower", help="Which is better.", show_default="losses and errors: lower; all else: higher"
+        ),
+    ] = None,
+    json: options.AsJson = False,
+) -> None:
+    """Compare runs: the settings that differ, the last and best metric, rounds to a target, seconds, bytes."""
+    from shoal.cli import runs_beside
+    from shoal.report.comparison import compare as compared
+
+    runs_beside.tell(
+        compared(runs_beside.read_runs(runs), metric=metric, target=target, higher=higher), Screen(json=json)
+    )
 
 
 def _row(found: "FoundRun") -> dict[str, str]:
