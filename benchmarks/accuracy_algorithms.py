@@ -43,8 +43,6 @@ class Algorithm:
     """What of that row is compared with; None: the same measure."""
     where: str = ""
     """The problems that the claim is about: those whose name has this."""
-    own: str = ""
-    """What the devices' own model is called in the carry of the local rule; see `accuracy_devices`."""
     is_personal: bool = False
     """Whether the server's model is only a part: it has no quality of its own."""
     is_in_fleet: bool = False
@@ -79,6 +77,10 @@ def _fedprox(task: Task, problem: Problem, mu: float) -> Task:
 
 def _scaffold(task: Task, problem: Problem) -> Task:
     return shoal.scaffold(task, devices=problem.users)
+
+
+def _ditto(task: Task, problem: Problem, lam: float) -> Task:
+    return shoal.ditto(task, lam=lam)
 
 
 def _reptile(task: Task, problem: Problem, step: float) -> Task:
@@ -134,6 +136,10 @@ ALGORITHMS: Final[tuple[Algorithm, ...]] = (
     ),
     Algorithm(name="FedProx", make=_fedprox, grid={"mu": (0.01, 0.1)}, paper="Li et al. 2020", where="Dirichlet 0.1"),
     Algorithm(name="SCAFFOLD", make=_scaffold, measure="rounds", paper="Karimireddy et al. 2020", where="Dirichlet"),
+    Algorithm(
+        name="Ditto", make=_ditto, grid={"lam": (0.1, 1.0)}, rates=(1.0, 3.0), measure="reached", versus="sent",
+        paper="Li et al. 2021",
+    ),
     Algorithm(
         name="Reptile", make=_reptile, grid={"step": (0.5,)}, rates=(1.0, 3.0), measure="reached", claims="nothing",
         paper="Nichol et al. 2018",

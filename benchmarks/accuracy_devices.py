@@ -1,10 +1,12 @@
 """Quality on devices: what a device's local training has reached, measured on examples that the device holds out.
 
 `measured(task)` is the task with two metrics more, of the devices of each round: `sent`, the quality of the model as it was
-sent, and `reached`, of the device's own after its local training. Examples whose field `held_out` is 1 are masked out of
-training, whatever its local rule, and put aside until it is over; they never move a parameter.
+sent, and `reached`, of what the device has after its local training (as by `shoal.measured`, but both on the same examples, so
+that they can be compared). Examples whose field `held_out` is 1 are masked out of training, whatever its local rule, and put
+aside until it is over; they never move a parameter.
 """
 
+from dataclasses import replace
 from typing import Any, Final
 
 import jax.numpy as jnp
@@ -20,22 +22,21 @@ _PARTS: Final = ("denominator", "numerator")
 _ASIDE: Final = "aside"
 
 
-def measured(task: Task, quality: str, *, own: str = "") -> Task:
+def measured(task: Task, quality: str) -> Task:
     """The task, with `sent` and `reached`.
 
     Args:
         task: whose batches have the field `held_out`.
         quality: the metric of `evaluate` that is measured.
-        own: what a device's own model is called in the carry of the local rule; `own` + name is the tensor of a name. Empty:
-            the model that is trained is the device's own.
     """
-    return task.replace(rule=lambda made: measured_rule(task, quality, own))
+    return task.replace(rule=lambda made: measured_rule(task, quality))
 
 
-def measured_rule(task: Task, quality: str, own: str) -> LocalRule:
+def measured_rule(task: Task, quality: str) -> LocalRule:
     """The task's local rule, with what is put aside and measured."""
     inner, evaluate = local_rule(task), evaluator(task)
     assert evaluate is not None
+    own = inner.reached or (lambda carry: carry)
     fields = task.batch_spec(MOST)
     fields.pop("mask")
     bound = evaluate_bounds(task)[quality]
@@ -58,7 +59,7 @@ def measured_rule(task: Task, quality: str, own: str) -> LocalRule:
         report = inner.finish(carry, broadcast)
         batch = {name: aside[f"{_ASIDE}/{name}"] for name in fields}
         mask = jnp.arange(MOST) < aside["asides"]
-        models = {"sent": broadcast, "reached": {name: carry[own + name] for name in broadcast}}
+        models = {"sent": broadcast, "reached": own(carry)}
         metrics = dict(report.metrics)
         for stage in STAGES:
             found = evaluate(models[stage], batch, mask)
@@ -66,10 +67,7 @@ def measured_rule(task: Task, quality: str, own: str) -> LocalRule:
         return report._replace(metrics=dict(sorted(metrics.items())))
 
     more = metric_sums(dict.fromkeys(STAGES, bound), MOST)
-    return LocalRule(
-        begin=begin, block=block, finish=finish, broadcast=inner.broadcast, device_state=inner.device_state,
-        sums=tuple(sorted((*inner.sums, *more), key=lambda spec: spec.tensor.name)),
-    )  # fmt: skip
+    return replace(inner, begin=begin, block=block, finish=finish, sums=(*inner.sums, *more))
 
 
 def _without(carry: Named) -> tuple[Named, Named]:

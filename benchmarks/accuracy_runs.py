@@ -88,7 +88,7 @@ def _judge(problem: Problem, seed: int) -> Examples:
 
 
 def _simulated(problem: Problem, algorithm: Algorithm, setting: Setting, seed: int, rounds: int) -> Outcome:
-    task = measured(algorithm.task(problem, setting), problem.quality, own=algorithm.own)
+    task = measured(algorithm.task(problem, setting), problem.quality)
     every = max(1, rounds // EVALUATIONS)
     result = shoal.simulate(
         task, problem.data(seed).users, rounds=rounds, seed=seed, held_out=_judge(problem, seed), evaluate_every=every
