@@ -76,14 +76,15 @@ class Late:
 class Selection:
     """Which of the devices that checked in are taken."""
 
-    kind: Literal["uniform", "exact"] = "uniform"
-    """`uniform`: drawn at random among those waiting; `exact`: just the devices of `ids`, each once in every round."""
+    kind: Literal["uniform", "exact", "by_size", "poisson"] = "uniform"
+    """`uniform`: drawn at random among those waiting; `exact`: just the devices of `ids`, each once in every round. In
+    simulation also `by_size`: by their numbers of examples, and `poisson`: each on its own, by chance."""
     ids: tuple[str, ...] = ()
     """Device ids, for `exact`."""
 
     def __post_init__(self) -> None:
         validate.types(self)
-        validate.one_of(("uniform", "exact"), kind=self.kind)
+        validate.one_of(("uniform", "exact", "by_size", "poisson"), kind=self.kind)
         if (self.kind == "exact") != bool(self.ids) or len(set(self.ids)) != len(self.ids):
             raise ValueError(
                 f"Expected distinct ids if and only if kind is exact, got kind={self.kind!r} ids={self.ids[:5]}."
@@ -93,6 +94,16 @@ class Selection:
     def exact(cls, ids: tuple[str, ...] | list[str]) -> Self:
         """Takes just these devices in every round: for tests and for cross-silo runs."""
         return cls(kind="exact", ids=tuple(ids))
+
+    @classmethod
+    def by_size(cls) -> Self:
+        """Devices are drawn by their numbers of examples, with replacement; every draw counts alike. In simulation only."""
+        return cls(kind="by_size")
+
+    @classmethod
+    def poisson(cls) -> Self:
+        """Each device takes part on its own with chance goal / devices. In simulation only."""
+        return cls(kind="poisson")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,12 +173,24 @@ class RoundPolicy:
                 f"Expected late=Late.discount(…) with buffer={self.buffer}, got {self.late.kind}: in asynchronous mode nearly "
                 "every update is late. Late.discount(1.0, max_staleness=10) weighs them by 1/sqrt(1 + age) alone."
             )
-        if self.selection.kind == "exact":
-            raise ValueError("Expected uniform selection with a buffer: asynchronous rounds name nobody.")
+        if self.selection.kind != "uniform":
+            raise ValueError(
+                f"Expected uniform selection with a buffer, got {self.selection.kind!r}: asynchronous rounds take who comes."
+            )
         if 0 < self.concurrency < self.buffer:
             raise ValueError(
                 f"Expected concurrency >= buffer={self.buffer}, got {self.concurrency}: a version would wait for devices "
                 "that nobody has assigned."
+            )
+
+    def check_on_fleet(self) -> None:
+        """Raises ValueError for a selection that only a simulation can make."""
+        kind = self.selection.kind
+        if kind in ("by_size", "poisson"):
+            unknown = "how many examples devices hold" if kind == "by_size" else "how many devices there are"
+            raise ValueError(
+                f"Selection {kind!r} is for simulation: a host does not know {unknown}, and only sees those that come. Take "
+                "uniform selection, whose updates weigh as their examples do."
             )
 
     @property

@@ -177,6 +177,11 @@ class Task:
                 f"Expected fields of at most 32 bits, got {wide}: programs compute in 32 bits. Name the 32-bit type; data "
                 "of 64 bits is converted where it fits."
             )
+        if self.rounds.selection.kind == "by_size" and self.local.weighting != "uniform":
+            raise ValueError(
+                "Expected Local(weighting='uniform') with selection by size: who holds more is drawn more often, and would "
+                "count for its examples once more."
+            )
         validate.one_of(
             ("mean", "private", "frozen"), **dict(zip(_slots(self.leaves), self.leaves.values(), strict=True))
         )

@@ -73,7 +73,12 @@ def begin_run(
         config: further settings, as JSON. `events_kept`: rounds whose events stay in the record, to be run again; 0: none.
         clock: time.
         population: the devices that it draws on.
+
+    Raises:
+        ValueError: only a simulation can select as the policy says.
     """
+    if kind == "host":
+        plan.manifest.server.rounds.check_on_fleet()
     now_s = (clock or SystemClock()).wall_s()
     run_id = new_run_id(now_s, entropy=secrets.randbits(15))
     kept = {**(config or {}), **save_plan(store, plan), "rounds": rounds, "seed": seed}

@@ -270,7 +270,11 @@ class RoundMachine:
             last_version: the version after which the run is over.
             nonce_of: (version, device) -> nonce; pure.
             rng: draws the devices.
+
+        Raises:
+            ValueError: only a simulation can select as the policy says.
         """
+        policy.check_on_fleet()
         self.policy: Final = policy
         self._last_version, self._nonce_of, self._rng = last_version, nonce_of, rng
         self._phase = Phase.IDLE

@@ -40,6 +40,7 @@ from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.history import History
 from shoal.simulate.layout import cache, cached, choose, key_of
 from shoal.simulate.measuring import Measured, left_out_config, measure
+from shoal.simulate.selection import select
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
 from shoal.simulate.stopping import Stopping
 from shoal.stop_when import StopWhen
@@ -168,8 +169,9 @@ def go_on(
         to_do = max(0, last - taken.last.version)
         states = DeviceStates(found.plan.manifest.device_state, population.ids, of_devices)
         backend = _backend(store, run_id, found.plan, population, states, runner, task, rounds=to_do)
+        sizes = _sizes(found.plan.manifest, population, members)
         engine = _Engine(
-            store, run_id, found.plan, members, runner=runner, backend=backend, seed=int(found.config["seed"]),
+            store, run_id, found.plan, (members, sizes), runner=runner, backend=backend, seed=int(found.config["seed"]),
             head=taken.last, last=last, measured=measured,
         )  # fmt: skip
         engine.next_round = taken.next_round
@@ -269,7 +271,7 @@ class _Engine:
         store: Store,
         run_id: str,
         plan: Plan,
-        members: Sequence[str],
+        members: tuple[Sequence[str], np.ndarray],
         *,
         runner: Runner,
         backend: Backend,
@@ -327,15 +329,8 @@ class _Engine:
     def cohort(self, number: int, version: int) -> tuple[Configuration, tuple[str, ...]]:
         """The configuration of the round that starts from a version, and who is in it."""
         configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
-        return configuration, self.select(configuration)
-
-    def select(self, configuration: Configuration) -> tuple[str, ...]:
-        """The cohort: the exact ids, or drawn at random from the run's seed and the version."""
-        policy = self.manifest.server.rounds
-        if policy.selection.kind == "exact":
-            return policy.selection.ids
-        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(configuration.seed[:16], "little")))
-        return tuple(self.members[i] for i in rng.choice(len(self.members), policy.goal, replace=False))
+        members, sizes = self.members
+        return configuration, select(self.manifest.server.rounds, members, sizes, configuration.seed)
 
     def measured_at_last(self, result: RoundResult) -> RoundResult:
         """The round, which turns out to be the last, with the head's metrics."""
@@ -404,6 +399,11 @@ def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
             "members."
         )
     return members
+
+
+def _sizes(manifest: Manifest, population: Population, members: Sequence[str]) -> np.ndarray:
+    sizes = population.sizes()
+    return np.array([manifest.training.num_used(sizes[member]) for member in members], np.int64)
 
 
 def with_goal(task: Task, goal: int) -> Task:

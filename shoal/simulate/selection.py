@@ -1,0 +1,46 @@
+"""Who is in a round of a simulation: drawn from the round's seed alone, so that a run taken up draws the same.
+
+uniform   goal members, each set of them as likely as any other
+exact     those that are named
+by_size   goal draws, each by the members' numbers of examples, with replacement: who is drawn twice counts twice. With
+          updates that count alike the mean is right for all examples pooled (Li et al. 2020, "On the convergence of
+          FedAvg on non-IID data", scheme I)
+poisson   each member on its own with chance goal / members (McMahan et al. 2018, "Learning differentially private
+          recurrent language models", section 2): the size of the round is random. Drawn again where it is below the
+          smallest group, or above what a sum holds.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shoal.policy import RoundPolicy
+
+
+def select(policy: RoundPolicy, members: Sequence[str], sizes: np.ndarray, seed: bytes) -> tuple[str, ...]:
+    """The cohort of a round.
+
+    Args:
+        policy: of the run.
+        members: who can take part, in an order that stays.
+        sizes: (members,) int64: examples that each trains on.
+        seed: of the round, 32 bytes.
+    """
+    rng = np.random.Generator(np.random.Philox(key=int.from_bytes(seed[:16], "little")))
+    match policy.selection.kind:
+        case "exact":
+            return policy.selection.ids
+        case "by_size":
+            chosen = rng.choice(len(members), policy.goal, p=sizes / sizes.sum())
+        case "poisson":
+            chosen = _poisson(policy, len(members), rng)
+        case _:
+            chosen = rng.choice(len(members), policy.goal, replace=False)
+    return tuple(members[i] for i in chosen)
+
+
+def _poisson(policy: RoundPolicy, members: int, rng: np.random.Generator) -> np.ndarray:
+    while True:
+        chosen = np.flatnonzero(rng.random(members) < policy.goal / members)
+        if policy.minimum_group <= len(chosen) <= policy.max_members:
+            return chosen
