@@ -255,6 +255,16 @@ class Task:
         made: Self = from_equinox(cls, module, loss=loss, batch=batch, **settings)
         return made
 
+    @classmethod
+    def from_torch(
+        cls, module: Any, *, loss: str | Callable[..., Any], batch: Mapping[str, Any], **settings: Any
+    ) -> Self:
+        """A task from a PyTorch module in one line; see `shoal.task_torch.from_torch`."""
+        from shoal.task_torch import from_torch
+
+        made: Self = from_torch(cls, module, loss=loss, batch=batch, **settings)
+        return made
+
 
 def _slots(leaves: Mapping[str, LeafRule]) -> list[str]:
     return [f"leaves[{pattern!r}]" for pattern in leaves]

@@ -16,7 +16,7 @@ MADE = [block for block in BLOCKS if "shoal.Task" in block and "import shoal" in
 
 
 def test_the_page_has_its_examples() -> None:
-    assert BLOCKS[0].startswith("BATCH = ") and len(MADE) == 3
+    assert BLOCKS[0].startswith("BATCH = ") and len(MADE) == 4
 
 
 @pytest.mark.parametrize("block", MADE, ids=[f"example {i}" for i in range(len(MADE))])
