@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+import jax
 import numpy as np
 
 from shoal.aggregate.statistics import read_results
@@ -49,6 +50,9 @@ def simulate(
 ) -> Simulation:
     """Trains a task on simulated devices; the run is kept in a folder.
 
+    On several hosts: call `jax.distributed.initialize()` first, then this with the same arguments on each. The cohort is laid out over the
+    devices of all; the first host keeps the run, and every one returns the model.
+
     Args:
         task: what is learned.
         population: the members' examples: a `Population`, or member -> field -> array (N, …).
@@ -81,8 +85,9 @@ def simulate(
         members, left_out = shut_out(members, leave_out, rng=np.random.Generator(np.random.Philox(key=seed)))
     examples = Examples(dict(held_out)) if isinstance(held_out, Mapping) else held_out
     with tempfile.TemporaryDirectory() as temporary:
-        chosen = Path(temporary) if folder is None else Path(folder)
-        store = open_store(chosen, durable=folder is not None)
+        is_kept = folder is not None and jax.process_index() == 0  # of several hosts the first keeps the run
+        chosen = Path(folder) if folder is not None and is_kept else Path(temporary)
+        store = open_store(chosen, durable=is_kept)
         try:
             with progress_bar(task.name, rounds, shown=progress) as tell:
 
@@ -98,7 +103,7 @@ def simulate(
             store.close()
         # A temporary folder's files are about to go; the model must not depend on them.
         model = {name: np.array(value) for name, value in result.model.items()}
-        return replace(result, folder=None if folder is None else chosen, model=model)
+        return replace(result, folder=chosen if is_kept else None, model=model)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ little (`ROOM_BYTES`), else rounded up to few sizes: rows and steps in excess tr
 """
 
 import heapq
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -26,6 +27,8 @@ from shoal.plan.manifest import Manifest
 from shoal.plan.train import chosen_examples, conform, member_randomness
 from shoal.tensors import Tensors
 
+ALIGNMENT: Final = 64
+"""Bytes; what XLA asks of memory that it did not allocate itself."""
 POOL_BYTES: Final = 2 << 30
 """Larger arrays are not handed over whole: what a round needs is gathered from them."""
 ROOM_BYTES: Final = 16 << 20
@@ -62,7 +65,8 @@ class Stage:
         self._parts: Mapping[str, np.ndarray] | None = None
         self._pool: Tensors = {}
         if whole is not None and sum(array.nbytes for array in whole[0].fields.values()) <= POOL_BYTES:
-            self._pool, self._parts = conform(whole[0], manifest).fields, whole[1]
+            fields = conform(whole[0], manifest).fields
+            self._pool, self._parts = {name: _aligned(values) for name, values in fields.items()}, whole[1]
 
     def cohort(self, members: Sequence[str], seed: bytes) -> Cohort:
         """The members' part of the round with that seed. Raises DataError: a member's examples do not fit the task."""
@@ -92,7 +96,7 @@ class Stage:
         pool: Tensors = {}
         row_bytes = sum(values[:1].nbytes for values in parts[0].values())
         for name, like in parts[0].items():
-            pool[name] = np.zeros((_with_room(used, most, row_bytes), *like.shape[1:]), like.dtype)
+            pool[name] = _zeros((_with_room(used, most, row_bytes), *like.shape[1:]), like.dtype)
             np.concatenate([part[name] for part in parts], out=pool[name][:used])
         return pool
 
@@ -169,6 +173,22 @@ def ladder(size: int) -> int:
 def _with_room(needed: int, most: int, item_bytes: int) -> int:
     """The size for all cohorts, where it takes little memory; else the next of few."""
     return max(needed, most) if (most - needed) * item_bytes <= ROOM_BYTES else min(ladder(needed), most)
+
+
+def _aligned(values: np.ndarray) -> np.ndarray:
+    """The same values where JAX takes them as they are on all devices of a CPU, instead of copying them for each."""
+    if values.ctypes.data % ALIGNMENT == 0 and values.flags.c_contiguous:
+        return values
+    made = _zeros(values.shape, values.dtype)
+    made[...] = values
+    return made
+
+
+def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    first = -raw.ctypes.data % ALIGNMENT
+    return raw[first : first + size].view(dtype).reshape(shape)
 
 
 def _rows(fields: Tensors) -> int:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from shoal.aggregate.choose import aggregator_of
@@ -38,7 +39,7 @@ from shoal.simulate.convolutions import faster_convolutions
 from shoal.simulate.device_states import DeviceStates, states_folder
 from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.history import History
-from shoal.simulate.layout import cache, cached, choose, key_of
+from shoal.simulate.layout import cache, cached, choose, default, key_of
 from shoal.simulate.measuring import Measured, left_out_config, measure
 from shoal.simulate.selection import select
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
@@ -243,6 +244,8 @@ def _backend(
 def _fastest(manifest: Manifest, attempt: Attempt, made: Callable[[Layout], Fused], *, rounds: int) -> Fused:
     """The engine with the layout of an earlier trial, or of one that is made now if it is worth it."""
     members = len(attempt.round.members)
+    if jax.process_count() > 1:  # hosts have to agree without a word
+        return made(default(members))
     key = key_of(manifest, members)
     if (known := cached(key)) is not None:
         return made(known)

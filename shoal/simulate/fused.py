@@ -8,7 +8,8 @@
             gather the batch from the pool, block
         finish, round(weight x value x 2^-exponent) to int64, add      rule 3 of the design
 
-Memory is bounded by the chunk, not by the cohort. How many members go together, and over how many devices, is a
+Memory is bounded by the chunk, not by the cohort. The mesh may span hosts (`jax.distributed`): each makes the same cohort, trains its
+share and goes on with the sums of all, so that all have the same record. How many members go together, and over how many devices, is a
 `Layout`: settings of speed alone (`layout.py` finds them), by which results differ no more than by rounding. Sums are the
 integers of an `Accumulator`; the server's part of a round is the very code of a fleet.
 """
@@ -109,8 +110,8 @@ class Fused:
         inputs = (
             self._model_on_devices(root, model),
             self._pool_on_devices(cohort.pool),
-            {n: jax.device_put(v, self._shared) for n, v in self._states(states, at, len(rows)).items()},
-            *(jax.device_put(values, self._shared) for values in (placed.indices, placed.counts, placed.keys)),
+            {n: _put(v, self._shared) for n, v in self._states(states, at, len(rows)).items()},
+            *(_put(values, self._shared) for values in (placed.indices, placed.counts, placed.keys)),
             {name: np.float64(2.0**-fixed.exponent) for name, fixed in sums.fixed.items()},
         )
         staged = time.perf_counter()
@@ -136,12 +137,12 @@ class Fused:
 
     def _model_on_devices(self, root: str, model: Tensors) -> Named:
         if self._model is None or self._model[0] != root:
-            self._model = root, {name: jax.device_put(value, self._whole) for name, value in model.items()}
+            self._model = root, {name: _put(value, self._whole) for name, value in model.items()}
         return self._model[1]
 
     def _pool_on_devices(self, pool: Tensors) -> Named:
         if self._pool is None or self._pool[0] is not pool:
-            self._pool = pool, {name: jax.device_put(value, self._whole) for name, value in pool.items()}
+            self._pool = pool, {name: _put(value, self._whole) for name, value in pool.items()}
         return self._pool[1]
 
     def _states(self, states: Sequence[Tensors | None], at: np.ndarray, rows: int) -> Tensors:
@@ -171,7 +172,7 @@ class Fused:
             self._share,
             mesh=self._mesh,
             in_specs=(whole, whole, shared, shared, shared, shared, whole),
-            out_specs=(whole, shared, shared, shared),
+            out_specs=whole if jax.process_count() > 1 else (whole, shared, shared, shared),
             check_vma=False,
         )
 
@@ -202,6 +203,8 @@ class Fused:
 
         totals, collected = jax.lax.scan(chunk, zeros, chunks)
         weights, largest, kept = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), collected)
+        if jax.process_count() > 1:  # every host goes on with what all members left
+            weights, largest, kept = jax.lax.all_gather((weights, largest, kept), AXIS, tiled=True)
         return jax.lax.psum(totals, AXIS), weights, largest, kept
 
     def _train(
@@ -252,6 +255,13 @@ class Fused:
             )  # fmt: skip
         if "fewest steps" in largest:
             refuse(members, largest["fewest steps"] >= 1, "it took no step.")
+
+
+def _put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(values, sharding)
+    made: jax.Array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+    return made
 
 
 def flat_sums(report: Report) -> Named:

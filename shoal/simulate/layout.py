@@ -41,7 +41,7 @@ def use_all_cores() -> None:
 
 def default(members: int) -> Layout:
     """What is tried first: on a CPU a device a core, members one after the other; elsewhere all at once."""
-    devices = min(len(jax.devices()), members)
+    devices = len(jax.devices()) if jax.process_count() > 1 else min(len(jax.devices()), members)
     return Layout(devices=devices, together=1 if jax.default_backend() == "cpu" else -(-members // devices))
 
 
