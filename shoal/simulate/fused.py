@@ -258,9 +258,12 @@ class Fused:
 
 
 def _put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    if sharding.is_fully_addressable:
-        return jax.device_put(values, sharding)
-    made: jax.Array = jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+    here = sharding.is_fully_addressable  # else JAX would compare the values of all hosts
+    made: jax.Array = (
+        jax.device_put(values, sharding)
+        if here
+        else jax.make_array_from_callback(values.shape, sharding, values.__getitem__)
+    )
     return made
 
 
