@@ -329,11 +329,17 @@ def _with_loss(result: Loss, bounds: Mapping[str, tuple[float, float]]) -> dict[
 
 
 def _masked_sums(metric: Sum, mask: Any) -> tuple[Any, Any]:
+    denominator, numerator = _masked(metric, mask)
+    return jnp.sum(denominator), jnp.sum(numerator)
+
+
+def _masked(metric: Sum, mask: Any) -> tuple[Any, Any]:
+    """What each example adds to the sums, (B,) twice: within the bounds, and nothing where it is padding."""
     low, high = metric.bound
     numerator = jnp.clip(metric.numerator.astype(jnp.float32), low, high)
     denominator = jnp.clip(metric.denominator.astype(jnp.float32), 0.0, 1.0)
     zero = jnp.zeros((), jnp.float32)
-    return jnp.sum(jnp.where(mask, denominator, zero)), jnp.sum(jnp.where(mask, numerator, zero))
+    return jnp.where(mask, denominator, zero), jnp.where(mask, numerator, zero)
 
 
 def _delta_sums(task: Task, averaged: list[TensorSpec]) -> tuple[SumSpec, ...]:
@@ -384,6 +390,17 @@ def evaluate_bounds(task: Task) -> dict[str, tuple[float, float]]:
 
 def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:
     """(broadcast, batch {field: (B, …)}, mask (B,)) -> metric sums `loss/numerator`, …; None without `evaluate`."""
+    return _evaluating(task, _masked_sums)
+
+
+def scorer(task: Task) -> Callable[[Named, Named, Any], Named] | None:
+    """The same before it is summed: `loss/numerator` (B,), …, so that examples of several users go through it together."""
+    return _evaluating(task, _masked)
+
+
+def _evaluating(
+    task: Task, parts_of: Callable[[Sum, Any], tuple[Any, Any]]
+) -> Callable[[Named, Named, Any], Named] | None:
     if task.evaluate is None:
         return None
     evaluate, like = task.evaluate, model_shape(task)
@@ -392,8 +409,8 @@ def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:
     def run(broadcast: Named, batch: Named, mask: Any) -> Named:
         made = evaluate(params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
         check_metrics(made, mask.shape[0], what=f"evaluate of task {task.name!r}")
-        sums = {name: dict(zip(_PARTS, _masked_sums(metric, mask), strict=True)) for name, metric in made.items()}
-        return _sorted({f"{name}/{part}": value for name, parts in sums.items() for part, value in parts.items()})
+        found = {name: dict(zip(_PARTS, parts_of(metric, mask), strict=True)) for name, metric in made.items()}
+        return _sorted({f"{name}/{part}": value for name, parts in found.items() for part, value in parts.items()})
 
     return run
 

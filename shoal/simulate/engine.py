@@ -40,7 +40,7 @@ from shoal.simulate.device_states import DeviceStates, states_folder
 from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.history import History
 from shoal.simulate.layout import cache, cached, choose, default, key_of
-from shoal.simulate.measuring import Measured, left_out_config, measure
+from shoal.simulate.measuring import Measured, Measuring, left_out_config
 from shoal.simulate.selection import select
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
 from shoal.simulate.stopping import Stopping
@@ -173,7 +173,7 @@ def go_on(
         sizes = _sizes(found.plan.manifest, population, members)
         engine = _Engine(
             store, run_id, found.plan, (members, sizes), runner=runner, backend=backend, seed=int(found.config["seed"]),
-            head=taken.last, last=last, measured=measured,
+            head=taken.last, last=last, measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
         )  # fmt: skip
         engine.next_round = taken.next_round
         try:
@@ -281,9 +281,9 @@ class _Engine:
         seed: int,
         head: CommitRow,
         last: int,
-        measured: Measured,
+        measuring: Measuring,
     ) -> None:
-        self.measured = measured
+        self.measuring = measuring
         self.store, self.run_id, self.plan, self.head, self.last = store, run_id, plan, head, last
         self.members = members
         self.runner, self.backend = runner, backend
@@ -300,7 +300,7 @@ class _Engine:
         """Tells the record when work begins (anew); what a session that was interrupted had still to measure is measured."""
         version, began_s = self.head.version, time.time() - self.store.run(self.run_id).created_s
         self.store.journal(self.run_id, [EventRow(time_s=began_s, kind="session", data={"began_s": began_s})])
-        if version and self.measured.is_due(version, last=self.last):
+        if version and self.measuring.is_due(version, last=self.last):
             known = (row for row in self.store.metrics(self.run_id) if row.scope == "server")
             if all(row.version != version for row in known):
                 self.measure()
@@ -326,7 +326,7 @@ class _Engine:
         metrics = {f"{prefix}/{name}": value for name, value in sums.metrics().items()}
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
-        metrics |= self.measure() if self.measured.is_due(row.version, last=self.last) else {}
+        metrics |= self.measure() if self.measuring.is_due(row.version, last=self.last) else {}
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
     def cohort(self, number: int, version: int) -> tuple[Configuration, tuple[str, ...]]:
@@ -337,7 +337,7 @@ class _Engine:
 
     def measured_at_last(self, result: RoundResult) -> RoundResult:
         """The round, which turns out to be the last, with the head's metrics."""
-        if self.measured.is_due(result.version, last=self.last) or not self.measured.is_due(
+        if self.measuring.is_due(result.version, last=self.last) or not self.measuring.is_due(
             result.version, last=result.version
         ):
             return result
@@ -345,7 +345,7 @@ class _Engine:
 
     def measure(self) -> dict[str, float]:
         """The metrics of the head on what versions are measured on, also into the record."""
-        return measure(self.runner, self.manifest, self.store, self.run_id, self.head, self.measured)
+        return self.measuring(self.head)
 
     def _metric_rows(self, version: int, metrics: Mapping[str, float], scope: Any) -> list[MetricRow]:
         time_s = time.time() - self.store.run(self.run_id).created_s

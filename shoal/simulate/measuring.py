@@ -20,9 +20,12 @@ from shoal.metric_names import HIGH_TAIL, LEFT_OUT, LOW_TAIL
 from shoal.plan.evaluate_version import evaluate_version, hand_over, write_evaluation
 from shoal.plan.manifest import Manifest
 from shoal.plan.runner import Runner
-from shoal.plan.train import evaluated_sums, ratios
+from shoal.plan.train import ratios
 from shoal.record.distribution import Distribution, write_distributions
 from shoal.record.store import CommitRow, Store
+from shoal.record.tensor_blobs import view_tensors
+from shoal.simulate.by_user import ByUser, OneByOne, Packed
+from shoal.task import Task
 
 
 @final
@@ -65,46 +68,60 @@ def left_out_config(left_out: Population | None) -> dict[str, Any] | None:
     return {"users": len(left_out), "hash": hashlib.sha256(joined).hexdigest()[:16]}
 
 
-def measure(
-    runner: Runner, manifest: Manifest, store: Store, run_id: str, row: CommitRow, measured: Measured
-) -> dict[str, float]:
-    """The metrics of a version, which go into the record too, with the time that they took."""
-    found: dict[str, float] = {}
-    if isinstance(measured.held_out, Examples):
-        found |= evaluate_version(runner, manifest, store, run_id, row, measured.held_out)
-    elif measured.held_out is not None:
-        found |= _by_user(runner, manifest, store, run_id, row, measured.held_out, prefix="")
-    if measured.left_out is not None:
-        found |= _by_user(runner, manifest, store, run_id, row, measured.left_out, prefix=LEFT_OUT)
-    return found
+@final
+class Measuring:
+    """Measures versions of a run."""
 
+    def __init__(
+        self,
+        runner: Runner,
+        manifest: Manifest,
+        store: Store,
+        run_id: str,
+        measured: Measured,
+        *,
+        task: Task | None = None,
+    ) -> None:
+        """`task`, if it is at hand, makes it faster to measure user by user."""
+        self._runner, self._manifest, self._store, self._run_id, self._on = runner, manifest, store, run_id, measured
+        self._by_user: ByUser = OneByOne(runner, manifest)
+        if task is not None and task.evaluate is not None:
+            self._by_user = Packed(task, manifest)
 
-def _by_user(
-    runner: Runner, manifest: Manifest, store: Store, run_id: str, row: CommitRow, users: Population, *, prefix: str
-) -> dict[str, float]:
-    begun_s = time.perf_counter()
-    root = hand_over(runner, store, row)
-    totals: dict[str, float] = {}
-    values: dict[str, list[float]] = {}
-    for user, examples in users.items():
-        if not len(examples):
-            continue
-        try:
-            sums = evaluated_sums(runner, manifest, root, examples)
-        except DataError as error:
-            raise DataError(f"User {user!r} cannot be measured: {error} Mend its data, or leave it out.") from error
-        for name, value in sums.items():
-            totals[name] = totals.get(name, 0.0) + value
-        for name, value in ratios(sums).items():
-            values.setdefault(name, []).append(value)
-    metrics = {f"{prefix}{name}": value for name, value in ratios(totals).items()}
-    distributions = _distributions(values, manifest.promises.minimum_group, prefix)
-    for name, one in distributions.items():
-        metrics |= {name + LOW_TAIL: one.quantile(0.1), name + HIGH_TAIL: one.quantile(0.9)}
-    time_s = time.time() - store.run(run_id).created_s
-    write_distributions(store, run_id, row.version, distributions, time_s=time_s)
-    write_evaluation(store, run_id, row, metrics, seconds=time.perf_counter() - begun_s, count=len(users))
-    return metrics
+    def is_due(self, version: int, *, last: int) -> bool:
+        """Whether a version is to be measured."""
+        return self._on.is_due(version, last=last)
+
+    def __call__(self, row: CommitRow) -> dict[str, float]:
+        """The metrics of a version, which go into the record too, with the time that they took."""
+        found: dict[str, float] = {}
+        if isinstance(self._on.held_out, Examples):
+            found |= evaluate_version(self._runner, self._manifest, self._store, self._run_id, row, self._on.held_out)
+        elif self._on.held_out is not None:
+            found |= self._of_users(row, self._on.held_out, prefix="")
+        if self._on.left_out is not None:
+            found |= self._of_users(row, self._on.left_out, prefix=LEFT_OUT)
+        return found
+
+    def _of_users(self, row: CommitRow, users: Population, *, prefix: str) -> dict[str, float]:
+        begun_s = time.perf_counter()
+        root = hand_over(self._runner, self._store, row)
+        totals: dict[str, float] = {}
+        values: dict[str, list[float]] = {}
+        for sums in self._by_user.sums(root, view_tensors(self._store.blobs, row.model), users):
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0.0) + value
+            for name, value in ratios(sums).items():
+                values.setdefault(name, []).append(value)
+        metrics = {f"{prefix}{name}": value for name, value in ratios(totals).items()}
+        distributions = _distributions(values, self._manifest.promises.minimum_group, prefix)
+        for name, one in distributions.items():
+            metrics |= {name + LOW_TAIL: one.quantile(0.1), name + HIGH_TAIL: one.quantile(0.9)}
+        time_s = time.time() - self._store.run(self._run_id).created_s
+        write_distributions(self._store, self._run_id, row.version, distributions, time_s=time_s)
+        took_s = time.perf_counter() - begun_s
+        write_evaluation(self._store, self._run_id, row, metrics, seconds=took_s, count=len(users))
+        return metrics
 
 
 def _distributions(values: Mapping[str, list[float]], fewest: int, prefix: str) -> dict[str, Distribution]:

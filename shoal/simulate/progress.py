@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from shoal.metric_names import is_tail
+from shoal.metric_names import without_tails
 
 if TYPE_CHECKING:
     from shoal.simulate.engine import RoundResult
 
-_SHOWN = 3
+_SHOWN = 2
 
 
 @contextmanager
@@ -23,14 +23,15 @@ def progress_bar(name: str, rounds: int, *, shown: bool) -> Iterator[Callable[["
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
+    columns = TextColumn("{task.description}"), BarColumn(16), MofNCompleteColumn(), TextColumn("{task.fields[told]}")
     with Progress(
         *columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not shown or not sys.stderr.isatty()
     ) as bar:
         task = bar.add_task(name, total=rounds, told="compiling")
 
         def tell(result: "RoundResult") -> None:
-            metrics = [f"{name} {value:.4g}" for name, value in result.metrics.items() if not is_tail(name)][:_SHOWN]
+            plain = sorted(without_tails(result.metrics).items(), key=lambda item: "/" in item[0])
+            metrics = [f"{name} {value:.4g}" for name, value in plain[:_SHOWN]]
             rate = f"{1 / max(result.seconds, 1e-9):.3g} rounds/s"
             bar.update(task, completed=result.version, told=", ".join([*metrics, rate]))
 

@@ -19,6 +19,7 @@ from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.record.distribution import Distribution, read_distributions
 from shoal.record.memory import MemoryStore
+from shoal.simulate import by_user
 from shoal.simulate.engine import RoundResult, Simulation, go_on, own_config, simulate
 from shoal.simulate.history import History
 from shoal.simulate.stopping import keep_stop_when
@@ -86,6 +87,26 @@ def test_users_held_out_and_left_out_are_measured_one_by_one_and_only_counted_in
     assert {row.scope for row in store.metrics(made.run_id, "left_out/error/p10")} == {"server"}
     everything = repr([store.metrics(made.run_id), store.events(made.run_id), store.run(made.run_id).config])
     assert not any(f"u{number}" in everything for number in range(10, 14)), "nobody is named"
+
+
+@pytest.mark.parametrize("batches_at_once", [1, 16])
+def test_users_packed_into_batches_have_the_sums_of_one_by_one(
+    batches_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(by_user, "_BATCHES_AT_ONCE", batches_at_once)
+    rng = np.random.default_rng(0)
+    sizes = [1, 0, 199, 1, 200, 350, 3]
+    everybody = shoal.data.Population.from_arrays(
+        {f"u{place}": {"x": rng.normal(size=size).astype(np.float32)} for place, size in enumerate(sizes)}
+    )
+    plan, model, runner = prepared()
+    runner.set_model("root", model)
+    one_by_one = list(by_user.OneByOne(runner, plan.manifest).sums("root", model, everybody))
+    packed = list(by_user.Packed(TASK, plan.manifest).sums("root", model, everybody))
+    assert len(one_by_one) == len(packed) == 6
+    assert [sums["error/denominator"] for sums in packed] == [size for size in sizes if size]
+    for each, other in zip(one_by_one, packed, strict=True):
+        assert each == pytest.approx(other, rel=1e-5)
 
 
 def test_fewer_users_than_the_smallest_group_have_no_distribution() -> None:
