@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from shoal.fixed import STEPS, SumSpec
+from shoal.lora import with_adapters
 from shoal.task import Loss, Sum, Task, Tree, Variables, check_metrics
 from shoal.tensors import TensorSpec, specs_of
 
@@ -129,7 +130,7 @@ class Shape:
 
 def model_shape(task: Task) -> Variables:
     """Shapes of the task's variables, without computing them."""
-    like: Variables = jax.eval_shape(task.variables, jax.random.key(0))
+    like: Variables = jax.eval_shape(with_adapters(task).variables, jax.random.key(0))
     return like
 
 
@@ -139,6 +140,7 @@ def model_specs(task: Task) -> tuple[TensorSpec, ...]:
     Raises:
         ValueError: a table or a leaf rule names no tensor, or a learned leaf is not of a floating type.
     """
+    task = with_adapters(task)
     like = model_shape(task)
     flat = dict(sorted((named(like.params, "params") | named(like.state, "state")).items()))
     for setting, patterns in (("leaves", task.leaves), ("bounds", task.bounds)):
@@ -170,6 +172,7 @@ def model_specs(task: Task) -> tuple[TensorSpec, ...]:
 
 def local_rule(task: Task) -> LocalRule:
     """The task's local rule: its own, or local SGD."""
+    task = with_adapters(task)
     return task.rule(task) if task.rule is not None else sgd_rule(task)
 
 
@@ -188,6 +191,7 @@ def plain_gradient(objective: Objective, params: Tree, batch: Mapping[str, Any])
 
 def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule:
     """Local training by the task's optax transformation, along the gradient that `gradient_of` takes of each batch."""
+    task = with_adapters(task)
     like, specs = model_shape(task), model_specs(task)
     params_shape, state_shape = Shape(like.params, "params"), Shape(like.state, "state")
     learned = [name for name in params_shape.names if task.leaf_rule(name) != "frozen"]
@@ -380,6 +384,7 @@ _FLOAT32_SLACK: Final = 1.0 + 2.0**-10  # a member adds its examples up in float
 
 def evaluate_bounds(task: Task) -> dict[str, tuple[float, float]]:
     """Name -> bound of the metrics that `evaluate` gives; none without it."""
+    task = with_adapters(task)
     if task.evaluate is None:
         return {}
     like = model_shape(task)
@@ -401,6 +406,7 @@ def scorer(task: Task) -> Callable[[Named, Named, Any], Named] | None:
 def _evaluating(
     task: Task, parts_of: Callable[[Sum, Any], tuple[Any, Any]]
 ) -> Callable[[Named, Named, Any], Named] | None:
+    task = with_adapters(task)
     if task.evaluate is None:
         return None
     evaluate, like = task.evaluate, model_shape(task)
@@ -417,6 +423,7 @@ def _evaluating(
 
 def predictor(task: Task) -> Callable[[Named, Named, Any], Any] | None:
     """(broadcast, batch {field: (B, …)}, mask (B,)) -> {"prediction": (B, …)}; None without `predict`."""
+    task = with_adapters(task)
     if task.predict is None:
         return None
     predict, like = task.predict, model_shape(task)

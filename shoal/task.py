@@ -17,6 +17,7 @@ examples: whoever mixes examples (batch norm) must heed it; the frame masks padd
 
 import fnmatch
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -38,7 +39,10 @@ Batch = Mapping[str, Any]
 Tree = Any
 """A pytree of arrays."""
 
-LeafRule = Literal["mean", "private", "frozen"]
+LeafRule = str
+"""`mean`, `private`, `frozen`, or `lora(rank)`: see `lora.py`."""
+
+_LEAF_RULES = re.compile(r"mean|private|frozen|lora\([1-9]\d{0,5}\)")
 
 
 class Variables(NamedTuple):
@@ -182,9 +186,11 @@ class Task:
                 "Expected Local(weighting='uniform') with selection by size: who holds more is drawn more often, and would "
                 "count for its examples once more."
             )
-        validate.one_of(
-            ("mean", "private", "frozen"), **dict(zip(_slots(self.leaves), self.leaves.values(), strict=True))
-        )
+        for pattern, rule in self.leaves.items():
+            if not _LEAF_RULES.fullmatch(rule):
+                raise ValueError(
+                    f"Expected leaves[{pattern!r}] to be one of frozen | lora(rank) | mean | private, got {rule!r}."
+                )
 
     def leaf_rule(self, name: str) -> LeafRule:
         """The rule of the tensor of that name."""
@@ -264,10 +270,6 @@ class Task:
 
         made: Self = from_torch(cls, module, loss=loss, batch=batch, **settings)
         return made
-
-
-def _slots(leaves: Mapping[str, LeafRule]) -> list[str]:
-    return [f"leaves[{pattern!r}]" for pattern in leaves]
 
 
 def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:

@@ -29,6 +29,7 @@ from shoal.local import (
     model_specs,
     sgd_rule,
 )
+from shoal.lora import with_adapters
 from shoal.policy import Late, RoundPolicy, ServerRule
 from shoal.task import Task
 
@@ -57,7 +58,7 @@ def evaluation(
             f"Task {task.name!r} trains on all examples: set local=shoal.Local(holdout=0.2, …), so that a fifth of each "
             "device's is left for evaluation."
         )
-    if private := [spec.name for spec in model_specs(task) if task.leaf_rule(spec.name) == "private"]:
+    if private := [spec.name for spec in model_specs(task) if with_adapters(task).leaf_rule(spec.name) == "private"]:
         raise ValueError(
             f"Expected a model that the server has whole; {private[0]} of task {task.name!r} stays on devices."
         )

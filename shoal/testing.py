@@ -22,6 +22,7 @@ from shoal.api import Model
 from shoal.data.batch import num_steps
 from shoal.data.store import Examples, Population
 from shoal.local import LocalRule, Named, local_rule
+from shoal.lora import with_adapters
 from shoal.plan.build import Built, build
 from shoal.plan.check import check_plan, memory_bytes, readable
 from shoal.plan.jax_runner import JaxRunner
@@ -317,7 +318,7 @@ class _Checks:
 
     def private_leaves(self) -> str:
         rule = self.need_rule()
-        private = [s.name for s in rule.broadcast if self.task.leaf_rule(s.name) == "private"]
+        private = [s.name for s in rule.broadcast if with_adapters(self.task).leaf_rule(s.name) == "private"]
         sent = {spec.tensor.name for spec in rule.sums}
         if leaked := [name for name in private if any(s == name or s.endswith(f"/{name}") for s in sent)]:
             raise _Fails(f"the update has private leaf {leaked[0]}.", "Leave it out of the local rule's sums.")

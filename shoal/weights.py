@@ -17,6 +17,7 @@ import numpy as np
 
 from shoal.errors import DataError
 from shoal.local import is_of_model, named, named_tree
+from shoal.lora import merged_tensors
 from shoal.task import Variables
 
 PICKLED: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
@@ -92,7 +93,7 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def to_safetensors(tensors: Mapping[str, np.ndarray], path: Path | str, *, bare: bool = False) -> None:
-    """Writes a model as a safetensors file, without what an algorithm added to the line (`control/…`).
+    """Writes a model as a safetensors file, without what an algorithm added to the line (`control/…`), adapters merged.
 
     Args:
         tensors: name -> array, such as `shoal.load(run).tensors` or `shoal.simulate(…).model`.
@@ -104,6 +105,7 @@ def to_safetensors(tensors: Mapping[str, np.ndarray], path: Path | str, *, bare:
     """
     from safetensors.numpy import save_file
 
+    tensors = merged_tensors(tensors)
     names = {name: re.sub(r"^(params|state)/", "", name) if bare else name for name in tensors if is_of_model(name)}
     if len(set(names.values())) != len(names):
         twice = sorted(name for name in names.values() if list(names.values()).count(name) > 1)

@@ -75,6 +75,8 @@ class DeviceHost:
     down_bytes: int = 0
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
+    _unchanged: dict[str, Tensors] = field(default_factory=dict)
+    """Plan -> hash -> a tensor that its rounds do not change: it is fetched once."""
     _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
 
     async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
@@ -141,9 +143,15 @@ class DeviceHost:
         if index.specs != prepared.manifest.broadcast:
             raise ProtocolError("The model's tensors are not those that the plan names.")
         tensors: Tensors = {}
+        changing = {spec.tensor.name.removeprefix("delta/") for spec in prepared.manifest.sums}
+        unchanged = self._unchanged.get(assigned.plan, {})
         for entry in index:
-            data = await self.fetch(assigned, entry.hash, link, most=entry.spec.size_bytes)
-            tensors[entry.spec.name] = from_bytes(data, entry.spec)
+            value = unchanged.get(entry.hash)
+            if value is None:
+                data = await self.fetch(assigned, entry.hash, link, most=entry.spec.size_bytes)
+                value = from_bytes(data, entry.spec)
+            tensors[entry.spec.name] = value
+        self._unchanged[assigned.plan] = {e.hash: tensors[e.spec.name] for e in index if e.spec.name not in changing}
         spent.wire_s += time.perf_counter() - begun_s
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)

@@ -24,6 +24,7 @@ from shoal.local import (
     named,
     predictor,
 )
+from shoal.lora import with_adapters
 from shoal.plan.manifest import Manifest, Program, Promises, ServerHalf, Training
 from shoal.plan.operations import refuse_callbacks
 from shoal.plan.plan import Plan
@@ -54,6 +55,7 @@ def build(task: Task, *, seed: int = 0) -> Built:
     Raises:
         ValueError: a function of the task does not keep its contract; the text says which and how.
     """
+    task = with_adapters(task)
     rule = local_rule(task)
     refuse_callbacks(_traces(task), task=task.name)
     made = [*_training_programs(task, rule), *_model_programs(task, rule)]
@@ -85,7 +87,7 @@ def build(task: Task, *, seed: int = 0) -> Built:
 
 def refuse_other_task(task: Task, plan: Plan) -> None:
     """Raises PlanError unless the task trains as the plan says."""
-    made = {program.hash for program, _ in _training_programs(task, local_rule(task))}
+    made = {program.hash for program, _ in _training_programs(with_adapters(task), local_rule(task))}
     if not made <= {program.hash for program in plan.manifest.programs}:
         raise PlanError(
             f"Task {task.name!r} is not the one that this run was begun with: its training programs are others. Give the "

@@ -13,7 +13,9 @@ from shoal.data.store import Examples
 from shoal.fleet.configuration import round_seed
 from shoal.fleet.host import run_seed
 from shoal.local import seed_key
+from shoal.lora import with_adapters
 from shoal.plan.train import member_randomness
+from shoal.task import Task
 from tests.algorithms.problem import BATCH, EPOCHS, RATE, SEED, population
 
 Model = dict[str, np.ndarray]
@@ -210,3 +212,19 @@ def int8(model: Model, cohorts: Cohorts) -> Model:
         return plus(received, sent)
 
     return averaged(model, cohorts, local)
+
+
+def lora(task: Task, cohorts: Cohorts) -> Model:
+    """Hu et al. 2022: plain steps of A and B, the frozen W and b as they were."""
+    params = with_adapters(task).variables(jax.random.key(SEED)).params
+    given = {name: np.asarray(value, np.float64) for name, value in params.items()}
+
+    def local(received: Model, data: list[Batch], member: str, version: int) -> Model:
+        a, b = received["w/lora_a"], received["w/lora_b"]
+        for batch in data:
+            slope = gradient({"w": given["w"] + a @ b, "b": given["b"]}, batch)["w"]
+            a, b = a - RATE * slope @ b.T, b - RATE * a.T @ slope
+        return {"w/lora_a": a, "w/lora_b": b}
+
+    adapters = {name: value for name, value in given.items() if "lora" in name}
+    return {**given, **averaged(adapters, cohorts, local)}

@@ -38,6 +38,7 @@ class Case:
     tolerance: float = 2e-5
 
 
+LORA = {"params/w": "lora(2)", "params/*": "frozen"}
 CASES = {
     "fedavg": Case(task, reference.fedavg),
     "fedprox": Case(lambda: shoal.fedprox(task(), mu=0.5), lambda m, c: reference.fedprox(m, c, mu=0.5)),
@@ -54,6 +55,7 @@ CASES = {
         lambda m, c: reference.per_fedavg(m, c, alpha=0.1, delta=1e-2),
         tolerance=1e-3,  # a difference of gradients in float32
     ),
+    "lora": Case(lambda: task(leaves=LORA), lambda m, c: reference.lora(task(leaves=LORA), c)),
     "ditto": Case(lambda: shoal.ditto(task(), lam=0.5), reference.fedavg),
     "measured": Case(lambda: shoal.measured(task(local=held_out())), reference.fedavg_with_holdout),
     "top_k": Case(lambda: shoal.compressed(task(), "top_k", share=0.3), lambda m, c: reference.top_k(m, c, share=0.3)),
@@ -79,7 +81,7 @@ def test_it_agrees_with_its_reference(case: Case, ways: Ways) -> None:
 
 def _name(name: str) -> str:
     """`params/w` for `w`, `control/params/w` for `control/w`."""
-    return "/".join([*name.split("/")[:-1], "params", name.split("/")[-1]])
+    return name.replace("control/", "control/params/") if name.startswith("control/") else f"params/{name}"
 
 
 def test_a_fleet_gives_the_bits_of_the_simulation(ways: Ways) -> None:
@@ -154,6 +156,10 @@ def test_blocks_of_any_length_give_the_same(ways: Ways) -> None:
     close(training.finish(stepwise), training.finish(blockwise), rtol=1e-6)
 
 
+def frozen_task() -> Task:
+    return task(leaves={"params/w": "frozen"})
+
+
 def task_with_holdout() -> Task:
     return task(local=held_out())
 
@@ -183,6 +189,11 @@ NEUTRAL: dict[str, tuple[Callable[[], Task], Callable[[], Task], int]] = {
     ),
     "reptile with a whole step is FedAvg": (lambda: shoal.reptile(task(), step=1.0), uniform_task, 2),
     "the global model of ditto is that of FedAvg": (lambda: shoal.ditto(task()), task, 2),
+    "adapters that do not learn are a frozen leaf": (
+        lambda: task(leaves={"params/w": "lora(1)", "params/w/lora_?": "frozen"}),
+        frozen_task,
+        2,
+    ),
     "measuring changes nothing": (lambda: shoal.measured(task(local=held_out())), task_with_holdout, 2),
     "top_k of all elements is no compression": (lambda: shoal.compressed(task(), "top_k", share=1.0), task, 2),
     "per_fedavg without a step is FedAvg on every second example": (
