@@ -28,6 +28,10 @@ WORTH: Final = 20
 """A trial is made where the run is expected to take so many times as long as a trial does."""
 COMPILE_S: Final = 3.0
 """What the compilation of one candidate is taken to cost."""
+MOST_TOGETHER: Final = 32
+"""Members that a CPU trains at once, at most: memory does not grow with the cohort."""
+MOST_TOGETHER_ELSEWHERE: Final = 256
+"""The same of an accelerator."""
 
 
 def use_all_cores() -> None:
@@ -40,21 +44,27 @@ def use_all_cores() -> None:
 
 
 def default(members: int) -> Layout:
-    """What is tried first: on a CPU a device a core, members one after the other; elsewhere all at once."""
+    """What is tried first: on a CPU a device a core, members one after the other; elsewhere all at once, or very many."""
     devices = len(jax.devices()) if jax.process_count() > 1 else min(len(jax.devices()), members)
-    return Layout(devices=devices, together=1 if jax.default_backend() == "cpu" else -(-members // devices))
+    return Layout(devices=devices, together=1 if jax.default_backend() == "cpu" else _share(members, devices))
 
 
 def candidates(members: int) -> Iterator[Layout]:
     """The others, at most five."""
     seen = {default(members)}
     for devices in dict.fromkeys((min(len(jax.devices()), members), 1)):
-        share = -(-members // devices)
+        share = _share(members, devices)
         for together in (1, 4, share) if jax.default_backend() == "cpu" else (share, -(-share // 4)):
             layout = Layout(devices=devices, together=min(together, share))
             if layout not in seen:
                 seen.add(layout)
                 yield layout
+
+
+def _share(members: int, devices: int) -> int:
+    """Members of each device, or as many as may go together."""
+    most = MOST_TOGETHER if jax.default_backend() == "cpu" else MOST_TOGETHER_ELSEWHERE
+    return min(-(-members // devices), most)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from shoal.simulate import engine
 from shoal.simulate.cohort import ladder, packed
 from shoal.simulate.engine import Simulation, go_on, simulate
 from shoal.simulate.fused import Fused, Layout
+from shoal.simulate.layout import MOST_TOGETHER, candidates, default
 from tests.simulate.test_engine import population, task
 
 LAYOUTS = [Layout(devices=d, together=t) for d, t in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2))]
@@ -192,6 +193,25 @@ def test_cohorts_of_other_lengths_are_one_program(monkeypatch: pytest.MonkeyPatc
     rounds = shoal.RoundPolicy(goal=3, minimum_group=3)
     run(task(rounds=rounds), Population.from_arrays(users), "fused", rounds=6)
     assert [len(each._compiled) for each in engines] == [1]
+
+
+def test_no_layout_takes_more_memory_for_a_larger_cohort() -> None:
+    together = {layout.together for layout in (default(10_000), *candidates(10_000))}
+    assert together == {layout.together for layout in (default(1_000), *candidates(1_000))}
+    assert max(together) <= MOST_TOGETHER
+
+
+def test_a_layout_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = []
+
+    def count(self: Fused, *arguments: Any, **named: Any) -> Any:
+        layouts.append(self.layout)
+        return sums(self, *arguments, **named)
+
+    sums = Fused.sums
+    monkeypatch.setattr(Fused, "sums", count)
+    run(task(), population(), "fused", rounds=2)
+    assert len(layouts) == 3 and len(set(layouts)) == 1
 
 
 def test_a_large_cohort_takes_no_more_sums_than_fit() -> None:
