@@ -41,14 +41,17 @@ class RoundLines:
     def __call__(self, result: "RoundResult") -> None:
         done, took_s = result.version - self._first, self._now_s() - self._began_s
         self._slow_s = self._slow_s or took_s
-        each = (took_s - self._slow_s) / (done - 1) if done > 1 else result.seconds
+        each = (took_s - self._slow_s) / max(done - 1, 1)
         width = len(str(self._last))
         line = (
             f"round {result.version:{width}}/{self._last}  {words.values(without_tails(result.metrics))}  "
-            f"{words.duration(result.seconds)}  {1 / max(each, 1e-9):.3g} rounds/s  "
-            f"{1000 * each / max(len(result.members), 1):.3g} ms a member  "
-            f"{words.duration((self._last - result.version) * each)} left"
+            f"{words.duration(result.seconds)}"
         )
+        if done > 1:  # the first round has what is done once in it: it says nothing of the others
+            line += (
+                f"  {1 / max(each, 1e-9):.3g} rounds/s  {1000 * each / max(len(result.members), 1):.3g} ms a member  "
+                f"{words.duration((self._last - result.version) * each)} left"
+            )
         if took_s - self._line_s >= LINES_S or result.version == self._last:
             self._screen.say(line)
             self._line_s = took_s

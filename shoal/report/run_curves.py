@@ -130,8 +130,8 @@ def _users(
             axes.set_title(f"a tenth at {_value(worst, percent)} or worse", color=INK, fontsize=10, loc="left")
         else:
             axes.step(
-                [*one.values, one.values[-1] + one.step],
-                [*np.cumsum(shares), 1.0],
+                [one.values[0], *one.values, one.values[-1] + one.step],
+                [0.0, *np.cumsum(shares), 1.0],
                 where="post",
                 linewidth=1.8,
                 **style,

@@ -101,4 +101,5 @@ def test_progress_has_rate_and_time_left_and_few_lines(capsys: pytest.CaptureFix
         lines(RoundResult(version, ("a", "b"), {"accuracy": 0.5, "accuracy/p10": 0.1}, 0.2))
     told = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in told] == ["round 1/5", "round 4/5", "round 5/5"]
+    assert told[0] == "round 1/5  accuracy 0.5  200 ms", "of the first round alone nothing is foretold"
     assert "accuracy 0.5  200 ms  5 rounds/s  100 ms a member  200 ms left" in told[1]

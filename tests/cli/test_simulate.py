@@ -81,7 +81,7 @@ def test_sigterm_ends_it_as_ctrl_c_does(place: Path, tmp_path: Path, start: Call
     made = start(
         "simulate", place / "line.py", "--data", place / "users", "--rounds", 100_000, "--run", tmp_path / "r"
     )  # fmt: skip
-    made.until(lambda: "round      3/" in made.text)
+    made.until(lambda: "rounds/s" in made.text)
     made.kill(signal.SIGTERM)
     assert made.wait(20) == 143, made.text
     line = one_line(made.text)
