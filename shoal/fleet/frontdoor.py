@@ -108,6 +108,8 @@ class Frontdoor:
         self._pending: asyncio.TimerHandle | asyncio.Handle | None = None
         self._waking: asyncio.TimerHandle | None = None
         self._pace = Pace(devices_a_round=1, now_s=clock.now_s())
+        self._versions = 0
+        """Of all runs together, when the pace was told last that a round has opened."""
         self._closing: set[asyncio.Task[None]] = set()
 
     def snapshot(self) -> t.Snapshot:
@@ -126,6 +128,7 @@ class Frontdoor:
             self._events.append(t.Opened(run.id, weight, run.patience_s))
             takes = sum(each.manifest.server.rounds.most_at_once for each in self._runs.values())
             self._pace = Pace(devices_a_round=takes, now_s=self._clock.now_s())
+            self._versions = self._versions_now()
         self._changed()
 
     def rest(self, run_id: str) -> None:
@@ -354,6 +357,7 @@ class Frontdoor:
 
     def _deal(self) -> None:
         self._pending = None
+        self._hear_of_rounds()
         events, self._events = self._events, []
         given = self._machine.given()
         asks = [self._asks(run, given.get(run.id, [])) for run in self._runs.values() if run.id not in self._over]
@@ -361,6 +365,16 @@ class Frontdoor:
         rest = [event for event in events if not isinstance(event, t.Opened)]
         for command in self._machine.step([*opened, *asks, *rest], self._clock.now_s()):
             self._carry_out(command)
+
+    def _hear_of_rounds(self) -> None:
+        """What the runs take together is taken once in as many rounds as there are runs at work."""
+        at_work = len(self._runs.keys() - self._over.keys() - self._resting)
+        if (versions := self._versions_now()) - self._versions >= max(1, at_work):
+            self._pace.opened(self._clock.now_s())
+            self._versions = versions
+
+    def _versions_now(self) -> int:
+        return sum(run.coordinator.machine.snapshot().version for run in self._runs.values())
 
     def _asks(self, run: Served, given: list[str]) -> t.Asks:
         machine = run.coordinator.machine

@@ -4,10 +4,13 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shoal import validate
 from shoal.errors import DataError
+
+MOST_DEVICES: Final = 20_000_000
+"""Each takes about 100 bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,8 @@ class VirtualPopulation:
 
     def __post_init__(self) -> None:
         validate.types(self)
-        validate.positive(devices=self.devices, train_s=self.train_s)
+        validate.between(1, MOST_DEVICES, devices=self.devices)
+        validate.positive(train_s=self.train_s)
         validate.not_negative(speed_sigma=self.speed_sigma, round_sigma=self.round_sigma, seed=self.seed)
         validate.between(1.0, 100.0, daily_swing=self.daily_swing)
         validate.between(0.1, 24.0, window_hours=self.window_hours)

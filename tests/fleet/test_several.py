@@ -15,6 +15,7 @@ from shoal.fleet.frontdoor import Frontdoor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.link import Link, LocalLink
+from shoal.fleet.pace import Pace
 from shoal.fleet.several import SeveralHosts
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
@@ -111,6 +112,22 @@ async def test_the_same_few_devices_serve_two_tasks_to_their_ends(stays: bool) -
         for task, goal in (("one", 3), ("two", 2)):
             assert all(c.members == goal for c in running.store.commits(running.host(task).run_id) if c.version)
         await asyncio.gather(*running.devices)
+
+
+@toy.in_loop
+async def test_those_who_are_sent_away_are_told_when_the_next_rounds_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[float] = []
+
+    class Heard(Pace):
+        def opened(self, now_s: float) -> None:
+            heard.append(now_s)
+            super().opened(now_s)
+
+    monkeypatch.setattr("shoal.fleet.frontdoor.Pace", Heard)
+    async with fleet([toy.plan(policy(), task="one"), toy.plan(policy(2), task="two")], rounds=4) as running:
+        running.start(*devices(running.link, 4))
+        await running.running
+    assert 2 <= len(heard) <= 6  # eight versions of two runs that are both at work most of the time
 
 
 class Quick:

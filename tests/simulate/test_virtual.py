@@ -117,7 +117,7 @@ def test_a_population_comes_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("devices = 0", "devices > 0"),
+        ("devices = 0", "1 <= devices"),
         ("seed = -1", "seed >= 0"),
         ("device = 10", "expected settings among devices, "),
         ("drop_out = 1.5", "drop_out <= 0.9"),
