@@ -1,13 +1,14 @@
 """The examples with real data learn: each ends with a number that guessing does not reach."""
 
-import importlib
+import ast
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 import shoal
-from examples import language, ranking, watch
+from examples import credit, language, ranking, watch
 from shoal.data import Examples, Federated, Population, load_federated
 from shoal.errors import DataError
 
@@ -48,6 +49,35 @@ def test_language_beats_the_frequencies_of_words(needs) -> None:  # type: ignore
     needs("brown")
     learned, frequencies = language.run()
     assert learned < 0.8 * frequencies < 120
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_fifty_lenders_know_more_than_the_largest(needs) -> None:  # type: ignore[no-untyped-def]
+    needs("loans")
+    by_all, by_one, by_interest = credit.run(rounds=20)
+    assert by_all > by_one + 0.05 and by_all > by_interest - 0.05 > 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_module_of_torch_s_is_better_when_it_comes_back() -> None:
+    pytest.importorskip("torch", reason="the extra torch is not installed")
+    from examples import torch_model
+
+    try:
+        shoal.data.load("digits")
+    except DataError as error:
+        pytest.skip(f"no source answered: {error}")
+    before, after = torch_model.run(rounds=12)
+    assert before < 0.3 and after > 0.85
+
+
+def test_the_area_under_a_curve() -> None:
+    labels = np.array([0, 1, 0, 1])
+    assert credit.area_under_curve(np.array([0.1, 0.9, 0.2, 0.8]), labels) == 1.0
+    assert credit.area_under_curve(np.array([0.1, 0.1, 0.1, 0.1]), labels) == 0.5
+    assert credit.area_under_curve(np.array([0.1, 0.0, 0.2, 0.15]), labels) == 0.25
 
 
 def made_like(name: str) -> Federated:
@@ -92,5 +122,6 @@ def test_a_history_is_what_was_seen_before() -> None:
 
 
 def test_examples_say_how_they_are_run() -> None:
-    for name in ("language", "ranking", "watch"):
-        assert f"python examples/{name}.py" in (importlib.import_module(f"examples.{name}").__doc__ or "")
+    for name in ("credit", "language", "ranking", "torch_model", "watch"):
+        page = Path(__file__).parents[1] / "examples" / f"{name}.py"
+        assert f"python examples/{name}.py" in (ast.get_docstring(ast.parse(page.read_text(encoding="utf-8"))) or "")

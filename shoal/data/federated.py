@@ -49,7 +49,7 @@ def load_federated(name: str, *, cache: Path | None = None, progress: bool = Tru
 
     Args:
         name: "movielens-100k" (943 users), "brown" (500 documents), "watch" (10 subjects), "flights" (16 airlines),
-            "femnist" (3,400 writers), "shakespeare" (715 roles) or "stackoverflow" (342,477 users).
+            "loans" (50 states), "femnist" (3,400 writers), "shakespeare" (715 roles) or "stackoverflow" (342,477 users).
         cache: Folder to keep data sets in; None is `cache.cache_folder()`.
         progress: Shows what is being fetched when standard error is a terminal.
 

