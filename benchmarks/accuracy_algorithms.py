@@ -92,6 +92,10 @@ def _per_fedavg(task: Task, problem: Problem, alpha: float) -> Task:
     return shoal.per_fedavg(task, alpha=alpha * problem.rate)
 
 
+def _lora(task: Task, problem: Problem, rank: float) -> Task:
+    return task.replace(leaves={problem.lora: f"lora({rank:.0f})"})
+
+
 def _int8(task: Task, problem: Problem) -> Task:
     return shoal.compressed(task, "int8")
 
@@ -148,6 +152,7 @@ ALGORITHMS: Final[tuple[Algorithm, ...]] = (
         name="Per-FedAvg", make=_per_fedavg, grid={"alpha": (0.3, 1.0)}, rates=(1.0, 3.0), measure="reached", beside=FINE_TUNED,
         paper="Fallah et al. 2020", where="Dirichlet",
     ),
+    Algorithm(name="LoRA", make=_lora, grid={"rank": (4,)}, claims="nothing", paper="Hu et al. 2022, for models that know much"),
     Algorithm(name="int8", make=_int8, claims="as good", paper="Alistarh et al. 2017, QSGD"),
     Algorithm(name="top-k, a tenth", make=_top_k, claims="as good", paper="Karimireddy et al. 2019, error feedback"),
     Algorithm(name=FLEET, make=_in_a_fleet, is_in_fleet=True, measure="seconds", rates=(1.0, 3.0), paper="McMahan et al. 2017"),

