@@ -83,7 +83,7 @@ def train(
         rng=randomness.rng,
         drop_remainder=training.drop_remainder,
     )
-    measured = _held_out_blocks(conformed, manifest) if training.part == "both" else ()
+    measured = _measured_blocks(conformed, training)
     runner.begin(root, device_state if device_state is not None else no_state(manifest))
     data_s = 0.0
     begun = time.perf_counter()
@@ -121,17 +121,21 @@ def chosen_examples(examples: Examples, manifest: Manifest, rng: np.random.Gener
     return _at_most(_part(examples, training), most, rng)
 
 
-def _held_out_blocks(examples: Examples, manifest: Manifest) -> Iterable[Block]:
-    """What a member measures when it has trained: the part held out, as far as an update may use it."""
-    training = manifest.training
+def measured_examples(examples: Examples, training: Training) -> Examples | None:
+    """What a member is fed after all epochs, where programs are fed both parts: what it holds out, as far as an update may
+    use it. None where that is nothing."""
+    if training.part != "both":
+        return None
     where = held_out_part(len(examples), fraction=training.holdout, is_held_out=True)
-    if not len(where):
+    return Examples(examples.take(where[: training.max_examples // training.epochs])) if len(where) else None
+
+
+def _measured_blocks(examples: Examples, training: Training) -> Iterable[Block]:
+    chosen = measured_examples(examples, training)
+    if chosen is None:
         return ()
-    fields = examples.take(where[: training.max_examples // training.epochs])
-    chosen = Examples({**fields, HELD_OUT: np.ones(len(next(iter(fields.values()))), bool)})
-    return Blocks(
-        chosen, batch_size=training.batch_size, steps_per_block=training.steps_per_block, shuffle=False
-    )  # fmt: skip
+    marked = Examples({**chosen.fields, HELD_OUT: np.ones(len(chosen), bool)})
+    return Blocks(marked, batch_size=training.batch_size, steps_per_block=training.steps_per_block, shuffle=False)
 
 
 def no_state(manifest: Manifest) -> Tensors:

@@ -24,7 +24,7 @@ from shoal.data.batch import Blocks, num_steps
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError
 from shoal.plan.manifest import Manifest
-from shoal.plan.train import chosen_examples, conform, member_randomness
+from shoal.plan.train import chosen_examples, conform, measured_examples, member_randomness
 from shoal.tensors import Tensors
 
 ALIGNMENT: Final = 64
@@ -44,7 +44,7 @@ class Cohort:
     indices: np.ndarray
     """(C, S, B) int32, into the pool. What is masked repeats a real example."""
     counts: np.ndarray
-    """(C, S) int32: so many of a step's examples count, its first."""
+    """(C, S) int32: so many of a step's examples count, its first; negative where they are held out."""
     keys: np.ndarray
     """(C, 2) uint32: what the programs draw from."""
 
@@ -88,7 +88,8 @@ class Stage:
         """What no member exceeds."""
         training = self._manifest.training
         used = min(training.num_used(int(self._sizes[0])), training.max_examples // training.epochs)
-        return num_steps(used, training.batch_size, training.epochs)
+        steps = num_steps(used, training.batch_size, training.epochs)
+        return steps if training.part != "both" else steps + num_steps(int(self._sizes[0]), training.batch_size)
 
     def _gathered(self, parts: Sequence[Tensors]) -> Tensors:
         """The examples of a cohort, one member's after the other's."""
@@ -115,6 +116,9 @@ class Stage:
             drop_remainder=training.drop_remainder,
         )  # fmt: skip
         made = [(batches["at"][0], np.count_nonzero(mask)) for batches, mask in blocks]
+        if (measured := measured_examples(Examples({"at": where}), training)) is not None:
+            held_out = Blocks(measured, batch_size=training.batch_size, steps_per_block=1, shuffle=False)
+            made += [(batches["at"][0], -np.count_nonzero(mask)) for batches, mask in held_out]
         indices, counts = zip(*made, strict=True)
         return _Batches(np.stack(indices), np.array(counts, np.int32), randomness.key, fields)
 

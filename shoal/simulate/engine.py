@@ -221,9 +221,6 @@ def _backend(
             log.warning("without its task, members train one after the other: slower, and with other last bits")
         return Sequential(runner, plan.manifest, population, states)
     refuse_other_task(task, plan)
-    if plan.manifest.training.part == "both":
-        log.warning("members measure what they hold out: they train one after the other, which is slower")
-        return Sequential(runner, plan.manifest, population, states)
     stage, manifest = Stage(population, plan.manifest), plan.manifest
     rule = local_rule(task.replace(loss=faster_convolutions(task.loss)))
 

@@ -29,7 +29,7 @@ from shoal.aggregate.accumulator import Accumulator
 from shoal.fixed import STEPS
 from shoal.fleet.configuration import Configuration
 from shoal.local import LocalRule, Named, Report
-from shoal.plan.manifest import Manifest
+from shoal.plan.manifest import HELD_OUT, Manifest
 from shoal.simulate.cohort import Cohort, arranged, packed, refuse
 from shoal.tensors import Tensors
 
@@ -217,19 +217,19 @@ class Fused:
                 model, pool, *jax.tree.map(lambda values: values[0], (states, indices, counts, keys))
             )
             return jax.tree.map(lambda value: value[None], report), takes_part[None]
-        steps = jnp.max(jnp.sum(counts > 0, axis=1, dtype=jnp.int32))
+        steps = jnp.max(jnp.sum(counts != 0, axis=1, dtype=jnp.int32))
         carry = jax.vmap(rule.begin, in_axes=(None, 0), axis_size=together)(model, states)
 
         def step(number: Any, carry: Named) -> Named:
             at = jax.lax.dynamic_index_in_dim(indices, number, axis=1, keepdims=False)
-            batches, mask = _batch(pool, at, jax.lax.dynamic_index_in_dim(counts, number, axis=1, keepdims=False))
+            batches, mask = self._batch(pool, at, jax.lax.dynamic_index_in_dim(counts, number, axis=1, keepdims=False))
             batches = {name: values[:, None] for name, values in batches.items()}
             made: Named = jax.vmap(rule.block)(carry, batches, mask[:, None], keys)
             return made
 
         carry = jax.lax.fori_loop(0, steps, step, carry)
         reports: Report = jax.vmap(rule.finish, in_axes=(0, None))(carry, model)
-        return reports, jnp.any(counts > 0, axis=1)
+        return reports, jnp.any(counts != 0, axis=1)
 
     def _train_one(
         self, model: Named, pool: Named, state: Named, indices: Any, counts: Any, key: Any
@@ -238,12 +238,20 @@ class Fused:
 
         def step(number: Any, carry: Named) -> Named:
             at = jax.lax.dynamic_index_in_dim(indices, number, keepdims=False)
-            batches, mask = _batch(pool, at, jax.lax.dynamic_index_in_dim(counts, number, keepdims=False))
+            batches, mask = self._batch(pool, at, jax.lax.dynamic_index_in_dim(counts, number, keepdims=False))
             return rule.block(carry, {name: values[None] for name, values in batches.items()}, mask[None], key)
 
-        steps = jnp.sum(counts > 0, dtype=jnp.int32)
+        steps = jnp.sum(counts != 0, dtype=jnp.int32)
         carry = jax.lax.fori_loop(0, steps, step, rule.begin(model, state))
         return rule.finish(carry, model), steps > 0
+
+    def _batch(self, pool: Named, indices: Any, counts: Any) -> tuple[Named, Any]:
+        """(fields (…, B, …), mask (…, B)): of each row of indices the first `counts` count; if below zero, as held out."""
+        mask = jax.lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1) < jnp.abs(counts)[..., None]
+        fields = {name: jnp.take(values, indices, axis=0, mode="clip") for name, values in pool.items()}
+        if self.manifest.training.part == "both":
+            fields[HELD_OUT] = jnp.broadcast_to(counts[..., None] < 0, mask.shape)
+        return fields, mask
 
     def _check(self, members: Sequence[str], sums: Accumulator, weights: np.ndarray, largest: Tensors) -> None:
         refuse(members, (weights >= 1) & (weights <= sums.max_weight), f"its weight is not in [1, {sums.max_weight}].")
@@ -271,12 +279,6 @@ def flat_sums(report: Report) -> Named:
     """What a report adds, by flat name."""
     made = {f"{kind}/{name}": value for kind, tensors in report.sums.items() for name, value in tensors.items()}
     return made | {f"metric/{name}": value for name, value in report.metrics.items()}
-
-
-def _batch(pool: Named, indices: Any, counts: Any) -> tuple[Named, Any]:
-    """(fields (…, B, …), mask (…, B)): of each row of indices the first `counts` count."""
-    mask = jax.lax.broadcasted_iota(jnp.int32, indices.shape, indices.ndim - 1) < counts[..., None]
-    return {name: jnp.take(values, indices, axis=0, mode="clip") for name, values in pool.items()}, mask
 
 
 def _rounded(values: Any, times: Any) -> Any:

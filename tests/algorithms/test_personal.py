@@ -10,10 +10,12 @@ from shoal.data.split import held_out_part
 from shoal.plan.build import build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.train import train
+from shoal.simulate import engine
 from shoal.simulate.device_states import DeviceStates, states_folder
+from shoal.simulate.fused import Layout
 from tests.algorithms import reference
 from tests.algorithms.problem import MEMBERS, RATE, held_out, population, task
-from tests.algorithms.ways import Ways, cohorts, initial
+from tests.algorithms.ways import Ways, close, cohorts, initial
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.5])
@@ -81,10 +83,17 @@ def _batches(seed: bytes, member: str) -> list[reference.Batch]:
     return [(chosen["x"][order[i : i + 4]], chosen["y"][order[i : i + 4]]) for i in range(0, len(order), 4)]
 
 
-def test_a_personal_model_is_measured_where_there_is_one() -> None:
-    made = Ways(shoal.measured(shoal.ditto(task(local=held_out()), lam=0.1))).simulate(rounds=3)
-    metrics = made.history[-1].metrics
-    assert {"train/loss", "train/personal/loss", "train/held_out/loss"} <= set(metrics)
+def test_the_fused_engine_measures_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = Ways(shoal.measured(shoal.ditto(task(local=held_out()), lam=0.1)))
+    expected = ways.simulate(rounds=3)
+    assert {"train/loss", "train/personal/loss", "train/held_out/loss"} <= set(expected.history[-1].metrics)
+    for layout in (Layout(devices=1, together=3), Layout(devices=2, together=1)):
+        monkeypatch.setattr(engine, "cached", lambda key, layout=layout: layout)
+        made = ways.fused(rounds=3)
+        close(made.model, expected.model)
+        for one, other in zip(made.history, expected.history, strict=True):
+            for name, value in other.metrics.items():
+                assert one.metrics[name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
