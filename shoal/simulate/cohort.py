@@ -61,6 +61,8 @@ class Stage:
         """Raises DataError where the fields do not fit the task."""
         self._population, self._manifest = population, manifest
         self._sizes = np.sort([*population.sizes().values()])[::-1]
+        self._members = 0
+        """Room for so many: cohorts may differ in size."""
         whole = population.whole()
         self._parts: Mapping[str, np.ndarray] | None = None
         self._pool: Tensors = {}
@@ -93,7 +95,8 @@ class Stage:
 
     def _gathered(self, parts: Sequence[Tensors]) -> Tensors:
         """The examples of a cohort, one member's after the other's."""
-        used, most = sum(map(_rows, parts)), int(self._sizes[: len(parts)].sum())
+        self._members = room_for(len(parts), before=self._members)
+        used, most = sum(map(_rows, parts)), int(self._sizes[: self._members].sum())
         pool: Tensors = {}
         row_bytes = sum(values[:1].nbytes for values in parts[0].values())
         for name, like in parts[0].items():
@@ -134,7 +137,7 @@ class _Batches:
     """Its examples, where they are not in the shared pool."""
 
 
-def packed(steps: np.ndarray, *, devices: int, together: int) -> np.ndarray:
+def packed(steps: np.ndarray, *, devices: int, together: int, chunks: int = 0) -> np.ndarray:
     """Who trains where, so that no device waits long: members of like length together, the chunks dealt longest first to
     the device with least to do (Graham 1969).
 
@@ -142,17 +145,18 @@ def packed(steps: np.ndarray, *, devices: int, together: int) -> np.ndarray:
         steps: (C,), of each member.
         devices: D.
         together: V, members of a chunk; it takes as long as its longest.
+        chunks: the least that each device has.
 
     Returns:
         (D, n, V) int64: members by device and chunk; -1 is nobody.
     """
     order = np.argsort(-steps, kind="stable")
-    count = -(-len(order) // (devices * together))
-    chunks = np.full((devices * count, together), -1)
-    chunks.reshape(-1)[: len(order)] = order
+    count = max(-(-len(order) // (devices * together)), chunks)
+    dealt = np.full((devices * count, together), -1)
+    dealt.reshape(-1)[: len(order)] = order
     given: list[list[np.ndarray]] = [[] for _ in range(devices)]
     loads = [(0, device) for device in range(devices)]
-    for chunk in chunks:
+    for chunk in dealt:
         load, device = heapq.heappop(loads)
         given[device].append(chunk)
         if len(given[device]) < count:
@@ -172,6 +176,13 @@ def ladder(size: int) -> int:
         return max(1, size)
     unit = 1 << (size - 1).bit_length() - 3
     return -(-size // unit) * unit
+
+
+def room_for(needed: int, *, before: int) -> int:
+    """As much as there was before, where that will do; else so much more that it need not grow often."""
+    if needed <= before:
+        return before
+    return max(needed, ladder(before * 3 // 2)) if before else needed
 
 
 def _with_room(needed: int, most: int, item_bytes: int) -> int:

@@ -30,7 +30,7 @@ from shoal.fixed import STEPS
 from shoal.fleet.configuration import Configuration
 from shoal.local import LocalRule, Named, Report
 from shoal.plan.manifest import HELD_OUT, Manifest
-from shoal.simulate.cohort import Cohort, arranged, packed, refuse
+from shoal.simulate.cohort import Cohort, arranged, packed, refuse, room_for
 from shoal.tensors import Tensors
 
 log = logging.getLogger("shoal.simulate")
@@ -70,6 +70,7 @@ class Fused:
     seconds: dict[str, float] = field(default_factory=dict)
     """Phase -> seconds since the last `take_seconds`."""
     _compiled: dict[tuple[tuple[int, ...], ...], Any] = field(default_factory=dict)
+    _chunks: int = 0
     _model: tuple[str, Named] | None = None
     _pool: tuple[Tensors, Named] | None = None
 
@@ -104,7 +105,9 @@ class Fused:
         """
         begun = time.perf_counter()
         sums = configuration.accumulator(self.manifest)
-        rows = packed(cohort.steps, devices=self.layout.devices, together=self.layout.together).reshape(-1)
+        rows = packed(
+            cohort.steps, devices=self.layout.devices, together=self.layout.together, chunks=self._chunks_for(len(members))
+        ).reshape(-1)  # fmt: skip
         placed, at = arranged(cohort, rows), np.empty(len(members), np.int64)
         at[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
         inputs = (
@@ -151,6 +154,12 @@ class Fused:
             for name, value in (state or {}).items():
                 made[name][row] = value
         return made
+
+    def _chunks_for(self, members: int) -> int:
+        """Chunks of each device: as many as the largest cohort so far needed. Where cohorts differ in size, a few programs do."""
+        needed = -(-members // (self.layout.devices * self.layout.together))
+        self._chunks = room_for(needed, before=self._chunks)
+        return self._chunks
 
     # The program.
 

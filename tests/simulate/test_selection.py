@@ -11,7 +11,9 @@ from shoal.fleet.host import begin_run
 from shoal.plan.build import build
 from shoal.policy import RoundPolicy, Selection
 from shoal.record.memory import MemoryStore
+from shoal.simulate import engine, fused
 from shoal.simulate.engine import simulate
+from shoal.simulate.fused import Layout
 from shoal.simulate.selection import select
 from tests.fleet import toy
 from tests.simulate.test_engine import population, task
@@ -75,6 +77,15 @@ def test_simulation_honours_them(kind: str) -> None:
         assert any(len(set(r.members)) < 3 for r in made[0].history), "somebody was drawn twice"
     else:
         assert len({len(r.members) for r in made[0].history}) > 1
+
+
+def test_cohorts_of_many_sizes_run_few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cached", lambda key: Layout(devices=1, together=1))
+    compiled = list[str]()
+    monkeypatch.setattr(fused.log, "info", lambda text, *args: compiled.append(text))
+    made = simulate(task(rounds=policy("poisson", goal=9)), population(30), rounds=10, store=MemoryStore(), seed=2)
+    sizes = {len(r.members) for r in made.history}
+    assert len(sizes) >= 5 and len([text for text in compiled if text.startswith("compiled")]) <= 2
 
 
 def test_examples_must_not_count_twice() -> None:
