@@ -7,6 +7,7 @@ that both are held against.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from shoal.simulate.convolutions import faster_convolutions
 from shoal.simulate.device_states import DeviceStates, states_folder
 from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.history import History
-from shoal.simulate.layout import cache, cached, choose, default, key_of
+from shoal.simulate.layout import cache, cached, choose, default, key_of, of_run
 from shoal.simulate.measuring import Measured, Measuring, left_out_config
 from shoal.simulate.selection import select
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
@@ -230,7 +231,7 @@ def _backend(
     def make(attempt: Attempt) -> Fused:
         kept = config.get("engine")
         if isinstance(kept, Mapping):
-            return made(Layout.from_json(kept))
+            return made(of_run(kept))
         fused = _fastest(manifest, attempt, made, rounds=rounds)
         store.set_config(run_id, {**store.run(run_id).config, "engine": fused.layout.to_json()})
         return fused
@@ -246,19 +247,30 @@ def _fastest(manifest: Manifest, attempt: Attempt, made: Callable[[Layout], Fuse
     key = key_of(manifest, members)
     if (known := cached(key)) is not None:
         return made(known)
-    engines: dict[Layout, Fused] = {}
+    begun, fastest = time.perf_counter(), list[Fused]()
 
     def seconds_with(layout: Layout) -> float:
-        engines[layout] = made(layout)
-        attempt(engines[layout])
-        return engines[layout].seconds["compute"]
+        fused = made(layout)
+        try:
+            attempt(fused)
+        except jax.errors.JaxRuntimeError as error:
+            if fastest and "RESOURCE_EXHAUSTED" in str(error):
+                return math.inf
+            raise
+        if not fastest or fused.seconds["compute"] < fastest[0].seconds["compute"]:
+            fastest[:] = [fused]  # the others go, with what they hold on devices
+        return fused.seconds["compute"]
 
     trial = choose(members, rounds, seconds_with)
+    if not trial.seconds:
+        return made(trial.layout)
+    compile_s = fastest[0].seconds["compile"]
+    fastest[0].seconds = {"compile": compile_s, "trial": time.perf_counter() - begun - compile_s}
     if len(trial.seconds) > 1:
         cache(key, trial.layout)
         tried = ", ".join(f"{layout} {seconds:.3g} s" for layout, seconds in trial.seconds.items())
         log.info("a round of %d members takes %s; kept for this program and machine", members, tried)
-    return engines[trial.layout]
+    return fastest[0]
 
 
 class _Engine:

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shoal import validate
 from shoal.aggregate.accumulator import Accumulator
 from shoal.fixed import STEPS
 from shoal.fleet.configuration import Configuration
@@ -47,6 +48,10 @@ class Layout:
     together: int
     """Members that a device trains at once; 1: one after the other."""
 
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.positive(devices=self.devices, together=self.together)
+
     def __str__(self) -> str:
         devices = "1 device" if self.devices == 1 else f"{self.devices} devices"
         return f"{devices}, {self.together} at once"
@@ -56,7 +61,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Layout":
-        """Raises TypeError for anything that `to_json` would not have written."""
+        """Raises TypeError or ValueError for anything that `to_json` would not have written."""
         return cls(**data)
 
 

@@ -11,9 +11,9 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import jax
 
@@ -35,12 +35,20 @@ MOST_TOGETHER_ELSEWHERE: Final = 256
 
 
 def use_all_cores() -> None:
-    """Makes each core of a CPU a JAX device, where JAX has not started yet."""
+    """Makes each core of a CPU a JAX device, where JAX has not started yet and nobody has said how many it should have."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    in_flags = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    chosen = jax.config.values["jax_num_cpu_devices"]
+    if chosen != -1 or in_flags:
+        return
     try:
         jax.config.update("jax_num_cpu_devices", cores)
     except RuntimeError:
-        log.debug("JAX has started already: its %d devices are used", len(jax.devices()))
+        if jax.default_backend() == "cpu" and cores > 1:
+            log.warning(
+                "JAX had started with 1 CPU device, of %d cores: to use all, call jax.config.update('jax_num_cpu_devices', %d) "
+                "before anything else of JAX", cores, cores,
+            )  # fmt: skip
 
 
 def default(members: int) -> Layout:
@@ -73,7 +81,7 @@ class Trial:
 
     layout: Layout
     seconds: Mapping[Layout, float]
-    """Layout -> seconds for the cohort, of those that were tried."""
+    """Layout -> seconds for the cohort, of those that were tried; none where a trial cannot pay."""
 
 
 def choose(
@@ -88,13 +96,14 @@ def choose(
     Args:
         members: of the cohort.
         rounds: that are still to be run.
-        seconds_with: trains the cohort with a layout, compiled before, and says how long that took.
+        seconds_with: compiles for a layout, trains the cohort with it, and says how long the training took.
         clock: seconds.
     """
-    first = default(members)
+    first, others = default(members), list(candidates(members))
+    if rounds <= WORTH * len(others):  # however long a round takes
+        return Trial(first, {})
     found = {first: seconds_with(first)}
-    others = list(candidates(members))
-    if rounds * found[first] < WORTH * len(others) * (COMPILE_S + 2 * found[first]):
+    if rounds * found[first] < WORTH * len(others) * (COMPILE_S + found[first]):
         return Trial(first, found)
     begun = clock()
     for layout in others:
@@ -108,9 +117,18 @@ def cached(key: str) -> Layout | None:
     """The layout of an earlier trial; None where there is none that can be used."""
     try:
         layout = Layout.from_json(json.loads(_file(key).read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):  # not there, not readable, torn
         return None
     return layout if layout.devices <= len(jax.devices()) else None
+
+
+def of_run(kept: Mapping[str, Any]) -> Layout:
+    """The layout that a run began with, as far as this machine has it: with fewer devices it is said, and last bits may differ."""
+    layout, here = Layout.from_json(kept), len(jax.devices())
+    if layout.devices <= here:
+        return layout
+    log.warning("the run began on %s, here are %d: it goes on, and last bits may differ", layout, here)
+    return replace(layout, devices=here)
 
 
 def cache(key: str, layout: Layout) -> None:

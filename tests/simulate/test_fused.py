@@ -22,7 +22,7 @@ from shoal.simulate import engine
 from shoal.simulate.cohort import ladder, packed
 from shoal.simulate.engine import Simulation, go_on, simulate
 from shoal.simulate.fused import Fused, Layout
-from shoal.simulate.layout import MOST_TOGETHER, candidates, default
+from shoal.simulate.layout import MOST_TOGETHER, candidates, choose, default
 from tests.simulate.test_engine import population, task
 
 LAYOUTS = [Layout(devices=d, together=t) for d, t in ((1, 1), (2, 1), (3, 1), (1, 2), (1, 3), (2, 2))]
@@ -201,8 +201,9 @@ def test_no_layout_takes_more_memory_for_a_larger_cohort() -> None:
     assert max(together) <= MOST_TOGETHER
 
 
-def test_a_layout_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    layouts = []
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[Layout]:
+    """The layouts with which cohorts are trained from now on."""
+    layouts = list[Layout]()
 
     def count(self: Fused, *arguments: Any, **named: Any) -> Any:
         layouts.append(self.layout)
@@ -210,8 +211,35 @@ def test_a_layout_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     sums = Fused.sums
     monkeypatch.setattr(Fused, "sums", count)
+    return layouts
+
+
+def test_no_cohort_is_trained_twice_where_a_trial_cannot_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = counted(monkeypatch)
     run(task(), population(), "fused", rounds=2)
+    assert len(layouts) == 2 and len(set(layouts)) == 1
+
+
+def test_a_layout_is_tried_once_and_that_is_in_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts, store = counted(monkeypatch), MemoryStore()
+    monkeypatch.setattr(engine, "choose", lambda members, rounds, seconds_with: choose(members, 50, seconds_with))
+    simulate(task(), population(), rounds=2, store=store)
     assert len(layouts) == 3 and len(set(layouts)) == 1
+    assert {"compile", "trial", "compute"} <= {row.phase for row in store.usage(store.runs()[0].id)}
+
+
+def test_a_layout_that_takes_too_much_memory_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, kept = Fused.sums, list[Layout]()
+
+    def scarce(self: Fused, *arguments: Any, **named: Any) -> Any:
+        if self.layout != default(3):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return sums(self, *arguments, **named)
+
+    monkeypatch.setattr(Fused, "sums", scarce)
+    monkeypatch.setattr(engine, "choose", lambda members, rounds, seconds_with: choose(members, 10**9, seconds_with))
+    monkeypatch.setattr(engine, "cache", lambda key, layout: kept.append(layout))
+    assert run(task(), population(), "fused", rounds=1).version == 1 and kept == [default(3)]
 
 
 def test_a_large_cohort_takes_no_more_sums_than_fit() -> None:
