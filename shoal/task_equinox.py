@@ -39,7 +39,7 @@ def from_equinox(
         make: the class to make, `Task`.
         module: a module, (module, state) of `eqx.nn.make_with_state`, or a function of a key that returns either.
         batch: field -> (shape of one example, dtype).
-        **settings: `loss`, `inputs`, `labels`, `loss_bound` (see `shoal.task_supervised.supervised`), any other field of `Task`.
+        **settings: `loss`, `inputs`, `outputs`, `labels`, `loss_bound` (see `shoal.task_supervised.supervised`), any other field of `Task`.
 
     Raises:
         ImportError: Equinox is not installed.

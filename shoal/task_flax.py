@@ -28,7 +28,7 @@ def from_flax(
         make: the class to make, `Task`.
         module: a Linen module, an NNX module, or a function of `nnx.Rngs` that returns an NNX module.
         batch: field -> (shape of one example, dtype).
-        **settings: `loss`, `inputs`, `labels`, `loss_bound` (see `shoal.task_supervised.supervised`), any other field of `Task`.
+        **settings: `loss`, `inputs`, `outputs`, `labels`, `loss_bound` (see `shoal.task_supervised.supervised`), any other field of `Task`.
 
     Raises:
         ValueError: an unknown loss or field, or no Flax module.

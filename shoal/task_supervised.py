@@ -55,6 +55,7 @@ def supervised(
     loss: str | Callable[[Any, Any], Any],
     batch: Mapping[str, tuple[tuple[int, ...], str]],
     inputs: str | Sequence[str] | Callable[[Batch], Any] | None = None,
+    outputs: Callable[[Any], Any] | None = None,
     labels: str | Callable[[Batch], Any] = "label",
     loss_bound: tuple[float, float] = LOSS_BOUND,
     **settings: Any,
@@ -68,6 +69,7 @@ def supervised(
         batch: field -> (shape of one example, dtype).
         inputs: the field that the module reads, several in the order of its arguments, or batch -> inputs; by default the
             first field that is not the labels. uint8 fields are divided by 255.
+        outputs: what the module returns -> what loss and prediction take of it; by default all.
         labels: the field of the labels, or batch -> labels.
         loss_bound: what the reported loss of one example is clipped to (training is not).
         **settings: any other field of `Task`.
@@ -84,7 +86,8 @@ def supervised(
 
     def apply(params: Any, state: Any, batch: Batch, key: jax.Array | None) -> tuple[Any, Any]:
         with jax.numpy_dtype_promotion("standard"):  # frameworks promote in some of their layers
-            return made.apply(params, state, batch, key)
+            found, after = made.apply(params, state, batch, key)
+            return (found if outputs is None else outputs(found)), after
 
     def losses(outputs: Any, batch: Batch) -> Any:
         found = loss_fn(outputs, target(batch))

@@ -47,7 +47,7 @@ def from_torch(
         loss: see `shoal.task_supervised.supervised`; or one of torch's, `nn.CrossEntropyLoss()` or `F.cross_entropy`, whose
             reduction is ignored.
         batch: field -> (shape of one example, dtype).
-        **settings: `inputs`, `labels`, `loss_bound` (see there), any other field of `Task`.
+        **settings: `inputs`, `outputs`, `labels`, `loss_bound` (see there), any other field of `Task`.
 
     Raises:
         MissingExtra: torch is not installed.

@@ -75,12 +75,13 @@ def test_an_nnx_module_s_own_weights_are_the_first_ones(rng: np.random.Generator
 class Two(linen.Module):
     @linen.compact
     def __call__(self, left: Any, right: Any) -> Any:
-        return linen.Dense(1)(left) - jnp.expand_dims(right, -1)
+        return jnp.repeat(linen.Dense(1)(left) - jnp.expand_dims(right, -1), 2, axis=1)
 
 
 def test_several_inputs_and_made_up_labels(rng: np.random.Generator) -> None:
     fields = {"x": ((3,), "float32"), "y": ((), "float32")}
-    made = task(Two, batch=fields, inputs=["x", "y"], labels=lambda batch: batch["y"] * 2, loss="squared_error")
+    settings = {"inputs": ["x", "y"], "outputs": lambda found: found[:, :1], "labels": lambda batch: batch["y"] * 2}
+    made = task(Two, batch=fields, loss="squared_error", **settings)
     examples = {**batch(rng), "y": jnp.ones(4)}
     params, state = made.variables(KEY)
     expected = (examples["x"] @ params["Dense_0"]["kernel"])[:, 0] - 1 - 2

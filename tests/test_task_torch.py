@@ -159,7 +159,8 @@ class Two(nn.Module):
 
 def test_several_inputs_whole_numbers_and_outputs_by_name() -> None:
     fields = {**FIELDS, "tokens": ((4,), "int32")}
-    made = task(Two(), batch=fields, inputs=["tokens", "x"], loss=lambda outputs, labels: outputs["out"][:, 0])
+    settings = {"inputs": ["tokens", "x"], "outputs": lambda found: found["out"]}
+    made = task(Two(), batch=fields, loss=lambda outputs, labels: outputs[:, 0], **settings)
     batch = {**examples(), "tokens": jnp.ones((4, 4), jnp.int32)}
     params, state = made.variables(KEY)
     found = made.losses(params, state, batch, KEY).per_example
@@ -167,9 +168,20 @@ def test_several_inputs_whole_numbers_and_outputs_by_name() -> None:
 
 
 class Switch(nn.Module):
+    def __init__(self, returned: bool) -> None:
+        super().__init__()
+        self.scale, self.returned = nn.Parameter(torch.ones(3)), returned
+
     def forward(self, x: Any) -> Any:
         with torch.no_grad():
-            return x * 2
+            doubled = self.scale * 2
+        return doubled if self.returned else doubled * self.scale * x
+
+
+def test_what_is_computed_without_gradient_has_none() -> None:
+    made, batch = task(Switch(returned=False), loss=lambda outputs, labels: outputs), examples()
+    gradient, _ = numbers(made, *made.variables(KEY), batch)
+    np.testing.assert_allclose(gradient["scale"], 2 * batch["x"].sum(0) / 3, rtol=1e-5)
 
 
 class Branch(nn.Module):
@@ -185,10 +197,8 @@ class Spectral(nn.Module):
 def test_what_cannot_be_taken_apart_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Expected a torch\.nn\.Module, got type\. Call the class"):
         task(Net, loss="squared_error")
-    with pytest.raises(
-        ValueError, match=r"not to switch gradients off in its forward \(torch\.no_grad\): use \.detach\(\)"
-    ):
-        task(Switch())
+    with pytest.raises(ValueError, match=r"return nothing that it computes under torch\.no_grad"):
+        task(Switch(returned=True))
     with pytest.raises(
         ValueError, match=r"Expected Branch to be a module that torch\.export takes, called with float32 \(61, 3\)"
     ):

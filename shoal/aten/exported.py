@@ -101,7 +101,7 @@ def export(
             traced = copy.deepcopy(module).cpu().train(training)
             named = {name: _zeros(*spec) for name, spec in kwargs.items()}
             program = torch.export.export(traced, tuple(_zeros(*spec) for spec in args), named)
-            _refuse_gradient_switches(program, module)
+            _keep_gradient_switches(program, module)
             rest = {op: how for op, how in torch.export.default_decompositions().items() if str(op) not in known}
             program = program.run_decompositions(rest)
     except ValueError:
@@ -162,13 +162,25 @@ def _is_float(node: Any) -> bool:
     return bool(node.meta["val"].dtype.is_floating_point)
 
 
-def _refuse_gradient_switches(program: Any, module: Any) -> None:
-    # They would be taken for ordinary operations and have gradients.
-    if any(_GRADIENT_SWITCH in str(node.target) for node in program.graph.nodes):
-        raise ValueError(
-            f"Expected {type(module).__name__} not to switch gradients off in its forward (torch.no_grad): use .detach() on "
-            "what is to have none, which is kept."
-        )
+def _keep_gradient_switches(program: Any, module: Any) -> None:
+    """What is computed under `torch.no_grad` is detached: torch puts such parts into the graph like any other.
+
+    Raises:
+        ValueError: the module returns such a part as it is.
+    """
+    torch = _torch()
+    graph = program.graph_module.graph
+    switches = [node for node in graph.nodes if _GRADIENT_SWITCH in str(node.target) and node.args[0] is False]
+    for part in [user for switch in switches for user in switch.users]:
+        if any(user.op == "output" for user in part.users):
+            raise ValueError(
+                f"Expected {type(module).__name__} to return nothing that it computes under torch.no_grad: it has no gradient."
+            )
+        with graph.inserting_after(part):
+            still = graph.call_function(torch.ops.aten.detach.default, (part,))
+        still.meta = dict(part.meta)
+        part.replace_all_uses_with(still, delete_user_cb=lambda user, still=still: user is not still)
+    program.graph_module.recompile()
 
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> Any:
