@@ -189,6 +189,11 @@ class Branch(nn.Module):
         return x if x.sum() > 0 else -x
 
 
+class Places(nn.Module):
+    def forward(self, x: Any) -> Any:
+        return nn.functional.max_pool1d(x[:, None], 2, return_indices=True)[1][:, 0]
+
+
 class Spectral(nn.Module):
     def forward(self, x: Any) -> Any:
         return torch.fft.fft(x).real
@@ -205,6 +210,8 @@ def test_what_cannot_be_taken_apart_is_refused() -> None:
         task(Branch())
     with pytest.raises(ValueError, match=r"Expected Spectral to be made of .* it uses aten\._fft_r2c"):
         task(Spectral())
+    with pytest.raises(ValueError, match=r"that does not use output 1 of aten\.max_pool.*places of max pooling"):
+        task(Places()).losses({}, {}, examples(), KEY)
     with pytest.raises(ValueError, match="to change nothing but its persistent buffers"):
         task(nn.Embedding(5, 2, max_norm=1.0), batch={"x": ((3,), "int32"), "label": ((), "int32")})
 

@@ -65,6 +65,11 @@ def run(
 def _result(node: Any, values: Mapping[str, Any], step: Step) -> Any:
     args = _value(node.args, values)
     if node.target is operator.getitem:
+        if args[0][args[1]] is None:
+            raise ValueError(
+                f"Expected a module that does not use output {args[1]} of {node.args[0].target}, such as the places of max pooling: "
+                "shoal does not compute it."
+            )
         return args[0][args[1]]
     name = str(node.target)
     if name.startswith(_NO_RESULT):
