@@ -25,6 +25,7 @@ from shoal.testing import random_examples
 from tests.algorithms import reference
 from tests.algorithms.problem import MEMBERS, held_out, task, uniform
 from tests.algorithms.ways import Ways, close, cohorts, initial, same_bits, simulated
+from tests.test_one_task import over_sockets
 
 ROUNDS = 4
 
@@ -86,6 +87,12 @@ def _name(name: str) -> str:
 
 def test_a_fleet_gives_the_bits_of_the_simulation(ways: Ways) -> None:
     same_bits(ways.on_a_fleet(rounds=2), ways.simulate(rounds=2, exactly=True).model)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_fleet_over_sockets_gives_the_bits_of_the_simulation(ways: Ways) -> None:
+    same_bits(ways.on_a_fleet(rounds=2, linked=over_sockets), ways.simulate(rounds=2, exactly=True).model)
 
 
 @pytest.mark.slow

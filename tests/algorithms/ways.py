@@ -1,7 +1,8 @@
 """One task, built and compiled once; the ways to run it."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
-from shoal.fleet.link import LocalLink
+from shoal.fleet.link import Link
 from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.stablehlo import this_runtime
@@ -20,8 +21,10 @@ from shoal.simulate.engine import RoundResult, Simulation, go_on
 from shoal.task import Task
 from shoal.tensors import Tensors
 from tests.algorithms.problem import COHORT, SEED, exact, population
+from tests.test_one_task import in_one_process
 
 KEYS = HostKeys(bytes(range(64)))
+Linked = Callable[[Host], AbstractAsyncContextManager[Link]]
 
 
 class Ways:
@@ -47,9 +50,9 @@ class Ways:
         go_on(store, run_id, population(), runner=self.runner, folder=folder, rounds=halts_after)
         return go_on(store, run_id, population(), runner=self.runner, folder=folder, rounds=rounds)
 
-    def on_a_fleet(self, *, rounds: int) -> Tensors:
+    def on_a_fleet(self, *, rounds: int, linked: Linked = in_one_process) -> Tensors:
         store, run_id = self._begin(self._built(True), rounds)
-        asyncio.run(self._serve(Host(store, run_id, KEYS, call_program=self.runner.call)))
+        asyncio.run(self._serve(Host(store, run_id, KEYS, call_program=self.runner.call), linked))
         commit = store.last_commit(run_id)
         assert commit is not None and commit.version == rounds
         return {entry.spec.name: store.blobs.view(entry.hash, entry.spec) for entry in commit.model}
@@ -62,16 +65,15 @@ class Ways:
         plan = built.plan.sign(KEYS.signing)
         return store, begin_run(store, plan, built.model, kind="host", rounds=rounds, seed=SEED)
 
-    async def _serve(self, host: Host) -> None:
+    async def _serve(self, host: Host, linked: Linked) -> None:
         members, running = population(), asyncio.create_task(host.run())
-        shared = DeviceHost(make_runner=lambda plan: self.runner, runtime=this_runtime())
-        devices = [
-            Device(
-                name, lambda n=name: members[n], link=LocalLink(host.edge), host=shared, rng=np.random.default_rng(0)
-            )
-            for name in COHORT
-        ]
-        await asyncio.wait_for(asyncio.gather(running, *(device.run() for device in devices)), timeout=50)
+        async with linked(host) as link:
+            shared = DeviceHost(make_runner=lambda plan: self.runner, runtime=this_runtime())
+            devices = [
+                Device(name, lambda n=name: members[n], link=link, host=shared, rng=np.random.default_rng(0))
+                for name in COHORT
+            ]
+            await asyncio.wait_for(asyncio.gather(running, *(device.run() for device in devices)), timeout=50)
         await host.edge.close()
 
 

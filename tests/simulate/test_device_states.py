@@ -1,14 +1,23 @@
 """What devices keep: whatever is killed when, they have what the last committed version left them."""
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.errors import StoreError
+from shoal.record.memory import MemoryStore
+from shoal.record.sqlite import open_store
+from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate import device_states
 from shoal.simulate.device_states import DeviceStates
+from shoal.simulate.engine import simulate
 from shoal.tensors import Tensors, TensorSpec
+from tests.algorithms.problem import population
+from tests.simulate.killed_simulation import ROUNDS, SEED, chosen
 
 SPECS = (
     TensorSpec(name="control/params/w", shape=(2, 3), dtype="float32"),
@@ -132,3 +141,27 @@ def test_devices_that_keep_nothing_leave_nothing(tmp_path: Path) -> None:
     round_of(states, 1, MEMBERS)
     states.settle(1)
     assert states.read("m0") is None and not (tmp_path / "states").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(300)
+def test_a_simulation_that_is_killed_again_and_again_has_the_bits_of_one_that_was_not(tmp_path: Path) -> None:
+    """Killed while a round's states are laid down (1), while they are taken in (4), and while those of the next are (8)."""
+    command = [sys.executable, "-m", "tests.simulate.killed_simulation", str(tmp_path)]
+    for writes in (1, 4, 8):
+        done = subprocess.run([*command, str(writes)], check=False, capture_output=True, text=True)
+        assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    done = subprocess.run([*command, "0"], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    store = open_store(tmp_path, read_only=True)
+    commit = store.last_commit(store.runs()[0].id)
+    assert commit is not None and commit.version == ROUNDS
+    killed = view_tensors(store.blobs, commit.model)
+    whole = simulate(
+        chosen(), population(), rounds=ROUNDS, store=MemoryStore(), seed=SEED, backend="sequential"
+    ).model  # fmt: skip
+    assert list(killed) == list(whole)
+    for name, value in whole.items():
+        np.testing.assert_array_equal(killed[name], value, err_msg=name)
+    store.close()
