@@ -22,6 +22,7 @@ def ways() -> Ways:
     return Ways(all_together(mu=0.2, share=0.4))
 
 
+@pytest.mark.slow
 def test_with_neutral_settings_they_are_the_one_that_is_left() -> None:
     made = Ways(all_together(mu=0.0, share=1.0)).simulate(rounds=3).model
     same_bits(made, Ways(shoal.scaffold(task(), devices=len(MEMBERS))).simulate(rounds=3).model)

@@ -7,9 +7,8 @@ import pytest
 
 import shoal
 from shoal.algorithms.compression import INT8, top_k
-from shoal.record.memory import MemoryStore
-from shoal.simulate.engine import simulate
-from tests.algorithms.problem import population, task
+from shoal.local import local_rule
+from tests.algorithms.problem import task
 
 
 def values(size: int = 40) -> jax.Array:
@@ -41,8 +40,12 @@ def test_top_k_keeps_the_largest() -> None:
 @pytest.mark.parametrize(("kind", "share", "expected"), [("int8", 0.01, 6 + 4 + 2 + 4), ("top_k", 0.3, 2 * 8 + 8)])
 def test_what_the_message_would_take_is_a_metric(kind: str, share: float, expected: int) -> None:
     chosen = shoal.compressed(task(), kind, share=share)  # type: ignore[arg-type]
-    made = simulate(chosen, population(), rounds=1, store=MemoryStore())
-    assert made.history[0].metrics["train/update_bytes"] == pytest.approx(expected, abs=0.01)
+    rule = local_rule(chosen)
+    broadcast = {spec.name: jnp.zeros(spec.shape, spec.dtype) for spec in rule.broadcast}
+    kept = {spec.name: jnp.zeros(spec.shape, spec.dtype) for spec in rule.device_state}
+    report = rule.finish(rule.begin(broadcast, kept), broadcast)
+    assert float(report.metrics["update_bytes/numerator"]) == expected
+    assert float(report.metrics["update_bytes/denominator"]) == 1.0
 
 
 def test_what_cannot_be_is_refused() -> None:

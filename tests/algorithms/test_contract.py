@@ -64,7 +64,13 @@ CASES = {
 }
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+SLOW = ("fedavg", "reptile", "per_fedavg, Hessian free", "measured")
+"""What has the code of another case."""
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES], ids=list(CASES)
+)
 def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 

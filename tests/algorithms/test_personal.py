@@ -83,6 +83,7 @@ def _batches(seed: bytes, member: str) -> list[reference.Batch]:
     return [(chosen["x"][order[i : i + 4]], chosen["y"][order[i : i + 4]]) for i in range(0, len(order), 4)]
 
 
+@pytest.mark.slow
 def test_the_fused_engine_measures_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = Ways(shoal.measured(shoal.ditto(task(local=held_out()), lam=0.1)))
     expected = ways.simulate(rounds=3)
