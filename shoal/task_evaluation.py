@@ -30,6 +30,7 @@ from shoal.local import (
     sgd_rule,
 )
 from shoal.lora import with_adapters
+from shoal.plan.manifest import HELD_OUT
 from shoal.policy import Late, RoundPolicy, ServerRule
 from shoal.task import Task
 
@@ -51,6 +52,9 @@ def evaluation(
     """
     validate.positive(every=every)
     validate.not_negative(steps=steps)
+    if task.local.part == "both":  # one that measures while it trains
+        fields = {name: spec for name, spec in task.batch.items() if name != HELD_OUT}
+        task = replace(task, batch=fields, local=replace(task.local, part="training"))
     if task.evaluate is None:
         raise ValueError(f"Task {task.name!r} has no `evaluate`: there is nothing to measure. Give it one.")
     if not task.local.holdout:

@@ -58,6 +58,19 @@ def test_devices_measure_what_they_hold_after_training() -> None:
     assert made.history[0].metrics["train/held_out/loss"] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_an_evaluation_measures_the_model_as_it_is_sent(measured: bool) -> None:
+    train_on = task(local=held_out())
+    built = build(shoal.evaluation(shoal.measured(train_on) if measured else train_on))
+    runner, manifest = JaxRunner(built.plan), built.plan.manifest
+    runner.set_model("m", built.model)
+    update = train(runner, manifest, "m", population()["m4"], None, seed=bytes(32), member="m4")
+    model = {name.removeprefix("params/"): value.astype(np.float64) for name, value in built.model.items()}
+    value, number = loss_of(model, "m4", is_held_out=True)
+    assert float(update.sums["metric/loss/denominator"]) == number
+    assert float(update.sums["metric/loss/numerator"]) == pytest.approx(value, rel=1e-5)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 def test_an_evaluation_fine_tunes_before_it_measures(steps: int) -> None:
     built = build(shoal.evaluation(task(local=held_out()), steps=steps))
