@@ -186,6 +186,11 @@ class Task:
                 "Expected Local(weighting='uniform') with selection by size: who holds more is drawn more often, and would "
                 "count for its examples once more."
             )
+        if self.rounds.selection.kind == "by_size" and "scaffold" in self.algorithms:
+            raise ValueError(
+                "Expected another selection than by size with SCAFFOLD: a device that is drawn twice would change the mean of "
+                "the control variates twice, and its own once. Take uniform selection."
+            )
         for pattern, rule in self.leaves.items():
             if not _LEAF_RULES.fullmatch(rule):
                 raise ValueError(

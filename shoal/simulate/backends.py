@@ -16,7 +16,7 @@ from shoal.fleet.configuration import Configuration
 from shoal.plan.manifest import Manifest
 from shoal.plan.runner import Runner, Update
 from shoal.plan.train import train
-from shoal.simulate.cohort import Cohort, Stage
+from shoal.simulate.cohort import MEND_DATA, MEND_UPDATE, Cohort, Stage
 from shoal.simulate.device_states import DeviceStates
 from shoal.simulate.fused import Fused
 from shoal.tensors import Tensors
@@ -83,7 +83,8 @@ class Sequential:
             )  # fmt: skip
             sums.add(update.sums, weight=update.weight)
         except (DataError, UpdateRefused, ValueError) as error:
-            raise DataError(f"Member {member!r} cannot be used: {error} Mend its data, or leave it out.") from error
+            hint = MEND_UPDATE if isinstance(error, UpdateRefused) else MEND_DATA
+            raise DataError(f"Member {member!r} cannot be used: {error} {hint}") from error
         return update
 
     def close(self) -> None:

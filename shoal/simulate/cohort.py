@@ -31,6 +31,9 @@ ALIGNMENT: Final = 64
 """Bytes; what XLA asks of memory that it did not allocate itself."""
 POOL_BYTES: Final = 2 << 30
 """Larger arrays are not handed over whole: what a round needs is gathered from them."""
+MEND_DATA: Final = "Mend its data, or leave it out."
+MEND_UPDATE: Final = "Lower the learning rate, mend its data, or leave it out."
+"""What to do about a member."""
 ROOM_BYTES: Final = 16 << 20
 """Most that indices, or gathered examples, may take beyond what a cohort needs, so that all cohorts have one shape."""
 
@@ -72,19 +75,19 @@ class Stage:
 
     def cohort(self, members: Sequence[str], seed: bytes) -> Cohort:
         """The members' part of the round with that seed. Raises DataError: a member's examples do not fit the task."""
-        batches = [self._batches(member, seed) for member in members]
+        of = {member: self._named(member, seed) for member in members}  # who is drawn twice is gathered once
+        first = dict(zip(of, np.cumsum([0, *(_rows(each.fields) for each in of.values())]).tolist(), strict=False))
         size = self._manifest.training.batch_size
-        most = _with_room(max(len(each.counts) for each in batches), self._most_steps(), len(members) * size * 4)
+        most = _with_room(max(len(each.counts) for each in of.values()), self._most_steps(), len(members) * size * 4)
         indices = np.zeros((len(members), most, size), np.int32)
         counts = np.zeros((len(members), most), np.int32)
-        first = 0
-        for row, each in enumerate(batches):
-            steps = len(each.counts)
-            indices[row, :steps], counts[row, :steps] = each.indices + first, each.counts
+        for row, member in enumerate(members):
+            each, steps = of[member], len(of[member].counts)
+            indices[row, :steps], counts[row, :steps] = each.indices + first[member], each.counts
             indices[row, steps:] = indices[row, 0, 0]
-            first += _rows(each.fields)
-        pool = self._pool or self._gathered([each.fields for each in batches])
-        return Cohort(pool, indices, counts, np.stack([each.key for each in batches]))
+        self._members = room_for(len(members), before=self._members)
+        pool = self._pool or self._gathered([each.fields for each in of.values()])
+        return Cohort(pool, indices, counts, np.stack([of[member].key for member in members]))
 
     def _most_steps(self) -> int:
         """What no member exceeds."""
@@ -95,7 +98,6 @@ class Stage:
 
     def _gathered(self, parts: Sequence[Tensors]) -> Tensors:
         """The examples of a cohort, one member's after the other's."""
-        self._members = room_for(len(parts), before=self._members)
         used, most = sum(map(_rows, parts)), int(self._sizes[: self._members].sum())
         pool: Tensors = {}
         row_bytes = sum(values[:1].nbytes for values in parts[0].values())
@@ -103,6 +105,12 @@ class Stage:
             pool[name] = _zeros((_with_room(used, most, row_bytes), *like.shape[1:]), like.dtype)
             np.concatenate([part[name] for part in parts], out=pool[name][:used])
         return pool
+
+    def _named(self, member: str, seed: bytes) -> "_Batches":
+        try:
+            return self._batches(member, seed)
+        except (DataError, ValueError) as error:
+            raise DataError(f"Member {member!r} cannot be used: {error} {MEND_DATA}") from error
 
     def _batches(self, member: str, seed: bytes) -> "_Batches":
         randomness = member_randomness(seed, member)
@@ -210,8 +218,10 @@ def _rows(fields: Tensors) -> int:
     return len(next(iter(fields.values()))) if fields else 0
 
 
-def refuse(members: Sequence[str], is_good: np.ndarray, why: str) -> None:
-    """Raises DataError naming the first members that are not good."""
-    bad = [member for member, good in zip(members, is_good, strict=True) if not good]
-    if bad:
-        raise DataError(f"Member {bad[0]!r} cannot be used: {why} Mend its data, or leave it out.")
+def refuse(members: Sequence[str], is_good: np.ndarray, why: str, values: np.ndarray) -> None:
+    """Raises DataError naming the first member that is not good; VALUE in `why` is what is wrong with it."""
+    bad = np.flatnonzero(~is_good)
+    if len(bad):
+        others = f", nor can {len(bad) - 1} more of {len(members)}" if len(bad) > 1 else ""
+        told = why.replace("VALUE", f"{values[bad[0]]:g}")
+        raise DataError(f"Member {members[bad[0]]!r} cannot be used{others}: {told} {MEND_UPDATE}")

@@ -82,6 +82,7 @@ class Fused:
     def __post_init__(self) -> None:
         devices = jax.devices()[: self.layout.devices]
         mesh = Mesh(np.array(devices), (AXIS,))
+        self._is_wide = bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
         self._whole, self._shared = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(AXIS))
         self._mesh = mesh
 
@@ -201,7 +202,7 @@ class Fused:
         zeros = {spec.tensor.name: jnp.zeros(spec.tensor.shape, jnp.int64) for spec in self.manifest.sums}
 
         def chunk(totals: Named, given: tuple[Named, Any, Any, Any]) -> tuple[Named, tuple[Any, Named, Named]]:
-            with jax.enable_x64(False):
+            with jax.enable_x64(self._is_wide):  # what the plan's programs were made under
                 report, takes_part = self._train(model, pool, *given)
             reported = flat_sums(report)
             added = {}
@@ -268,15 +269,15 @@ class Fused:
         return fields, mask
 
     def _check(self, members: Sequence[str], sums: Accumulator, weights: np.ndarray, largest: Tensors) -> None:
-        refuse(members, (weights >= 1) & (weights <= sums.max_weight), f"its weight is not in [1, {sums.max_weight}].")
+        is_good = (weights >= 1) & (weights <= sums.max_weight)
+        refuse(members, is_good, f"Expected 1 <= weight <= {sums.max_weight}, got VALUE.", weights)
         for name, fixed in sums.fixed.items():
-            refuse(members, np.isfinite(largest[name]), f"{name} holds NaN or infinity.")
-            refuse(
-                members, largest[name] <= fixed.bound,
-                f"{name} has an element above the bound {fixed.bound:g}, which is a setting of the task.",
-            )  # fmt: skip
+            values = largest[name].astype(np.float64)  # the bound is no float32
+            refuse(members, np.isfinite(values), f"{name} holds NaN or infinity.", values)
+            why = f"Expected |{name}| <= {fixed.bound:g}, got VALUE. The bound is a setting of the task."
+            refuse(members, values <= fixed.bound, why, values)
         if "fewest steps" in largest:
-            refuse(members, largest["fewest steps"] >= 1, "it took no step.")
+            refuse(members, largest["fewest steps"] >= 1, "It took no step.", largest["fewest steps"])
 
 
 def _put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:

@@ -143,8 +143,46 @@ def test_a_member_whose_update_is_of_no_use_is_named() -> None:
 
 def test_an_update_above_the_bound_is_refused() -> None:
     local = shoal.Local(optimizer=optax.sgd(1e7), batch_size=4)
-    with pytest.raises(DataError, match="above the bound"):
-        run(task(local=local), population(), "fused")
+    for backend in ("fused", "sequential"):
+        with pytest.raises(
+            DataError, match=r"cannot be used.*: Expected \|delta/.*\| <= 256, got \d+.*\. Lower the learning rate"
+        ):
+            run(task(local=local), population(), backend)
+
+
+def test_the_bound_is_no_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.1 as float32 is above 0.1: a fleet refuses it, and so does a cohort in one program."""
+
+    def falls(params: Any, state: Any, batch: Any, key: Any) -> Any:
+        return jnp.sum(params["w"]) * batch["x"][:, 0] + 0 * jnp.sum(params["b"])
+
+    members = Population.from_arrays(
+        {f"m{i}": {"x": np.full((1, 3), 0.1, np.float32), "y": np.zeros(1, np.int32)} for i in range(3)}
+    )
+    local = shoal.Local(optimizer=optax.sgd(1.0), batch_size=1)
+    zeros = {"w": jnp.zeros(2), "b": jnp.zeros(2)}
+    chosen = task(init=lambda key: zeros, loss=falls, local=local, bounds={"params/w": 0.1})
+    for backend in ("fused", "sequential"):
+        with pytest.raises(DataError, match=r"\|delta/params/w\| <= 0.1, got 0.1"):
+            run(chosen, members, backend, rounds=1)
+
+
+def test_who_computes_in_64_bits_may() -> None:
+    """A user's own setting: parameters are then float64, in the plan's programs as here."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        slow, fast = (run(task(), population(), backend, rounds=1) for backend in ("sequential", "fused"))
+    assert fast.model["params/b"].dtype == np.float64
+    same(slow, fast)
+
+
+def test_a_member_whose_examples_do_not_fit_is_named_also_when_it_is_made_ready_ahead() -> None:
+    users = {user: dict(examples.fields) for user, examples in population().items()}
+    users = {
+        user: {**fields, "y": fields["y"].astype(np.int64) + (user == "m5") * (1 << 40)}
+        for user, fields in users.items()
+    }
+    with pytest.raises(DataError, match=r"Member 'm5' cannot be used: Expected y to fit int32"):
+        run(task(), Population.from_arrays(users), "fused", rounds=20)
 
 
 def test_fields_that_do_not_fit_are_refused() -> None:

@@ -88,6 +88,25 @@ def test_cohorts_of_many_sizes_run_few_programs(monkeypatch: pytest.MonkeyPatch)
     assert len(sizes) >= 5 and len([text for text in compiled if text.startswith("compiled")]) <= 2
 
 
+def test_who_is_drawn_twice_takes_no_other_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "cached", lambda key: Layout(devices=1, together=1))
+    compiled = list[str]()
+    monkeypatch.setattr(fused.log, "info", lambda text, *args: compiled.append(text))
+    uniform = replace(task().local, weighting="uniform")
+    made = simulate(
+        task(rounds=policy("by_size", goal=5), local=uniform), population(), rounds=8, store=MemoryStore(), seed=2
+    )
+    assert len({len(set(r.members)) for r in made.history}) > 1 and len(compiled) == 1
+
+
+def test_control_variates_are_of_devices_that_are_drawn_once() -> None:
+    uniform = replace(task().local, weighting="uniform")
+    with pytest.raises(ValueError, match="SCAFFOLD"):
+        shoal.scaffold(task(rounds=policy("by_size", goal=3), local=uniform), devices=6)
+    with pytest.raises(ValueError, match="SCAFFOLD"):
+        shoal.scaffold(task(), devices=6).replace(rounds=policy("by_size", goal=3))
+
+
 def test_examples_must_not_count_twice() -> None:
     with pytest.raises(ValueError, match="weighting='uniform'"):
         task(rounds=policy("by_size", goal=3))
