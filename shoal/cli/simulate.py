@@ -12,6 +12,7 @@ from shoal.cli.late_argument import parse_late
 from shoal.cli.round_lines import RoundLines
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.cli.stop_argument import parse_stop_when
+from shoal.errors import ShoalError
 from shoal.metric_names import without_tails
 
 if TYPE_CHECKING:
@@ -141,7 +142,8 @@ def simulate(
         config = own_config(left_out, rule) | {"data": " ".join([data, *about])}
         folder, run_id = _begin(made, rounds or 0, seed, run, config), ""
         watch.lap("plan")
-    again = ["--data", data, *about, "--run", folder, "--resume"]
+    as_before = [] if backend == "fused" else ["--backend", backend]
+    again = ["--data", data, *about, *as_before, "--run", folder, "--resume"]
     go_on = command_line(["shoal", "simulate", *([task] if task else []), *again])
     from shoal.record.lock import only_writer
 
@@ -250,6 +252,10 @@ def _train(
             version = store.last_version(run_id)
             text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
             raise Stopped(text, code=told.code) from None
+        except ShoalError:
+            if version := store.last_version(run_id):
+                screen.say(f"version {version} of {last} is kept. Once this is mended, go on with: {go_on_with}")
+            raise
         watch.lap("rounds")
         _tell(store, before, made, folder, screen, watch)
     finally:

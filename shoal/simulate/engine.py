@@ -222,6 +222,10 @@ def _backend(
             log.warning("without its task, members train one after the other: slower, and with other last bits")
         return Sequential(runner, plan.manifest, population, states)
     refuse_other_task(task, plan)
+    if "engine" not in config and store.last_version(run_id):
+        log.warning(
+            "members trained one after the other until now, and do so in one program from here on: other last bits"
+        )
     stage, manifest = Stage(population, plan.manifest), plan.manifest
     rule = local_rule(task.replace(loss=faster_convolutions(task.loss)))
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from shoal.cli.round_lines import RoundLines
+from shoal.errors import DataError
 from shoal.record.run import init, open_run
 
 from .conftest import LINE, Process, Shoal
@@ -54,8 +55,9 @@ def test_a_run_goes_on_to_the_same_model_as_one_without_a_break(place: Path, tmp
     assert again.code == 0 and "version 4 of 4 already" in again.err, "the rounds asked for last are the run's"
 
 
+@pytest.mark.parametrize("backend", [(), ("--backend", "sequential")], ids=["fused", "sequential"])
 def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
-    place: Path, tmp_path: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+    backend: tuple[str, ...], place: Path, tmp_path: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = RoundLines.__call__
 
@@ -64,7 +66,8 @@ def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RoundLines, "__call__", interrupted)
-    made = shoal("simulate", place / "line.py", "--data", place / "users", "--rounds", 5, "--run", tmp_path / "r")
+    new = ("simulate", place / "line.py", "--data", place / "users", "--rounds", 5, "--run", tmp_path / "r")
+    made = shoal(*new, *backend)
     assert made.code == 130, made
     line = one_line(made.err)
     assert "stopped at version 1 of 5" in line and "--resume" in line and str(tmp_path / "r") in line
@@ -72,7 +75,27 @@ def test_ctrl_c_leaves_with_130_and_the_command_to_go_on(
         assert run.row.status == "stopped"
     monkeypatch.undo()
     rest = shoal(*line.split("Go on with: shoal ")[1].split())
-    assert rest.code == 0 and "version 5" in rest.out, rest
+    assert rest.code == 0 and "version 5" in rest.out and "other last bits" not in rest.err, rest
+
+
+def test_who_goes_on_by_another_backend_is_told(place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    data, run = ("--data", place / "users"), ("--run", tmp_path / "r")
+    assert shoal("simulate", place / "line.py", *data, *run, "--rounds", 1, "--backend", "sequential").code == 0
+    rest = shoal("simulate", place / "line.py", *data, *run, "--rounds", 2, "--resume")
+    assert rest.code == 0 and "in one program from here on: other last bits" in rest.err, rest
+
+
+def test_a_run_that_fails_says_what_is_kept_and_how_to_go_on(
+    place: Path, tmp_path: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: RoundLines, result: object) -> None:
+        raise DataError("Member 'a' cannot be used.")
+
+    monkeypatch.setattr(RoundLines, "__call__", fail)
+    made = shoal("simulate", place / "line.py", "--data", place / "users", "--rounds", 5, "--run", tmp_path / "r")
+    assert made.code == 1 and one_line(made.err) == "shoal: Member 'a' cannot be used."
+    kept = made.err.strip().splitlines()[-2]
+    assert kept.startswith("version 1 of 5 is kept.") and f"--run {tmp_path / 'r'} --resume" in kept
 
 
 @pytest.mark.slow
