@@ -18,7 +18,7 @@ The arithmetic is float64 with round-half-even (IEEE 754), which NumPy and XLA d
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from math import ceil, frexp, isfinite
 from typing import Any, Self
 
@@ -75,6 +75,7 @@ class FixedPoint:
         return 2.0**self.exponent
 
     @classmethod
+    @lru_cache(4096)  # asked in every round, for every tensor
     def finest(cls, *, bits: int, bound: float, max_weight: int, max_members: int) -> Self:
         """The smallest unit that holds the largest sum."""
         validate.positive(bound=bound)

@@ -96,6 +96,13 @@ class Blocks:
         if len(waiting[0]):
             yield self._block(*_fill_steps(*waiting, num_steps=k))
 
+    def steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Indices into the examples and mask of all steps, (S, B) each: in the blocks that iterating would give."""
+        passes = [self._epoch() for _ in range(self.epochs)]
+        if len(passes) == 1:
+            return passes[0]
+        return np.concatenate([indices for indices, _ in passes]), np.concatenate([mask for _, mask in passes])
+
     def _block(self, indices: np.ndarray, mask: np.ndarray) -> Block:
         return self.examples.take(indices), np.array(mask)
 

@@ -126,12 +126,14 @@ class Stage:
             chosen, batch_size=training.batch_size, steps_per_block=1, epochs=training.epochs, rng=randomness.rng,
             drop_remainder=training.drop_remainder,
         )  # fmt: skip
-        made = [(batches["at"][0], np.count_nonzero(mask)) for batches, mask in blocks]
+        indices, mask = blocks.steps()
+        at, counts = chosen.fields["at"][indices], np.count_nonzero(mask, axis=1)
         if (measured := measured_examples(Examples({"at": where}), training)) is not None:
             held_out = Blocks(measured, batch_size=training.batch_size, steps_per_block=1, shuffle=False)
-            made += [(batches["at"][0], -np.count_nonzero(mask)) for batches, mask in held_out]
-        indices, counts = zip(*made, strict=True)
-        return _Batches(np.stack(indices), np.array(counts, np.int32), randomness.key, fields)
+            indices, mask = held_out.steps()
+            at = np.concatenate([at, measured.fields["at"][indices]])
+            counts = np.concatenate([counts, -np.count_nonzero(mask, axis=1)])
+        return _Batches(at, counts, randomness.key, fields)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +164,8 @@ def packed(steps: np.ndarray, *, devices: int, together: int, chunks: int = 0) -
     count = max(-(-len(order) // (devices * together)), chunks)
     dealt = np.full((devices * count, together), -1)
     dealt.reshape(-1)[: len(order)] = order
+    if steps[order[0]] == steps[order[-1]]:
+        return dealt.reshape(count, devices, together).swapaxes(0, 1)
     given: list[list[np.ndarray]] = [[] for _ in range(devices)]
     loads = [(0, device) for device in range(devices)]
     for chunk in dealt:

@@ -298,8 +298,9 @@ class _Engine:
         self.store, self.run_id, self.plan, self.head, self.last = store, run_id, plan, head, last
         self.members = members
         self.runner, self.backend = runner, backend
-        self.seed = run_seed(seed)
+        self.seed, self.created_s = run_seed(seed), store.run(run_id).created_s
         self.next_round = 1
+        self.following: tuple[Configuration, tuple[str, ...]] | None = None
         half = plan.manifest.server
         self.aggregator = aggregator_of(half.aggregator, half.rule, half.options, call=self.runner.call)
 
@@ -309,7 +310,7 @@ class _Engine:
 
     def begin_session(self) -> None:
         """Tells the record when work begins (anew); what a session that was interrupted had still to measure is measured."""
-        version, began_s = self.head.version, time.time() - self.store.run(self.run_id).created_s
+        version, began_s = self.head.version, time.time() - self.created_s
         self.store.journal(self.run_id, [EventRow(time_s=began_s, kind="session", data={"began_s": began_s})])
         if version and self.measuring.is_due(version, last=self.last):
             known = (row for row in self.store.metrics(self.run_id) if row.scope == "server")
@@ -320,11 +321,11 @@ class _Engine:
         """One round: select, train, sum, commit, and measure if that is due."""
         begun, wall_s = time.perf_counter(), time.time()
         number, version = self.next_round, self.head.version
-        configuration, members = self.cohort(number, version)
-        following = self.cohort(number + 1, version + 1) if version + 1 < self.last else None
+        configuration, members = self.following or self.cohort(number, version)
+        self.following = self.cohort(number + 1, version + 1) if version + 1 < self.last else None
         cohorts = Cohorts(configuration, members)
-        if following is not None:
-            cohorts = replace(cohorts, next_seed=following[0].seed, next_members=following[1])
+        if self.following is not None:
+            cohorts = replace(cohorts, next_seed=self.following[0].seed, next_members=self.following[1])
         trained = self.backend.train(cohorts, self.head.model.root, view_tensors(self.store.blobs, self.head.model))
         sums, seconds = trained.sums, trained.seconds
         commit_begun = time.perf_counter()
@@ -359,7 +360,7 @@ class _Engine:
         return self.measuring(self.head)
 
     def _metric_rows(self, version: int, metrics: Mapping[str, float], scope: Any) -> list[MetricRow]:
-        time_s = time.time() - self.store.run(self.run_id).created_s
+        time_s = time.time() - self.created_s
         return [
             MetricRow(version=version, name=name, value=value, scope=scope, time_s=time_s)
             for name, value in metrics.items()

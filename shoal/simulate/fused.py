@@ -119,9 +119,9 @@ class Fused:
         inputs = (
             self._model_on_devices(root, model),
             self._pool_on_devices(cohort.pool),
-            {n: _put(v, self._shared) for n, v in self._states(states, at, len(rows)).items()},
-            *(_put(values, self._shared) for values in (placed.indices, placed.counts, placed.keys)),
-            {name: np.float64(2.0**-fixed.exponent) for name, fixed in sums.fixed.items()},
+            {n: self._handed(v) for n, v in self._states(states, at, len(rows)).items()},
+            *map(self._handed, (placed.indices, placed.counts, placed.keys)),
+            np.array([2.0 ** -sums.fixed[spec.tensor.name].exponent for spec in self.manifest.sums]),
         )
         staged = time.perf_counter()
         with jax.enable_x64(True):
@@ -131,9 +131,8 @@ class Fused:
         done = time.perf_counter()
         for phase, value in (("data", staged - begun), ("compile", compiled - staged), ("compute", done - compiled)):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value
-        self._check(members, sums, weights[at], {name: values[at] for name, values in largest.items()})
-        for name, total in totals.items():
-            sums.totals[name][...] = total
+        self._check(members, sums, weights[at], largest[at])
+        sums.totals.update(totals)
         sums.weight, sums.members = int(np.sum(weights[at], dtype=np.int64)), len(members)
         return sums, [{name: np.array(values[row]) for name, values in kept.items()} for row in at]
 
@@ -154,6 +153,10 @@ class Fused:
             self._pool = pool, {name: _put(value, self._whole) for name, value in pool.items()}
         return self._pool[1]
 
+    def _handed(self, values: np.ndarray) -> Any:
+        """What changes with each round: JAX puts it in its place when the program is called, if it is one host's."""
+        return values if self._shared.is_fully_addressable else _put(values, self._shared)
+
     def _states(self, states: Sequence[Tensors | None], at: np.ndarray, rows: int) -> Tensors:
         made = {spec.name: np.zeros((rows, *spec.shape), spec.numpy_dtype) for spec in self.manifest.device_state}
         for row, state in zip(at, states, strict=True):
@@ -173,7 +176,8 @@ class Fused:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
         if shapes not in self._compiled:
             begun = time.perf_counter()
-            self._compiled[shapes] = jax.jit(self._sharded()).lower(*inputs).compile()
+            placed = (*[self._whole] * 2, *[self._shared] * 4, self._whole)
+            self._compiled[shapes] = jax.jit(self._sharded(), in_shardings=placed).lower(*inputs).compile()
             members, steps, examples = inputs[3].shape
             log.info(
                 "compiled a round of %d members, up to %d steps of %d examples each, for %s: %.1f s",
@@ -192,8 +196,8 @@ class Fused:
         )
 
     def _share(
-        self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any, scales: Named
-    ) -> tuple[Named, Any, Named, Named]:
+        self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any, scales: Any
+    ) -> tuple[Named, Any, Any, Named]:
         """One device's share of the members: chunk after chunk."""
         together = self.layout.together
         chunks = jax.tree.map(
@@ -201,20 +205,19 @@ class Fused:
         )
         zeros = {spec.tensor.name: jnp.zeros(spec.tensor.shape, jnp.int64) for spec in self.manifest.sums}
 
-        def chunk(totals: Named, given: tuple[Named, Any, Any, Any]) -> tuple[Named, tuple[Any, Named, Named]]:
+        def chunk(totals: Named, given: tuple[Named, Any, Any, Any]) -> tuple[Named, tuple[Any, Any, Named]]:
             with jax.enable_x64(self._is_wide):  # what the plan's programs were made under
                 report, takes_part = self._train(model, pool, *given)
-            reported = flat_sums(report)
-            added = {}
-            for spec in self.manifest.sums:
+            reported, added, largest = flat_sums(report), {}, []
+            for number, spec in enumerate(self.manifest.sums):
                 name = spec.tensor.name
                 weight = report.weight.astype(jnp.float64) if spec.weighted else jnp.ones((together,), jnp.float64)
-                times = jnp.where(takes_part, weight * scales[name][None], 0.0)
+                times = jnp.where(takes_part, weight * scales[number], 0.0)
                 added[name] = totals[name] + _rounded(reported[name], times)
-            largest = {name: _largest(values) for name, values in reported.items()}
+                largest.append(_largest(reported[name]))
             if STEPS in reported:
-                largest["fewest steps"] = reported[STEPS].reshape(together)
-            return added, (jnp.where(takes_part, report.weight, 0), largest, report.device_state)
+                largest.append(reported[STEPS].reshape(together).astype(jnp.float64))
+            return added, (jnp.where(takes_part, report.weight, 0), jnp.stack(largest, 1), report.device_state)
 
         totals, collected = jax.lax.scan(chunk, zeros, chunks)
         weights, largest, kept = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), collected)
@@ -268,16 +271,18 @@ class Fused:
             fields[HELD_OUT] = jnp.broadcast_to(counts[..., None] < 0, mask.shape)
         return fields, mask
 
-    def _check(self, members: Sequence[str], sums: Accumulator, weights: np.ndarray, largest: Tensors) -> None:
+    def _check(self, members: Sequence[str], sums: Accumulator, weights: np.ndarray, largest: np.ndarray) -> None:
+        """`largest`: (C, K), of each sum its largest absolute value; last the steps, where they are reported."""
         is_good = (weights >= 1) & (weights <= sums.max_weight)
         refuse(members, is_good, f"Expected 1 <= weight <= {sums.max_weight}, got VALUE.", weights)
-        for name, fixed in sums.fixed.items():
-            values = largest[name].astype(np.float64)  # the bound is no float32
+        for spec, values in zip(self.manifest.sums, largest.T, strict=False):
+            name = spec.tensor.name
             refuse(members, np.isfinite(values), f"{name} holds NaN or infinity.", values)
-            why = f"Expected |{name}| <= {fixed.bound:g}, got VALUE. The bound is a setting of the task."
-            refuse(members, values <= fixed.bound, why, values)
-        if "fewest steps" in largest:
-            refuse(members, largest["fewest steps"] >= 1, "It took no step.", largest["fewest steps"])
+            bound = sums.fixed[name].bound
+            why = f"Expected |{name}| <= {bound:g}, got VALUE. The bound is a setting of the task."
+            refuse(members, values <= bound, why, values)
+        if largest.shape[1] > len(self.manifest.sums):
+            refuse(members, largest[:, -1] >= 1, "It took no step.", largest[:, -1])
 
 
 def _put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
@@ -305,4 +310,4 @@ def _rounded(values: Any, times: Any) -> Any:
 
 def _largest(values: Any) -> Any:
     """(V,): the largest absolute value; NaN where there is one."""
-    return jnp.max(jnp.abs(values.reshape(values.shape[0], -1)), axis=1, initial=0.0)
+    return jnp.max(jnp.abs(values.reshape(values.shape[0], -1)), axis=1, initial=0.0).astype(jnp.float64)
