@@ -136,8 +136,9 @@ def _central(pool: ProcessPoolExecutor, quick: bool) -> dict[str, list[float]]:
 def verdict(claims: str, measure: str, row: np.ndarray, beside: np.ndarray) -> str:
     """`yes`, or what was found instead, from the values of each seed.
 
-    `better` is borne out by a better mean; `as good` by one that is worse by no more than twice the standard error of the
-    difference, or a hundredth of the rival's. For rounds and seconds less is better, and infinity is a target not reached.
+    `better` is borne out by a mean that is better by more than the standard error of the difference; `as good` by one that is
+    worse by no more than twice that error, or a hundredth of the rival's. For rounds and seconds less is better, and infinity is
+    a target not reached.
     """
     if np.isnan(row).any() or np.isnan(beside).any():
         return ""
@@ -152,7 +153,7 @@ def verdict(claims: str, measure: str, row: np.ndarray, beside: np.ndarray) -> s
     mean = float(apart.mean())
     if claims == "as good":
         return "yes" if mean >= -max(2 * error, 0.01 * abs(float(beside.mean()))) else f"no: worse by {-mean:.3g}"
-    if mean > 0:
+    if mean > error:
         return "yes"
     return f"no: worse by {-mean:.3g}" if mean < -error else "no: as good"
 

@@ -48,6 +48,7 @@ def test_what_is_held_out_is_measured_on_and_not_trained_on() -> None:
         ("better", "quality", [0.8, 0.81, 0.82], [0.7, 0.72, 0.71], "yes"),
         ("better", "quality", [0.6, 0.61, 0.62], [0.7, 0.72, 0.71], "no: worse by 0.1"),
         ("better", "quality", [0.70, 0.72, 0.68], [0.71, 0.70, 0.70], "no: as good"),
+        ("better", "quality", [0.72, 0.73, 0.68], [0.71, 0.70, 0.70], "no: as good"),
         ("as good", "quality", [0.699, 0.719, 0.709], [0.7, 0.72, 0.71], "yes"),
         ("as good", "quality", [0.6, 0.61, 0.62], [0.7, 0.72, 0.71], "no: worse by 0.1"),
         ("better", "rounds", [20, 25, 20], [30, 40, 35], "yes"),
