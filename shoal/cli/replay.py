@@ -11,7 +11,7 @@ from shoal.cli import options
 from shoal.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from shoal.fleet.round import Command, Event
+    from shoal.fleet.round_events import Command, Event
     from shoal.fleet.round_log import Replay, Step
 
 EPILOG = options.examples("shoal replay runs/digits --round 7", "shoal replay runs/digits --round 7 --json")
@@ -74,7 +74,7 @@ def _like(steps: "tuple[Step, ...]") -> "Iterator[list[Step]]":
 
 
 def _event(event: "Event") -> str:
-    from shoal.fleet import round as r
+    from shoal.fleet import round_events as r
 
     match event:
         case r.Started(version, round):
@@ -104,7 +104,7 @@ def _event(event: "Event") -> str:
 
 
 def _command(command: "Command", began_s: float) -> str:
-    from shoal.fleet import round as r
+    from shoal.fleet import round_events as r
 
     match command:
         case r.OpenRound(round, base_version):
@@ -139,7 +139,7 @@ def _member(nonce: bytes) -> str:
 
 
 def _end(made: "Replay", state: str) -> str:
-    from shoal.fleet import round as r
+    from shoal.fleet import round_events as r
 
     close = made.close
     if close is None:

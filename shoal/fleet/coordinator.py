@@ -26,13 +26,14 @@ from shoal.aggregate.patch import replay
 from shoal.aggregate.sums import merge_saved, save_sums
 from shoal.clock import Clock
 from shoal.errors import LeaseLost, RoundError, ShoalError, StoreError, StoreUnavailable
-from shoal.fleet import round as r
+from shoal.fleet import round_events as r
 from shoal.fleet.analytics import Folding, Seen
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.costs import Costs
 from shoal.fleet.durable import durably
 from shoal.fleet.edge import Coordinator as HeardByEdge
 from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.round import RoundMachine
 from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -114,7 +115,7 @@ class Coordinator:
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
         self._policy, self._last_version = manifest.server.rounds, last_version
-        self._machine = r.RoundMachine(
+        self._machine = RoundMachine(
             self._policy,
             last_version=last_version,
             nonce_of=lambda version, device: token_key.nonce(run, version, device),
@@ -150,7 +151,7 @@ class Coordinator:
         return self._machine.snapshot()
 
     @property
-    def machine(self) -> r.RoundMachine:
+    def machine(self) -> RoundMachine:
         """To be asked what it wants; only `step` moves it."""
         return self._machine
 

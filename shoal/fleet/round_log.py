@@ -21,7 +21,8 @@ from typing import Any, Final
 import numpy as np
 
 from shoal.errors import InvalidTransition, StoreError
-from shoal.fleet import round as r
+from shoal.fleet import round_events as r
+from shoal.fleet.round import RoundMachine
 from shoal.fleet.windows import ReportTimes
 from shoal.policy import RoundPolicy
 
@@ -48,7 +49,7 @@ _PLAIN: Final = (bool, int, float, str, type(None))
 class RoundRecorder:
     """See the module's text."""
 
-    def __init__(self, machine: r.RoundMachine, *, is_on: bool = True, most_events: int = MOST_EVENTS) -> None:
+    def __init__(self, machine: RoundMachine, *, is_on: bool = True, most_events: int = MOST_EVENTS) -> None:
         self._machine, self._is_on, self._most = machine, is_on, most_events
         self._saved: dict[str, Any] | None = None
         self._nonces: dict[str, bytes] = {}
@@ -272,14 +273,14 @@ def _unpacked(data: bytes) -> dict[str, Any]:
     return log
 
 
-def _machine(log: Mapping[str, Any]) -> r.RoundMachine:
+def _machine(log: Mapping[str, Any]) -> RoundMachine:
     policy = dict(log["policy"])
     policy["selection"] = {**policy["selection"], "ids": list(map(str, policy["selection"]["ids"]))}
     saved = _state_from_json(log["state"])
     generator = getattr(np.random, str(saved["rng"]["bit_generator"]), None)
     if not (isinstance(generator, type) and issubclass(generator, np.random.BitGenerator)):
         raise ValueError(f"there is no generator {saved['rng']['bit_generator']}")
-    return r.RoundMachine.restored(
+    return RoundMachine.restored(
         RoundPolicy.from_json(policy),
         saved,
         nonce_of=lambda version, device: _nonce(int(device)),

@@ -17,7 +17,7 @@ from shoal.fleet.edge_node import _Far
 from shoal.fleet.edges import Edges, Grants
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.remote_edge import RemoteEdge
-from shoal.fleet.round import Arrived, Left
+from shoal.fleet.round_events import Arrived, Left
 from shoal.fleet.wire import edges_pb2 as pb
 from shoal.policy import Late, RoundPolicy
 from shoal.record.memory import MemoryStore

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.errors import InvalidTransition
-from shoal.fleet import round as r
+from shoal.fleet import round_events as r
+from shoal.fleet.round import RoundMachine
 from shoal.policy import Late, RoundPolicy, Selection
 
 POLICY = RoundPolicy(
@@ -22,11 +23,11 @@ def nonce(version: int, device: str) -> bytes:
     return f"{version}/{device}".encode()
 
 
-def machine(policy: RoundPolicy = POLICY, *, last_version: int = 2, seed: int = 0) -> r.RoundMachine:
-    return r.RoundMachine(policy, last_version=last_version, nonce_of=nonce, rng=np.random.default_rng(seed))
+def machine(policy: RoundPolicy = POLICY, *, last_version: int = 2, seed: int = 0) -> RoundMachine:
+    return RoundMachine(policy, last_version=last_version, nonce_of=nonce, rng=np.random.default_rng(seed))
 
 
-def selecting(policy: RoundPolicy = POLICY, *, last_version: int = 2) -> r.RoundMachine:
+def selecting(policy: RoundPolicy = POLICY, *, last_version: int = 2) -> RoundMachine:
     """A machine that waits for devices at time 0."""
     made = machine(policy, last_version=last_version)
     made.step(r.Started(0, 0), 0.0)
@@ -37,11 +38,11 @@ def assigned(commands: list[r.Command]) -> list[str]:
     return [device for command in commands if isinstance(command, r.Assign) for device in command.devices]
 
 
-def arrive(made: r.RoundMachine, devices: str, now_s: float = 0.0) -> list[str]:
+def arrive(made: RoundMachine, devices: str, now_s: float = 0.0) -> list[str]:
     return [d for device in devices for d in assigned(made.step(r.Arrived((device,)), now_s))]
 
 
-def count(made: r.RoundMachine, devices: str, now_s: float = 1.0) -> list[r.Command]:
+def count(made: RoundMachine, devices: str, now_s: float = 1.0) -> list[r.Command]:
     version = made.snapshot().version
     return [c for device in devices for c in made.step(r.Counted(nonce(version, device), version), now_s)]
 

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.errors import StoreError
-from shoal.fleet import round as r
+from shoal.fleet import round_events as r
+from shoal.fleet.round import RoundMachine
 from shoal.fleet.round_log import _FROM_JSON, _TO_JSON, RoundRecorder, replay
 from shoal.policy import Late, RoundPolicy
 from tests.fleet import toy
@@ -34,7 +35,7 @@ def nonce(version: int, device: str) -> bytes:
 
 
 def recorder(policy: RoundPolicy = POLICY, **settings: Any) -> RoundRecorder:
-    machine = r.RoundMachine(policy, last_version=6, nonce_of=nonce, rng=np.random.default_rng(7))
+    machine = RoundMachine(policy, last_version=6, nonce_of=nonce, rng=np.random.default_rng(7))
     return RoundRecorder(machine, **settings)
 
 
