@@ -21,7 +21,7 @@ from shoal.plan.stablehlo import inputs_read
 from shoal.plan.train import evaluate, predict
 from shoal.record.retention import Retention
 from shoal.record.run import latest_run
-from shoal.record.sqlite import open_store
+from shoal.record.sqlite import DATABASE_NAME, open_store
 from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.engine import BackendName, RoundResult, Simulation
 from shoal.simulate.engine import simulate as run_simulation
@@ -76,7 +76,7 @@ def simulate(
     Raises:
         DataError: fewer members than a round needs, examples that do not fit the task, or a rule to stop by whose metric the
             run does not have.
-        ValueError: nobody, or everybody, is left out.
+        ValueError: nobody, or everybody, is left out; or the folder holds a run.
     """
     use_all_cores()
     members = population if isinstance(population, Population) else Population.from_arrays(population)
@@ -86,6 +86,11 @@ def simulate(
     examples = Examples(dict(held_out)) if isinstance(held_out, Mapping) else held_out
     with tempfile.TemporaryDirectory() as temporary:
         is_kept = folder is not None and jax.process_index() == 0  # of several hosts the first keeps the run
+        if is_kept and (Path(str(folder)) / DATABASE_NAME).exists():
+            raise ValueError(
+                f"{folder} holds a run already. Choose another folder, or go on with that run: shoal simulate TASK --data … --run "
+                f"{folder} --resume."
+            )
         chosen = Path(folder) if folder is not None and is_kept else Path(temporary)
         store = open_store(chosen, durable=is_kept)
         try:

@@ -10,6 +10,7 @@ import pytest
 
 import shoal
 from shoal.errors import DataError
+from shoal.simulate.engine import Simulation
 
 
 def line_task() -> shoal.Task:
@@ -90,3 +91,15 @@ def test_foreign_names_are_translated_and_leftovers_refused(tmp_path: Path) -> N
 def test_too_few_members_are_refused() -> None:
     with pytest.raises(DataError, match="at least 3 members"):
         shoal.simulate(line_task(), members(2), rounds=1)
+
+
+def test_a_folder_that_holds_a_run_is_refused(trained: Path) -> None:
+    before = (trained / "record.sqlite").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already"):
+        shoal.simulate(line_task(), members(), rounds=1, folder=trained)
+    assert (trained / "record.sqlite").read_bytes() == before
+
+
+def test_what_is_left_of_a_run_is_printed_in_one_line() -> None:
+    made = Simulation("1m8", None, {"params/w": np.zeros((100, 100))}, 3)
+    assert "array" not in repr(made) and "version=3" in repr(made)

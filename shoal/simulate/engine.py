@@ -71,7 +71,7 @@ class Simulation:
 
     run_id: str
     folder: Path | None
-    model: Tensors
+    model: Tensors = field(repr=False)
     """The last version."""
     version: int
     history: History = field(repr=False, default=History())
