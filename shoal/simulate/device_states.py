@@ -13,7 +13,7 @@ They change when the version does that their round makes, neither before nor aft
 
 Killed at any moment, `settle(head)` of the next life finds a pending file of the head's version, which it takes in (again:
 it does no harm), or of one that was never committed, which it drops. Cost: each row is written twice; the files of the
-round's tensors are synced once. Without a folder the rows are in memory, by the same rules.
+round's tensors are synced once. Without a folder they are in memory, by the same rules.
 """
 
 import json
@@ -52,15 +52,18 @@ class DeviceStates:
         self.specs = tuple(specs)
         self._rows = {member: row for row, member in enumerate(members)}
         self._folder = folder if self.specs else None
-        self._waiting: tuple[int, list[tuple[int, Tensors]]] | None = None
+        self._held: dict[str, Tensors] = {}
+        self._waiting: tuple[int, dict[str, Tensors]] | None = None
         if self._folder is not None:
             make_folder(self._folder)
             _agree(self._folder / "states.json", _description(self.specs, members))
-        self._tensors = {spec.name: self._open(number, spec) for number, spec in enumerate(self.specs)}
+            self._maps = {spec.name: self._open(number, spec) for number, spec in enumerate(self.specs)}
 
     def read(self, member: str) -> Tensors | None:
-        """What a device has kept, zeros at first: views, good until the next `settle`. None where devices keep nothing."""
-        return {name: rows[self._rows[member]] for name, rows in self._tensors.items()} or None
+        """What a device has kept: views, good until the next `settle`. Zeros, or None, where that is nothing yet."""
+        if self._folder is None:
+            return self._held.get(member)
+        return {name: rows[self._rows[member]] for name, rows in self._maps.items()}
 
     @contextmanager
     def writing(self, version: int) -> Iterator[Keep]:
@@ -72,10 +75,8 @@ class DeviceStates:
         if not self.specs:
             yield lambda member, kept: None
         elif self._folder is None:
-            waiting = list[tuple[int, Tensors]]()
-            yield lambda member, kept: waiting.append(
-                (self._rows[member], {name: np.array(value) for name, value in kept.items()})
-            )
+            waiting = dict[str, Tensors]()
+            yield waiting.__setitem__
             self._waiting = version, waiting
         else:
             partial = self._pending.with_suffix(".partial")
@@ -105,9 +106,7 @@ class DeviceStates:
         if self._folder is None:
             waiting, self._waiting = self._waiting, None
             if waiting is not None and waiting[0] <= version:
-                for row, tensors in waiting[1]:
-                    for name, value in tensors.items():
-                        self._tensors[name][row] = value
+                self._held |= waiting[1]
         elif self._pending.exists():
             with disk(self._pending), self._pending.open("rb") as file:
                 if _number(file.read(8)) <= version:
@@ -141,8 +140,8 @@ class DeviceStates:
 
     def _open(self, number: int, spec: TensorSpec) -> np.ndarray:
         shape = (len(self._rows), *spec.shape)
-        if self._folder is None or not spec.size_bytes or not self._rows:
-            return np.zeros(shape, spec.numpy_dtype)  # memory that is taken when it is written
+        if not spec.size_bytes or not self._rows:
+            return np.zeros(shape, spec.numpy_dtype)  # nothing can be mapped
         with self._path(number).open("ab") as file:
             file.truncate(len(self._rows) * spec.size_bytes)  # a hole: it reads as zeros
         return np.memmap(self._path(number), spec.numpy_dtype, "r", shape=shape)

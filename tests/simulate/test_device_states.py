@@ -43,6 +43,8 @@ def holds(states: DeviceStates, versions: dict[str, int]) -> None:
             s.name: np.zeros(s.shape, s.numpy_dtype) for s in SPECS
         }  # fmt: skip
         found = states.read(member)
+        if found is None and not versions.get(member):
+            continue
         assert found is not None and list(found) == [s.name for s in SPECS]
         for name, value in expected.items():
             np.testing.assert_array_equal(found[name], value, err_msg=f"{name} of {member}")
