@@ -71,18 +71,20 @@ def averaged(
     local: LocalUpdate,
     *,
     uniform: bool = False,
-    server_rate: float = 1.0,
+    server: Callable[[Model, Model], Model] = plus,
     holdout: float = 0.0,
 ) -> Model:
-    """McMahan et al. 2017, algorithm 1: the mean of what members reached, by examples or all alike."""
+    """McMahan et al. 2017, algorithm 1: the mean of what members reached, by examples or all alike, given to the server."""
     for version, cohort in enumerate(cohorts):
         updates, weights = [], []
         for member in cohort:
             given = batches(version, member, holdout=holdout)
             updates.append(minus(local(model, given, member, version), model))
             weights.append(1 if uniform else sum(len(x) for x, _ in given))
+        mean = scaled(model, 0.0)
         for update, weight in zip(updates, weights, strict=True):
-            model = plus(model, update, server_rate * weight / sum(weights))
+            mean = plus(mean, update, weight / sum(weights))
+        model = server(model, mean)
     return model
 
 
@@ -114,6 +116,54 @@ def fedavg_round(model: Model, cohort: Sequence[str], version: int) -> Model:
     for batch in given.values():
         after = plus(after, minus(sgd(model, batch), model), sum(len(x) for x, _ in batch) / total)
     return after
+
+
+def fedopt(model: Model, cohorts: Cohorts, *, kind: str, rate: float) -> Model:
+    """Reddi et al. 2021, algorithm 2, with tau = 1e-3."""
+    m, v, tau = scaled(model, 0.0), {name: np.full(value.shape, 1e-6) for name, value in model.items()}, 1e-3
+
+    def server(before: Model, mean: Model) -> Model:
+        after = {}
+        for name, d in mean.items():
+            m[name] = 0.9 * m[name] + 0.1 * d
+            match kind:
+                case "adagrad":
+                    v[name] = v[name] + d**2
+                case "adam":
+                    v[name] = 0.99 * v[name] + 0.01 * d**2
+                case "yogi":
+                    v[name] = v[name] - 0.01 * d**2 * np.sign(v[name] - d**2)
+            after[name] = before[name] + rate * m[name] / (np.sqrt(v[name]) + tau)
+        return after
+
+    return averaged(model, cohorts, lambda received, given, member, version: sgd(received, given), server=server)
+
+
+def fednova(model: Model, cohorts: Cohorts) -> Model:
+    """Wang et al. 2020, equation 7, with tau_eff the mean number of steps."""
+    for version, cohort in enumerate(cohorts):
+        given = {member: batches(version, member) for member in cohort}
+        sizes = {member: sum(len(x) for x, _ in data) for member, data in given.items()}
+        total = sum(sizes.values())
+        steps = sum(sizes[member] / total * len(data) for member, data in given.items())
+        after = model
+        for member, data in given.items():
+            after = plus(after, minus(sgd(model, data), model), steps * sizes[member] / total / len(data))
+        model = after
+    return model
+
+
+def private_bias(model: Model, cohorts: Cohorts) -> Model:
+    """Arivazhagan et al. 2019: b stays on the device, which begins with what it is sent."""
+    own: dict[str, np.ndarray] = {}
+    first = model["b"]
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        reached = sgd({**received, "b": own.get(member, first)}, given)
+        own[member] = reached["b"]
+        return {**reached, "b": first}
+
+    return averaged(model, cohorts, local)
 
 
 def fedprox(model: Model, cohorts: Cohorts, *, mu: float) -> Model:
@@ -152,7 +202,11 @@ def scaffold(model: Model, cohorts: Cohorts, *, devices: int) -> Model:
 def reptile(model: Model, cohorts: Cohorts, *, step: float) -> Model:
     """Nichol et al. 2018, algorithm 2, with a round's devices as the batch of tasks."""
     return averaged(
-        model, cohorts, lambda received, given, member, version: sgd(received, given), uniform=True, server_rate=step
+        model,
+        cohorts,
+        lambda received, given, member, version: sgd(received, given),
+        uniform=True,
+        server=lambda before, mean: plus(before, mean, step),
     )
 
 

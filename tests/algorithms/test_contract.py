@@ -6,7 +6,7 @@ masked step, and gives the same in blocks of any length. Its neutral setting is 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import pytest
 
 import shoal
 from shoal.local import Objective, local_rule, plain_gradient, sgd_rule
+from shoal.policy import ServerRule
 from shoal.simulate import engine
 from shoal.simulate.fused import Layout
 from shoal.task import Task
@@ -42,6 +43,16 @@ class Case:
 LORA = {"params/w": "lora(2)", "params/*": "frozen"}
 CASES = {
     "fedavg": Case(task, reference.fedavg),
+    "fednova": Case(lambda: task(local=replace(task().local, partial="fednova")), reference.fednova),
+    **{
+        kind: Case(
+            functools.partial(task, server=ServerRule(kind=kind, learning_rate=0.05)),
+            functools.partial(reference.fedopt, kind=kind, rate=0.05),
+            tolerance=2e-4,
+        )
+        for kind in ("adagrad", "adam", "yogi")
+    },
+    "private leaves": Case(lambda: task(leaves={"params/b": "private"}), reference.private_bias),
     "fedprox": Case(lambda: shoal.fedprox(task(), mu=0.5), lambda m, c: reference.fedprox(m, c, mu=0.5)),
     "scaffold": Case(
         lambda: shoal.scaffold(task(), devices=len(MEMBERS)),
@@ -64,7 +75,7 @@ CASES = {
 }
 
 
-SLOW = ("fedavg", "reptile", "per_fedavg, Hessian free", "measured")
+SLOW = ("fedavg", "fednova", "adagrad", "adam", "yogi", "reptile", "per_fedavg, Hessian free", "measured")
 """What has the code of another case."""
 
 
