@@ -12,7 +12,6 @@ from shoal.cli.late_argument import parse_late
 from shoal.cli.round_lines import RoundLines
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.cli.stop_argument import parse_stop_when
-from shoal.errors import ShoalError
 from shoal.metric_names import without_tails
 
 if TYPE_CHECKING:
@@ -252,7 +251,7 @@ def _train(
             version = store.last_version(run_id)
             text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
             raise Stopped(text, code=told.code) from None
-        except ShoalError:
+        except Exception:
             if version := store.last_version(run_id):
                 screen.say(f"version {version} of {last} is kept. Once this is mended, go on with: {go_on_with}")
             raise

@@ -171,10 +171,19 @@ def _agree(path: Path, description: dict[str, Any]) -> None:
     """Writes what the folder holds, or raises StoreError where it holds something else."""
     if not path.exists():
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(description, indent=1, sort_keys=True))
-        partial.replace(path)
+        with disk(partial):
+            with partial.open("wb") as file:
+                file.write(json.dumps(description, indent=1, sort_keys=True).encode())
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            sync_folder(path.parent)
         return
-    found = json.loads(path.read_text())
+    try:
+        found = json.loads(path.read_text())
+        found["tensors"], found["members"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{path} cannot be read ({error}): what devices kept is lost with it. Begin anew.") from error
     if found != description:
         what = "tensors" if found["tensors"] != description["tensors"] else "devices"
         raise StoreError(

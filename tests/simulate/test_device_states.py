@@ -130,6 +130,14 @@ def test_what_was_never_written_takes_no_disk(tmp_path: Path) -> None:
     assert (tmp_path / "0.bin").stat().st_blocks * 512 < 1 << 20
 
 
+@pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff"])
+def test_states_that_nobody_can_tell_whose_they_are_are_refused(data: bytes, tmp_path: Path) -> None:
+    DeviceStates(SPECS, MEMBERS, tmp_path)
+    (tmp_path / "states.json").write_bytes(data)
+    with pytest.raises(StoreError, match=r"states\.json cannot be read"):
+        DeviceStates(SPECS, MEMBERS, tmp_path)
+
+
 def test_states_of_others_are_refused(tmp_path: Path) -> None:
     DeviceStates(SPECS, MEMBERS, tmp_path)
     with pytest.raises(StoreError, match="states of other devices"):
