@@ -75,7 +75,18 @@ CASES = {
 }
 
 
-SLOW = ("fedavg", "fednova", "adagrad", "adam", "yogi", "reptile", "per_fedavg, Hessian free", "measured")
+SLOW = (
+    "fedavg",
+    "fednova",
+    "adagrad",
+    "adam",
+    "yogi",
+    "reptile",
+    "per_fedavg, Hessian free",
+    "measured",
+    "private leaves",
+    "int8",
+)
 """What has the code of another case."""
 
 
