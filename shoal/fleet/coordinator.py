@@ -15,15 +15,13 @@ import hashlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from functools import partial
 from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
-from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
-from shoal.aggregate.patch import replay
-from shoal.aggregate.sums import merge_saved, save_sums
+from shoal.aggregate.sums import save_sums
 from shoal.clock import Clock
 from shoal.errors import LeaseLost, RoundError, ShoalError, StoreError, StoreUnavailable
 from shoal.fleet import round_events as r
@@ -33,13 +31,14 @@ from shoal.fleet.costs import Costs
 from shoal.fleet.durable import durably
 from shoal.fleet.edge import Coordinator as HeardByEdge
 from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.next_version import NextVersion
 from shoal.fleet.round import RoundMachine
 from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
 from shoal.record.retention import Retention
-from shoal.record.store import CommitRow, FinalRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
+from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
 from shoal.tensors import Index
 
 log = logging.getLogger("shoal.coordinator")
@@ -437,17 +436,15 @@ class Coordinator:
         costs = Costs()
         for group in closed:
             costs.merge(group.costs)
-        present = self._sum_up(closed, self._waiting, head.version if keeps else None)
+        following = self._following(head)
+        present = following.sums(closed, self._waiting, head.version if keeps else None)
         metrics = present.metrics()
         last = self.store.last_commit(self._run)
         if last is not None and last.version == head.version + 1 and last.round == round:
             # Written by the try before this one, which heard of a failure nonetheless.
             return Commit(last, metrics, late_members, last.created_s - self._opened_s)
-        final = self._final(rows) if keeps else None
-        if final is not None and late:
-            model, server_state = self._replay(final, rows, present)
-        else:
-            model, server_state = self._aggregator.commit(present, head.model, head.server_state, self.store.blobs)
+        final = following.final(rows) if keeps else None
+        model, server_state = following.model(present, rows, final if late else None)
         now = self._clock.wall_s()
         time_s = now - self.store.run(self._run).created_s
         row = CommitRow(
@@ -484,46 +481,12 @@ class Coordinator:
             self.store.forget_sums(self._run, before_version=row.version - self._policy.max_staleness)
         return Commit(row, metrics, late_members, now - self._opened_s)
 
-    def _sum_up(self, closed: Sequence[GroupResult], waiting: Sequence[GroupRow], version: int | None) -> Accumulator:
-        """The sum of these groups; only of those that are part of `version`, if one is named."""
+    def _following(self, head: CommitRow) -> NextVersion:
         assert self._configuration is not None
-        closed = [group for group in closed if version in (None, group.base_version)]
-        waiting = [row for row in waiting if version in (None, row.base_version)]
-        if len(closed) == 1 and not waiting:
-            return closed[0].sums  # as it is: another of that size would be most of the host's memory
-        sums = self._configuration.accumulator(self._manifest)
-        for group in closed:
-            sums.merge_all(group.sums)
-        for row in waiting:
-            merge_saved(sums, row, self.store.blobs)
-        return sums
-
-    def _final(self, rows: Sequence[GroupRow]) -> FinalRow:
-        """The oldest version that something may still be late for after this commit, in its final form."""
-        assert self._head is not None
-        oldest = max(0, self._head.version + 1 - self._policy.max_staleness)
-        before = max(0, oldest - 1)
-        known = self.store.final(self._run, before)
-        if known is None:
-            row = self.store.get_commit(self._run, before)
-            known = FinalRow(version=before, model=row.model, server_state=row.server_state)
-        if before == oldest:
-            return known
-        sums = self._whole_sum(before, rows)
-        model, state = replay(self._aggregator, (known.model, known.server_state), [sums], self.store.blobs)
-        return FinalRow(version=oldest, model=model, server_state=state)
-
-    def _replay(self, final: FinalRow, rows: Sequence[GroupRow], present: Accumulator) -> tuple[Index, Index]:
-        assert self._head is not None
-        versions = range(final.version, self._head.version)
-        sums = chain((self._whole_sum(version, rows) for version in versions), [present])
-        return replay(self._aggregator, (final.model, final.server_state), sums, self.store.blobs)
-
-    def _whole_sum(self, version: int, rows: Sequence[GroupRow]) -> Accumulator:
-        """The sum of a version before the present one, with what this commit adds to it."""
-        kept = self.store.groups(self._run, since_version=version)
-        taken = [group for group in kept if group.base_version == version and group.version is not None]
-        return self._sum_up((), [*taken, *(row for row in rows if row.base_version == version)], None)
+        return NextVersion(
+            store=self.store, run=self._run, head=head, aggregator=self._aggregator, max_staleness=self._policy.max_staleness,
+            empty=partial(self._configuration.accumulator, self._manifest),
+        )  # fmt: skip
 
     def _closed_row(self, round: int, members: int, *, closed_s: float, reason: str) -> RoundRow:
         row = self._round_row(round)
