@@ -55,4 +55,5 @@ def test_every_command_that_takes_data_takes_the_column(
 
 
 def test_the_command_to_go_on_names_the_column() -> None:
-    assert simulate._changed("iid", 20, "", "patient") == ["--user-column", "patient"]
+    changed = simulate._changed("iid", 20, "", "patient", by_user=False, leave_out=[])
+    assert changed == ["--user-column", "patient"]
