@@ -106,6 +106,11 @@ def _panel(axes: Any, places: Sequence[float], values: Sequence[float], what: st
     axes.set_xlim(0, max(places) * 1.02)
     axes.set_xlabel(what, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
+    plain(axes)
+
+
+def plain(axes: Any) -> None:
+    """Pale lines across, and no box around."""
     axes.grid(axis="y", color=PALE, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from shoal.errors import DataError
 from shoal.metric_names import HIGH_TAIL, LOW_TAIL, higher_is_better
 from shoal.record.distribution import Distribution
-from shoal.report.curves import BLUE, GREEN, INK, PALE, VERMILION
+from shoal.report.curves import BLUE, GREEN, INK, PALE, VERMILION, plain
 from shoal.report.facts import Facts, Point
 
 MOST_RUNS: Final = 8
@@ -86,7 +86,7 @@ def _row(row: Any, runs: Sequence[tuple[str, Facts]], metric: str) -> None:
     row[0].xaxis.set_major_locator(MaxNLocator(7, integer=True, steps=[1, 2, 5, 10]))
     row[1].sharey(row[0])
     for axes in row:
-        _plain(axes)
+        plain(axes)
     if percent:
         row[0].yaxis.set_major_formatter(_PERCENT)
     if len(row) == 3:
@@ -160,13 +160,3 @@ def _spoken(metric: str) -> str:
     """A metric's name as people say it."""
     head, _, name = metric.rpartition("/")
     return {"": name, "left_out": f"{name}, users left out"}.get(head, f"{name}, {head}")
-
-
-def _plain(axes: Any) -> None:
-    axes.grid(axis="y", color=PALE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(PALE)
-    axes.tick_params(colors=INK, length=0)

@@ -75,7 +75,7 @@ class Simulation:
     """The last version."""
     version: int
     history: History = field(repr=False, default=History())
-    """The rounds of this session, as a tuple; `history.to_pandas()` is a table of them."""
+    """The rounds that were run now, as a tuple; `history.to_pandas()` is a table of them."""
     stopped_early: str = ""
     """Why the run ended before its last round (`StopWhen`); empty if it did not."""
 
