@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from shoal.errors import DataError
 from shoal.metric_names import HIGH_TAIL, LOW_TAIL, higher_is_better
 from shoal.record.distribution import Distribution
-from shoal.report.curves import BLUE, GREEN, INK, PALE, VERMILION, plain
+from shoal.report.curves import BLUE, GREEN, INK, VERMILION, plain
 from shoal.report.facts import Facts, Point
 
 MOST_RUNS: Final = 8
