@@ -19,9 +19,11 @@ from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.plan.stablehlo import inputs_read
 from shoal.plan.train import evaluate, predict
+from shoal.record.memory import MemoryStore
 from shoal.record.retention import Retention
 from shoal.record.run import latest_run
 from shoal.record.sqlite import DATABASE_NAME, open_store
+from shoal.record.store import Store
 from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.engine import BackendName, RoundResult, Simulation
 from shoal.simulate.engine import simulate as run_simulation
@@ -44,6 +46,7 @@ def simulate(
     evaluate_every: int = 1,
     stop_when: StopWhen | None = None,
     folder: Path | str | None = None,
+    keep: str = "",
     backend: BackendName = "fused",
     progress: bool = True,
     on_round: Callable[[RoundResult], None] = lambda result: None,
@@ -64,7 +67,8 @@ def simulate(
             seed, or their ids.
         evaluate_every: versions between two evaluations; the last one is always evaluated.
         stop_when: ends the run before its last round.
-        folder: the run folder; None: a temporary one, that is gone when the program ends. It must not hold a run yet.
+        folder: the run folder, which must not hold a run yet; None: no run is kept, only what is returned.
+        keep: `RECENT[:EVERY]`, such as `100:1000`: of old versions the folder keeps the newest, and every so manyth; empty: all.
         backend: `fused`: the cohort in one compiled program; `sequential`: much slower, one member after the other, with
             the bits of a fleet.
         progress: shows a bar with rate and time left when standard error is a terminal.
@@ -76,8 +80,11 @@ def simulate(
     Raises:
         DataError: fewer members than a round needs, examples that do not fit the task, or a rule to stop by whose metric the
             run does not have.
-        ValueError: nobody, or everybody, is left out; or the folder holds a run.
+        ValueError: nobody, or everybody, is left out; the folder holds a run; or `keep` is not of that form, or without a folder.
     """
+    if keep and folder is None:
+        raise ValueError(f"Expected folder=… with keep={keep!r}: without one no run is kept.")
+    retention = Retention.parse(keep) if keep else None
     use_all_cores()
     members = population if isinstance(population, Population) else Population.from_arrays(population)
     left_out = None
@@ -92,7 +99,7 @@ def simulate(
                 f"{folder} --resume."
             )
         chosen = Path(folder) if folder is not None and is_kept else Path(temporary)
-        store = open_store(chosen, durable=is_kept)
+        store: Store = open_store(chosen) if is_kept else MemoryStore()
         try:
             with progress_bar(task.name, rounds, shown=progress) as tell:
 
@@ -103,10 +110,11 @@ def simulate(
                 result = run_simulation(
                     task, members, rounds=rounds, store=store, seed=seed, held_out=examples, left_out=left_out,
                     evaluate_every=evaluate_every, stop_when=stop_when, folder=chosen, backend=backend, on_round=told,
+                    retention=retention if is_kept else Retention(recent=1),
                 )  # fmt: skip
         finally:
             store.close()
-        # A temporary folder's files are about to go; the model must not depend on them.
+        # Of an open store's files, or of a memory that goes; the model must not depend on them.
         model = {name: np.array(value) for name, value in result.model.items()}
         return replace(result, folder=chosen if is_kept else None, model=model)
 

@@ -91,15 +91,7 @@ def host(
         int | None,
         typer.Option("--events-kept", min=0, help="Newest rounds that `shoal replay` can show.", show_default="100"),
     ] = None,
-    keep: Annotated[
-        str,
-        typer.Option(
-            "--keep",
-            metavar="RECENT[:EVERY]",
-            help="Keep the newest versions, and of the older ones every so manyth: 100:1000.",
-            show_default="all",
-        ),
-    ] = "",
+    keep: options.Keep = "",
     held_out: options.HeldOut = "",
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
     tls_cert: Annotated[

@@ -51,6 +51,15 @@ HeldOut = Annotated[
     str, typer.Option("--held-out", help="Examples to evaluate versions on; name:… means its test part.")
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="The run folder; a new one under runs/ if not given.")]
+Keep = Annotated[
+    str,
+    typer.Option(
+        "--keep",
+        metavar="RECENT[:EVERY]",
+        help="Keep the newest versions, and of the older ones every so manyth: 100:1000.",
+        show_default="all",
+    ),
+]
 RunId = Annotated[
     str | None,
     typer.Option(

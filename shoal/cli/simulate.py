@@ -80,6 +80,7 @@ def simulate(
         ),
     ] = "",
     run: options.RunFolder = None,
+    keep: options.Keep = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the newest run in --run.")] = False,
     json: options.AsJson = False,
 ) -> None:
@@ -92,14 +93,15 @@ def simulate(
     from shoal.cli import data_argument, run_folder
     from shoal.cli.task_argument import load_task
     from shoal.plan.compile_cache import cache_folder, switch_on
+    from shoal.record.retention import Retention
     from shoal.simulate.engine import own_config
     from shoal.simulate.layout import use_all_cores
     from shoal.validate import one_of
 
     screen, watch = Screen(json=json), Stopwatch()
     if virtual is not None:
-        if leave_out or by_user or stop_when:
-            raise ValueError("--leave-out, --by-user and --stop-when are not for --virtual.")
+        if leave_out or by_user or stop_when or keep:
+            raise ValueError("--leave-out, --by-user, --stop-when and --keep are not for --virtual.")
         policy = {
             "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
         }  # fmt: skip
@@ -112,10 +114,11 @@ def simulate(
         raise ValueError("--hours, --late, --buffer and --concurrency go with --virtual: else no device is ever late.")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
-    if resume and (goal or seed):
-        raise ValueError("With --resume --goal and --seed are those of the run: leave them out.")
+    if resume and (goal or seed or keep):
+        raise ValueError("With --resume --goal, --seed and --keep are those of the run: leave them out.")
     one_of(("fused", "sequential"), backend=backend)
     rule = parse_stop_when(stop_when) if stop_when else None
+    retention = Retention.parse(keep) if keep else None
     if not resume and not (task and rounds):
         raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
     use_all_cores()
@@ -138,7 +141,7 @@ def simulate(
         made = load_task(task) if task else None  # how large its rounds are is the run's affair
     else:
         made = _with_goal(load_task(task), goal, screen)
-        config = own_config(left_out, rule) | {"data": " ".join([data, *about])}
+        config = own_config(left_out, rule, retention) | {"data": " ".join([data, *about])}
         folder, run_id = _begin(made, rounds or 0, seed, run, config), ""
         watch.lap("plan")
     as_before = [] if backend == "fused" else ["--backend", backend]
@@ -229,6 +232,7 @@ def _train(
 
     store = open_store(folder)
     try:
+        is_new = not run_id
         run_id = run_id or store.runs()[-1].id
         first = store.last_version(run_id) or 0
         last = rounds or int(store.run(run_id).config["rounds"])
@@ -245,7 +249,7 @@ def _train(
             with told, screen.hearing("shoal.simulate"):
                 made = go_on(
                     store, run_id, population, rounds=last, held_out=examples, left_out=left_out,
-                    evaluate_every=evaluate_every, folder=folder, on_round=on_round, task=task,
+                    evaluate_every=evaluate_every, folder=folder, on_round=on_round, task=task, is_its_task=is_new,
                 )  # fmt: skip
         except KeyboardInterrupt:
             version = store.last_version(run_id)

@@ -1,7 +1,6 @@
 """A SQLite file: one connection that writes, one that reads, each behind a lock; and what its errors mean.
 
-Write-ahead log with synchronous=FULL: a transaction is durable when it returns, readers never wait for the writer. Where it is
-not to be durable, the disk is not waited for.
+Write-ahead log with synchronous=FULL: a transaction is durable when it returns, readers never wait for the writer.
 """
 
 import os
@@ -24,10 +23,10 @@ BUSY_TIMEOUT_S: Final = 30.0
 class Database:
     """Transactions on one file. Calls may come from any thread."""
 
-    def __init__(self, path: Path, *, read_only: bool, durable: bool = True) -> None:
+    def __init__(self, path: Path, *, read_only: bool) -> None:
         self._path, self._read_only = path, read_only
-        self._reader = _Session(path, read_only=read_only, begin="BEGIN", durable=durable)
-        self._writer = None if read_only else _Session(path, read_only=False, begin="BEGIN IMMEDIATE", durable=durable)
+        self._reader = _Session(path, read_only=read_only, begin="BEGIN")
+        self._writer = None if read_only else _Session(path, read_only=False, begin="BEGIN IMMEDIATE")
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
@@ -74,8 +73,8 @@ class Database:
 class _Session:
     """One connection, opened when first used, used by one thread at a time."""
 
-    def __init__(self, path: Path, *, read_only: bool, begin: str, durable: bool) -> None:
-        self._engine = _engine(path, read_only=read_only, begin=begin, durable=durable)
+    def __init__(self, path: Path, *, read_only: bool, begin: str) -> None:
+        self._engine = _engine(path, read_only=read_only, begin=begin)
         self._lock = threading.Lock()
         self._connection: Connection | None = None
         self._path, self._is_closed = path, False
@@ -99,7 +98,7 @@ class _Session:
             self._engine.dispose()
 
 
-def _engine(path: Path, *, read_only: bool, begin: str, durable: bool) -> Engine:
+def _engine(path: Path, *, read_only: bool, begin: str) -> Engine:
     def connect() -> sqlite3.Connection:
         # isolation_level=None: the driver begins nothing by itself; the event below does
         connection = sqlite3.connect(
@@ -111,7 +110,7 @@ def _engine(path: Path, *, read_only: bool, begin: str, durable: bool) -> Engine
         )
         if not read_only:
             connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'OFF'}")
+        connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         return connection
 

@@ -4,7 +4,7 @@ Not a cache and not a database: nothing is ever changed or deleted here. A blob 
 same folder, fsynced, renamed, and the folder fsynced; so a file under a hash's name is whole, whatever was killed when.
 
 Cost: `put` of a new blob is two fsyncs (about 0.5 ms on an SSD), of one that exists a hash and a `stat`. `put_all` shares
-the folders' fsyncs; a folder that is not to be durable has none. `view` maps the file: no anonymous memory, pages come and go with the page cache.
+the folders' fsyncs. `view` maps the file: no anonymous memory, pages come and go with the page cache.
 """
 
 import hashlib
@@ -83,9 +83,9 @@ def disk(path: Path) -> Iterator[None]:
 class FolderBlobs:
     """Blobs in a folder on a local disk. Safe for threads and for several processes."""
 
-    def __init__(self, folder: Path, *, read_only: bool = False, durable: bool = True) -> None:
-        """The folder is made when the first blob comes; what is not durable may be lost when the machine stops."""
-        self._folder, self._read_only, self._durable = folder, read_only, durable
+    def __init__(self, folder: Path, *, read_only: bool = False) -> None:
+        """The folder is made when the first blob comes."""
+        self._folder, self._read_only = folder, read_only
 
     def put(self, data: bytes) -> str:
         return self.put_all([data])[0]
@@ -103,7 +103,7 @@ class FolderBlobs:
         self._check_writable()
         with disk(self._folder):
             make_folder(self._folder)
-            return FolderBlobWriter(self._folder, durable=self._durable)
+            return FolderBlobWriter(self._folder)
 
     def get(self, hash: str) -> bytes:
         path = self._path(hash)
@@ -178,9 +178,8 @@ class FolderBlobs:
                 incoming[hash] = _new_name(self._folder)
                 with incoming[hash].open("xb", buffering=0) as file:
                     _write_all(file.fileno(), data)
-                    if self._durable:
-                        os.fsync(file.fileno())
-            _adopt(self._folder, incoming, durable=self._durable)
+                    os.fsync(file.fileno())
+            _adopt(self._folder, incoming)
         except BaseException:
             for path in incoming.values():
                 path.unlink(missing_ok=True)
@@ -208,8 +207,8 @@ class FolderBlobs:
 class FolderBlobWriter:
     """Writes one blob in pieces, hashing as it goes."""
 
-    def __init__(self, folder: Path, *, durable: bool) -> None:
-        self._folder, self._hash, self._durable = folder, hashlib.sha256(), durable
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._hash = folder, hashlib.sha256()
         self._path = _new_name(folder)
         self._file = self._path.open("xb", buffering=0)
 
@@ -226,11 +225,10 @@ class FolderBlobWriter:
         hash = self._hash.hexdigest()
         try:
             with disk(self._path):
-                if self._durable:
-                    os.fsync(self._file.fileno())
+                os.fsync(self._file.fileno())
                 self._file.close()
                 if not os.path.exists(self._folder / hash[:2] / hash):
-                    _adopt(self._folder, {hash: self._path}, durable=self._durable)
+                    _adopt(self._folder, {hash: self._path})
         finally:
             self.discard()
         return hash
@@ -241,14 +239,14 @@ class FolderBlobWriter:
             self._path.unlink(missing_ok=True)
 
 
-def _adopt(folder: Path, incoming: dict[str, Path], *, durable: bool) -> None:
-    """Gives files, fsynced where it is to be durable, their hashes as names."""
+def _adopt(folder: Path, incoming: dict[str, Path]) -> None:
+    """Gives fsynced files their hashes as names, durably."""
     shards = {hash[:2] for hash in incoming}
     for shard in sorted(shards):
-        make_folder(folder / shard) if durable else (folder / shard).mkdir(exist_ok=True)
+        make_folder(folder / shard)
     for hash, path in incoming.items():
         os.replace(path, folder / hash[:2] / hash)
-    for shard in sorted(shards) if durable else ():
+    for shard in sorted(shards):
         sync_folder(folder / shard)
 
 

@@ -57,14 +57,12 @@ DATABASE_NAME: Final = "record.sqlite"
 BLOBS_NAME: Final = "blobs"
 
 
-def open_store(folder: Path, *, read_only: bool = False, durable: bool = True) -> "SqliteStore":
+def open_store(folder: Path, *, read_only: bool = False) -> "SqliteStore":
     """Opens the record in a folder.
 
     Args:
         folder: Holds `record.sqlite` and `blobs/`; made where it does not exist.
         read_only: Changes nothing and waits for nobody: for listings, dashboards, reports. The record must exist.
-        durable: What is written is on the disk when a call returns. False: it may be lost, and the record with it, when the
-            machine stops; for a record that goes with its process.
 
     Raises:
         StoreError: there is no record to read, it is of a newer schema, or the disk refuses.
@@ -80,7 +78,7 @@ def open_store(folder: Path, *, read_only: bool = False, durable: bool = True) -
     else:
         with disk(folder):
             make_folder(folder)
-    store = SqliteStore(folder, read_only=read_only, durable=durable)
+    store = SqliteStore(folder, read_only=read_only)
     try:
         if not read_only:
             store.prepare()
@@ -110,11 +108,11 @@ def _check_schema(path: Path, *, read_only: bool) -> None:
 class SqliteStore:
     """A `Store` in a folder. Calls may come from any thread."""
 
-    def __init__(self, folder: Path, *, read_only: bool, durable: bool) -> None:
+    def __init__(self, folder: Path, *, read_only: bool) -> None:
         """Use `open_store`."""
         self._path = folder / DATABASE_NAME
-        self._database = Database(self._path, read_only=read_only, durable=durable)
-        self._blobs = FolderBlobs(folder / BLOBS_NAME, read_only=read_only, durable=durable)
+        self._database = Database(self._path, read_only=read_only)
+        self._blobs = FolderBlobs(folder / BLOBS_NAME, read_only=read_only)
         self._to_settle = threading.Lock()
         self._fences: dict[str, int] = {}  # run -> of the lease that this store took
 

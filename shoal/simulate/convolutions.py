@@ -17,10 +17,10 @@ from typing import Any, Final, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Primitive, jaxpr_as_fun, mapped_aval, unmapped_aval
+from jax.extend.core import JaxprEqn, Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
-from shoal.simulate import convolution_forms, max_pooling
+from shoal.simulate import convolution_forms, max_pooling, replaced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -46,42 +46,17 @@ def faster_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
         4.0
     """
 
-    @functools.wraps(fn)
-    def faster(*args: P.args, **kwargs: P.kwargs) -> R:
-        closed, like = jax.make_jaxpr(fn, return_shape=True)(*args, **kwargs)
-        leaves = jaxpr_as_fun(_replaced(closed))(*jax.tree.leaves((args, kwargs)))
-        made: R = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        return made
-
-    return faster
+    return replaced.function(fn, _replacement)
 
 
-def _replaced(value: Any) -> Any:
-    """A program, or a parameter that may hold some, with its convolutions replaced; the same object where there is none."""
-    if isinstance(value, ClosedJaxpr):
-        inner = _replaced(value.jaxpr)
-        return value if inner is value.jaxpr else value.replace(jaxpr=inner)
-    if isinstance(value, Jaxpr):
-        equations = [_equation(equation) for equation in value.eqns]
-        same = all(new is old for new, old in zip(equations, value.eqns, strict=True))
-        return value if same else value.replace(eqns=equations)
-    if type(value) in (tuple, list):
-        items = [_replaced(item) for item in value]
-        return value if all(new is old for new, old in zip(items, value, strict=True)) else type(value)(items)
-    return value
-
-
-def _equation(equation: JaxprEqn) -> JaxprEqn:
+def _replacement(equation: JaxprEqn) -> JaxprEqn | None:
     params = equation.params
     operands: list[Any] = [variable.aval for variable in equation.invars]
-    changes: dict[str, Any] = {"params": {name: _replaced(value) for name, value in params.items()}}
+    made: JaxprEqn | None = None
     if equation.primitive is lax.conv_general_dilated_p and _supported(*operands, params=params):
-        changes = {"primitive": convolution_p, "params": params | {"members": False, "out_sharding": None}}
+        made = equation.replace(primitive=convolution_p, params=params | {"members": False, "out_sharding": None})
     elif equation.primitive is lax.reduce_window_max_p and max_pooling.supported(*operands, params=params):
-        changes = {"primitive": max_pooling.max_pool_p}
-    elif all(changes["params"][name] is params[name] for name in params):
-        return equation
-    made: JaxprEqn = equation.replace(**changes)
+        made = equation.replace(primitive=max_pooling.max_pool_p)
     return made
 
 

@@ -32,6 +32,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.runner import Runner
 from shoal.record.resume import take_up
+from shoal.record.retention import SETTING, Retention
 from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.backends import Attempt, Backend, Cohorts, FusedCohorts, Sequential
@@ -42,9 +43,11 @@ from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.history import History
 from shoal.simulate.layout import cache, cached, choose, default, key_of, of_run
 from shoal.simulate.measuring import Measured, Measuring, left_out_config
+from shoal.simulate.outer_products import fused_outer_products
 from shoal.simulate.selection import select
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
 from shoal.simulate.stopping import Stopping
+from shoal.simulate.sweeping import Sweeping
 from shoal.stop_when import StopWhen
 from shoal.task import Task
 from shoal.tensors import Tensors
@@ -91,6 +94,7 @@ def simulate(
     left_out: Population | None = None,
     evaluate_every: int = 1,
     stop_when: StopWhen | None = None,
+    retention: Retention | None = None,
     folder: Path | None = None,
     backend: BackendName = "fused",
     on_round: Callable[[RoundResult], None] = lambda result: None,
@@ -107,6 +111,7 @@ def simulate(
         left_out: users who do not train, on whom versions are evaluated too.
         evaluate_every: versions between two evaluations; the last is always evaluated.
         stop_when: when the run ends before its last round.
+        retention: which old versions the record keeps; None: all.
         folder: the run folder, for the keys and to say where it is.
         backend: `fused`: the cohort in one program, fast; `sequential`: one member after the other, with the bits of a fleet.
         on_round: told of each committed round.
@@ -118,11 +123,12 @@ def simulate(
     built = build(task, seed=seed)
     plan = built.plan.sign(keys.signing)
     run_id = begin_run(
-        store, plan, built.model, kind="simulate", rounds=rounds, seed=seed, config=own_config(left_out, stop_when)
-    )
+        store, plan, built.model, kind="simulate", rounds=rounds, seed=seed,
+        config=own_config(left_out, stop_when, retention),
+    )  # fmt: skip
     return go_on(
         store, run_id, population, held_out=held_out, left_out=left_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round,
-        task=task if backend == "fused" else None,
+        task=task if backend == "fused" else None, is_its_task=True,
     )  # fmt: skip
 
 
@@ -139,18 +145,22 @@ def go_on(
     on_round: Callable[[RoundResult], None] = lambda result: None,
     runner: Runner | None = None,
     task: Task | None = None,
+    is_its_task: bool = False,
 ) -> Simulation:
     """Runs a simulation from where its record stands to its last version, or to where its rule stops it. Arguments as for
     `simulate`; the rule is that of the run's config.
 
     `rounds`, if given, is in the run's config from now on. `runner` is one of the run's plan, where there is one already.
-    `task` is the run's: with it the cohort trains in one program; without, by the programs of the run's plan.
+    `task` is the run's: with it the cohort trains in one program; without, by the programs of the run's plan. That it is, is
+    checked, which takes a second or two, unless `is_its_task` says that the plan was made of it just now.
 
     Raises:
         StoreError: the task, or who is left out, is not that of the run; or members keep state between rounds, which is not
             there, or of others.
     """
     found = load_plan(store, run_id)
+    if task is not None and not is_its_task:
+        refuse_other_task(task, found.plan)
     taken = take_up(store, run_id, time_s=time.time())
     if taken.last is None:
         raise StoreError(f"Run {run_id} has no initial model; it was never begun.")
@@ -175,6 +185,7 @@ def go_on(
         engine = _Engine(
             store, run_id, found.plan, (members, sizes), runner=runner, backend=backend, seed=int(found.config["seed"]),
             head=taken.last, last=last, measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
+            sweeping=Sweeping(store, run_id, Retention.of(found.config), found.plan.manifest),
         )  # fmt: skip
         engine.next_round = taken.next_round
         try:
@@ -199,9 +210,13 @@ def go_on(
     return Simulation(run_id, folder, model, engine.head.version, History(history), why)
 
 
-def own_config(left_out: Population | None, stop_when: StopWhen | None) -> dict[str, Any]:
+def own_config(left_out: Population | None, stop_when: StopWhen | None, retention: Retention | None) -> dict[str, Any]:
     """What the config of a simulation has beyond any run's."""
-    found = {"left_out": left_out_config(left_out), STOP_WHEN: None if stop_when is None else stop_when.to_json()}
+    found = {
+        "left_out": left_out_config(left_out),
+        STOP_WHEN: None if stop_when is None else stop_when.to_json(),
+        SETTING: None if retention is None else retention.to_json(),
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -221,13 +236,13 @@ def _backend(
         if "engine" in config:
             log.warning("without its task, members train one after the other: slower, and with other last bits")
         return Sequential(runner, plan.manifest, population, states)
-    refuse_other_task(task, plan)
     if "engine" not in config and store.last_version(run_id):
         log.warning(
             "members trained one after the other until now, and do so in one program from here on: other last bits"
         )
     stage, manifest = Stage(population, plan.manifest), plan.manifest
     rule = local_rule(task.replace(loss=faster_convolutions(task.loss)))
+    rule = replace(rule, block=fused_outer_products(rule.block))
 
     def made(layout: Layout) -> Fused:
         return Fused(rule, manifest, layout)
@@ -293,8 +308,9 @@ class _Engine:
         head: CommitRow,
         last: int,
         measuring: Measuring,
+        sweeping: Sweeping,
     ) -> None:
-        self.measuring = measuring
+        self.measuring, self.sweeping = measuring, sweeping
         self.store, self.run_id, self.plan, self.head, self.last = store, run_id, plan, head, last
         self.members = members
         self.runner, self.backend = runner, backend
@@ -339,6 +355,7 @@ class _Engine:
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
         metrics |= self.measure() if self.measuring.is_due(row.version, last=self.last) else {}
+        self.sweeping.after(row.version, is_last=row.version == self.last)
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
     def cohort(self, number: int, version: int) -> tuple[Configuration, tuple[str, ...]]:

@@ -191,16 +191,3 @@ def test_read_only_blobs_are_not_written(tmp_path: Path) -> None:
         blobs.put(b"two")
     with pytest.raises(StoreError, match="for reading only"):
         blobs.writer()
-
-
-def test_what_is_not_durable_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(descriptor: int) -> None:
-        raise AssertionError("waited for the disk")
-
-    monkeypatch.setattr("shoal.record.blobs.os.fsync", refuse)
-    blobs = FolderBlobs(tmp_path, durable=False)
-    writer = blobs.writer()
-    writer.write(b"two")
-    assert [blobs.get(hash) for hash in (*blobs.put_all([b"one"]), writer.finish())] == [b"one", b"two"]
-    with pytest.raises(AssertionError, match="waited"):
-        FolderBlobs(tmp_path).put(b"three")
