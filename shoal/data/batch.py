@@ -12,6 +12,7 @@ no device's order depends on another's: `np.random.Generator(np.random.Philox(ke
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import final
 
 import numpy as np
@@ -96,29 +97,15 @@ class Blocks:
         if len(waiting[0]):
             yield self._block(*_fill_steps(*waiting, num_steps=k))
 
-    def steps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Indices into the examples and mask of all steps, (S, B) each: in the blocks that iterating would give."""
-        passes = [self._epoch() for _ in range(self.epochs)]
-        if len(passes) == 1:
-            return passes[0]
-        return np.concatenate([indices for indices, _ in passes]), np.concatenate([mask for _, mask in passes])
-
     def _block(self, indices: np.ndarray, mask: np.ndarray) -> Block:
         return self.examples.take(indices), np.array(mask)
 
     def _epoch(self) -> tuple[np.ndarray, np.ndarray]:
         """Indices and mask of one pass, (steps, B) each; a last batch is filled with its first example."""
-        used = self._num_used()
-        order = np.arange(used) if self.rng is None or not self.shuffle else self._permutation()[:used]
-        num_missing = -used % self.batch_size
-        mask = np.arange(used + num_missing) < used
-        first_of_last = order[used - 1 - (used - 1) % self.batch_size]
-        indices = np.concatenate([order, np.full(num_missing, first_of_last)])
-        return indices.reshape(-1, self.batch_size), mask.reshape(-1, self.batch_size)
-
-    def _permutation(self) -> np.ndarray:
-        assert self.rng is not None
-        return self.rng.permutation(len(self.examples))
+        rng, size = (self.rng if self.shuffle else None), self.batch_size
+        count, drop = len(self.examples), self.drop_remainder
+        counts = step_counts(count, size, drop_remainder=drop)
+        return step_indices(count, size, rng=rng, drop_remainder=drop), np.arange(size) < counts[:, None]
 
     def _num_used(self) -> int:
         """Examples used in one epoch."""
@@ -127,6 +114,33 @@ class Blocks:
 
     def _no_steps(self) -> tuple[np.ndarray, np.ndarray]:
         return np.empty((0, self.batch_size), np.int64), np.empty((0, self.batch_size), bool)
+
+
+def step_indices(
+    num_examples: int,
+    batch_size: int,
+    epochs: int = 1,
+    *,
+    rng: np.random.Generator | None,
+    drop_remainder: bool = False,
+) -> np.ndarray:
+    """Which example stands where, (steps, B) int64; a last batch is filled with its first. Without rng in the stored order."""
+    used = num_examples - num_examples % batch_size if drop_remainder else num_examples
+    missing = -used % batch_size
+    passes = []
+    for _ in range(epochs):
+        order = np.arange(used) if rng is None else rng.permutation(num_examples)[:used]
+        passes.append(np.append(order, np.repeat(order[used + missing - batch_size], missing)) if missing else order)
+    return (passes[0] if epochs == 1 else np.concatenate(passes)).reshape(-1, batch_size)
+
+
+@lru_cache(maxsize=4096)
+def step_counts(num_examples: int, batch_size: int, epochs: int = 1, *, drop_remainder: bool = False) -> np.ndarray:
+    """How many of each step's examples count, its first: (steps,) int32, read-only."""
+    full, rest = divmod(num_examples, batch_size)
+    made = np.array(([batch_size] * full + ([rest] if rest and not drop_remainder else [])) * epochs, np.int32)
+    made.flags.writeable = False
+    return made
 
 
 def num_steps(num_examples: int, batch_size: int, epochs: int = 1, *, drop_remainder: bool = False) -> int:

@@ -4,11 +4,9 @@ Given the same members `Sequential` commits the same bits as a fleet (rule 7 of 
 rounding, many times faster. Both leave the sums of the cohort in an `Accumulator`; what follows is the fleet's own code.
 """
 
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.data.store import Population
@@ -21,9 +19,6 @@ from shoal.simulate.cohort import MEND_DATA, MEND_UPDATE, Cohort, Stage
 from shoal.simulate.device_states import DeviceStates
 from shoal.simulate.fused import Fused
 from shoal.tensors import Tensors
-
-WORTH_A_THREAD: Final = 10
-"""The next cohort is made ready beside training that takes so many times as long: else the two wait for the interpreter."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +47,6 @@ class Backend(Protocol):
     def train(self, round: "Cohorts", root: str, model: Tensors) -> Trained:
         """Trains a cohort on the model with that root. Raises DataError naming a member that cannot be used."""
         ...
-
-    def close(self) -> None: ...
 
 
 class Sequential:
@@ -91,9 +84,6 @@ class Sequential:
             raise DataError(f"Member {member!r} cannot be used: {error} {hint}") from error
         return update
 
-    def close(self) -> None:
-        """Nothing to do: the runner is the caller's."""
-
 
 @dataclass(frozen=True)
 class Attempt:
@@ -105,11 +95,14 @@ class Attempt:
     root: str
     model: Tensors
 
-    def __call__(self, fused: Fused) -> tuple[Accumulator, list[Tensors]]:
+    def __call__(
+        self, fused: Fused, *, meanwhile: Callable[[], None] = lambda: None
+    ) -> tuple[Accumulator, list[Tensors]]:
         """Its sums, and what each member keeps."""
         return fused.sums(
-            self.round.configuration, self.round.members, self.cohort, self.states, root=self.root, model=self.model
-        )
+            self.round.configuration, self.round.members, self.cohort, self.states, root=self.root, model=self.model,
+            meanwhile=meanwhile,
+        )  # fmt: skip
 
 
 class FusedCohorts:
@@ -119,38 +112,29 @@ class FusedCohorts:
         """`make` makes the engine when the first cohort is at hand."""
         self._make, self._stage, self._states = make, stage, states
         self._fused: Fused | None = None
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="shoal-stage")
-        self._ahead: tuple[bytes, Future[Cohort]] | None = None
-        self._stage_s = self._train_s = 0.0
+        self._ahead: tuple[bytes, Cohort] | None = None
 
     def train(self, round: Cohorts, root: str, model: Tensors) -> Trained:
         members = round.members
         cohort = self._cohort(round.configuration.seed, members)
-        if round.next_members and self._train_s >= WORTH_A_THREAD * self._stage_s:
-            made = self._beside.submit(self._staged, round.next_members, round.next_seed)
-            self._ahead = (round.next_seed, made)
         version = round.configuration.base_version
         self._states.settle(version)
         attempt = Attempt(round, cohort, [self._states.read(member) for member in members], root, model)
         if self._fused is None:
             self._fused = self._make(attempt)
-        begun = time.perf_counter()
-        sums, kept = attempt(self._fused)
-        self._train_s = time.perf_counter() - begun
+        sums, kept = attempt(self._fused, meanwhile=lambda: self._make_ready(round.next_seed, round.next_members))
         with self._states.writing(version + 1) as keep:
             for member, state in zip(members, kept, strict=True):
                 keep(member, state)
         return Trained(sums, self._fused.take_seconds())
 
-    def close(self) -> None:
-        self._beside.shutdown(cancel_futures=True)
-
     def _cohort(self, seed: bytes, members: tuple[str, ...]) -> Cohort:
         ahead, self._ahead = self._ahead, None
-        return ahead[1].result() if ahead is not None and ahead[0] == seed else self._staged(members, seed)
+        return ahead[1] if ahead is not None and ahead[0] == seed else self._stage.cohort(members, seed)
 
-    def _staged(self, members: tuple[str, ...], seed: bytes) -> Cohort:
-        begun = time.thread_time()
-        made = self._stage.cohort(members, seed)
-        self._stage_s = time.thread_time() - begun
-        return made
+    def _make_ready(self, seed: bytes, members: tuple[str, ...]) -> None:
+        if members:
+            try:
+                self._ahead = seed, self._stage.cohort(members, seed)
+            except DataError:
+                pass  # raised when its round has begun

@@ -20,11 +20,11 @@ from typing import Final
 
 import numpy as np
 
-from shoal.data.batch import Blocks, num_steps
-from shoal.data.store import Examples, Population
+from shoal.data.batch import num_steps, step_counts, step_indices
+from shoal.data.store import Population
 from shoal.errors import DataError
 from shoal.plan.manifest import Manifest
-from shoal.plan.train import chosen_examples, conform, measured_examples, member_randomness
+from shoal.plan.train import Randomness, chosen_examples, conform, measured_examples
 from shoal.tensors import Tensors
 
 ALIGNMENT: Final = 64
@@ -64,6 +64,7 @@ class Stage:
         """Raises DataError where the fields do not fit the task."""
         self._population, self._manifest = population, manifest
         self._sizes = np.sort([*population.sizes().values()])[::-1]
+        self._randomness = Randomness()
         self._members = 0
         """Room for so many: cohorts may differ in size."""
         whole = population.whole()
@@ -113,26 +114,21 @@ class Stage:
             raise DataError(f"Member {member!r} cannot be used: {error} {MEND_DATA}") from error
 
     def _batches(self, member: str, seed: bytes) -> "_Batches":
-        randomness = member_randomness(seed, member)
-        training = self._manifest.training
+        randomness, training = self._randomness.of(seed, member), self._manifest.training
         fields: Tensors = {}
         if self._parts is not None:
             where = self._parts[member]
         else:
             fields = conform(self._population[member], self._manifest).fields
             where = np.arange(_rows(fields))
-        chosen = chosen_examples(Examples({"at": where}), self._manifest, randomness.rng, member=member)
-        blocks = Blocks(
-            chosen, batch_size=training.batch_size, steps_per_block=1, epochs=training.epochs, rng=randomness.rng,
-            drop_remainder=training.drop_remainder,
-        )  # fmt: skip
-        indices, mask = blocks.steps()
-        at, counts = chosen.fields["at"][indices], np.count_nonzero(mask, axis=1)
-        if (measured := measured_examples(Examples({"at": where}), training)) is not None:
-            held_out = Blocks(measured, batch_size=training.batch_size, steps_per_block=1, shuffle=False)
-            indices, mask = held_out.steps()
-            at = np.concatenate([at, measured.fields["at"][indices]])
-            counts = np.concatenate([counts, -np.count_nonzero(mask, axis=1)])
+        chosen = chosen_examples(len(where), self._manifest, randomness.rng, member=member)
+        used = where if chosen is None else where[chosen]
+        size, epochs, drop = training.batch_size, training.epochs, training.drop_remainder
+        at = used[step_indices(len(used), size, epochs, rng=randomness.rng, drop_remainder=drop)]
+        counts = step_counts(len(used), size, epochs, drop_remainder=drop)
+        if (measured := measured_examples(len(where), training)) is not None:
+            at = np.concatenate([at, where[measured][step_indices(len(measured), size, rng=None)]])
+            counts = np.concatenate([counts, -step_counts(len(measured), size)])
         return _Batches(at, counts, randomness.key, fields)
 
 

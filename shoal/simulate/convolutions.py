@@ -62,12 +62,7 @@ def _replacement(equation: JaxprEqn) -> JaxprEqn | None:
 
 def _supported(x: Any, w: Any, *, params: dict[str, Any]) -> bool:
     floating = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype == w.dtype
-    return floating and _is_whole(params["out_sharding"]) and x.ndim > 2 and x.size > 0 and w.size > 0
-
-
-def _is_whole(sharding: Any) -> bool:
-    """Whether each device has all of it: also what the gradients inside a `shard_map` say of their share."""
-    return sharding is None or all(axis is None for axis in sharding.spec)
+    return floating and replaced.is_whole(params["out_sharding"]) and x.ndim > 2 and x.size > 0 and w.size > 0
 
 
 def _plain(x: Array, w: Array, *, members: bool, **params: Any) -> Array:

@@ -188,19 +188,16 @@ def go_on(
             sweeping=Sweeping(store, run_id, Retention.of(found.config), found.plan.manifest),
         )  # fmt: skip
         engine.next_round = taken.next_round
-        try:
-            engine.begin_session()
-            stopping = Stopping(store, run_id, found.plan.manifest, measured)
-            why = stopping.why
-            while engine.head.version < last and not why:
-                result = engine.round()
-                why = stopping.saw(result)
-                if why:
-                    result = engine.measured_at_last(result)
-                history.append(result)
-                on_round(result)
-        finally:
-            backend.close()
+        engine.begin_session()
+        stopping = Stopping(store, run_id, found.plan.manifest, measured)
+        why = stopping.why
+        while engine.head.version < last and not why:
+            result = engine.round()
+            why = stopping.saw(result)
+            if why:
+                result = engine.measured_at_last(result)
+            history.append(result)
+            on_round(result)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         store.set_status(run_id, "stopped" if stopped else "failed", time_s=time.time())
@@ -210,7 +207,9 @@ def go_on(
     return Simulation(run_id, folder, model, engine.head.version, History(history), why)
 
 
-def own_config(left_out: Population | None, stop_when: StopWhen | None, retention: Retention | None) -> dict[str, Any]:
+def own_config(
+    left_out: Population | None, stop_when: StopWhen | None, retention: Retention | None = None
+) -> dict[str, Any]:
     """What the config of a simulation has beyond any run's."""
     found = {
         "left_out": left_out_config(left_out),

@@ -95,6 +95,7 @@ class Fused:
         *,
         root: str,
         model: Tensors,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[Accumulator, list[Tensors]]:
         """The sums of a cohort, and what each member keeps.
 
@@ -105,6 +106,7 @@ class Fused:
             states: what each has kept.
             root: hash of the model.
             model: what they start from.
+            meanwhile: called while they train.
 
         Raises:
             DataError: a member's update is not finite or out of bounds.
@@ -127,7 +129,9 @@ class Fused:
         with jax.enable_x64(True):
             program = self._program(inputs)
             compiled = time.perf_counter()
-            totals, weights, largest, kept = jax.device_get(program(*inputs))
+            trained = program(*inputs)
+            meanwhile()
+            totals, weights, largest, kept = jax.device_get(trained)
         done = time.perf_counter()
         for phase, value in (("data", staged - begun), ("compile", compiled - staged), ("compute", done - compiled)):
             self.seconds[phase] = self.seconds.get(phase, 0.0) + value

@@ -40,12 +40,12 @@ def _equation(equation: JaxprEqn) -> JaxprEqn | None:
         *equation.invars, *equation.outvars, params=equation.params
     ):
         return None
-    made: JaxprEqn = equation.replace(primitive=outer_products_p)
+    made: JaxprEqn = equation.replace(primitive=outer_products_p, params=equation.params | {"out_sharding": None})
     return made
 
 
 def _supported(lhs: Any, rhs: Any, result: Any, *, params: dict[str, Any]) -> bool:
-    if jax.default_backend() != "cpu" or params["out_sharding"] is not None:
+    if jax.default_backend() != "cpu" or not replaced.is_whole(params["out_sharding"]):
         return False
     (contracted, _), _ = params["dimension_numbers"]
     rows = [lhs.aval.shape[dim] for dim in contracted]

@@ -52,3 +52,8 @@ def _equation(equation: JaxprEqn, replacement: Replacement) -> JaxprEqn:
         return equation
     changed: JaxprEqn = equation.replace(params=params)
     return changed
+
+
+def is_whole(sharding: Any) -> bool:
+    """Whether each device has all of it: also what the gradients inside a `shard_map` say of their share."""
+    return sharding is None or all(axis is None for axis in sharding.spec)
