@@ -204,7 +204,9 @@ def _spread(x_NSC: Array, w_KCO: Array, params: dict[str, Any]) -> Array:
         pads = [(size - 1 - k, k, 0) for k, size in zip(at, sizes, strict=True)]
         part = lax.pad(made[(..., *at, slice(None))], zero, [(0, 0, 0), *pads, (0, 0, 0)])
         total = part if total is None else total + part
-    return total
+    return lax.optimization_barrier(
+        total
+    )  # else pooling's gradient would have it computed for each place of its windows
 
 
 def _cut(x_NSC: Array, window: Window) -> tuple[Array, Window]:
