@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 USERS, EACH, COHORT, BATCH, STEPS = 1000, 50, 50, 10, 5
-LOCAL_RATE, SERVER_RATE = 0.1, 1.0
+SERVER_RATE = 1.0
 CENTRAL = 1000
 """Examples on which versions are evaluated."""
 CLASSES = 10
@@ -39,16 +39,23 @@ class Net:
     """Before the first and before the last dense layer."""
     flops_per_client: float = 0.0
     """Forward and backward over a member's examples, where the share of the peak is told."""
+    local_rate: float = 0.1
+    """Such that the loss falls smoothly: where it rests on a plateau first, the seed says for how long."""
 
 
 NETS: dict[str, Net] = {
     "cnn": Net(((3, 32), (3, 64)), False, (128,), (0.25, 0.5), 5.06e9),
-    "lenet": Net(((5, 6), (5, 16)), True, (120, 84)),
+    "lenet": Net(((5, 6), (5, 16)), True, (120, 84), local_rate=0.05),
     "mlp": Net((), False, (32,)),
 }
 NO_OP = "no-op"
 """One parameter, drawn to the mean of the examples: what is left of a round when there is nothing to compute."""
 CONFIGS = (*NETS, NO_OP)
+
+
+def local_rate(config: str) -> float:
+    """Of the members' SGD."""
+    return NETS[config].local_rate if config in NETS else 0.1
 
 
 def sides(net: Net, side: int = 32, channels: int = 3) -> tuple[int, int]:

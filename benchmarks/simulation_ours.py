@@ -54,7 +54,7 @@ def task(config: str, weights: common.Weights) -> shoal.Task:
     settings: dict[str, Any] = {
         "name": config,
         "local": shoal.Local(
-            optimizer=optax.sgd(common.LOCAL_RATE), batch_size=common.BATCH, steps_per_block=common.STEPS,
+            optimizer=optax.sgd(common.local_rate(config)), batch_size=common.BATCH, steps_per_block=common.STEPS,
             weighting="uniform",
         ),
         "server": shoal.server.sgd(common.SERVER_RATE),

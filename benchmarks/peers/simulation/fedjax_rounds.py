@@ -59,7 +59,7 @@ def main(given: argparse.Namespace) -> None:
     clients = fedjax.InMemoryFederatedData(users)
     algorithm = fed_avg.federated_averaging(
         fedjax.model_grad(model),
-        fedjax.optimizers.sgd(common.LOCAL_RATE),
+        fedjax.optimizers.sgd(common.local_rate(config)),
         fedjax.optimizers.sgd(common.SERVER_RATE),
         fedjax.ShuffleRepeatBatchHParams(batch_size=common.BATCH, num_epochs=1),
     )

@@ -28,7 +28,7 @@ def train(message, context):
     net = torch_nets.net(config)
     net.load_state_dict(message.content["arrays"].to_torch_state_dict())
     net.train()
-    optimizer = torch.optim.SGD(net.parameters(), common.LOCAL_RATE)
+    optimizer = torch.optim.SGD(net.parameters(), common.local_rate(config))
     x, y = torch_nets.tensor(held.x[user], config), torch.from_numpy(held.y[user]).long()
     for first in range(0, common.EACH, common.BATCH):
         optimizer.zero_grad()

@@ -65,7 +65,9 @@ def main() -> None:
         ),
         SimulatedBackend(dataset, dataset, postprocessors=[WeightByUser()]),
         model,
-        NNTrainHyperParams(local_num_epochs=1, local_learning_rate=common.LOCAL_RATE, local_batch_size=common.BATCH),
+        NNTrainHyperParams(
+            local_num_epochs=1, local_learning_rate=common.local_rate(config), local_batch_size=common.BATCH
+        ),
         NNEvalHyperParams(local_batch_size=10_000),
         callbacks=[rounds],
     )
