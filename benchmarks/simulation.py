@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.frame import Goal, percentile_interval, run, table
-from benchmarks.simulation_common import COHORT, CONFIGS, NETS, NO_OP, make_data, rounds_for
+from benchmarks.simulation_common import COHORT, CONFIGS, NETS, NO_OP, NOBODY, make_data, rounds_for
 from benchmarks.simulation_turns import OURS, RIVALS, ROOT, Session, System, SystemFailed, alone, take_turns
 
 QUICK_S = 42.0
@@ -148,9 +148,12 @@ def _choose_layout(config: str, folder: Path) -> None:
     """A run that means to be long keeps the layout that its trial finds for the next; it ends where it would wait for its turn."""
     given = {"config": config, "rounds": 100_000, "data": folder, "seed": 0, "turn": 1, "evaluate-every": 100_000}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    subprocess.run(
-        [*OURS.command(), *words], check=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, cwd=ROOT
-    )
+    chosen = subprocess.run(
+        [*OURS.command(), *words], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT,
+        timeout=SESSION_S,
+    )  # fmt: skip
+    if NOBODY not in chosen.stderr:
+        raise SystemFailed(f"The layout of {config} could not be chosen: {chosen.stderr[-500:]}")
 
 
 def _arguments(config: str, system: System, pairs: int, seed: int, folder: Path) -> list[str]:

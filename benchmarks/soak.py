@@ -100,6 +100,8 @@ class Samples:
             whole = 1000.0 * slope if name == "record_kb" else slope * (rounds[-1] - rounds[0]) / rows[:, column].mean()
             made["record_bytes" if name == "record_kb" else name] = float(whole)
         noise = 2.0 * _standard_error(rounds, rows[:, -1]) * (rounds[-1] - rounds[0]) / rows[:, -1].mean()
+        if noise > 2.0 * MOST_RISE["round_ms"]:  # nothing can be said of it
+            noise = 0.0
         return made | {"round_ms": made["round_ms"] - noise, "round_ms_seen": made["round_ms"]}
 
     def mean_round_ms(self) -> list[float]:

@@ -145,6 +145,13 @@ def host(
             f"Expected --edge-address 127.0.0.1 with --edges and --tls-cert, got {edge_address}: the Edges cannot know what "
             "signed that certificate. Use --tls, or start each with `shoal edge --ca`."
         )
+    if resume:
+        from shoal.cli.run_folder import unfinished_runs
+        from shoal.record.lock import only_writer
+
+        found = unfinished_runs(run, kind="host")
+        with only_writer(found[0].path):
+            pass  # who writes it, an Edge that started it again perhaps, is said before that a port is taken
     check_tls(edge_address, tls=tls, cert=tls_cert, key=tls_key, insecure=insecure)
     if not edges:  # else the port is shared by these
         check_port(address, port)
@@ -152,11 +159,8 @@ def host(
     from shoal.cli import host_process
 
     if resume:
-        from shoal.cli.run_folder import unfinished_runs
-
         if tasks:
             screen.say(f"the run has its own copy of the task: {tasks[0]} is not read")
-        found = unfinished_runs(run, kind="host")
         folder, run_ids = found[0].path, tuple(each.run.id for each in found)
     else:
         folder, run_ids = host_process.begin(asked, run=run, screen=screen)

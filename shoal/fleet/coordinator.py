@@ -404,7 +404,9 @@ class Coordinator:
 
         def sweep() -> None:
             with self.store.settling:
-                self.store.forget_tokens(self._run, before_s=self._clock.wall_s())
+                self.store.forget_tokens(
+                    self._run, before_s=self._clock.wall_s(), to_version=head - self._policy.max_staleness
+                )
                 self.store.sweep(
                     self._run, since_version=self._swept, before_version=before, every=kept.every if kept else 0,
                     finals_before=oldest,

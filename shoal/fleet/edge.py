@@ -156,6 +156,7 @@ class Edge:
         self._seen.assigned(assignment.nonce, now_s, waited_s=now_s - session.waiting_since_s)
         self._nonces[device] = assignment.nonce
         self._stop_waiting(session)
+        session.has_arrived = False
         message = pb.FromEdge(assigned=self._assigned)
         message.assigned.token.CopyFrom(token)
         message.assigned.expires_s = assignment.expires_s
@@ -267,7 +268,6 @@ class Edge:
 
     def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
         self._check_ins += 1
-        self._seen.count("check_ins")
         device = check_in.device_id
         check_device_id(device)
         if why := needs(check_in, self._manifest, population=self._population):
@@ -288,7 +288,10 @@ class Edge:
         self._sessions[device] = session
         self._forget_lost_work(device)
         session.stays = check_in.stay
-        self._pace.arrived(1, self._clock.now_s())
+        if not session.has_arrived:
+            session.has_arrived = True
+            self._seen.count("check_ins")
+            self._pace.arrived(1, self._clock.now_s())
         if not session.stays and not session.waiting and self._num_waiting >= self._pace.pool:
             self._seen.count("told_later")
             low, high = self._again()

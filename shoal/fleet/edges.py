@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Protocol, runtime_checkable
 
-from shoal.errors import NetworkError, StoreError
+from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet import coordinator as c
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
@@ -151,6 +151,7 @@ class Edges:
         self._opened, self._is_open = (configuration, model), True
         self._holder = {nonce: held for nonce, held in self._holder.items() if held[1] >= configuration.base_version}
         for seat in self._seats.values():
+            seat.told_counted.intersection_update(self._holder)
             seat.edge.open_groups(configuration, model, taken=taken)
 
     def gather(self) -> None:
@@ -294,6 +295,7 @@ class Edges:
         held = self._holder.pop(nonce, None)
         if held is not None:
             held[0].open.discard(nonce)
+            held[0].told_counted.discard(nonce)
 
 
 class Grants:
@@ -327,6 +329,8 @@ class _Seat:
         self._edges, self.name, self.edge, self.coordinator, self.address = edges, name, edge, coordinator, address
         self.open: set[bytes] = set()
         """Updates in its present group."""
+        self.told_counted: set[bytes] = set()
+        """Those that it has said it added, while it may have them."""
 
     @property
     def is_present(self) -> bool:
@@ -347,7 +351,11 @@ class _Seat:
             self.coordinator.joined(nonce, version)
 
     def counted(self, nonce: bytes, version: int, staleness: int) -> None:
+        """Raises ProtocolError where it says so twice."""
         if self._edges.is_at(self, nonce):
+            if nonce in self.told_counted:
+                raise ProtocolError(f"Edge {self.name!r} says that it added one update twice.")
+            self.told_counted.add(nonce)
             if not staleness or self._edges.policy.late.kind != "patch":
                 self.open.add(nonce)
             self.coordinator.counted(nonce, version, staleness, edge=self.name)

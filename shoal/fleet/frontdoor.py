@@ -225,7 +225,9 @@ class Frontdoor:
         visit.told.device, visit.told.stays, visit.told.is_known = device, check_in.stay, True
         visit.runs = frozenset(fitting).difference(visit.refused) or frozenset(fitting)
         visit.check_in = essence(check_in)  # without `stay`: when it is through it is dealt out anew
-        self._pace.arrived(1, self._clock.now_s())
+        if not visit.told.has_arrived:
+            visit.told.has_arrived = True
+            self._pace.arrived(1, self._clock.now_s())
         if not check_in.stay and self._machine.num_idle >= self._pace.pool:
             self._say(t.Left(device))  # it may have waited, as one that stays
             low, high = self._pace.window(self._clock.now_s())
@@ -317,6 +319,7 @@ class Frontdoor:
         visit.told.send(message)
         if kind == "assigned":
             visit.token = message.assigned.token
+            visit.told.has_arrived = False
             self._say(t.Taken(visit.device))
         elif kind in ("counted", "refused", "released"):
             answer: pb.Counted | pb.Refused | pb.Released = getattr(message, kind)

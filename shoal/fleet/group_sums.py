@@ -77,6 +77,7 @@ class GroupSums:
         self._costs: dict[int, Costs] = {}
         self._broken: dict[int, str] = {}  # groups of which an addition broke off
         self._closed: tuple[int, ...] = ()
+        self._staleness: dict[bytes, int] = {}  # of members that were added, until their group closes
 
     def connect(self, round: Round) -> None:
         """Whom to tell of members. Called once, before the first event."""
@@ -117,19 +118,26 @@ class GroupSums:
             case g.CountMember(nonce, staleness):
                 assert self.configuration is not None
                 self.num_counted += 1
-                self.analytics.count("counted")
-                if staleness:
-                    self.analytics.count("patched" if self._patches else "discounted")
+                self._staleness[nonce] = staleness
                 self._round.counted(nonce, self.configuration.base_version, staleness)
             case g.ReleaseMember(nonce):
                 self.analytics.gone(nonce)
+                self._staleness.pop(nonce, None)
                 self._round.released(nonce)
             case g.Closed(groups):
                 self._closed = groups
                 for group in groups:
-                    self.analytics.closed(self.groups.members(group), self._now_s())
+                    self._told_of(self.groups.members(group))
                 self._keeper.closed()
         return None
+
+    def _told_of(self, members: tuple[bytes, ...]) -> None:
+        """A group closes: with it its members are counted."""
+        self.analytics.closed(members, self._now_s())
+        for nonce in members:
+            self.analytics.count("counted")
+            if self._staleness.pop(nonce, 0):
+                self.analytics.count("patched" if self._patches else "discounted")
 
     def begin_adding(self, group: int, costs: pb.Costs) -> None:
         """A member's costs, and a sum for the group if it has none yet. Comes before `add`."""

@@ -46,6 +46,7 @@ class Session:
         "_stream",
         "_writing",
         "device",
+        "has_arrived",
         "is_ended",
         "is_known",
         "stays",
@@ -56,6 +57,8 @@ class Session:
     def __init__(self, stream: Stream) -> None:
         self.device = ""
         """Its id; empty before it has checked in."""
+        self.has_arrived = False
+        """Its coming was counted for the pace, and it has had no work since: whoever checks in again and again is one device."""
         self.is_known = False
         """It has checked in, or holds an assignment."""
         self.is_ended = False

@@ -65,6 +65,13 @@ WAITING_NONCES: Final = (
     .join(GROUPS, (GROUPS.c.run_id == TOKENS.c.run_id) & (GROUPS.c.number == TOKENS.c.group_number))
     .where(TOKENS.c.run_id == _RUN, GROUPS.c.version.is_(None))
 )
+COUNTED_IN: Final = func.coalesce(
+    TOKENS.c.version,
+    select(GROUPS.c.version)
+    .where(GROUPS.c.run_id == TOKENS.c.run_id, GROUPS.c.number == TOKENS.c.group_number)
+    .scalar_subquery(),
+)
+"""The version that holds what a token counted; NULL while its group waits."""
 TAKE_GROUP: Final = Prepared(
     update(GROUPS).where(GROUPS.c.run_id == _RUN, GROUPS.c.number == _NUMBER, GROUPS.c.version.is_(None)), ["version"]
 )

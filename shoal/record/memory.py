@@ -437,15 +437,16 @@ class MemoryStore:
             if kept.state == "counted":
                 raise _checks.settled(nonce, "was counted and cannot be refused")
 
-    def forget_tokens(self, run_id: str, *, before_s: float) -> int:
+    def forget_tokens(self, run_id: str, *, before_s: float, to_version: int) -> int:
         with self._lock:
             run = self._to_write(run_id)
-            waiting = {*self.waiting_nonces(run_id)}
-            kept = {
-                nonce: token
-                for nonce, token in run.tokens.items()
-                if token[0].expires_s >= before_s or nonce in waiting
-            }
+
+            def stays(token: TokenRow, group: int) -> bool:
+                version = run.groups[group].version if group else token.version
+                is_settled = token.state == "refused" or (version is not None and version <= to_version)
+                return bool(token.expires_s >= before_s) or not is_settled
+
+            kept = {nonce: token for nonce, token in run.tokens.items() if stays(*token)}
             dropped, run.tokens = len(run.tokens) - len(kept), kept
             return dropped
 

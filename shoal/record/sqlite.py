@@ -372,11 +372,11 @@ class SqliteStore:
             if row is None:
                 sql.ADD[TOKENS].run(connection, {**values, "reason": reason})
 
-    def forget_tokens(self, run_id: str, *, before_s: float) -> int:
+    def forget_tokens(self, run_id: str, *, before_s: float, to_version: int) -> int:
         expired = (TOKENS.c.run_id == run_id, TOKENS.c.expires_s < before_s)
-        statement = delete(TOKENS).where(*expired, TOKENS.c.nonce.not_in(sql.WAITING_NONCES))
+        settled = (TOKENS.c.state == "refused") | sql.COUNTED_IN.between(0, to_version)
         with self._write(run_id) as connection:
-            return int(connection.execute(statement, {"run": run_id}).rowcount)
+            return int(connection.execute(delete(TOKENS).where(*expired, settled)).rowcount)
 
     def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:
         with self._write(run_id) as connection:

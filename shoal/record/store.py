@@ -388,8 +388,15 @@ class Store(Protocol):
         """
         ...
 
-    def forget_tokens(self, run_id: str, *, before_s: float) -> int:
-        """Drops tokens that have expired, but for those in groups that wait for a commit; returns how many."""
+    def forget_tokens(self, run_id: str, *, before_s: float, to_version: int) -> int:
+        """Drops tokens that have expired; returns how many.
+
+        Args:
+            run_id: The run.
+            before_s: Now, seconds of Unix time.
+            to_version: Of those counted only the ones in versions up to it go: a clock may be wrong, and what a later version holds
+                might be taken again. What waits in a group stays.
+        """
         ...
 
     def sweep(self, run_id: str, *, since_version: int, before_version: int, every: int, finals_before: int) -> int:

@@ -23,7 +23,7 @@ _WORDS: Final = {
     "server busy": "messages that the server could not take",
     "server failed": "messages that the server failed at (its log says why)",
     "commit failed": "updates lost with a commit that failed",
-    OTHER: "of kinds that too few devices had for them to be named",
+    OTHER: "errors of kinds that too few devices had for them to be named",
 }
 
 

@@ -4,6 +4,7 @@ Given the same members `Sequential` commits the same bits as a fleet (rule 7 of 
 rounding, many times faster. Both leave the sums of the cohort in an `Accumulator`; what follows is the fleet's own code.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -19,6 +20,8 @@ from shoal.simulate.cohort import MEND_DATA, MEND_UPDATE, Cohort, Stage
 from shoal.simulate.device_states import DeviceStates
 from shoal.simulate.fused import Fused
 from shoal.tensors import Tensors
+
+log = logging.getLogger("shoal.simulate")
 
 
 @dataclass(frozen=True)
@@ -136,5 +139,7 @@ class FusedCohorts:
         if members:
             try:
                 self._ahead = seed, self._stage.cohort(members, seed)
-            except DataError:
-                pass  # raised when its round has begun
+            except (
+                Exception
+            ):  # the round that trains is good; when the next begins its cohort is made again, and this raised
+                log.debug("the next cohort could not be made ready", exc_info=True)

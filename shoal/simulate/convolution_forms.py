@@ -35,8 +35,6 @@ _LETTERS: Final = "0123456789"
 _MOST_PATCHES: Final = 64
 """Slices that a convolution by patches may take; one with more is left to XLA."""
 _MOST_PATCH_BYTES: Final = 1 << 30
-_MANY_CHANNELS: Final = 16
-"""Channels on both sides from which Winograd's transformations of the operands cost less than the multiplications that they save."""
 _FEW_CHANNELS: Final = 4
 """Input channels up to which patches cost less than XLA's gathering of them."""
 
@@ -178,16 +176,25 @@ def _single(x_NSC: Array, w_KCO: Array, window: Window, params: dict[str, Any]) 
 def _of_two_dims(x_NSC: Array, w_KCO: Array, window: Window, params: dict[str, Any]) -> Array | None:
     """A form that is faster than XLA's own; None where there is none."""
     *sizes, channels, outputs = w_KCO.shape
-    plain = len(sizes) == 2 and x_NSC.dtype == jnp.float32 and params["preferred_element_type"] in (None, jnp.float32)
+    counts = window.outputs(x_NSC.shape[1:-1], sizes)
+    plain = (
+        len(sizes) == 2
+        and math.prod(counts) > 0
+        and len(x_NSC) > 0
+        and x_NSC.dtype == jnp.float32
+        and params["preferred_element_type"] in (None, jnp.float32)
+    )
     if not plain or set(window.strides + window.lhs_dilation + window.rhs_dilation) != {1}:
         return None
-    if tuple(sizes) == (3, 3) and min(channels, outputs) >= _MANY_CHANNELS:
+    if tuple(sizes) == (3, 3) and winograd.is_faster(counts, channels, outputs):
         return winograd.convolution(x_NSC, w_KCO, window.padding)
-    if channels <= _FEW_CHANNELS and math.prod(sizes) <= _MOST_PATCHES:
+    if math.prod(sizes) > _MOST_PATCHES:
+        return None
+    num_patches = len(x_NSC) * math.prod(sizes)
+    if channels <= _FEW_CHANNELS and num_patches * math.prod(counts) * channels * 4 <= _MOST_PATCH_BYTES:
         return _by_patches(x_NSC, w_KCO, window, params)
-    if outputs <= 2 * _FEW_CHANNELS and all(
-        pad == (size - 1,) * 2 for pad, size in zip(window.padding, sizes, strict=True)
-    ):
+    is_full = all(pad == (size - 1,) * 2 for pad, size in zip(window.padding, sizes, strict=True))
+    if is_full and outputs <= 2 * _FEW_CHANNELS:
         return _spread(x_NSC, w_KCO, params)
     return None
 

@@ -200,6 +200,7 @@ def go_on(
                 result = engine.measured_at_last(result)
             history.append(result)
             on_round(result)
+        engine.sweeping.after(engine.head.version, is_over=True)
     except BaseException as error:
         stopped = isinstance(error, KeyboardInterrupt)
         store.set_status(run_id, "stopped" if stopped else "failed", time_s=time.time())
@@ -367,7 +368,7 @@ class _Engine:
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
         metrics |= self.measure() if self.measuring.is_due(row.version, last=self.last) else {}
-        self.sweeping.after(row.version, is_last=row.version == self.last)
+        self.sweeping.after(row.version)
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
     def cohort(self, number: int, version: int) -> tuple[Configuration, tuple[str, ...]]:

@@ -28,6 +28,8 @@ WORTH: Final = 20
 """A trial is made where the run is expected to take so many times as long as a trial does."""
 COMPILE_S: Final = 3.0
 """What the compilation of one candidate is taken to cost."""
+FORMS: Final = 2
+"""Goes up when operations are computed otherwise than before (`convolutions.py`, `outer_products.py`): trials are made again then."""
 MOST_TOGETHER: Final = 32
 """Members that a CPU trains at once, at most: memory does not grow with the cohort."""
 MOST_TOGETHER_ELSEWHERE: Final = 256
@@ -144,7 +146,7 @@ def cache(key: str, layout: Layout) -> None:
 def key_of(manifest: Manifest, members: int) -> str:
     """What a trial's result is good for: these programs, a cohort of that size, this machine and JAX."""
     programs = sorted(program.hash for program in manifest.programs if program.name in ("begin", "block", "finish"))
-    here = [jax.__version__, jax.default_backend(), len(jax.devices()), os.cpu_count()]
+    here = [FORMS, jax.__version__, jax.default_backend(), len(jax.devices()), os.cpu_count()]
     return sha256(json.dumps([programs, members, here]).encode())
 
 

@@ -47,7 +47,9 @@ def _equation(equation: JaxprEqn) -> JaxprEqn | None:
 def _supported(lhs: Any, rhs: Any, result: Any, *, params: dict[str, Any]) -> bool:
     if jax.default_backend() != "cpu" or not replaced.is_whole(params["out_sharding"]):
         return False
-    (contracted, _), _ = params["dimension_numbers"]
+    (contracted, other), (batch, _) = params["dimension_numbers"]
+    if batch or tuple(contracted) != (0,) or tuple(other) != (0,):  # the gradient of a kernel contracts the examples
+        return False
     rows = [lhs.aval.shape[dim] for dim in contracted]
     plain = lhs.aval.dtype == rhs.aval.dtype == jnp.float32 and params["preferred_element_type"] in (None, jnp.float32)
     return plain and len(rows) == 1 and 1 <= rows[0] <= MOST_ROWS and result.aval.size >= LEAST_RESULT
@@ -55,6 +57,7 @@ def _supported(lhs: Any, rhs: Any, result: Any, *, params: dict[str, Any]) -> bo
 
 def _sum(lhs: Array, rhs: Array, **params: Any) -> Array:
     ((row,), (other_row,)), (batch, other_batch) = params["dimension_numbers"]
+    lhs, rhs = lax.optimization_barrier((lhs, rhs))  # else what they are made of may be made again for each element
     lhs, rhs = _in_front(lhs, row, batch), _in_front(rhs, other_row, other_batch)
     count = len(batch)
     free, other_free = lhs.ndim - 1 - count, rhs.ndim - 1 - count

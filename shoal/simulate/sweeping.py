@@ -2,6 +2,7 @@
 
 from typing import Final
 
+from shoal.aggregate.server_rule import slots
 from shoal.plan.manifest import Manifest
 from shoal.record.retention import Retention
 from shoal.record.store import Store
@@ -17,16 +18,17 @@ class Sweeping:
     def __init__(self, store: Store, run_id: str, kept: Retention | None, manifest: Manifest) -> None:
         """`kept`: None keeps all."""
         self._store, self._run_id, self._kept = store, run_id, kept
-        version_bytes = sum(spec.size_bytes for spec in manifest.broadcast)
+        copies = 1 + len(slots(manifest.server.rule))  # what the server keeps beside each tensor
+        version_bytes = copies * sum(spec.size_bytes for spec in manifest.broadcast)
         self._at_once = max(1, min(MOST_AT_ONCE, AT_ONCE_BYTES // max(1, version_bytes)))
         self._swept = 0
 
-    def after(self, version: int, *, is_last: bool) -> None:
-        """A version was committed."""
+    def after(self, version: int, *, is_over: bool = False) -> None:
+        """A version was committed, or the run is over."""
         if self._kept is None:
             return
         before = max(0, version + 1 - self._kept.recent)
-        if before - self._swept >= (1 if is_last else self._at_once):
+        if before - self._swept >= (1 if is_over else self._at_once):
             with self._store.settling:
                 self._store.sweep(
                     self._run_id, since_version=self._swept, before_version=before, every=self._kept.every,

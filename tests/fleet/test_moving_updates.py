@@ -8,7 +8,7 @@ import pytest
 
 from shoal.aggregate.commit import WeightedMean
 from shoal.clock import SystemClock
-from shoal.errors import NetworkError
+from shoal.errors import NetworkError, ProtocolError
 from shoal.fleet import remote_edge
 from shoal.fleet.configuration import configure
 from shoal.fleet.coordinator import Coordinator
@@ -221,3 +221,19 @@ def test_sums_with_updates_that_are_not_its_own_cost_an_edge_its_stream(nonces: 
         assert fleet.edges.names == ("a",)
 
     asyncio.run(test())
+
+
+@toy.in_loop
+async def test_an_edge_that_adds_an_update_twice_is_caught_before_the_round_hears_of_it() -> None:
+    fleet = Fleet("a")
+    fleet.coordinator.may_answer.set()
+    await fleet.ask("a")
+    edge, counted = fleet.edge["a"], pb.Event(counted=pb.Counted(nonce=NONCE, version=0, staleness=0))
+    edge.hear(pb.Event(joined=pb.Joined(nonce=NONCE, version=0)))
+    edge.hear(counted)
+    with pytest.raises(ProtocolError, match="twice"):
+        edge.hear(counted)
+    edge.hear(pb.Event(released=NONCE))
+    await fleet.ask("a")
+    edge.hear(pb.Event(joined=pb.Joined(nonce=NONCE, version=0)))
+    edge.hear(counted)

@@ -108,3 +108,14 @@ async def test_a_device_that_comes_and_goes_takes_part_in_round_after_round() ->
         fleet.start(device)
         await fleet.tasks[0]
     assert fleet.members == [0, 1, 1, 1]
+
+
+@toy.in_loop
+async def test_one_device_that_checks_in_again_and_again_is_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    came: list[int] = []
+    monkeypatch.setattr(Pace, "arrived", lambda self, count, now_s: came.append(count))
+    async with toy.fleet(toy.plan(RoundPolicy(goal=10, minimum_group=1))) as fleet, toy.peer(fleet.link) as peer:
+        for _ in range(50):
+            await peer.check_in(stay=True)
+        await peer.say(ping=pb.Ping())
+        assert (await peer.hear())[0] == "ping" and came == [1]

@@ -153,8 +153,21 @@ def test_runs_have_nonces_of_their_own(store: Store) -> None:
 def test_expired_tokens_are_forgotten(store: Store) -> None:
     with_initial(store)
     store.commit("run", commit_row(store, 1), round=round_row(), counted=[(b"a", 1.0), (b"b", 2.0)])
-    assert store.forget_tokens("run", before_s=2.0) == 1
+    assert store.forget_tokens("run", before_s=2.0, to_version=99) == 1
     assert store.token("run", b"a") is None and store.token("run", b"b") is not None
+
+
+def test_what_recent_versions_hold_is_known_whatever_the_clock_says(store: Store) -> None:
+    with_initial(store)
+    number = store.add_group("run", group_row(), counted=[(b"in a group", 1.0)])
+    store.refuse("run", b"refused", reason="late", expires_s=1.0)
+    store.commit(
+        "run", commit_row(store, 1), round=round_row(), groups=[group_row(number=number)], counted=[(b"direct", 1.0)]
+    )
+    assert store.forget_tokens("run", before_s=1e9, to_version=0) == 1
+    assert store.token("run", b"refused") is None
+    assert store.token("run", b"direct") is not None and store.token("run", b"in a group") is not None
+    assert store.forget_tokens("run", before_s=1e9, to_version=1) == 2
 
 
 def test_a_group_waits_for_its_commit__invariant_2(store: Store) -> None:
@@ -177,10 +190,10 @@ def test_a_group_waits_for_its_commit__invariant_2(store: Store) -> None:
 def test_who_is_in_a_group_that_waits_is_known_however_long_it_waits(store: Store) -> None:
     with_initial(store)
     number = store.add_group("run", group_row(), counted=[(b"a", 1.0)])
-    assert store.forget_tokens("run", before_s=9.0) == 0
+    assert store.forget_tokens("run", before_s=9.0, to_version=99) == 0
     assert store.waiting_nonces("run") == [b"a"]
     store.commit("run", commit_row(store, 1), round=round_row(), groups=[group_row(number=number)])
-    assert store.forget_tokens("run", before_s=9.0) == 1
+    assert store.forget_tokens("run", before_s=9.0, to_version=99) == 1
 
 
 def test_sums_are_kept_while_they_may_be_wanted(store: Store) -> None:
@@ -455,7 +468,7 @@ def test_sweeping_leaves_alone_what_is_asked_for(store: Store) -> None:
     assert [group.number for group in store.groups("run")] == [1, 2, 3, late]
     token = store.token("run", b"\1")
     assert token is not None and token.version == 1
-    store.forget_tokens("run", before_s=50.0)
+    store.forget_tokens("run", before_s=50.0, to_version=99)
     store.sweep("run", since_version=0, before_version=3, every=0, finals_before=0)
     assert [group.number for group in store.groups("run")] == [3, late]
     assert store.blobs.has(store.groups("run", waiting=True)[0].sums_root)

@@ -49,7 +49,7 @@ def do(store: Store, call: Call) -> object:
         "group": lambda: store.add_group("run", group_row(base_version=last), counted=counted),
         "commit": lambda: _commit(store, last + 1 + number // 4, number + 1, counted, groups),
         "refuse": lambda: store.refuse("run", bytes([number]), reason="late", expires_s=float(number)),
-        "forget": lambda: store.forget_tokens("run", before_s=float(number)),
+        "forget": lambda: store.forget_tokens("run", before_s=float(number), to_version=99),
         "log": lambda: store.log("run", [metric_row(version=number)]),
         "take_up": lambda: take_up(store, "run", time_s=3.0),
     }

@@ -54,7 +54,7 @@ def writes(store: Store) -> dict[str, Callable[[], object]]:
         "forget_sums": lambda: store.forget_sums("run", before_version=1),
         "commit": lambda: store.commit("run", commit_row(store, 1), round=round_row(1), counted=[(b"m", 1.0)]),
         "refuse": lambda: store.refuse("run", b"r", reason="late", expires_s=1.0),
-        "forget_tokens": lambda: store.forget_tokens("run", before_s=9.0),
+        "forget_tokens": lambda: store.forget_tokens("run", before_s=9.0, to_version=99),
         "sweep": lambda: store.sweep("run", since_version=0, before_version=1, every=0, finals_before=0),
         "log": lambda: store.log("run", [metric_row()]),
         "add_usage": lambda: store.add_usage("run", [usage_row()]),

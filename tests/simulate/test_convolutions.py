@@ -13,13 +13,15 @@ from flax import linen, nnx
 from jax import lax
 
 import shoal
-from shoal.simulate import convolution_forms
+from shoal.simulate import convolution_forms, winograd
 from shoal.simulate.convolutions import faster_convolutions
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"channels": 5},
     "few channels": {"padding": ((1, 0), (0, 1))},
     "three by three": {"kernel": (3, 3), "channels": 16, "outputs": 17, "padding": ((1, 1), (0, 2)), "examples": 3},
+    "nothing": {"kernel": (3, 3), "channels": 16, "outputs": 16, "size": (6, 2)},
+    "nothing of few channels": {"kernel": (3, 3), "size": (2, 5)},
     "three by three, cut": {
         "kernel": (3, 3), "channels": 16, "outputs": 16, "padding": ((-1, 1), (0, -1)),
     },
@@ -114,6 +116,11 @@ def assert_close(got: Any, expected: Any, *, rtol: float = 2e-5) -> None:
         )
 
 
+@pytest.fixture(autouse=True)
+def small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "MANY_TILES", 1)
+
+
 SLOW = ("uneven", "both dilations", "one by one", "1-D depthwise", "3-D groups", "channels first")
 
 
@@ -122,6 +129,13 @@ def test_result_and_gradients_of_members_are_those_of_xla(name: str) -> None:
     fn, x, w = case(**CASES[name], members=2)
     run = both(jax.vmap(results(faster_convolutions(fn))), jax.vmap(results(reference(fn))))
     assert_close(*run(x, w))
+
+
+def test_small_images_and_large_windows_are_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "MANY_TILES", 144)
+    for changes in ({**CASES["three by three"], "size": (9, 9)}, {"size": (20, 20), "kernel": (9, 9)}):
+        fn, x, w = case(**changes)
+        assert "stablehlo.convolution" in jax.jit(faster_convolutions(fn)).lower(x, w).as_text()
 
 
 @pytest.mark.parametrize("name", ["few channels", "three by three"])

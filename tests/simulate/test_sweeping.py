@@ -60,13 +60,22 @@ def test_a_run_taken_up_keeps_what_it_was_to_keep() -> None:
     assert kept_versions(store) == [0, 6, 7]
 
 
+def test_a_run_that_ends_early_is_swept_too() -> None:
+    store = MemoryStore()
+    rule = shoal.StopWhen("train/loss", patience=1, least=1e9)
+    made = simulate(
+        task(), population(), rounds=9, store=store, backend="sequential", retention=Retention(recent=1), stop_when=rule
+    )
+    assert made.stopped_early and made.version < 9 and kept_versions(store) == [0, made.version]
+
+
 def test_small_versions_go_many_at_a_time_and_the_last_leaves_none() -> None:
     store, seen = MemoryStore(), list[int]()
     simulate(
         task(), population(), rounds=5, store=store, backend="sequential", retention=Retention(recent=1),
         on_round=lambda result: seen.append(len(kept_versions(store))),
     )  # fmt: skip
-    assert seen == [2, 3, 4, 5, 2]
+    assert seen == [2, 3, 4, 5, 6] and kept_versions(store) == [0, 5]
 
 
 def test_what_is_to_be_kept_needs_a_folder(tmp_path: Path) -> None:
