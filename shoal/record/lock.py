@@ -33,7 +33,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             file.seek(0)
             who = file.read().strip() or "unknown"
             raise StoreError(
-                f"The run in {folder} is being written by another process (number {who}). End it first, or use another folder."
+                f"The run in {folder} is being written by another process (number {who}). End it first, or use another "
+                "folder. (A host that its Edges have started again tells in the folder's host.log how it goes.)"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))
