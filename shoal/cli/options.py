@@ -41,7 +41,12 @@ Late = Annotated[
 ]
 Buffer = Annotated[
     int | None,
-    typer.Option("--buffer", min=0, help="Asynchronous: commit every so many updates (with --late discount:…).", show_default=AS_THE_TASK_SAYS),
+    typer.Option(
+        "--buffer",
+        min=0,
+        help="Asynchronous: commit every so many updates (with --late discount:…).",
+        show_default=AS_THE_TASK_SAYS,
+    ),
 ]
 Concurrency = Annotated[
     int | None,

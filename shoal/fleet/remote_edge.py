@@ -253,6 +253,15 @@ class _Sums:
         for group in closed.groups:
             if len(group.nonces) != len(group.expires_s) or len(group.nonces) != group.members:
                 raise ProtocolError(f"Expected the nonces of {group.members} members, got {len(group.nonces)}.")
+            most, present = manifest.training.max_weight, configuration.base_version
+            if not group.members <= group.weight <= group.members * most:
+                raise ProtocolError(
+                    f"Expected {group.members} members to weigh 1 to {most} each, got {group.weight} together."
+                )
+            if not 0 <= present - group.base_version <= manifest.server.rounds.max_staleness:
+                raise ProtocolError(
+                    f"Expected a group of version {present} or one that may be late for it, got one of {group.base_version}."
+                )
             sums = configuration.accumulator(manifest)
             sums.members, sums.weight = group.members, group.weight
             counted = tuple(zip(group.nonces, group.expires_s, strict=True))

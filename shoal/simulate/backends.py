@@ -5,6 +5,7 @@ rounding, many times faster. Both leave the sums of the cohort in an `Accumulato
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -118,8 +119,9 @@ class FusedCohorts:
         self._ahead: tuple[bytes, Cohort] | None = None
 
     def train(self, round: Cohorts, root: str, model: Tensors) -> Trained:
-        members = round.members
+        members, begun = round.members, time.perf_counter()
         cohort = self._cohort(round.configuration.seed, members)
+        staged_s = time.perf_counter() - begun
         version = round.configuration.base_version
         self._states.settle(version)
         attempt = Attempt(round, cohort, [self._states.read(member) for member in members], root, model)
@@ -129,7 +131,8 @@ class FusedCohorts:
         with self._states.writing(version + 1) as keep:
             for member, state in zip(members, kept, strict=True):
                 keep(member, state)
-        return Trained(sums, self._fused.take_seconds())
+        seconds = self._fused.take_seconds()
+        return Trained(sums, {**seconds, "data": seconds.get("data", 0.0) + staged_s})
 
     def _cohort(self, seed: bytes, members: tuple[str, ...]) -> Cohort:
         ahead, self._ahead = self._ahead, None
@@ -139,7 +142,6 @@ class FusedCohorts:
         if members:
             try:
                 self._ahead = seed, self._stage.cohort(members, seed)
-            except (
-                Exception
-            ):  # the round that trains is good; when the next begins its cohort is made again, and this raised
+            except Exception:
+                # The round that trains is good. When the next begins its cohort is made again, and what is wrong is raised then.
                 log.debug("the next cohort could not be made ready", exc_info=True)
