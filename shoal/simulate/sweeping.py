@@ -2,7 +2,6 @@
 
 from typing import Final
 
-from shoal.aggregate.server_rule import slots
 from shoal.plan.manifest import Manifest
 from shoal.record.retention import Retention
 from shoal.record.store import Store
@@ -10,6 +9,8 @@ from shoal.record.store import Store
 AT_ONCE_BYTES: Final = 64 << 20
 """Old versions lie about until they are as large as this, or as many as `MOST_AT_ONCE`."""
 MOST_AT_ONCE: Final = 1000
+COPIES: Final = 3
+"""Of the model in a version, at most: a server rule may keep two tensors beside each."""
 
 
 class Sweeping:
@@ -18,8 +19,7 @@ class Sweeping:
     def __init__(self, store: Store, run_id: str, kept: Retention | None, manifest: Manifest) -> None:
         """`kept`: None keeps all."""
         self._store, self._run_id, self._kept = store, run_id, kept
-        copies = 1 + len(slots(manifest.server.rule))  # what the server keeps beside each tensor
-        version_bytes = copies * sum(spec.size_bytes for spec in manifest.broadcast)
+        version_bytes = COPIES * sum(spec.size_bytes for spec in manifest.broadcast)
         self._at_once = max(1, min(MOST_AT_ONCE, AT_ONCE_BYTES // max(1, version_bytes)))
         self._swept = 0
 

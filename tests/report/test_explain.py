@@ -49,7 +49,7 @@ def test_an_abandoned_round_says_what_failed_first_and_where() -> None:
         "What failed first, 0.5 s after it was opened, while selecting, at Edge north: connections lost by devices with work in "
         "hand: 12.",
         "Then, from 4 s on, while reporting: devices that gave up (training): 9.",
-        "At times that are not told: of kinds that too few devices had for them to be named: 2.",
+        "At times that are not told: errors of kinds that too few devices had for them to be named: 2.",
     ]
     document = made.to_json()
     assert [failure["kind"] for failure in document["failures"]] == ["stream broke", "gave up training", "other"]
