@@ -148,12 +148,15 @@ def _choose_layout(config: str, folder: Path) -> None:
     """A run that means to be long keeps the layout that its trial finds for the next; it ends where it would wait for its turn."""
     given = {"config": config, "rounds": 100_000, "data": folder, "seed": 0, "turn": 1, "evaluate-every": 100_000}
     words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
-    chosen = subprocess.run(
-        [*OURS.command(), *words], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT,
-        timeout=SESSION_S,
-    )  # fmt: skip
-    if NOBODY not in chosen.stderr:
-        raise SystemFailed(f"The layout of {config} could not be chosen: {chosen.stderr[-500:]}")
+    try:
+        told = subprocess.run(
+            [*OURS.command(), *words], check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT,
+            timeout=SESSION_S,
+        ).stderr  # fmt: skip
+    except subprocess.TimeoutExpired:
+        told = f"it took more than {SESSION_S:g} s"
+    if NOBODY not in told:
+        print(f"# {config}: no layout was chosen, ours has its default: {told[-300:]}", flush=True)
 
 
 def _arguments(config: str, system: System, pairs: int, seed: int, folder: Path) -> list[str]:

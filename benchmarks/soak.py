@@ -9,7 +9,7 @@ The two run side by side, each on a core of its own; the whole takes about 25 mi
 S1: over the second half of each part memory (resident, and what of it is no file's), open files and the time of a round are flat, and the record
 grows by no more than the row of each version that a line keeps for ever. Flat: the line of least squares rises by at most 2 % of the
 mean of the half (files not at all; round time 10 %, and as much as is certain: the machine's speed changes too, so two standard errors
-of the line through ten means, whose spread has the slow changes in it, are taken off; both are told). A minute of either, as `--quick` runs it, shows that it works, no more.
+of the line through ten means, whose spread has the slow changes in it, are taken off, unless they are 20 % or more; both are told). A minute of either, as `--quick` runs it, shows that it works, no more.
 """
 
 import gc
@@ -100,7 +100,7 @@ class Samples:
             whole = 1000.0 * slope if name == "record_kb" else slope * (rounds[-1] - rounds[0]) / rows[:, column].mean()
             made["record_bytes" if name == "record_kb" else name] = float(whole)
         noise = 2.0 * _standard_error(rounds, rows[:, -1]) * (rounds[-1] - rounds[0]) / rows[:, -1].mean()
-        if noise > 2.0 * MOST_RISE["round_ms"]:  # nothing can be said of it
+        if noise >= 2.0 * MOST_RISE["round_ms"]:  # so uncertain a rise is taken as it is seen
             noise = 0.0
         return made | {"round_ms": made["round_ms"] - noise, "round_ms_seen": made["round_ms"]}
 

@@ -28,6 +28,7 @@ EPILOG = options.examples(
     "shoal simulate examples/fashion.py --virtual examples/population.toml --hours 3 --late patch:5",
     "shoal simulate task.py --data visits.parquet --user-column patient --rounds 10",
     "shoal simulate task.py --data name:digits --users 100 --leave-out 0.2 --rounds 200 --stop-when left_out/accuracy:patience=20",
+    "shoal simulate task.py --data name:digits --rounds 2000 --keep 100:1000",
     "shoal simulate --data users/ --run runs/2026-01-31-digits --resume --rounds 40",
 )
 

@@ -292,7 +292,7 @@ class Frontdoor:
     async def _pump(self, visit: _Visit, inner: _Inner) -> None:
         try:
             await self._hear_all(visit, inner)
-        except Exception:  # our bug; it ends this session and nothing else
+        except Exception:  # a bug of shoal; it ends this device's stream and nothing else
             log.exception("the session of a device with its run has failed")
             visit.told.end()
 

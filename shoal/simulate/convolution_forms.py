@@ -5,7 +5,7 @@ and channels last (`b01f_01io->b01f`). Any other order it brings into this one o
 `fori_loop` it falls back to plain loops, up to 60 times slower, and the gradients of a convolution are in other orders. So
 `on_cpu` brings each convolution into this order by transposes of its own, which cost a few per cent. Better still, or what remains slow:
 
-* Windows of 3 x 3 with channels enough: `winograd.py`, half to three quarters of the time.
+* Windows of 3 x 3 on large images with channels enough: `winograd.py`, half to three quarters of the time.
 * Few input channels: patches and one matrix product. Few output channels of a gradient: the product first, then its shifted sum.
 * Three and more spatial dims: the leading ones are folded into the channels until two remain.
 * Groups and members: one convolution after another, in a loop; each is large enough.
@@ -211,9 +211,8 @@ def _spread(x_NSC: Array, w_KCO: Array, params: dict[str, Any]) -> Array:
         pads = [(size - 1 - k, k, 0) for k, size in zip(at, sizes, strict=True)]
         part = lax.pad(made[(..., *at, slice(None))], zero, [(0, 0, 0), *pads, (0, 0, 0)])
         total = part if total is None else total + part
-    return lax.optimization_barrier(
-        total
-    )  # else pooling's gradient would have it computed for each place of its windows
+    # Without the barrier pooling's gradient would have the sum computed for each place of its windows.
+    return lax.optimization_barrier(total)
 
 
 def _cut(x_NSC: Array, window: Window) -> tuple[Array, Window]:
