@@ -1,13 +1,13 @@
 """The cache by itself: miss ratios against libCacheSim, miniature caches against full ones, and the speed of hits.
 
 K1: ids one by one, no blocks, no prefetch, 1, 5 and 20 % of the distinct ids. K2: block reads predicted by miniature caches of 300
-entries or more (the mean of three, each of which keeps a share of the blocks), against a full replay; and what their choice of setting costs. K3: batches
+entries or more (the mean of three, each of which keeps a share of the blocks, 8 to 40 %: tables of the generator's own size), against a full
+replay; and what their choice of setting costs. K3: batches
 of 4,096 uniform ids, all of them held by a cache of 64 MB (524,288 vectors of 128 B), through the store's own lookup, against
 `numpy.take` of the same rows, interleaved.
 """
 
 import json
-import os
 import subprocess
 import tempfile
 import time
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.embed_data import PER_BLOCK, VECTOR_BYTES, Case, cases
-from benchmarks.frame import Goal, percentile_interval, run, table
+from benchmarks.frame import PEERS, Goal, percentile_interval, run, table
 from shoal.embed import kernel
 from shoal.embed._compiled import compiled
 from shoal.embed.cache import POLICIES, Cache, State, admit, probe, touch
@@ -29,13 +29,11 @@ from shoal.embed.placement import depth_above
 from shoal.embed.simulate import replay
 from shoal.errors import DataError
 
-PEERS = Path(os.environ.get("SHOAL_PEERS", Path.home() / ".cache" / "shoal" / "peers"))
-
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     found = cases(0.05 if quick else 0.1, (1,) if quick else (1, 3, 6))
     parity = _parity(found[:1] if quick else found)
-    miniature = _miniature(cases(0.2, (1, 2, 3)) if not quick else found[:1])
+    miniature = _miniature(cases(1.0, (1, 2, 3)) if not quick else found[:1])
     hits = _hits(40 if quick else 400)
     why = "it needs all traces" if quick else ""
     off = (

@@ -3,33 +3,35 @@
 Both get the queries of training (hyperedges of two or more vectors) and blocks of 32 that may not overflow: Mt-KaHyPar
 with k = ceil(n / 32) and no imbalance (preset DEFAULT for quality; LARGE_K, its fastest for many blocks, for time), one thread each.
 `paper` is SHP with the paper's settings, `ours` is `Settings(multilevel=True, passes=2)`. A rival that does not end within its limit is stopped; where it
-was stopped, its time is at least that limit. Without the package `mtkahypar` the goals are not judged.
+was stopped, its time is at least that limit. It runs in an environment of its own (`benchmarks/peers/setup.sh mtkahypar`); without
+that the goals are not judged.
 """
 
-import importlib.util
+import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.embed_data import PER_BLOCK, case, real_trace
-from benchmarks.frame import Goal, run, table
+from benchmarks.frame import PEERS, Goal, run, table
 from shoal.embed.generator import TableKind, generate, tables
 from shoal.embed.partition import Settings, fanout, partition
 from shoal.embed.trace import Trace
+from shoal.errors import DataError
 
 PAPER, OURS = Settings(iterations=20), Settings(multilevel=True, passes=2)
 QUALITY_LIMIT_S, SPEED_LIMIT_S = 150.0, 300.0
+PYTHON = PEERS / "mtkahypar" / "bin" / "python"
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
-    has_rival = importlib.util.find_spec("mtkahypar") is not None
+    has_rival = PYTHON.exists()
     if not has_rival:
-        print("mtkahypar is not installed: no goal can be judged")
+        print(f"mtkahypar is not installed in {PEERS} (benchmarks/peers/setup.sh mtkahypar): no goal can be judged")
     quality = [] if not has_rival else [_quality(name, trace) for name, trace in _small(quick)]
     names = ["trace", "vectors", "pins", "paper", "ours", "mtkahypar", "paper s", "ours s", "mtkahypar s"]
     table(names, [[row[name] for name in names] for row in quality])
@@ -91,44 +93,25 @@ def _speed() -> dict[str, Any]:
 
 def _rival(trace: Trace, preset: str, limit_s: float) -> tuple[np.ndarray | None, float]:
     """The rival's blocks, (rows,), and its seconds without building its input; None and the limit where it was stopped."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_run_rival, args=(sender, trace.indptr, trace.ids, trace.num_rows, preset))
-    child.start()
-    try:
-        ready = receiver.poll(600) and receiver.recv()
-        if ready and receiver.poll(limit_s):
-            made: tuple[np.ndarray, float] = receiver.recv()
-            return made
-        return None, limit_s
-    except EOFError:
-        return None, float("nan")
-    finally:
-        child.kill()
-        child.join()
-
-
-def _run_rival(sender: Connection, indptr: np.ndarray, ids: np.ndarray, num_rows: int, preset: str) -> None:
-    import mtkahypar
-
-    seen = np.flatnonzero(np.bincount(ids, minlength=num_rows))
-    local = np.full(num_rows, -1, np.int64)
-    local[seen] = np.arange(len(seen))
-    queries = [np.unique(local[ids[a:b]]).tolist() for a, b in pairwise(indptr)]
-    edges = [query for query in queries if len(query) > 1]
-    machine = mtkahypar.initialize(1)
-    mtkahypar.set_seed(0)
-    settings = machine.context_from_preset(getattr(mtkahypar.PresetType, preset))
-    settings.set_partitioning_parameters(-(-len(seen) // PER_BLOCK), 0.0, mtkahypar.Objective.KM1)
-    settings.logging = False
-    graph = machine.create_hypergraph(settings, len(seen), len(edges), edges)
-    sender.send(True)
-    begun = time.perf_counter()
-    found = graph.partition(settings)
-    seconds = time.perf_counter() - begun
-    block_of = np.zeros(num_rows, np.int64)
-    block_of[seen] = [found.block_id(vector) for vector in range(len(seen))]
-    sender.send((block_of, seconds))
+    script = Path(__file__).parent / "peers" / "blocks.py"
+    with tempfile.TemporaryDirectory() as folder:
+        given, made = Path(folder) / "given.npz", Path(folder) / "made.npz"
+        np.savez(given, indptr=trace.indptr, ids=trace.ids, rows=trace.num_rows, per_block=PER_BLOCK)
+        with subprocess.Popen(
+            [str(PYTHON), str(script), str(given), preset, str(made)], stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout
+            while (line := child.stdout.readline()) and line.strip() != "ready":  # what the rival itself says
+                pass
+            try:
+                child.wait(limit_s if line else None)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                return None, limit_s
+        if child.returncode:
+            raise DataError(f"mtkahypar failed with {child.returncode}")
+        with np.load(made) as found:
+            return found["block_of"], float(found["seconds"])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is counted as an LRU of 4 KiB pages of the same bytes (random advice: a fault re
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.embed_data import PER_BLOCK, VECTOR_BYTES
-from benchmarks.frame import Goal, run, table
+from benchmarks.frame import PEERS, Goal, run, table
 from shoal.embed import Cache, EmbeddingStore, Layout, TableSpec, Trace
 from shoal.embed.devices import DEVICES, replay_latency
 from shoal.embed.generator import generate, tables
@@ -29,7 +28,6 @@ from shoal.embed.placement import place
 from shoal.embed.simulate import replay
 from shoal.errors import DataError
 
-PEERS = Path(os.environ.get("SHOAL_PEERS", Path.home() / ".cache" / "shoal" / "peers"))
 SHARE = 0.20
 MAP_BYTES = 9.25
 """Of shoal's map, a row."""

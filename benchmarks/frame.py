@@ -6,6 +6,7 @@ why, and carries the last full figure. A benchmark is never a test.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import time
@@ -19,6 +20,8 @@ import numpy as np
 from shoal.record.provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
+PEERS = Path(os.environ.get("SHOAL_PEERS", Path.home() / ".cache" / "shoal" / "peers"))
+"""Where `peers/setup.sh` puts the rivals' environments, one each."""
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from typing import Any
 
 import psutil
 
+from benchmarks.frame import PEERS
 from shoal.errors import ShoalError
 
 ROOT = Path(__file__).parent.parent
-PEERS = Path(os.environ.get("SHOAL_PEERS", Path.home() / ".cache" / "shoal" / "peers"))
 SCRIPTS = Path(__file__).parent / "peers" / "simulation"
 MIB = 1 << 20
 

@@ -8,8 +8,10 @@ The two run side by side, each on a core of its own; the whole takes about 25 mi
 
 S1: over the second half of each part memory (resident, and what of it is no file's), open files and the time of a round are flat, and the record
 grows by no more than the row of each version that a line keeps for ever. Flat: the line of least squares rises by at most 2 % of the
-mean of the half (files not at all; round time 10 %, and as much as is certain: the machine's speed changes too, so two standard errors
-of the line through ten means, whose spread has the slow changes in it, are taken off, unless they are 20 % or more; both are told). A minute of either, as `--quick` runs it, shows that it works, no more.
+mean of the half (files not at all; round time 10 %). The machine's speed changes too, by a quarter within minutes: a process beside
+(`soak_clock.py`) does the same little work twice a second, arithmetic and commits of a database, and the time of a round is divided
+by what that took meanwhile. What is certain counts: two standard errors of the line through ten means, whose spread has the slow
+changes in it, are taken off, unless they are 20 % or more; all is told. A minute of either, as `--quick` runs it, shows that it works, no more.
 """
 
 import gc
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -63,17 +66,21 @@ class Sample:
     record_kb: float
     round_ms: float
     """Mean of those since the sample before."""
+    clock_ms: float
+    """Mean of what the work beside took meanwhile."""
+    pace: float
+    """The one over the other: the time of a round whatever the machine's speed."""
 
 
-WHAT: Final = ("rss_kb", "anonymous_kb", "files", "record_kb", "round_ms")
-MOST_RISE: Final = {"rss_kb": 0.02, "anonymous_kb": 0.02, "files": 0.0, "round_ms": 0.1}
+WHAT: Final = ("rss_kb", "anonymous_kb", "files", "record_kb", "round_ms", "clock_ms", "pace")
+MOST_RISE: Final = {"rss_kb": 0.02, "anonymous_kb": 0.02, "files": 0.0, "pace": 0.1}
 
 
 class Samples:
     """Takes samples, at most so many, evenly."""
 
-    def __init__(self, folder: Path, pid: int) -> None:
-        self._folder, self._pid = folder, pid
+    def __init__(self, folder: Path, pid: int, clock: "WorkBeside") -> None:
+        self._folder, self._pid, self._clock = folder, pid, clock
         self._then = (0, time.perf_counter())
         self.taken: list[Sample] = []
 
@@ -85,7 +92,11 @@ class Samples:
         memory = _memory(self._pid)
         files = len(os.listdir(f"/proc/{self._pid}/fd"))
         mean_ms = 1000.0 * (now_s - then_s) / max(1, rounds - before)
-        self.taken.append(Sample(rounds, memory["Rss"], memory["Anonymous"], files, record, mean_ms))
+        clock_ms = self._clock.mean_ms(then_s, now_s)
+        sample = Sample(
+            rounds, memory["Rss"], memory["Anonymous"], files, record, mean_ms, clock_ms, mean_ms / clock_ms
+        )
+        self.taken.append(sample)
         self._then = rounds, time.perf_counter()
 
     def rises(self) -> dict[str, float]:
@@ -100,9 +111,9 @@ class Samples:
             whole = 1000.0 * slope if name == "record_kb" else slope * (rounds[-1] - rounds[0]) / rows[:, column].mean()
             made["record_bytes" if name == "record_kb" else name] = float(whole)
         noise = 2.0 * _standard_error(rounds, rows[:, -1]) * (rounds[-1] - rounds[0]) / rows[:, -1].mean()
-        if noise >= 2.0 * MOST_RISE["round_ms"]:  # so uncertain a rise is taken as it is seen
+        if noise >= 2.0 * MOST_RISE["pace"]:  # so uncertain a rise is taken as it is seen
             noise = 0.0
-        return made | {"round_ms": made["round_ms"] - noise, "round_ms_seen": made["round_ms"]}
+        return made | {"pace": made["pace"] - noise, "pace_seen": made["pace"]}
 
     def mean_round_ms(self) -> list[float]:
         """Of twenty parts of the whole, one after the other."""
@@ -125,6 +136,27 @@ def _memory(pid: int) -> dict[str, float]:
     return {line.split(":")[0]: float(line.split()[1]) for line in lines if line.split()[1].isdigit()}
 
 
+class WorkBeside:
+    """The process that does the same little work again and again, and what it took."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "took"
+        self._process = _start(sys.executable, "-m", "benchmarks.soak_clock", self._file)
+        while not (self._file.exists() and self._file.stat().st_size):
+            assert self._process.poll() is None, "the process beside ended at once"
+            time.sleep(0.02)
+
+    def mean_ms(self, start_s: float, end_s: float) -> float:
+        """Of the times from one moment of `time.perf_counter` to another; of the nearest where there is none."""
+        ended_s, took_ms = np.loadtxt(self._file, ndmin=2).T
+        within = (ended_s >= start_s) & (ended_s <= end_s)
+        return float(took_ms[within].mean() if within.any() else took_ms[np.abs(ended_s - end_s).argmin()])
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(timeout=30)
+
+
 def flat(rises: dict[str, float]) -> bool:
     """Whether the rises are within bounds."""
     return rises["record_bytes"] <= ROW_BYTES and all(rises[name] <= most for name, most in MOST_RISE.items())
@@ -137,11 +169,16 @@ def _of_allowed(rise: float, most: float) -> float:
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
-    with ThreadPoolExecutor(1) as beside:
-        live = beside.submit(_live, 6.0 if quick else LIVE_S)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        closing(WorkBeside(Path(name))) as clock,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        live = beside.submit(_live, 6.0 if quick else LIVE_S, clock)
+        discounted, patched = Late.discount(1.0, max_staleness=3), Late.patch(max_staleness=3)
         parts = {
-            "virtual, discounted": _virtual(Late.discount(1.0, max_staleness=3), 500 if quick else ROUNDS - PATCHED),
-            "virtual, patched": _virtual(Late.patch(max_staleness=3), 100 if quick else PATCHED),
+            "virtual, discounted": _virtual(discounted, 500 if quick else ROUNDS - PATCHED, clock),
+            "virtual, patched": _virtual(patched, 100 if quick else PATCHED, clock),
             **live.result(),
         }
     rises = {}
@@ -167,7 +204,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
 # 100,000 virtual rounds.
 
 
-def _virtual(late: Late, rounds: int) -> Samples:
+def _virtual(late: Late, rounds: int, beside: WorkBeside) -> Samples:
     policy = RoundPolicy(goal=10, over_selection=1.3, selection_window_s=30.0, reporting_window_s=180.0, late=late)
     built = build(one_parameter.task.replace(rounds=policy), seed=0)
     with tempfile.TemporaryDirectory() as name:
@@ -180,7 +217,7 @@ def _virtual(late: Late, rounds: int) -> Samples:
         population = VirtualPopulation(devices=2_000, window_hours=24.0, daily_swing=1.0)
         fleet = VirtualFleet(population, built.plan.manifest, clock, update_of=_made_up(built.plan.manifest))
         drive(fleet, store, run_id, rounds=rounds, keys=keys, seed=0)
-        samples = Samples(folder, os.getpid())
+        samples = Samples(folder, os.getpid(), beside)
         while not fleet.finished:
             fleet.run(until_s=float("inf"), commits=max(1, rounds // SAMPLES))
             samples.take(store.last_version(run_id) or 0)
@@ -203,7 +240,7 @@ def _made_up(manifest: Manifest) -> UpdateOf:
 # Twenty live minutes.
 
 
-def _live(seconds: float) -> dict[str, Samples]:
+def _live(seconds: float, beside: WorkBeside) -> dict[str, Samples]:
     """A host and a process of 20 devices, as a user starts them."""
     shoal = [sys.executable, "-m", "shoal"]
     task = str(Path(__file__).parent / "one_parameter.py") + ":quickly_forgotten"
@@ -226,7 +263,7 @@ def _live(seconds: float) -> dict[str, Samples]:
                 time.sleep(0.02)
             ca = next(record.glob("**/ca.pem"))
             devices = _start(*shoal, "device", "--server", ready.read_text().strip(), "--data", data, "--ca", ca)
-            return _watched(seconds, record, {"host": (host, record), "devices": (devices, nothing)})
+            return _watched(seconds, record, {"host": (host, record), "devices": (devices, nothing)}, beside)
         finally:
             for process in (devices, host):
                 if process is not None:
@@ -239,14 +276,17 @@ def _start(*command: object) -> "subprocess.Popen[bytes]":
 
 
 def _watched(
-    seconds: float, record: Path, processes: "dict[str, tuple[subprocess.Popen[bytes], Path]]"
+    seconds: float,
+    record: Path,
+    processes: "dict[str, tuple[subprocess.Popen[bytes], Path]]",
+    beside: WorkBeside,
 ) -> dict[str, Samples]:
     store = open_store(record, read_only=True)
     run_id = store.runs()[-1].id
     try:
         while (store.last_version(run_id) or 0) < WARM:
             time.sleep(0.1)
-        samples = {name: Samples(folder, process.pid) for name, (process, folder) in processes.items()}
+        samples = {name: Samples(folder, process.pid, beside) for name, (process, folder) in processes.items()}
         ends_s = time.monotonic() + seconds
         while time.monotonic() < ends_s:
             time.sleep(max(0.5, seconds / SAMPLES))
