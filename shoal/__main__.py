@@ -1,5 +1,6 @@
 """`python -m shoal`: the same as the command `shoal`."""
 
+import os
 import sys
 
 
@@ -9,7 +10,15 @@ def main() -> None:
         from shoal.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(130)
-    run()
+    try:
+        run()
+    except SystemExit as ended:
+        if ended.code not in (130, 143):
+            raise
+        # Stopped, and all is put away. Threads of libraries that still compile may crash an interpreter that goes under them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(ended.code))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
 """The short way: train a task in simulation, load any version of any run. Re-exported by `shoal`."""
 
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
 
+from shoal import validate
 from shoal.aggregate.statistics import read_results
 from shoal.data.federated import leave_out as shut_out
 from shoal.data.store import Examples, Population
@@ -32,16 +34,17 @@ from shoal.simulate.progress import progress_bar
 from shoal.stop_when import StopWhen
 from shoal.task import Task
 from shoal.tensors import Tensors
+from shoal.told import Told
 from shoal.weights import to_safetensors
 
 
 def simulate(
     task: Task,
-    population: Population | Mapping[str, Mapping[str, np.ndarray]],
+    population: Population | Mapping[Any, Mapping[str, np.ndarray]],
     *,
     rounds: int,
     seed: int = 0,
-    held_out: Examples | Population | Mapping[str, np.ndarray] | None = None,
+    held_out: Examples | Population | Mapping[str, Any] | None = None,
     leave_out: float | str | Iterable[str] | None = None,
     evaluate_every: int = 1,
     stop_when: StopWhen | None = None,
@@ -61,8 +64,8 @@ def simulate(
         population: the members' examples: a `Population`, or member -> field -> array (N, …).
         rounds: versions to commit.
         seed: of everything random.
-        held_out: examples on which versions are evaluated. Of a `Population` they are evaluated user by user: the metrics
-            over all examples, and how they are distributed over users.
+        held_out: examples on which versions are evaluated, as `Examples` or field -> array. Of a `Population` (or member ->
+            field -> array) they are evaluated user by user: the metrics over all examples, and how they are distributed over users.
         leave_out: users who do not train and are evaluated user by user too (`left_out/…`): a share of them, drawn with the
             seed, or their ids.
         evaluate_every: versions between two evaluations; the last one is always evaluated.
@@ -82,6 +85,8 @@ def simulate(
             run does not have.
         ValueError: nobody, or everybody, is left out; the folder holds a run; or `keep` is not of that form, or without a folder.
     """
+    validate.whole(1, rounds=rounds, evaluate_every=evaluate_every)
+    validate.one_of(("fused", "sequential"), backend=backend)
     if keep and folder is None:
         raise ValueError(f"Expected folder=… with keep={keep!r}: without one no run is kept.")
     retention = Retention.parse(keep) if keep else None
@@ -90,7 +95,7 @@ def simulate(
     left_out = None
     if leave_out is not None:
         members, left_out = shut_out(members, leave_out, rng=np.random.Generator(np.random.Philox(key=seed)))
-    examples = Examples(dict(held_out)) if isinstance(held_out, Mapping) else held_out
+    examples = _examples(held_out) if isinstance(held_out, Mapping) else held_out
     with tempfile.TemporaryDirectory() as temporary:
         is_kept = folder is not None and jax.process_index() == 0  # of several hosts the first keeps the run
         if is_kept and (Path(str(folder)) / DATABASE_NAME).exists():
@@ -101,22 +106,33 @@ def simulate(
         chosen = Path(folder) if folder is not None and is_kept else Path(temporary)
         store: Store = open_store(chosen) if is_kept else MemoryStore()
         try:
-            with progress_bar(task.name, rounds, shown=progress) as tell:
+            with progress_bar(task.name, rounds, shown=progress) as tell, Told((signal.SIGINT,)) as stop:
 
                 def told(round: RoundResult) -> None:
                     tell(round)
                     on_round(round)
+                    stop.check()
 
                 result = run_simulation(
                     task, members, rounds=rounds, store=store, seed=seed, held_out=examples, left_out=left_out,
                     evaluate_every=evaluate_every, stop_when=stop_when, folder=chosen, backend=backend, on_round=told,
                     retention=retention if is_kept else Retention(recent=1),
                 )  # fmt: skip
+        except KeyboardInterrupt:
+            version = store.last_version(store.runs()[-1].id) if store.runs() else 0
+            how = f"; go on with: shoal simulate TASK --data … --run {folder} --resume" if is_kept else ""
+            raise KeyboardInterrupt(f"stopped at version {version} of {rounds}{how}") from None
         finally:
             store.close()
         # Of an open store's files, or of a memory that goes; the model must not depend on them.
         model = {name: np.array(value) for name, value in result.model.items()}
         return replace(result, folder=chosen if is_kept else None, model=model)
+
+
+def _examples(held_out: Mapping[str, Any]) -> Examples | Population:
+    """Field -> array, or member -> field -> array."""
+    is_by_member = all(isinstance(value, Mapping | Examples) for value in held_out.values())
+    return Population.from_arrays(held_out) if held_out and is_by_member else Examples(dict(held_out))
 
 
 @dataclass(frozen=True)

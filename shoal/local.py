@@ -26,6 +26,7 @@ Guarantees:
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import jax
@@ -33,13 +34,11 @@ import jax.numpy as jnp
 
 from shoal.fixed import STEPS, SumSpec
 from shoal.lora import with_adapters
-from shoal.task import Loss, Sum, Task, Tree, Variables, check_metrics
+from shoal.task import LOSS_BOUND, Loss, Sum, Task, Tree, Variables, called, check_metrics
 from shoal.tensors import TensorSpec, specs_of
 
 Named = dict[str, Any]
 """Name -> array or tracer, sorted by name."""
-
-DEFAULT_LOSS_BOUND: Final = (-1000.0, 1000.0)
 
 
 class Report(NamedTuple):
@@ -197,6 +196,11 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
     learned = [name for name in params_shape.names if task.leaf_rule(name) != "frozen"]
     private = [spec for spec in specs if task.leaf_rule(spec.name) == "private"]
     averaged = [spec for spec in specs if task.leaf_rule(spec.name) == "mean"]
+    if params_shape.names and not learned:
+        raise ValueError(
+            f"Expected a parameter of task {task.name!r} that is learned, got leaves={dict(task.leaves)!r}, by which all are "
+            "frozen."
+        )
     metric_bounds = _metric_bounds(task, like)
 
     def learned_tree(values: Named) -> Tree:
@@ -324,7 +328,7 @@ def _metric_bounds(task: Task, like: Variables) -> dict[str, tuple[float, float]
             f"Expected the loss of task {task.name!r} to return state like it was given, {sorted(before)}, got {sorted(after)}."
         )
     bounds = {name: metric.bound for name, metric in result.metrics.items()}
-    return dict(sorted(({"loss": DEFAULT_LOSS_BOUND} | bounds).items()))
+    return dict(sorted(({"loss": LOSS_BOUND} | bounds).items()))
 
 
 def _with_loss(result: Loss, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Sum]:
@@ -388,9 +392,16 @@ def evaluate_bounds(task: Task) -> dict[str, tuple[float, float]]:
     if task.evaluate is None:
         return {}
     like = model_shape(task)
-    made = jax.eval_shape(task.evaluate, like.params, like.state, task.batch_spec(task.local.batch_size))
+    evaluate = partial(_evaluated, task)
+    made = jax.eval_shape(evaluate, like.params, like.state, task.batch_spec(task.local.batch_size))
     check_metrics(made, task.local.batch_size, what=f"evaluate of task {task.name!r}")
     return {name: metric.bound for name, metric in sorted(made.items())}
+
+
+def _evaluated(task: Task, params: Tree, state: Tree, batch: Mapping[str, Any]) -> dict[str, Sum]:
+    assert task.evaluate is not None
+    made: dict[str, Sum] = called(f"evaluate of task {task.name!r}", task.evaluate, (params, state, batch), batch)
+    return made
 
 
 def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:
@@ -409,11 +420,11 @@ def _evaluating(
     task = with_adapters(task)
     if task.evaluate is None:
         return None
-    evaluate, like = task.evaluate, model_shape(task)
+    like = model_shape(task)
     params_shape, state_shape = Shape(like.params, "params"), Shape(like.state, "state")
 
     def run(broadcast: Named, batch: Named, mask: Any) -> Named:
-        made = evaluate(params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
+        made = _evaluated(task, params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
         check_metrics(made, mask.shape[0], what=f"evaluate of task {task.name!r}")
         found = {name: dict(zip(_PARTS, parts_of(metric, mask), strict=True)) for name, metric in made.items()}
         return _sorted({f"{name}/{part}": value for name, parts in found.items() for part, value in parts.items()})

@@ -18,16 +18,18 @@ examples: whoever mixes examples (batch norm) must heed it; the frame masks padd
 import fnmatch
 import inspect
 import re
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from shoal import validate
+from shoal.errors import ShoalError
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ Tree = Any
 
 LeafRule = str
 """`mean`, `private`, `frozen`, or `lora(rank)`: see `lora.py`."""
+
+LOSS_BOUND: Final = (-1e6, 1e6)
+"""Between what the reported loss of one example is clipped, where nobody says otherwise."""
 
 _LEAF_RULES = re.compile(r"mean|private|frozen|lora\([1-9]\d{0,5}\)")
 
@@ -109,6 +114,10 @@ class Local:
     """Which part of the examples is used; the others are set by `shoal.evaluation` and `shoal.measured`."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.optimizer, optax.GradientTransformation):
+            raise TypeError(
+                f"Expected optimizer to be an optax transformation, such as optax.sgd(0.1), got optimizer={self.optimizer!r}."
+            )
         if not 0.0 <= self.holdout < 1.0:
             raise ValueError(f"Expected 0 <= holdout < 1, got holdout={self.holdout!r}.")
         validate.positive(batch_size=self.batch_size, epochs=self.epochs, steps_per_block=self.steps_per_block)
@@ -167,11 +176,12 @@ class Task:
     """Of the aggregator, as JSON."""
     rule: "Callable[[Task], LocalRule] | None" = None
     """Makes another local rule than `local.sgd_rule` of this task."""
-    algorithms: tuple[str, ...] = ()
-    """What has been made of it by `shoal.fedprox` and its siblings, in order."""
+    algorithms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What has been made of it by `shoal.fedprox` and its siblings, in order: name -> its arguments, for people to read."""
 
     def __post_init__(self) -> None:
         check_task_name(self.name)
+        _check_parts(self)
         if not self.batch or "mask" in self.batch:
             raise ValueError(
                 f"Expected batch to name the fields of an example ('mask' is ours), got {sorted(self.batch)}."
@@ -229,7 +239,7 @@ class Task:
         Raises:
             ValueError: the per-example losses do not have shape (B,).
         """
-        made = self.loss(params, state, batch, key)
+        made = called(f"loss of task {self.name!r}", self.loss, (params, state, batch, key), batch)
         result = made if isinstance(made, Loss) else Loss(made, state, {})
         size = batch["mask"].shape[0]
         shape = jnp.shape(result.per_example)
@@ -238,6 +248,10 @@ class Task:
             raise ValueError(
                 f"Expected the loss of task {self.name!r} to return one loss per example, shape ({size},), got {what}. "
                 "Do not take the mean: shoal masks padding and takes it."
+            )
+        if not jnp.issubdtype(dtype := jnp.result_type(result.per_example), jnp.floating):
+            raise ValueError(
+                f"Expected losses of a floating type from task {self.name!r}, got {dtype}: none has a gradient."
             )
         check_metrics(result.metrics, size, what=f"loss of task {self.name!r}")
         return result
@@ -287,6 +301,47 @@ def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:
                 raise ValueError(
                     f"Expected {part} of metric {name!r} of the {what} to have shape ({size},), got {shape}."
                 )
+
+
+def _check_parts(task: Task) -> None:
+    """Raises TypeError or ValueError for a part of the wrong kind, which would else fail far from here."""
+    for name in ("init", "loss", "evaluate", "predict", "penalty"):
+        part = getattr(task, name)
+        if not callable(part) and not (part is None and name not in ("init", "loss")):
+            raise TypeError(f"Expected {name} of task {task.name!r} to be a function, got {type(part).__name__}.")
+    if not isinstance(task.server, ServerRule | optax.GradientTransformation):
+        raise TypeError(
+            f"Expected server of task {task.name!r} to be a rule such as shoal.server.adam(1e-2), or an optax transformation, got "
+            f"{task.server!r}."
+        )
+    for name, spec in task.batch.items():
+        if not (isinstance(spec, tuple | list) and len(spec) == 2 and isinstance(spec[0], tuple | list)):
+            raise ValueError(
+                f"Expected batch[{name!r}] to be (shape of one example, dtype), such as ((5,), 'float32'), got {spec!r}."
+            )
+
+
+def called(what: str, function: Callable[..., Any], arguments: tuple[Any, ...], batch: Batch) -> Any:
+    """What a function of the user's returns. What goes wrong in it is told with the batch that it got, and where in it.
+
+    Raises:
+        ValueError: it raised an error that says nothing of the task.
+    """
+    try:
+        return function(*arguments)
+    except (ShoalError, NotImplementedError):
+        raise
+    except Exception as error:
+        fields = ", ".join(
+            f"{name} {jnp.result_type(value)}{list(jnp.shape(value))}"
+            for name, value in batch.items()
+            if name != "mask"
+        )
+        frames = traceback.extract_tb(error.__traceback__)[1:]
+        own = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+        where = f", line {own[-1].lineno} of {own[-1].filename}" if own else ""
+        said = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise ValueError(f"The {what} failed on a batch of {fields}{where}: {said}") from error
 
 
 def takes_argument(function: Callable[..., Any], name: str) -> bool:

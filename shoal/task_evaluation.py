@@ -72,13 +72,13 @@ def evaluation(
         return replace(
             tuned, name=name or f"{task.name}-evaluate", local=replace(tuned.local, drop_remainder=False, partial="drop"),
             rounds=rounds or own, server=ServerRule(), predict=None,
-            rule=lambda made: _tuned_rule(task, made, steps), algorithms=(),
+            rule=lambda made: _tuned_rule(task, made, steps), algorithms={},
             aggregator="evaluation", options={"follows": task.name, "every": every},
         )  # fmt: skip
     return replace(
         task, name=name or f"{task.name}-evaluate", local=replace(task.local, epochs=1, part="held_out", drop_remainder=False, partial="drop"),
         rounds=rounds or own, server=ServerRule(), evaluate=None, predict=None, penalty=None, heeds_mask=True,
-        rule=lambda made: evaluation_rule(task, made.local.max_examples), algorithms=(),
+        rule=lambda made: evaluation_rule(task, made.local.max_examples), algorithms={},
         aggregator="evaluation", options={"follows": task.name, "every": every},
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shoal.task import Batch, LeafRule, Loss, Sum, Variables, takes_argument
+from shoal.task import LOSS_BOUND, Batch, LeafRule, Loss, Sum, Variables, takes_argument
 
 Apply = Callable[[Any, Any, Batch, jax.Array | None], tuple[Any, Any]]
 """(params, state, batch, key or None) -> (outputs, new state); a key means training."""
@@ -30,8 +30,6 @@ LOSSES: dict[str, Callable[[Any, Any], Any]] = {
     ),
 }
 """Name -> (outputs, labels) -> losses (B, …); where an example has several, their mean is taken. Classes are last."""
-
-LOSS_BOUND = (0.0, 100.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +69,7 @@ def supervised(
             first field that is not the labels. uint8 fields are divided by 255.
         outputs: what the module returns -> what loss and prediction take of it; by default all.
         labels: the field of the labels, or batch -> labels.
-        loss_bound: what the reported loss of one example is clipped to (training is not).
+        loss_bound: between what the reported loss of one example is clipped (training is not).
         **settings: any other field of `Task`.
 
     Raises:

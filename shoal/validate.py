@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Hashable
 from dataclasses import fields
 from functools import cache
 from math import isfinite
+from numbers import Integral
 from types import UnionType
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
@@ -16,22 +17,33 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 def positive(**named: float) -> None:
     """Raises ValueError unless every value is above zero (NaN is refused too)."""
     for name, value in named.items():
-        if not value > 0:
+        if not _is_number(value) or not value > 0:
             raise ValueError(f"Expected {name} > 0, got {name}={value!r}.")
 
 
 def not_negative(**named: float) -> None:
     """Raises ValueError unless every value is zero or more."""
     for name, value in named.items():
-        if not value >= 0:
+        if not _is_number(value) or not value >= 0:
             raise ValueError(f"Expected {name} >= 0, got {name}={value!r}.")
 
 
 def between(low: float, high: float, **named: float) -> None:
     """Raises ValueError unless low <= value <= high for every value."""
     for name, value in named.items():
-        if not low <= value <= high:
+        if not _is_number(value) or not low <= value <= high:
             raise ValueError(f"Expected {low} <= {name} <= {high}, got {name}={value!r}.")
+
+
+def whole(low: int, **named: object) -> None:
+    """Raises ValueError unless every value is a whole number of at least `low`."""
+    for name, value in named.items():
+        if type(value) is bool or not isinstance(value, Integral) or value < low:
+            raise ValueError(f"Expected {name} to be a whole number of at least {low}, got {name}={value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return hasattr(value, "__float__") and not isinstance(value, bool)
 
 
 def one_of(allowed: Collection[object], **named: object) -> None:

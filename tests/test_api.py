@@ -1,6 +1,12 @@
 """The short way: simulate, load, predict, save, start from saved weights."""
 
+import contextlib
+import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +109,94 @@ def test_a_folder_that_holds_a_run_is_refused(trained: Path) -> None:
 def test_what_is_left_of_a_run_is_printed_in_one_line() -> None:
     made = Simulation("1m8", None, {"params/w": np.zeros((100, 100))}, 3)
     assert "array" not in repr(made) and "version=3" in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"rounds": 0}, "rounds to be a whole number of at least 1, got rounds=0"),
+        ({"evaluate_every": 0}, "evaluate_every=0"),
+        ({"leave_out": 1.0}, "a share of the users above 0 and below 1, or ids, got 1.0"),
+    ],
+)
+def test_wrong_arguments_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        shoal.simulate(line_task(), members(), **{"rounds": 1, **changes})
+
+
+def test_members_may_be_numbered_and_held_out_by_member() -> None:
+    numbered: Any = dict(enumerate(members().values()))
+    made = shoal.simulate(line_task(), numbered, rounds=1, held_out=members(4), progress=False)
+    assert set(made.history[0].members) < {"0", "1", "2", "3", "4"}
+    assert {"error", "error/p10", "error/p90"} <= set(made.history[0].metrics)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"leaves": {"*": "frozen"}}, "a parameter of task 'line' that is learned"),
+        ({"loss": lambda params, state, batch, key: batch["z"]}, "failed on a batch of x float32[4], y float32[4]"),
+        ({"loss": lambda params, state, batch, key: jnp.ones_like(batch["x"], jnp.int32)}, "of a floating type"),
+    ],
+)
+def test_a_task_that_cannot_be_says_why(changes: dict[str, object], says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=re.escape(says)):
+        shoal.simulate(line_task().replace(**changes), members(), rounds=1)
+
+
+def test_the_place_of_a_mistake_in_a_loss_is_told() -> None:
+    def wrong(params: Any, state: Any, batch: Any, key: Any) -> Any:
+        return params["v"]
+
+    with pytest.raises(ValueError, match=rf"line {wrong.__code__.co_firstlineno + 1} of .*test_api.py: KeyError: 'v'"):
+        shoal.simulate(line_task().replace(loss=wrong), members(), rounds=1)
+
+
+WRONG = """
+import optax, shoal
+from tests.test_api import line_task, members
+
+def said(wrong):
+    try:
+        wrong()
+    except (TypeError, ValueError) as error:
+        return str(error)
+
+task = line_task()
+for wrong in (
+    lambda: task.replace(server="adam"),
+    lambda: task.replace(init={"w": 1}),
+    lambda: task.replace(batch={"x": (5,)}),
+    lambda: shoal.Local(optimizer=0.1),
+    lambda: shoal.fedprox(task, mu="a"),
+    lambda: shoal.simulate(task, members(), rounds=1.5),
+    lambda: shoal.simulate(task, members(), rounds=1, backend="squential"),
+    lambda: shoal.simulate(task, members(), rounds=1, leave_out=1),
+):
+    print(said(wrong))
+"""
+
+
+def test_what_is_of_the_wrong_kind_is_said_in_our_words() -> None:
+    """In a process of its own: here every call is checked by its annotations already."""
+    told = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told == [
+        "Expected server of task 'line' to be a rule such as shoal.server.adam(1e-2), or an optax transformation, got 'adam'.",
+        "Expected init of task 'line' to be a function, got dict.",
+        "Expected batch['x'] to be (shape of one example, dtype), such as ((5,), 'float32'), got (5,).",
+        "Expected optimizer to be an optax transformation, such as optax.sgd(0.1), got optimizer=0.1.",
+        "Expected mu >= 0, got mu='a'.",
+        "Expected rounds to be a whole number of at least 1, got rounds=1.5.",
+        "Expected backend to be one of fused | sequential, got backend='squential'.",
+        "Expected a share of the users above 0 and below 1, or ids, got 1.",
+    ]
+
+
+def test_ctrl_c_ends_a_simulation_though_a_library_swallowed_it() -> None:
+    def swallow(result: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at version 1 of 50"):
+        shoal.simulate(line_task(), members(), rounds=50, on_round=swallow)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -1,5 +1,6 @@
 """Which algorithms go together: any two, but for those that are named here, with the reason."""
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from shoal.task import Task
@@ -10,12 +11,13 @@ _APART: Final = {
 """Two that do not go together, and why."""
 
 
-def applied(task: Task, name: str, **changes: Any) -> Task:
+def applied(task: Task, name: str, arguments: Mapping[str, Any] | None = None, **changes: Any) -> Task:
     """The task with an algorithm applied.
 
     Args:
         task: to which it is applied.
         name: of the algorithm.
+        arguments: what it was called with, for people to read.
         **changes: fields of the task that it changes. A `rule` is a local rule of its own: it is the first that is applied.
 
     Raises:
@@ -31,7 +33,7 @@ def applied(task: Task, name: str, **changes: Any) -> Task:
             raise ValueError(f"Task {task.name!r} has {name} already: apply it once.")
         if why := _APART.get(frozenset((name, other))):
             raise ValueError(f"{name} does not go with {other}, which task {task.name!r} has: {why}.")
-    return task.replace(algorithms=(*task.algorithms, name), **changes)
+    return task.replace(algorithms={**task.algorithms, name: dict(arguments or {})}, **changes)
 
 
 def without_rule(task: Task, name: str) -> None:

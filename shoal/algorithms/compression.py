@@ -34,23 +34,27 @@ KEY: Final = "compression/key"
 BYTES: Final = "update_bytes"
 
 
-def compressed(task: Task, kind: Literal["int8", "top_k"], *, share: float = 0.01) -> Task:
+def compressed(task: Task, kind: Literal["int8", "top_k"], *, share: float | None = None) -> Task:
     """Updates as they come out of a compressed message.
 
     Args:
         task: any that trains; other algorithms are applied before.
         kind: `int8` (stochastic rounding) or `top_k` (with error feedback).
-        share: for top_k: of the elements of each tensor that are sent, in (0, 1], at least one. 1 sends all.
+        share: for top_k alone: of the elements of each tensor that are sent, in (0, 1], at least one; 0.01 if not given. 1 sends all.
 
     Raises:
         ValueError: an unknown kind, a share out of range, or the task's updates are compressed already.
     """
     validate.one_of(("int8", "top_k"), kind=kind)
+    if kind == "int8" and share is not None:
+        raise ValueError(f"Expected share only with kind='top_k', got share={share!r}: int8 sends every element.")
+    share = 0.01 if share is None else share
     if not 0.0 < share <= 1.0:
         raise ValueError(f"Expected 0 < share <= 1, got share={share!r}.")
     inner = task.rule or sgd_rule
     chosen = INT8 if kind == "int8" else top_k(share)
-    return applied(task, "compressed", rule=lambda made: compressed_rule(inner(made), chosen))
+    arguments = {"kind": kind} if kind == "int8" else {"kind": kind, "share": share}
+    return applied(task, "compressed", arguments, rule=lambda made: compressed_rule(inner(made), chosen))
 
 
 @dataclass(frozen=True)

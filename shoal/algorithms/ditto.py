@@ -39,7 +39,7 @@ def ditto(task: Task, *, lam: float = 0.1) -> Task:
     """
     validate.not_negative(lam=lam)
     without_rule(task, "ditto")
-    return applied(task, "ditto", rule=lambda made: ditto_rule(made, lam))
+    return applied(task, "ditto", {"lam": lam}, rule=lambda made: ditto_rule(made, lam))
 
 
 def ditto_rule(task: Task, lam: float) -> LocalRule:

@@ -32,7 +32,7 @@ def fedprox(task: Task, *, mu: float = 0.01) -> Task:
     """
     validate.not_negative(mu=mu)
     optimizer = optax.chain(proximal(mu), task.local.optimizer)
-    return applied(task, "fedprox", local=replace(task.local, optimizer=optimizer))
+    return applied(task, "fedprox", {"mu": mu}, local=replace(task.local, optimizer=optimizer))
 
 
 class ProximalState(NamedTuple):

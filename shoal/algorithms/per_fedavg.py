@@ -54,7 +54,8 @@ def per_fedavg(
             f"Expected batch_size >= {parts} for {variant}, got {task.local.batch_size}: a batch is divided."
         )
     gradient_of = meta_gradient(alpha, delta if variant == "hessian_free" else None)
-    return applied(task, "per_fedavg", rule=lambda made: sgd_rule(made, gradient_of=gradient_of))
+    arguments = {"alpha": alpha, "variant": variant} | ({"delta": delta} if variant == "hessian_free" else {})
+    return applied(task, "per_fedavg", arguments, rule=lambda made: sgd_rule(made, gradient_of=gradient_of))
 
 
 def meta_gradient(alpha: float, delta: float | None) -> Gradient:

@@ -18,7 +18,8 @@ def reptile(task: Task, *, step: float = 0.5) -> Task:
 
     Args:
         task: with the plain mean as its server rule.
-        step: along the mean update, above 0; the paper lowers it from 1 to 0 over training. 1 is FedAvg.
+        step: along the mean update, above 0; the paper lowers it from 1 to 0 over training. 1 is FedAvg with
+            `Local(weighting="uniform")`, which this sets: devices count alike, whatever they hold.
 
     Raises:
         ValueError: step is not above 0, or the task has another server rule.
@@ -29,5 +30,9 @@ def reptile(task: Task, *, step: float = 0.5) -> Task:
             f"Expected the plain mean as server rule of task {task.name!r}, got {task.server}: Reptile is one itself."
         )
     return applied(
-        task, "reptile", server=ServerRule(learning_rate=step), local=replace(task.local, weighting="uniform")
+        task,
+        "reptile",
+        {"step": step},
+        server=ServerRule(learning_rate=step),
+        local=replace(task.local, weighting="uniform"),
     )

@@ -51,7 +51,7 @@ def scaffold(task: Task, *, devices: int) -> Task:
             f"Expected devices >= goal={task.rounds.goal}, got devices={devices}: a round has no more of them."
         )
     local = replace(task.local, weighting="uniform")
-    return applied(task, "scaffold", local=local, rule=lambda made: scaffold_rule(made, devices))
+    return applied(task, "scaffold", {"devices": devices}, local=local, rule=lambda made: scaffold_rule(made, devices))
 
 
 class Correction(NamedTuple):

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from shoal.cli.demo_fleet import ChildDied, News, Processes
 from shoal.cli.demo_settings import DemoSettings
-from shoal.cli.ending import Told
 from shoal.cli.failures import FAILED, command_line
 from shoal.cli.panel import View, Watch
 from shoal.cli.run_folder import RUNS, new_folder
 from shoal.cli.screen import Stopwatch
 from shoal.errors import DataError
+from shoal.told import Told
 
 if TYPE_CHECKING:
     from shoal.data import Dataset

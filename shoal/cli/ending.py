@@ -6,10 +6,8 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 from collections.abc import Coroutine
-from types import TracebackType
-from typing import Any, Final, Self, TypeVar, final
+from typing import Any, Final, TypeVar
 
 from shoal.cli.failures import INTERRUPTED, TERMINATED, Stopped
 from shoal.fleet.process import new_event_loop
@@ -83,43 +81,3 @@ def _signals(tell: Any) -> Any:
     finally:
         for number in taken:
             loop.remove_signal_handler(number)
-
-
-@final
-class Told:
-    """Ctrl-C and SIGTERM: the first is a KeyboardInterrupt, further ones do not disturb the end.
-
-    A library may swallow the exception (one raised in the middle of an import, or where Python calls back); therefore
-    `check`, in every loop that waits.
-    """
-
-    def __init__(self) -> None:
-        self.number = 0
-        self._before: dict[int, Any] = {}
-
-    @property
-    def code(self) -> int:
-        """The exit code of a command that was told so."""
-        return TERMINATED if self.number == signal.SIGTERM else INTERRUPTED
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if a signal has come."""
-        if self.number:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._tell)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _tell(self, number: int, _: object) -> None:
-        is_first, self.number = not self.number, number
-        if is_first:
-            raise KeyboardInterrupt

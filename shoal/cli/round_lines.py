@@ -34,7 +34,9 @@ class RoundLines:
         self._slow_s = 0.0  # the first round, with what is done once before it
         self._line_s = float("-inf")
         if first >= last:
-            screen.say(f"the run has version {first} of {last} already; ask for more with --rounds")
+            screen.say(
+                f"the run has version {first} of {last} already; --rounds counts from its beginning: ask for more"
+            )
         elif first:
             screen.say(f"going on from version {first}")
 

@@ -40,7 +40,7 @@ def show(run: Run, screen: Screen) -> None:
     _pairs(screen, "config", settings)
     _pairs(screen, "provenance", {name: row.provenance[name] for name in _SHOWN_PROVENANCE if row.provenance.get(name)})
     if plan is not None:
-        _pairs(screen, "plan", _plan_facts(plan))
+        _pairs(screen, "plan", _plan_facts(plan, row.kind))
     _rounds(screen, rounds)
     analytics = analytics_section.show(rounds, screen)
     _metrics(screen, metrics)
@@ -50,7 +50,7 @@ def show(run: Run, screen: Screen) -> None:
     screen.line(f"\nrun: {run.folder}")
     document: dict[str, Any] = summarize(store, run.id).to_json() | {
         "status": status, "analytics": analytics, "statistics": found, "over_users": users, "folder": str(run.folder), "created_s": row.created_s, "finished_s": row.finished_s, "config": settings,
-        "provenance": dict(row.provenance), "plan": None if plan is None else _plan_facts(plan),
+        "provenance": dict(row.provenance), "plan": None if plan is None else _plan_facts(plan, row.kind),
         "rounds": [{"number": r.number, "state": r.state, "base_version": r.base_version, "selected": r.selected,
                     "counted": r.counted, "released": r.released, "reason": r.reason} for r in rounds],
         "curves": {f"{scope} {name}": [list(point) for point in points] for (scope, name), points in _curves(metrics).items()},
@@ -65,14 +65,16 @@ def _plan(run: Run) -> Plan | None:
         return None
 
 
-def _plan_facts(plan: Plan) -> dict[str, Any]:
+def _plan_facts(plan: Plan, kind: str) -> dict[str, Any]:
     manifest, rounds = plan.manifest, plan.manifest.server.rounds
-    return {
+    selected = f" of {rounds.num_selected} selected" if kind == "host" else ""
+    algorithms = {name: arguments or "yes" for name, arguments in manifest.server.algorithms.items()}
+    return ({"algorithms": algorithms} if algorithms else {}) | {
         "hash": plan.hash, "programs": ", ".join(dict.fromkeys(p.name for p in manifest.programs)),
         "program size": words.size(sum(p.size_bytes for p in manifest.programs)),
         "down": words.size(manifest.model_bytes), "up": words.size(manifest.update_bytes),
         "server rule": f"{manifest.server.rule.kind}, rate {manifest.server.rule.learning_rate:g}",
-        "rounds": f"goal {rounds.goal} of {rounds.num_selected} selected, smallest group {rounds.minimum_group}",
+        "rounds": f"goal {rounds.goal}{selected}, smallest group {rounds.minimum_group}",
         "purpose": manifest.server.about.purpose or "(not said)",
     }  # fmt: skip
 

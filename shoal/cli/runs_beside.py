@@ -55,7 +55,7 @@ def tell(made: "Comparison", screen: Screen) -> None:
         (f"{made.metric}, best", *(_told(each.best) for each in made.results)),
     ]
     if made.target is not None:
-        rows.append((f"reaches {words.value(made.target)} in round", *(_reached(each) for each in made.results)))
+        rows.append((f"reaches {words.value(made.target)} at version", *(_reached(each) for each in made.results)))
     rows.append(("seconds at work", *(words.duration(each.seconds) for each in made.results)))
     mark = "*" if any(each.is_reckoned for each in made.results) else ""
     rows.append((f"bytes down{mark}", *(words.size(each.bytes_down) for each in made.results)))
@@ -79,7 +79,7 @@ def _labels(runs: "list[FoundRun]") -> list[str]:
 
 
 def _told(point: "Point | None") -> str:
-    return "-" if point is None else f"{words.value(point.value)} (round {point.version})"
+    return "-" if point is None else f"{words.value(point.value)} (version {point.version})"
 
 
 def _reached(result: "Result") -> str:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shoal.cli import options, words
-from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.late_argument import parse_late
 from shoal.cli.round_lines import RoundLines
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.cli.stop_argument import parse_stop_when
 from shoal.metric_names import without_tails
+from shoal.told import Told
 
 if TYPE_CHECKING:
     from shoal.cli.run_summary import RunSummary
@@ -94,6 +94,7 @@ def simulate(
     from shoal.cli import data_argument, run_folder
     from shoal.cli.task_argument import load_task
     from shoal.plan.compile_cache import cache_folder, switch_on
+    from shoal.record.lock import only_writer
     from shoal.record.retention import Retention
     from shoal.simulate.engine import own_config
     from shoal.simulate.layout import use_all_cores
@@ -121,42 +122,55 @@ def simulate(
     rule = parse_stop_when(stop_when) if stop_when else None
     retention = Retention.parse(keep) if keep else None
     if not resume and not (task and rounds):
-        raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
-    use_all_cores()
-    switch_on(cache_folder())
-    population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
-    open_held_out = data_argument.open_held_out_users if by_user else data_argument.open_held_out
-    examples = open_held_out(held_out, data_text=data, user_column=user_column)
-    watch.lap("data")
-    screen.say(f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}")
-    found = run_folder.existing_run(run, kind="simulate") if resume else None
-    seed = int(found.run.config["seed"]) if found is not None else seed
-    population, left_out = data_argument.shut_out(population, leave_out or [], seed=seed)
-    if left_out is not None:
-        screen.say(f"{words.count(len(left_out), 'user')} left out of training")
-    about = _changed(
-        split, users, held_out, user_column, by_user=by_user, leave_out=leave_out or [], evaluate_every=evaluate_every
-    )
-    if found is not None:
-        folder, run_id = found.path, found.run.id
-        made = load_task(task) if task else None  # how large its rounds are is the run's affair
-    else:
-        made = _with_goal(load_task(task), goal, screen)
-        config = own_config(left_out, rule, retention) | {"data": " ".join([data, *about])}
-        folder, run_id = _begin(made, rounds or 0, seed, run, config), ""
-        watch.lap("plan")
-    as_before = [] if backend == "fused" else ["--backend", backend]
-    again = ["--data", data, *about, *as_before, "--run", folder, "--resume"]
-    go_on = command_line(["shoal", "simulate", *([task] if task else []), *again])
-    from shoal.record.lock import only_writer
-
-    with only_writer(folder):
-        if found is not None and stop_when:
-            _set_stop_when(folder, run_id, rule)
-        _train(
-            folder, run_id, rounds or 0, population, examples, left_out, evaluate_every, screen, watch, go_on,
-            asked=bool(held_out), task=made if backend == "fused" else None,
-        )  # fmt: skip
+        missing = " and ".join(name for name, given in (("TASK", task), ("--rounds N", rounds)) if not given)
+        raise ValueError(f"Expected {missing} for a new run, or --resume --run DIR to go on with one.")
+    with Told() as told:
+        use_all_cores()
+        switch_on(cache_folder())
+        made = load_task(task) if task else None
+        told.check()
+        population = data_argument.open_data(data, split=split, users=users, user_column=user_column)
+        open_held_out = data_argument.open_held_out_users if by_user else data_argument.open_held_out
+        examples = open_held_out(held_out, data_text=data, user_column=user_column)
+        watch.lap("data")
+        screen.say(
+            f"{words.count(sum(population.sizes().values()), 'example')} of {words.count(len(population), 'user')}"
+        )
+        found = run_folder.existing_run(run, kind="simulate") if resume else None
+        seed = int(found.run.config["seed"]) if found is not None else seed
+        population, left_out = data_argument.shut_out(population, leave_out or [], seed=seed)
+        if left_out is not None:
+            screen.say(f"{words.count(len(left_out), 'user')} left out of training")
+        about = _changed(
+            split,
+            users,
+            held_out,
+            user_column,
+            by_user=by_user,
+            leave_out=leave_out or [],
+            evaluate_every=evaluate_every,
+        )
+        if found is not None:
+            folder, run_id = found.path, found.run.id  # how large its rounds are is the run's affair
+        else:
+            assert made is not None
+            made = _with_goal(made, goal, screen)
+            config = own_config(population, left_out, rule, retention) | {
+                "task": task,
+                "data": " ".join([data, *about]),
+            }
+            folder, run_id = _begin(made, rounds or 0, seed, run, config), ""
+            watch.lap("plan")
+        as_before = [] if backend == "fused" else ["--backend", backend]
+        again = ["--data", data, *about, *as_before, "--run", folder, "--resume"]
+        go_on = command_line(["shoal", "simulate", *([task] if task else []), *again])
+        with only_writer(folder):
+            if found is not None and stop_when:
+                _set_stop_when(folder, run_id, rule)
+            _train(
+                folder, run_id, rounds or 0, population, examples, left_out, evaluate_every, screen, watch, go_on,
+                told=told, asked=bool(held_out), task=made if backend == "fused" else None,
+            )  # fmt: skip
 
 
 def _virtually(
@@ -223,10 +237,11 @@ def _set_stop_when(folder: Path, run_id: str, rule: "StopWhen | None") -> None:
 
 def _train(
     folder: Path, run_id: str, rounds: int, population: "Population", examples: "Examples | Population | None",
-    left_out: "Population | None", evaluate_every: int, screen: Screen, watch: Stopwatch, go_on_with: str, *, asked: bool,
-    task: "Task | None",
+    left_out: "Population | None", evaluate_every: int, screen: Screen, watch: Stopwatch, go_on_with: str, *, told: Told,
+    asked: bool, task: "Task | None",
 ) -> None:  # fmt: skip
     from shoal.cli.run_summary import summarize
+    from shoal.errors import PlanError, StoreError
     from shoal.plan.run_plan import load_plan
     from shoal.record.sqlite import open_store
     from shoal.simulate.engine import go_on
@@ -240,14 +255,14 @@ def _train(
         if examples is not None and not asked and not load_plan(store, run_id).plan.manifest.variants("evaluate"):
             screen.say("the task has no evaluate: versions are not evaluated on the test part of the data")
             examples = None
-        before, progress, told = summarize(store, run_id), RoundLines(first, last, screen), Told()
+        before, progress = summarize(store, run_id), RoundLines(first, last, screen)
 
         def on_round(result: "RoundResult") -> None:
             progress(result)
             told.check()
 
         try:
-            with told, screen.hearing("shoal.simulate"):
+            with screen.hearing("shoal.simulate"):
                 made = go_on(
                     store, run_id, population, rounds=last, held_out=examples, left_out=left_out,
                     evaluate_every=evaluate_every, folder=folder, on_round=on_round, task=task, is_its_task=is_new,
@@ -256,6 +271,8 @@ def _train(
             version = store.last_version(run_id)
             text = f"stopped at version {version} of {last}. Go on with: {go_on_with}"
             raise Stopped(text, code=told.code) from None
+        except (PlanError, StoreError):  # the same command would be refused again
+            raise
         except Exception:
             if version := store.last_version(run_id):
                 screen.say(f"version {version} of {last} is kept. Once this is mended, go on with: {go_on_with}")
@@ -277,7 +294,7 @@ def _tell(
     inside = summary.seconds_since(before)
     others = {phase: s for phase, s in watch.seconds.items() if phase != "rounds"}
     rest = {"rest": max(0.0, watch.seconds["rounds"] - sum(inside.values()))}
-    last = made.history[-1].metrics if made.history else summary.metrics
+    last = made.history[-1].metrics if made.history else _metrics_of(store, made.run_id, made.version)
     screen.line(f"{summary.task} version {made.version}: {words.values(without_tails(last)) or 'no metrics'}")
     if made.stopped_early:
         screen.line(f"ended early: {made.stopped_early}")
@@ -288,6 +305,13 @@ def _tell(
     rounds = [{"version": r.version, "seconds": r.seconds, "metrics": dict(r.metrics)} for r in made.history]
     document |= {"rounds": rounds, "stopped_early": made.stopped_early, "over_users": users}
     screen.document(document)
+
+
+def _metrics_of(store: "Store", run_id: str, version: int) -> dict[str, float]:
+    """The metrics of the round that made a version, and of that version where it was measured."""
+    rows = [row for row in store.metrics(run_id) if row.scope != "class"]
+    found = {row.name: row.value for row in rows if row.version + (row.scope == "cohort") == version}
+    return dict(sorted(found.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
 def _changed(

@@ -6,10 +6,13 @@ import sys
 import traceback
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from shoal.task import Task
+
+EXTRAS: Final = {"torch": "torch", "pandas": "pandas", "pyarrow": "tables", "equinox": "equinox"}
+"""Library that a task may import -> shoal's extra that brings it."""
 
 
 def load_task(text: str) -> "Task":
@@ -56,7 +59,9 @@ def _cannot_load(where: str, error: Exception) -> ValueError:
     line = next((frame.lineno for frame in reversed(frames) if name and Path(frame.filename).name == name), None)
     line = error.lineno if isinstance(error, SyntaxError) else line
     at = f", line {line}" if line else ""
-    return ValueError(f"Cannot load {where}{at}: {type(error).__name__}: {error}")
+    missing = getattr(error, "name", "") if isinstance(error, ModuleNotFoundError) else ""
+    hint = f". Install it with: pip install 'shoal[{EXTRAS[missing]}]'" if missing in EXTRAS else ""
+    return ValueError(f"Cannot load {where}{at}: {type(error).__name__}: {error}{hint}")
 
 
 def _file_module(path: Path) -> ModuleType:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from shoal.cli import words
-from shoal.cli.ending import Told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.told import Told
 
 if TYPE_CHECKING:
     from shoal.data.store import Examples, Population

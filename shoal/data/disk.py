@@ -12,7 +12,7 @@ so a broken file is named at once. The other forms are read whole into memory.
 """
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -31,14 +31,16 @@ _KINDS = (".npz", ".csv", ".parquet")
 _ALLOWED = "a folder of .npz files (one a user), one .npz, or .csv or .parquet with a user column"
 
 
-def open_population(path: Path | str, *, user: str = "user", fields: Mapping[str, str] | None = None) -> Population:
+def open_population(
+    path: Path | str, *, user: str = "user", fields: Mapping[str, str | Sequence[str]] | None = None
+) -> Population:
     """Opens a population from disk.
 
     Args:
         path: A file or a folder, as listed in the module's docstring.
         user: The column (or array) that names the user of each example.
-        fields: Field name in the examples -> column (or array) name in the file. None takes all under their
-            names.
+        fields: Field name in the examples -> column (or array) name in the file; of a table also a list of columns,
+            which become one field (N, columns). None takes all under their names.
 
     Raises:
         DataError: Nothing there, unreadable, or users that do not agree; the message names the file.
@@ -49,10 +51,15 @@ def open_population(path: Path | str, *, user: str = "user", fields: Mapping[str
     files = _files(Path(path))
     if files[0].suffix != ".npz":
         return _from_split(*tables.read(files, user=user, fields=fields), where=Path(path))
-    return _open_folder(files, user, fields) if Path(path).is_dir() else _open_single(files[0], user, fields)
+    if joined := next((name for name, column in (fields or {}).items() if not isinstance(column, str)), None):
+        raise DataError(
+            f"Expected one array for field {joined!r} of {path}, got several: an .npz holds fields as they are."
+        )
+    single = None if fields is None else {name: str(column) for name, column in fields.items()}
+    return _open_folder(files, user, single) if Path(path).is_dir() else _open_single(files[0], user, single)
 
 
-def write_population(population: Population, folder: Path, *, progress: bool = False) -> None:
+def write_population(population: Population, folder: Path | str, *, progress: bool = False) -> None:
     """Writes one uncompressed `.npz` a user, each whole or not at all; files of the same name are replaced.
 
     Characters of an id that not every file system allows are %-escaped. After an interruption, what was
@@ -68,6 +75,7 @@ def write_population(population: Population, folder: Path, *, progress: bool = F
         DataError: The folder cannot be written.
     """
     _check_distinct(population.ids)
+    folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -87,7 +87,7 @@ def leave_out(
     Raises:
         ValueError: An unknown user, a share without a generator, or nobody is left on one side.
     """
-    if isinstance(users, float):
+    if isinstance(users, float | int):
         users = _drawn(population, users, rng)
     out = {users} if isinstance(users, str) else set(users)
     if unknown := sorted(out - set(population)):
@@ -98,8 +98,10 @@ def leave_out(
 
 
 def _drawn(population: Population, share: float, rng: np.random.Generator | None) -> list[str]:
-    if not 0.0 < share < 1.0 or rng is None:
-        raise ValueError(f"Expected a share above 0 and below 1, and rng= to draw it with, got {share!r} and {rng!r}.")
+    if not 0.0 < share < 1.0:
+        raise ValueError(f"Expected a share of the users above 0 and below 1, or ids, got {share!r}.")
+    if rng is None:
+        raise ValueError(f"Expected rng= to draw a share of {share!r} with: np.random.default_rng(0).")
     count = min(max(1, round(share * len(population))), len(population) - 1)
     return [population.ids[place] for place in rng.choice(len(population), count, replace=False)]
 

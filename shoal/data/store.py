@@ -8,7 +8,7 @@ is kept of what was handed out, so hold on to examples that are needed twice.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 
@@ -128,15 +128,15 @@ class Population:
         return Population(sizes, _SplitView(examples, split), spec=examples.spec())
 
     @staticmethod
-    def from_arrays(users: Mapping[str, Examples | Mapping[str, np.ndarray]]) -> "Population":
-        """A population whose examples are at hand: user id -> examples, or its arrays by field.
+    def from_arrays(users: Mapping[Any, Examples | Mapping[str, np.ndarray]]) -> "Population":
+        """A population whose examples are at hand: user id (text or number) -> examples, or its arrays by field.
 
         Raises:
             ValueError: No users, or examples that do not agree; the message names the user and the field.
         """
         if not users:
             raise ValueError("Expected at least one user, got none.")
-        made = {user: _as_examples(user, given) for user, given in users.items()}
+        made = {str(user): _as_examples(str(user), given) for user, given in users.items()}
         first = next(iter(made))
         for user, examples in made.items():
             if problem := difference(examples.spec(), made[first].spec()):
@@ -154,6 +154,10 @@ class Population:
 
     def __len__(self) -> int:
         return len(self._sizes)
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} {dtype}{list(shape)}" for name, (shape, dtype) in self._spec.items())
+        return f"Population({len(self):,} users, {sum(self._sizes.values()):,} examples of {fields})"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sizes)

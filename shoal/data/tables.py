@@ -18,13 +18,16 @@ from shoal.errors import DataError, MissingExtra
 _NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 
 
-def read(files: Sequence[Path], *, user: str, fields: Mapping[str, str] | None) -> tuple[Split, dict[str, np.ndarray]]:
+def read(
+    files: Sequence[Path], *, user: str, fields: Mapping[str, str | Sequence[str]] | None
+) -> tuple[Split, dict[str, np.ndarray]]:
     """Reads tables of one kind and joins them.
 
     Args:
         files: `.csv` or `.parquet` files, at least one.
         user: The column that names the user.
-        fields: Field name -> column name; None takes every other column under its name.
+        fields: Field name -> column name, or several columns of one type that become one field; None takes every other
+            column under its name.
 
     Returns:
         The user as text -> indices of its rows, users in order, and field -> array (N, ...).
@@ -50,19 +53,30 @@ def read(files: Sequence[Path], *, user: str, fields: Mapping[str, str] | None) 
 
 
 def _read_file(
-    file: Path, user: str, fields: Mapping[str, str] | None, known: dict[str, int]
+    file: Path, user: str, fields: Mapping[str, str | Sequence[str]] | None, known: dict[str, int]
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """The number in `known` of each row's user, and the fields."""
     names = _names(file)
     wanted = fields or {name: name for name in names if name != user}
-    for column in (user, *wanted.values()):
+    columns = [column for given in wanted.values() for column in ([given] if isinstance(given, str) else given)]
+    for column in (user, *columns):
         if column not in names:
             help = "Name the column of the user with user= (--user-column)." if column == user else "Check fields=."
             raise DataError(f"{file} has no column {column!r}; it has {', '.join(names) or 'none'}. {help}")
-    table = _load(file, user, list(dict.fromkeys((user, *wanted.values()))))
-    return _owners(table[user], file, user, known), {
-        name: _numbers(table[column], f"Column {column!r} of {file}") for name, column in wanted.items()
-    }
+    table = _load(file, user, list(dict.fromkeys((user, *columns))))
+    return _owners(table[user], file, user, known), {name: _field(table, given, file) for name, given in wanted.items()}
+
+
+def _field(table: Any, given: str | Sequence[str], file: Path) -> np.ndarray:
+    """One column as a field (N, …), or several as one (N, columns, …)."""
+    if isinstance(given, str):
+        return _numbers(table[given], f"Column {given!r} of {file}")
+    parts = [_field(table, column, file) for column in given]
+    if len({part.shape for part in parts}) != 1:
+        raise DataError(
+            f"Expected columns {', '.join(given)} of {file} to have one shape, so that they can be one field."
+        )
+    return np.stack(parts, axis=1)
 
 
 def _names(file: Path) -> list[str]:

@@ -60,14 +60,14 @@ def build(task: Task, *, seed: int = 0) -> Built:
     refuse_callbacks(_traces(task), task=task.name)
     made = [*_training_programs(task, rule), *_model_programs(task, rule)]
     _refuse_other_sums(rule, [program for program, _ in made])
-    server = task.server if isinstance(task.server, ServerRule) else ServerRule(kind="program")
     if not isinstance(task.server, ServerRule):
         made += _server_programs(task.server, rule)
     batch = tuple(
         TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in sorted(task.batch.items())
     )
     half = ServerHalf(
-        rounds=task.rounds, rule=server, about=task.about, aggregator=task.aggregator, options=task.options
+        rounds=task.rounds, rule=server_rule(task), about=task.about, aggregator=task.aggregator, options=task.options,
+        algorithms=task.algorithms,
     )  # fmt: skip
     manifest = Manifest(
         task=task.name,
@@ -85,14 +85,37 @@ def build(task: Task, *, seed: int = 0) -> Built:
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
 
 
-def refuse_other_task(task: Task, plan: Plan) -> None:
-    """Raises PlanError unless the task trains as the plan says."""
+def server_rule(task: Task) -> ServerRule:
+    """The rule that the plan names: the task's own, or that it is a program."""
+    return task.server if isinstance(task.server, ServerRule) else ServerRule(kind="program")
+
+
+def refuse_other_task(task: Task, plan: Plan) -> list[str]:
+    """Looks whether a task is the one that a plan was made of.
+
+    Returns:
+        Settings of the server's half in which it differs, in words: those of the plan hold.
+
+    Raises:
+        PlanError: it does not train as the plan says.
+    """
     made = {program.hash for program, _ in _training_programs(with_adapters(task), local_rule(task))}
     if not made <= {program.hash for program in plan.manifest.programs}:
         raise PlanError(
-            f"Task {task.name!r} is not the one that this run was begun with: its training programs are others. Give the "
-            "task as it was, or leave it out to go on with the run's own copy."
+            f"Task {task.name!r} is not the one that this run was begun with: its model, its loss or its local training (optimizer, "
+            "rates, batch size, an algorithm's arguments) has changed. Give the task as it was, leave it out to go on with the run's own "
+            "copy, or begin another run."
         )
+    half = plan.manifest.server
+    pairs = {
+        "rounds": (half.rounds.to_json(), task.rounds.to_json()), "server": (half.rule.to_json(), server_rule(task).to_json()),
+    }  # fmt: skip
+    return [
+        f"{part}.{name} is {kept!r} (the task has {other!r})"
+        for part, (ours, theirs) in pairs.items()
+        for (name, kept), other in zip(ours.items(), theirs.values(), strict=True)
+        if kept != other
+    ]
 
 
 def _traces(task: Task) -> dict[str, Callable[[], Any]]:

@@ -201,16 +201,19 @@ class ServerHalf:
     """The aggregation rule, one of `AGGREGATORS`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the aggregation rule, as JSON."""
+    algorithms: Mapping[str, Any] = field(default_factory=dict)
+    """What the task has been made by: name -> arguments, for people to read."""
 
     def __post_init__(self) -> None:
         validate.types(self)
 
     def to_json(self) -> dict[str, Any]:
-        made = {
+        made: dict[str, Any] = {
             "format": SERVER_FORMAT, "rounds": self.rounds.to_json(), "rule": self.rule.to_json(),
             "about": self.about.to_json(), "needs": self.needs, "aggregator": self.aggregator,
         }  # fmt: skip
-        return {**made, "options": dict(self.options)} if self.options else made
+        made |= {"options": dict(self.options)} if self.options else {}
+        return made | ({"algorithms": dict(self.algorithms)} if self.algorithms else {})
 
     @property
     def metrics_prefix(self) -> str:
@@ -355,6 +358,12 @@ class Manifest:
     @property
     def model_bytes(self) -> int:
         return total_bytes(self.broadcast)
+
+    @property
+    def constant_bytes(self) -> int:
+        """Of the model, what no round changes: frozen and private leaves, which a device fetches once."""
+        changed = {spec.tensor.name.removeprefix("delta/") for spec in self.sums}
+        return total_bytes([spec for spec in self.broadcast if spec.name not in changed])
 
     @property
     def update_bytes(self) -> int:

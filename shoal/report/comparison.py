@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.data.fingerprint import CONFIG as POPULATION
 from shoal.errors import DataError
 from shoal.metric_names import higher_is_better, is_tail
 from shoal.report.facts import Facts, Point
@@ -32,7 +33,8 @@ class Result:
     """To all members."""
     bytes_up: int
     is_reckoned: bool
-    """The bytes are what a fleet's devices would have moved, uncompressed: none were."""
+    """The bytes are what a fleet's devices would have moved, uncompressed, each fetching once what rounds do not change: none
+    were."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ def settings(facts: Facts) -> dict[str, str]:
         if manifest.half is not None:
             half = manifest.half
             found["round"] = half.rounds.to_json()
+            found["algorithms"] = {name: arguments or "yes" for name, arguments in half.algorithms.items()}
             found["server"] = {**half.rule.to_json(), "aggregator": half.aggregator, **half.options}
     return {name: text for name, text in _flat(found) if name not in _NOT_SETTINGS}
 
@@ -166,8 +169,10 @@ def _bytes(facts: Facts) -> tuple[int, int, bool]:
     up = sum(usage.bytes_up for usage in facts.usage.values())
     if down or up or facts.run.kind != "simulate" or facts.manifest is None:
         return down, up, False
-    members = sum(members for members, _ in facts.commits)
-    return members * facts.manifest.model_bytes, members * facts.manifest.update_bytes, True
+    manifest, draws = facts.manifest, sum(members for members, _ in facts.commits)
+    once = manifest.constant_bytes
+    devices = min(draws, int(facts.run.config.get(POPULATION, {}).get("users", draws)))
+    return draws * (manifest.model_bytes - once) + devices * once, draws * manifest.update_bytes, True
 
 
 def _best(points: Sequence[Point], rising: bool) -> Point | None:

@@ -32,7 +32,9 @@ ALIGNMENT: Final = 64
 POOL_BYTES: Final = 2 << 30
 """Larger arrays are not handed over whole: what a round needs is gathered from them."""
 MEND_DATA: Final = "Mend its data, or leave it out."
-MEND_UPDATE: Final = "Lower the learning rate, mend its data, or leave it out."
+MEND_UPDATE: Final = (
+    "Lower the learning rate, mend its data (a label out of range makes a loss NaN, too), or leave it out."
+)
 """What to do about a member."""
 ROOM_BYTES: Final = 16 << 20
 """Most that indices, or gathered examples, may take beyond what a cohort needs, so that all cohorts have one shape."""

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from shoal.aggregate.choose import aggregator_of
+from shoal.data.fingerprint import CONFIG as POPULATION
+from shoal.data.fingerprint import difference, fingerprint
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, StoreError
 from shoal.fleet.configuration import Configuration, configure
@@ -36,6 +38,7 @@ from shoal.record.retention import SETTING, Retention
 from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.backends import Attempt, Backend, Cohorts, FusedCohorts, Sequential
+from shoal.simulate.clipped import Clipped
 from shoal.simulate.cohort import Stage
 from shoal.simulate.convolutions import faster_convolutions
 from shoal.simulate.device_states import DeviceStates, states_folder
@@ -126,7 +129,7 @@ def simulate(
     plan = built.plan.sign(keys.signing)
     run_id = begin_run(
         store, plan, built.model, kind="simulate", rounds=rounds, seed=seed,
-        config=own_config(left_out, stop_when, retention),
+        config=own_config(population, left_out, stop_when, retention),
     )  # fmt: skip
     return go_on(
         store, run_id, population, held_out=held_out, left_out=left_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round,
@@ -161,8 +164,9 @@ def go_on(
             there, or of others.
     """
     found = load_plan(store, run_id)
-    if task is not None and not is_its_task:
-        refuse_other_task(task, found.plan)
+    kept = [] if task is None or is_its_task else refuse_other_task(task, found.plan)
+    if kept:
+        log.warning("the run keeps its own settings: %s", "; ".join(kept))
     taken = take_up(store, run_id, time_s=time.time())
     if taken.last is None:
         raise StoreError(f"Run {run_id} has no initial model; it was never begun.")
@@ -172,6 +176,9 @@ def go_on(
             f"Run {run_id} cannot be resumed: its members keep state ({len(found.plan.manifest.device_state)} tensors) "
             f"{f'in {of_devices}, which is not there' if of_devices else 'that was in memory only'}. Start it anew."
         )
+    began_with = found.config.get(POPULATION) if taken.last.version else None
+    if began_with and (why := difference(began_with, fingerprint(population))):
+        log.warning("the data is not what the run began with: %s; later versions are trained on it", why)
     last = int(found.config["rounds"]) if rounds is None else rounds
     keep_rounds(store, run_id, last)
     history = []
@@ -211,10 +218,11 @@ def go_on(
 
 
 def own_config(
-    left_out: Population | None, stop_when: StopWhen | None, retention: Retention | None = None
+    population: Population, left_out: Population | None, stop_when: StopWhen | None, retention: Retention | None = None
 ) -> dict[str, Any]:
     """What the config of a simulation has beyond any run's."""
     found = {
+        POPULATION: fingerprint(population),
         "left_out": left_out_config(left_out),
         STOP_WHEN: None if stop_when is None else stop_when.to_json(),
         SETTING: None if retention is None else retention.to_json(),
@@ -323,7 +331,7 @@ class _Engine:
         measuring: Measuring,
         sweeping: Sweeping,
     ) -> None:
-        self.measuring, self.sweeping = measuring, sweeping
+        self.measuring, self.sweeping, self.clipped = measuring, sweeping, Clipped(plan.manifest)
         self.store, self.run_id, self.plan, self.head, self.last = store, run_id, plan, head, last
         self.members = members
         self.runner, self.backend = runner, backend
@@ -368,6 +376,7 @@ class _Engine:
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
         metrics |= self.measure() if self.measuring.is_due(row.version, last=self.last) else {}
+        self.clipped.look(metrics)
         self.sweeping.after(row.version)
         return RoundResult(row.version, members, metrics, time.perf_counter() - begun)
 
@@ -433,6 +442,12 @@ def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
         log.warning("%s%s", told(users, why), hint)
     gone = {user for users in out.values() for user in users}
     members = tuple(user for user in population.ids if user not in gone)
+    counted_on = manifest.server.algorithms.get("scaffold", {}).get("devices", len(members))
+    if counted_on != len(members):
+        log.warning(
+            "SCAFFOLD was made for devices=%d, and %d can take part: its corrections are too %s. Set devices=%d",
+            counted_on, len(members), "large" if counted_on < len(members) else "small", len(members),
+        )  # fmt: skip
     if missing := sorted(set(policy.selection.ids) - set(members)):
         raise DataError(
             f"Selection names members that the population does not have, or that cannot take part: {named(missing)}."

@@ -37,8 +37,8 @@ def test_top_k_keeps_the_largest() -> None:
     assert top_k(0.01).apply(jnp.zeros((0,), jnp.float32), jax.random.key(0)).size == 0
 
 
-@pytest.mark.parametrize(("kind", "share", "expected"), [("int8", 0.01, 6 + 4 + 2 + 4), ("top_k", 0.3, 2 * 8 + 8)])
-def test_what_the_message_would_take_is_a_metric(kind: str, share: float, expected: int) -> None:
+@pytest.mark.parametrize(("kind", "share", "expected"), [("int8", None, 6 + 4 + 2 + 4), ("top_k", 0.3, 2 * 8 + 8)])
+def test_what_the_message_would_take_is_a_metric(kind: str, share: float | None, expected: int) -> None:
     chosen = shoal.compressed(task(), kind, share=share)  # type: ignore[arg-type]
     rule = local_rule(chosen)
     broadcast = {spec.name: jnp.zeros(spec.shape, spec.dtype) for spec in rule.broadcast}
@@ -55,3 +55,8 @@ def test_what_cannot_be_is_refused() -> None:
         shoal.compressed(shoal.compressed(task(), "int8"), "top_k")
     with pytest.raises(ValueError, match="plain local training for scaffold"):
         shoal.scaffold(shoal.compressed(task(), "int8"), devices=5)
+
+
+def test_a_share_of_int8_is_refused() -> None:
+    with pytest.raises(ValueError, match="share only with kind='top_k', got share=0.5"):
+        shoal.compressed(task(), "int8", share=0.5)

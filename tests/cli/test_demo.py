@@ -21,12 +21,12 @@ from shoal import data
 from shoal.cli import demo, demo_data
 from shoal.cli.demo_fleet import ChildDied, News, Processes
 from shoal.cli.demo_settings import DemoSettings
-from shoal.cli.ending import Told
 from shoal.cli.panel import View, Watch
 from shoal.errors import DataError
 from shoal.record.run import find_runs
 from shoal.record.sqlite import open_store
 from shoal.report.facts import read_facts
+from shoal.told import Told
 
 ROUNDS_S = 40.0
 """Longest wait for a version, on a busy machine."""

@@ -64,7 +64,7 @@ def test_options_that_do_not_fit_are_refused(place: Path, tmp_path: Path, shoal:
     task, users, run = place / "line.py", place / "users", ("--rounds", 1, "--run", tmp_path / "r")
     for options, says in (
         (("--leave-out", "nobody"), "No user 'nobody'"),
-        (("--leave-out", "1.5"), "a share above 0 and below 1"),
+        (("--leave-out", "1.5"), "a share of the users above 0 and below 1"),
         (("--by-user",), "--by-user needs --held-out with users"),
         (("--stop-when", "error"), "Expected --stop-when METRIC:"),
         (("--stop-when", "error:patience=2"), "will not have"),

@@ -96,3 +96,14 @@ def test_tables_say_what_they_need(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra, match=r"shoal\[tables\]"):
         open_population(tmp_path / "a.csv")
+
+
+def test_several_columns_become_one_field(tmp_path):
+    (tmp_path / "a.csv").write_text("user,x,y,z\nann,1,2,3\nben,4,5,6\n")
+    opened = open_population(tmp_path / "a.csv", fields={"xz": ["x", "z"], "y": "y"})
+    assert opened["ben"].fields["xz"].tolist() == [[4, 6]] and opened["ben"].fields["y"].tolist() == [5]
+    with pytest.raises(DataError, match="no column 'w'"):
+        open_population(tmp_path / "a.csv", fields={"xw": ["x", "w"]})
+    pa.parquet.write_table(table(x=[1, 2, 3], v=[[1, 2], [3, 4], [5, 6]]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"columns x, v of .* to have one shape"):
+        open_population(tmp_path / "a.parquet", fields={"f": ["x", "v"]})

@@ -14,6 +14,7 @@ from shoal.report.comparison import compare, settings, shared_metrics
 from shoal.report.facts import Facts, Point, Usage
 from shoal.report.over_users import bars, over_users
 from shoal.report.run_curves import MOST_RUNS, draw_runs
+from shoal.tensors import TensorSpec
 
 
 def with_metrics(facts: Facts, **metrics: list[float]) -> Facts:
@@ -109,3 +110,23 @@ def test_what_cannot_be_drawn_is_refused(facts: Facts, tmp_path: Path) -> None:
         draw_runs([("a", facts)], tmp_path / "x.png", metrics=["speed"])
     with pytest.raises(DataError, match=f"1 to {MOST_RUNS} runs in a picture, got 9"):
         draw_runs([("a", facts)] * 9, tmp_path / "x.png", metrics=["accuracy"])
+
+
+def test_what_rounds_do_not_change_is_fetched_once(facts: Facts) -> None:
+    assert facts.manifest is not None
+    base = TensorSpec(name="params/base", shape=(25,), dtype="float32")
+    lora = replace(facts.manifest, broadcast=(*facts.manifest.broadcast, base))
+    for users, fetched in (({"users": 4}, 4), ({"users": 100}, 6), (None, 6)):
+        config = {name: value for name, value in facts.run.config.items() if name != "population"}
+        row = replace(facts.run, config=config if users is None else {**config, "population": users})
+        made = compare([("a", replace(facts, manifest=lora, run=row))]).results[0]
+        assert made.bytes_down == 3 * 2 * 8 + fetched * 100
+
+
+def test_algorithms_are_settings_with_their_arguments(facts: Facts) -> None:
+    assert facts.manifest is not None and facts.manifest.half is not None
+    half = replace(facts.manifest.half, algorithms={"fedprox": {"mu": 0.1}, "measured": {}})
+    other = replace(facts, manifest=replace(facts.manifest, half=half))
+    assert compare([("a", facts), ("b", other)]).settings == {
+        "algorithms.fedprox.mu": ("–", "0.1"), "algorithms.measured": ("–", "yes"),
+    }  # fmt: skip

@@ -102,3 +102,52 @@ def test_too_few_who_can_take_part_are_said() -> None:
     small = task(heeds_mask=False, local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=5))
     with pytest.raises(DataError, match=r"at least 3 members .* has 2 who can take part, and 4 who cannot"):
         simulate(small, population(), rounds=1, store=MemoryStore())
+
+
+def taken_up(other: shoal.data.Population, asked: shoal.Task | None = None) -> None:
+    """A run of two rounds that goes on for a third."""
+    store = MemoryStore()
+    made = simulate(task(), population(), rounds=2, store=store, seed=3)
+    go_on(store, made.run_id, other, rounds=3, task=asked)
+
+
+def test_other_data_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    taken_up(population(), task())
+    assert not caplog.messages, "the same"
+    taken_up(population(5), task())
+    assert "the data is not what the run began with: 6 users then, 5 now" in caplog.messages[-1]
+    others = {user: {**each.fields, "x": each.fields["x"] + 1} for user, each in population().items()}
+    taken_up(shoal.data.Population.from_arrays(others), task())
+    assert "as many users and examples, but others" in caplog.messages[-1]
+
+
+def test_settings_that_the_task_has_otherwise_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    taken_up(population(), task(server=shoal.server.adam(0.1), rounds=shoal.RoundPolicy(goal=4, minimum_group=3)))
+    assert caplog.messages == [
+        "the run keeps its own settings: rounds.goal is 3 (the task has 4); server.learning_rate is 0.05 (the task has 0.1)"
+    ]
+
+
+def test_a_task_that_trains_otherwise_is_refused() -> None:
+    with pytest.raises(shoal.errors.PlanError, match=r"local training \(optimizer, rates"):
+        taken_up(population(), task(local=dataclasses.replace(task().local, optimizer=optax.sgd(0.2))))
+
+
+def test_scaffold_for_another_number_of_devices_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    plain = task(server=shoal.server.sgd())
+    for devices, word in ((10, "small"), (5, "large")):
+        simulate(shoal.scaffold(plain, devices=devices), population(), rounds=1, store=MemoryStore())
+        assert f"devices={devices}, and 6 can take part: its corrections are too {word}. Set devices=6" in caplog.text
+        caplog.clear()
+    simulate(shoal.scaffold(plain, devices=6), population(), rounds=1, store=MemoryStore())
+    assert not caplog.messages
+
+
+def test_losses_near_their_bound_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    def far(params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
+        return loss(params, state, batch, key) + 2e6
+
+    made = simulate(task(loss=far), population(), rounds=2, store=MemoryStore())
+    assert made.history[0].metrics["train/loss"] == pytest.approx(1e6), "clipped"
+    assert [message for message in caplog.messages if "counts as that in the metric" in message] == caplog.messages
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("train/loss is 1e+06")

@@ -63,7 +63,7 @@ def run(
     **changes: Any,
 ) -> tuple[Simulation, MemoryStore]:
     store, (plan, model, runner) = store or MemoryStore(), prepared()
-    config = own_config(left_out, stop_when)
+    config = own_config(users(6), left_out, stop_when)
     run_id = begin_run(store, plan, model, kind="simulate", rounds=rounds, seed=0, config=config)
     return go_on(store, run_id, users(6), left_out=left_out, runner=runner, **changes), store
 
@@ -131,7 +131,7 @@ def test_a_share_of_users_is_drawn_with_the_seed(tmp_path: Path) -> None:
     assert len(out) == 2 and sorted([*others, *out]) == sorted(everybody)
     assert shoal.data.leave_out(everybody, 0.25, rng=np.random.default_rng(0))[1].ids == out.ids
     assert len(shoal.data.leave_out(everybody, 0.001, rng=np.random.default_rng(0))[1]) == 1
-    with pytest.raises(ValueError, match="a share above 0 and below 1"):
+    with pytest.raises(ValueError, match="a share of the users above 0 and below 1"):
         shoal.data.leave_out(everybody, 1.0, rng=np.random.default_rng(0))
     made = shoal.simulate(TASK, everybody, rounds=2, leave_out=0.4, folder=tmp_path / "run", backend="sequential")
     trained = {member for result in made.history for member in result.members}

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM in work that takes long: heard even where a library swallows the exception."""
+
+import signal
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self, final
+
+
+@final
+class Told:
+    """The first signal is a KeyboardInterrupt, further ones do not disturb the end.
+
+    A library may swallow the exception (one raised in the middle of an import, or where Python calls back); therefore
+    `check`, in every loop that waits. Where the signals are somebody else's already, and outside the main thread, nothing is changed.
+    """
+
+    def __init__(self, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
+        self.number = 0
+        self._numbers = numbers
+        self._before: dict[int, Any] = {}
+
+    @property
+    def code(self) -> int:
+        """The exit code of a command that was told so, as shells have it: 130 or 143."""
+        return 128 + (self.number or signal.SIGINT)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if a signal has come."""
+        if self.number:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in self._numbers:
+                if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                    self._before[number] = signal.signal(number, self._tell)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _tell(self, number: int, _: object) -> None:
+        is_first, self.number = not self.number, number
+        if is_first:
+            raise KeyboardInterrupt
