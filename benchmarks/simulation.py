@@ -2,9 +2,9 @@
 
 Every configuration has 1,000 users of 50 examples, cohorts of 50, batches of 10, one epoch, local rate 0.1 (LeNet 0.05), server rate 1, and
 the same data and initial weights for all (`simulation_common.py`). Two systems at a time take turns at their rounds
-(`simulation_turns.py`), the one that does not run waits; a pair is a turn of each, the ratio the rival's seconds over ours.
+(`simulation_turns.py`), the one that does not run is stopped (two processes of pfl keep half a core busy while they wait); a pair is a turn of each, the ratio the rival's seconds over ours.
 Start-up and compilation (the first round less the median) are columns of their own. A ratio counts only if both learn the same
-thing (see `agreement`), and if ours rests while it waits. As pfl is run in two ways, ours has the layout that it chooses for a run of many
+thing (see `agreement`). As pfl is run in two ways, ours has the layout that it chooses for a run of many
 rounds, by a trial before that takes a minute. `--install` makes the rivals' environments ($SHOAL_PEERS, by default ~/.cache/shoal/peers).
 """
 
@@ -32,9 +32,6 @@ SESSION_S = 420.0
 """A session of the full run that takes longer has failed."""
 NOISE = 4.0
 """Standard deviations over seeds that a rival's curve may lie from the mean of ours."""
-IDLE = 0.2
-"""Processors that a system may keep busy while the other has its turn."""
-
 Curve = Sequence[tuple[int, float]]
 
 
@@ -207,14 +204,7 @@ def _judge_curves(rows: Sequence[Row]) -> None:
     ours = [row.session.ours["curve"] for row in rows if row.session]
     for row in rows:
         if row.session:
-            row.agrees = agreement(ours, row.session.rival["curve"]) or _unrest(row.session)
-
-
-def _unrest(session: Session) -> str:
-    """Empty if ours rested while the rival had its turn. A rival that does not rest takes of our time, or is ahead with its own work: the
-    ratio is then less than it would be, and counts."""
-    busy = session.ours["waiting_cpu"]
-    return f"shoal kept {busy:.2f} processors busy while the other had its turn" if busy > IDLE else ""
+            row.agrees = agreement(ours, row.session.rival["curve"])
 
 
 def _goals(rows: Sequence[Row], quick: bool) -> list[Goal]:

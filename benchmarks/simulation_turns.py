@@ -1,4 +1,4 @@
-"""Two systems on one machine that take turns at their rounds, each a process (or two) that waits between its turns."""
+"""Two systems on one machine that take turns at their rounds, each a process (or several) that is stopped between its turns."""
 
 import json
 import os
@@ -9,15 +9,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 
 from benchmarks.frame import PEERS
 from shoal.errors import ShoalError
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = Path(__file__).parent / "peers" / "simulation"
@@ -93,6 +95,7 @@ class Running:
         except SystemFailed:
             self.__exit__()
             raise
+        self._each(psutil.Process.suspend)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -112,14 +115,17 @@ class Running:
                 pass
 
     def turn(self) -> float:
-        """One turn: mean seconds of its rounds."""
+        """One turn: mean seconds of its rounds. Before and after it the system is stopped, whatever it would do while it waits."""
+        self._each(psutil.Process.resume)
         self._go()
         fresh = json.loads(self._until("TURN "))
+        self._each(psutil.Process.suspend)
         self.seconds += fresh
         return float(sum(fresh) / len(fresh))
 
     def finish(self) -> dict[str, Any]:
         """Runs the last rounds; what the system tells of itself."""
+        self._each(psutil.Process.resume)
         self.peak_mib = sum(_peak_bytes(made) for p in self._processes for made in _tree(p.pid)) / MIB
         while True:
             self._go()
@@ -128,16 +134,16 @@ class Running:
                 told: dict[str, Any] = json.loads(line)
                 return told
 
-    def cpu_s(self) -> float:
-        """Processor time of all its processes until now."""
-        total = 0.0
+    def _each(self, do: Callable[[psutil.Process], T]) -> list[T]:
+        """What comes of it for each of the system's processes that is still there."""
+        found = []
         for process in self._processes:
             for made in _tree(process.pid):
                 try:
-                    total += sum(made.cpu_times()[:2])
+                    found.append(do(made))
                 except psutil.NoSuchProcess:
                     pass
-        return total
+        return found
 
     def _go(self) -> None:
         stream = self._processes[0].stdin
@@ -182,7 +188,7 @@ class Session:
     """Rival's mean seconds of a turn over ours, by pair."""
     ours: dict[str, Any]
     rival: dict[str, Any]
-    """What each tells of itself, with `peak_mib` and `waiting_cpu`: processors it kept busy while it waited."""
+    """What each tells of itself, with `peak_mib`."""
 
 
 def take_turns(
@@ -196,20 +202,12 @@ def take_turns(
     deadline = time.monotonic() + limit_s
     with Running(OURS, ours_arguments, deadline) as ours, Running(rival, rival_arguments, deadline) as other:
         ratios = []
-        waited = {id(ours): [0.0, 0.0], id(other): [0.0, 0.0]}
         for pair in range(pairs):
-            order = (ours, other) if pair % 2 == 0 else (other, ours)
             took = {}
-            for runs, waits in (order, order[::-1]):
-                before, begun = waits.cpu_s(), time.perf_counter()
-                took[id(runs)] = runs.turn()
-                waited[id(waits)][0] += waits.cpu_s() - before
-                waited[id(waits)][1] += time.perf_counter() - begun
+            for each in (ours, other) if pair % 2 == 0 else (other, ours):
+                took[id(each)] = each.turn()
             ratios.append(took[id(other)] / took[id(ours)])
-        told = []
-        for system in (ours, other):
-            busy, lasted = waited[id(system)]
-            told.append({**system.finish(), "peak_mib": system.peak_mib, "waiting_cpu": busy / lasted})
+        told = [{**each.finish(), "peak_mib": each.peak_mib} for each in (ours, other)]
     return Session(tuple(ratios), told[0], told[1])
 
 
