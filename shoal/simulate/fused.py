@@ -8,7 +8,8 @@
             gather the batch from the pool, block
         finish, round(weight x value x 2^-exponent) to int64, add      rule 3 of the design
 
-Memory is bounded by the chunk, not by the cohort. The mesh may span hosts (`jax.distributed`): each makes the same cohort, trains its
+Memory is bounded by the chunk, not by the cohort. XLA's runtime on a CPU keeps about ten kilobytes of each step until a program ends, so
+a long cohort is trained in parts, each handed the sums of those before. The mesh may span hosts (`jax.distributed`): each makes the same cohort, trains its
 share and goes on with the sums of all, so that all have the same record. How many members go together, and over how many devices, is a
 `Layout`: settings of speed alone (`layout.py` finds them), by which results differ no more than by rounding. Sums are the
 integers of an `Accumulator`; the server's part of a round is the very code of a fleet.
@@ -39,6 +40,8 @@ log = logging.getLogger("shoal.simulate")
 AXIS: Final = "members"
 AT_ONCE_S: Final = 2e-4
 """What it takes to fetch results that are there already."""
+CHUNKS: Final = 256
+"""Most chunks of each device in one call of the program."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,26 +118,36 @@ class Fused:
         """
         begun = time.perf_counter()
         sums = configuration.accumulator(self.manifest)
-        rows = packed(
+        parts = in_parts(packed(
             cohort.steps, devices=self.layout.devices, together=self.layout.together, chunks=self._chunks_for(len(members))
-        ).reshape(-1)  # fmt: skip
-        placed, at = arranged(cohort, rows), np.empty(len(members), np.int64)
+        ), CHUNKS)  # fmt: skip
+        rows, at = np.concatenate(parts), np.empty(len(members), np.int64)
         at[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
-        inputs = (
-            self._model_on_devices(root, model),
-            self._pool_on_devices(cohort.pool),
-            {n: self._handed(v) for n, v in self._states(states, at, len(rows)).items()},
-            *map(self._handed, (placed.indices, placed.counts, placed.keys)),
-            np.array([2.0 ** -sums.fixed[spec.tensor.name].exponent for spec in self.manifest.sums]),
-        )
+        placed, kept_before = arranged(cohort, rows), self._states(states, at, len(rows))
+        both = self._model_on_devices(root, model), self._pool_on_devices(cohort.pool)
+        scales = np.array([2.0 ** -sums.fixed[spec.tensor.name].exponent for spec in self.manifest.sums])
+        totals: Named = {} if len(parts) == 1 else sums.totals
+        collected = []
         staged = time.perf_counter()
         with jax.enable_x64(True):
-            program = self._program(inputs)
-            compiled = time.perf_counter()
-            trained = program(*inputs)
+            for number, part in enumerate(parts):
+                which = slice(number * len(part), (number + 1) * len(part))
+                inputs = (
+                    *both,
+                    {name: self._handed(values[which]) for name, values in kept_before.items()},
+                    *(self._handed(values[which]) for values in (placed.indices, placed.counts, placed.keys)),
+                    scales,
+                    totals,
+                )
+                if number == 0:
+                    program = self._program(inputs)
+                    compiled = time.perf_counter()
+                totals, *told = program(*inputs)
+                collected.append(told)
             meanwhile()
             beside = time.perf_counter()
-            totals, weights, largest, kept = jax.device_get(trained)
+            totals, collected = jax.device_get((totals, collected))
+        weights, largest, kept = jax.tree.map(_joined, *collected)
         done = time.perf_counter()
         waited = done - beside > AT_ONCE_S  # else what went on meanwhile took longer than the training
         data = staged - begun + (0.0 if waited else beside - compiled)
@@ -186,12 +199,12 @@ class Fused:
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
         if shapes not in self._compiled:
             begun = time.perf_counter()
-            placed = (*[self._whole] * 2, *[self._shared] * 4, self._whole)
+            placed = (*[self._whole] * 2, *[self._shared] * 4, *[self._whole] * 2)
             self._compiled[shapes] = jax.jit(self._sharded(), in_shardings=placed).lower(*inputs).compile()
             members, steps, examples = inputs[3].shape
             log.info(
-                "compiled a round of %d members, up to %d steps of %d examples each, for %s: %.1f s",
-                members, steps, examples, self.layout, time.perf_counter() - begun,
+                "compiled %s of %d members, up to %d steps of %d examples each, for %s: %.1f s",
+                "parts of a round," if inputs[-1] else "a round", members, steps, examples, self.layout, time.perf_counter() - begun,
             )  # fmt: skip
         return self._compiled[shapes]
 
@@ -200,15 +213,15 @@ class Fused:
         return jax.shard_map(
             self._share,
             mesh=self._mesh,
-            in_specs=(whole, whole, shared, shared, shared, shared, whole),
+            in_specs=(whole, whole, shared, shared, shared, shared, whole, whole),
             out_specs=whole if jax.process_count() > 1 else (whole, shared, shared, shared),
             check_vma=False,
         )
 
     def _share(
-        self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any, scales: Any
+        self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any, scales: Any, before: Named
     ) -> tuple[Named, Any, Any, Named]:
-        """One device's share of the members: chunk after chunk."""
+        """One device's share of the members: chunk after chunk. `before`: the sums of the parts before, if there are parts."""
         together = self.layout.together
         chunks = jax.tree.map(
             lambda values: values.reshape(-1, together, *values.shape[1:]), (states, indices, counts, keys)
@@ -233,7 +246,13 @@ class Fused:
         weights, largest, kept = jax.tree.map(lambda values: values.reshape(-1, *values.shape[2:]), collected)
         if jax.process_count() > 1:  # every host goes on with what all members left
             weights, largest, kept = jax.lax.all_gather((weights, largest, kept), AXIS, tiled=True)
-        return jax.lax.psum(totals, AXIS), weights, largest, kept
+        totals = jax.lax.psum(totals, AXIS)
+        return (
+            {name: value + before[name] if before else value for name, value in totals.items()},
+            weights,
+            largest,
+            kept,
+        )
 
     def _train(
         self, model: Named, pool: Named, states: Named, indices: Any, counts: Any, keys: Any
@@ -293,6 +312,24 @@ class Fused:
             refuse(members, values <= bound, why, values)
         if largest.shape[1] > len(self.manifest.sums):
             refuse(members, largest[:, -1] >= 1, "It took no step.", largest[:, -1])
+
+
+def _joined(*values: np.ndarray) -> np.ndarray:
+    return values[0] if len(values) == 1 else np.concatenate(values)
+
+
+def in_parts(rows: np.ndarray, most: int) -> list[np.ndarray]:
+    """(D, n, V) members by device and chunk -> parts (D * m * V,), each device's rows together, all of one length with m <= `most`.
+
+    >>> in_parts(np.arange(6).reshape(2, 3, 1), 2)
+    [array([0, 1, 3, 4]), array([ 2, -1,  5, -1])]
+    """
+    devices, chunks, together = rows.shape
+    count = -(-chunks // most)
+    each = -(-chunks // count)
+    whole = np.full((devices, count * each, together), -1, rows.dtype)
+    whole[:, :chunks] = rows
+    return [part.reshape(-1) for part in np.split(whole, count, axis=1)]
 
 
 def _put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:

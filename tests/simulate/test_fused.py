@@ -18,7 +18,7 @@ from examples import one_task
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, PlanError
 from shoal.record.memory import MemoryStore
-from shoal.simulate import engine
+from shoal.simulate import engine, fused
 from shoal.simulate.cohort import ladder, packed
 from shoal.simulate.engine import Simulation, go_on, simulate
 from shoal.simulate.fused import Fused, Layout
@@ -91,6 +91,18 @@ def test_it_does_what_the_sequential_engine_does(number: int, monkeypatch: pytes
 def test_it_does_so_with_any_layout(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     use(layout, monkeypatch)
     same(sequential("plain"), run(task(), population(), "fused"))
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[4], LAYOUTS[5]], ids=str)
+def test_a_cohort_in_parts_has_the_bits_of_one_that_is_not(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    use(layout, monkeypatch)
+    chosen = shoal.compressed(task(rounds=shoal.RoundPolicy(goal=5, minimum_group=3)), "top_k", share=0.5)
+    whole = run(chosen, population(), "fused")
+    monkeypatch.setattr(fused, "CHUNKS", 1)
+    parts = run(chosen, population(), "fused")
+    assert [r.metrics for r in parts.history] == [r.metrics for r in whole.history]
+    for name, value in whole.model.items():
+        np.testing.assert_array_equal(parts.model[name], value, err_msg=name)
 
 
 def test_a_model_with_state_and_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
