@@ -106,7 +106,10 @@ def simulate(
         chosen = Path(folder) if folder is not None and is_kept else Path(temporary)
         store: Store = open_store(chosen) if is_kept else MemoryStore()
         try:
-            with progress_bar(task.name, rounds, shown=progress) as tell, Told((signal.SIGINT,)) as stop:
+            with (
+                progress_bar(task.name, rounds, shown=progress) as tell,
+                Told((signal.SIGINT,), from_anybody=False) as stop,
+            ):
 
                 def told(round: RoundResult) -> None:
                     tell(round)
@@ -119,7 +122,7 @@ def simulate(
                     retention=retention if is_kept else Retention(recent=1),
                 )  # fmt: skip
         except KeyboardInterrupt:
-            version = store.last_version(store.runs()[-1].id) if store.runs() else 0
+            version = (store.last_version(store.runs()[-1].id) if store.runs() else None) or 0
             how = f"; go on with: shoal simulate TASK --data … --run {folder} --resume" if is_kept else ""
             raise KeyboardInterrupt(f"stopped at version {version} of {rounds}{how}") from None
         finally:

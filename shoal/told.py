@@ -12,12 +12,17 @@ class Told:
     """The first signal is a KeyboardInterrupt, further ones do not disturb the end.
 
     A library may swallow the exception (one raised in the middle of an import, or where Python calls back); therefore
-    `check`, in every loop that waits. Where the signals are somebody else's already, and outside the main thread, nothing is changed.
+    `check`, in every loop that waits. Outside the main thread nothing is changed.
     """
 
-    def __init__(self, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM)) -> None:
+    def __init__(self, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM), *, from_anybody: bool = True) -> None:
+        """
+        Args:
+            numbers: the signals.
+            from_anybody: whoever heard them before; else only where nobody did.
+        """
         self.number = 0
-        self._numbers = numbers
+        self._numbers, self._from_anybody = numbers, from_anybody
         self._before: dict[int, Any] = {}
 
     @property
@@ -33,7 +38,7 @@ class Told:
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in self._numbers:
-                if signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
+                if self._from_anybody or signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL):
                     self._before[number] = signal.signal(number, self._tell)
         return self
 
@@ -42,6 +47,8 @@ class Told:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.number and isinstance(error, ImportError):  # how some compiled modules take what is raised in them
+            raise KeyboardInterrupt from None
 
     def _tell(self, number: int, _: object) -> None:
         is_first, self.number = not self.number, number

@@ -91,40 +91,43 @@ def simulate(
     by the very code of a fleet. The run is kept in a folder and can be taken up again: with TASK as fast as before,
     without it by the run's own copy of the task, one member after the other.
     """  # fmt: skip
-    from shoal.cli import data_argument, run_folder
-    from shoal.cli.task_argument import load_task
-    from shoal.plan.compile_cache import cache_folder, switch_on
-    from shoal.record.lock import only_writer
-    from shoal.record.retention import Retention
-    from shoal.simulate.engine import own_config
-    from shoal.simulate.layout import use_all_cores
-    from shoal.validate import one_of
+    with Told() as told:  # from the first import on: they take seconds, and swallow what is raised in them
+        from shoal.cli import data_argument, run_folder
+        from shoal.cli.task_argument import load_task
+        from shoal.plan.compile_cache import cache_folder, switch_on
+        from shoal.record.lock import only_writer
+        from shoal.record.retention import Retention
+        from shoal.simulate.engine import own_config
+        from shoal.simulate.layout import use_all_cores
+        from shoal.validate import one_of
 
-    screen, watch = Screen(json=json), Stopwatch()
-    if virtual is not None:
-        if leave_out or by_user or stop_when or keep:
-            raise ValueError("--leave-out, --by-user, --stop-when and --keep are not for --virtual.")
-        policy = {
-            "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
-        }  # fmt: skip
-        return _virtually(
-            task, virtual, data, user_column, held_out, split, users, rounds=rounds, hours=hours, seed=seed, run=run, resume=resume,
-            policy={name: value for name, value in policy.items() if value is not None}, evaluate_every=evaluate_every,
-            screen=screen, watch=watch,
-        )  # fmt: skip
-    if hours or late or buffer or concurrency:
-        raise ValueError("--hours, --late, --buffer and --concurrency go with --virtual: else no device is ever late.")
-    if not data:
-        raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
-    if resume and (goal or seed or keep):
-        raise ValueError("With --resume --goal, --seed and --keep are those of the run: leave them out.")
-    one_of(("fused", "sequential"), backend=backend)
-    rule = parse_stop_when(stop_when) if stop_when else None
-    retention = Retention.parse(keep) if keep else None
-    if not resume and not (task and rounds):
-        missing = " and ".join(name for name, given in (("TASK", task), ("--rounds N", rounds)) if not given)
-        raise ValueError(f"Expected {missing} for a new run, or --resume --run DIR to go on with one.")
-    with Told() as told:
+        told.check()
+        screen, watch = Screen(json=json), Stopwatch()
+        if virtual is not None:
+            if leave_out or by_user or stop_when or keep:
+                raise ValueError("--leave-out, --by-user, --stop-when and --keep are not for --virtual.")
+            policy = {
+                "goal": goal, "buffer": buffer, "concurrency": concurrency, "late": None if late is None else parse_late(late),
+            }  # fmt: skip
+            return _virtually(
+                task, virtual, data, user_column, held_out, split, users, rounds=rounds, hours=hours, seed=seed, run=run, resume=resume,
+                policy={name: value for name, value in policy.items() if value is not None}, evaluate_every=evaluate_every,
+                screen=screen, watch=watch,
+            )  # fmt: skip
+        if hours or late or buffer or concurrency:
+            raise ValueError(
+                "--hours, --late, --buffer and --concurrency go with --virtual: else no device is ever late."
+            )
+        if not data:
+            raise ValueError("Expected --data PATH (or --data name:digits): whose examples are to be trained on?")
+        if resume and (goal or seed or keep):
+            raise ValueError("With --resume --goal, --seed and --keep are those of the run: leave them out.")
+        one_of(("fused", "sequential"), backend=backend)
+        rule = parse_stop_when(stop_when) if stop_when else None
+        retention = Retention.parse(keep) if keep else None
+        if not resume and not (task and rounds):
+            missing = " and ".join(name for name, given in (("TASK", task), ("--rounds N", rounds)) if not given)
+            raise ValueError(f"Expected {missing} for a new run, or --resume --run DIR to go on with one.")
         use_all_cores()
         switch_on(cache_folder())
         made = load_task(task) if task else None

@@ -1,6 +1,5 @@
 """The demo: what it shows, and, as real processes, that it trains, stops, goes on, and leaves nothing behind."""
 
-import contextlib
 import json
 import os
 import re
@@ -26,7 +25,6 @@ from shoal.errors import DataError
 from shoal.record.run import find_runs
 from shoal.record.sqlite import open_store
 from shoal.report.facts import read_facts
-from shoal.told import Told
 
 ROUNDS_S = 40.0
 """Longest wait for a version, on a busy machine."""
@@ -141,19 +139,6 @@ def test_a_child_ends_when_it_is_told_nothing(tmp_path: Path) -> None:
         (pid,) = processes.pids().values()
         assert psutil.pid_exists(pid)
     assert not psutil.pid_exists(pid)
-
-
-def test_a_ctrl_c_that_is_swallowed_is_not_lost() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    with Told() as told:
-        told.check()
-        with contextlib.suppress(KeyboardInterrupt):  # as an import in the middle of which it comes may do
-            signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)  # a second one does not disturb the end
-        with pytest.raises(KeyboardInterrupt):
-            told.check()
-        assert told.code == 130
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_there_must_be_a_demo_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
