@@ -99,12 +99,7 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        ending = [made for process in self._processes for made in _tree(process.pid)]
-        for made in ending:
-            try:
-                made.kill()
-            except psutil.NoSuchProcess:
-                pass
+        self._each(psutil.Process.kill)
         for process in self._processes:
             process.wait()
         self._reader.join(10.0)
@@ -141,7 +136,7 @@ class Running:
             for made in _tree(process.pid):
                 try:
                     found.append(do(made))
-                except psutil.NoSuchProcess:
+                except psutil.NoSuchProcess:  # it has ended by itself since
                     pass
         return found
 

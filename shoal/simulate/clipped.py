@@ -1,7 +1,8 @@
 """Says once where a loss is so large that what is reported of it may have been clipped.
 
 A metric is an exact sum, so each example's part has a bound. Who sets one knows it; that of a loss is `LOSS_BOUND`
-by default. As long as the mean is below a thousandth of that, no more than every thousandth example can have been beyond.
+by default. As long as the mean of a loss that is never negative is below a thousandth of that, no more than every thousandth
+example can have been beyond.
 """
 
 import logging
