@@ -6,7 +6,8 @@ and channels last (`b01f_01io->b01f`). Any other order it brings into this one o
 `on_cpu` brings each convolution into this order by transposes of its own, which cost a few per cent. Better still, or what remains slow:
 
 * Windows of 3 x 3 on large images with channels enough: `winograd.py`, half to three quarters of the time.
-* Few input channels: patches and one matrix product. Few output channels of a gradient: the product first, then its shifted sum.
+* Few channels: `column_tiles.py`, two to eight times as fast; with many outputs, patches and one matrix product.
+* Few output channels of a gradient: the product first, then its shifted sum.
 * Three and more spatial dims: the leading ones are folded into the channels until two remain.
 * Groups and members: one convolution after another, in a loop; each is large enough.
 * Depthwise (one channel a group): products of shifted views, which XLA fuses; there is nothing to block.
@@ -27,7 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shoal.simulate import winograd
+from shoal.simulate import column_tiles, winograd
+from shoal.simulate.computed_once import computed_once
 
 Array = Any
 
@@ -59,7 +61,7 @@ class Window:
 
     def views(self, x_NSC: Array, sizes_K: Sequence[int]) -> list[Array]:
         """For each window position, in row-major order, the view of x (N, *S, C) that it meets: (N, *S', C)."""
-        x = self._padded(x_NSC)
+        x = self.padded(x_NSC)
         counts = self.outputs(x_NSC.shape[1:-1], sizes_K)
         return [
             _slice(x, [k * d for k, d in zip(at, self.rhs_dilation, strict=True)], counts, self.strides)
@@ -78,13 +80,13 @@ class Window:
 
     def receptive(self, x_NSC: Array, sizes_K: Sequence[int]) -> list[Array]:
         """For each output position, in row-major order, what its window sees of x (N, *S, C): (N, *K, C)."""
-        x = self._padded(x_NSC)
+        x = self.padded(x_NSC)
         return [
             _slice(x, [o * s for o, s in zip(at, self.strides, strict=True)], sizes_K, self.rhs_dilation)
             for at in itertools.product(*map(range, self.outputs(x_NSC.shape[1:-1], sizes_K)))
         ]
 
-    def _padded(self, x_NSC: Array) -> Array:
+    def padded(self, x_NSC: Array) -> Array:
         spatial = [(low, high, d - 1) for (low, high), d in zip(self.padding, self.lhs_dilation, strict=True)]
         return lax.pad(x_NSC, jnp.zeros((), x_NSC.dtype), [(0, 0, 0), *spatial, (0, 0, 0)])
 
@@ -188,14 +190,18 @@ def _of_two_dims(x_NSC: Array, w_KCO: Array, window: Window, params: dict[str, A
         return None
     if tuple(sizes) == (3, 3) and winograd.is_faster(counts, channels, outputs):
         return winograd.convolution(x_NSC, w_KCO, window.padding)
-    if math.prod(sizes) > _MOST_PATCHES:
-        return None
-    num_patches = len(x_NSC) * math.prod(sizes)
-    if channels <= _FEW_CHANNELS and num_patches * math.prod(counts) * channels * 4 <= _MOST_PATCH_BYTES:
-        return _by_patches(x_NSC, w_KCO, window, params)
     is_full = all(pad == (size - 1,) * 2 for pad, size in zip(window.padding, sizes, strict=True))
-    if is_full and outputs <= 2 * _FEW_CHANNELS:
+    if is_full and outputs <= 2 * _FEW_CHANNELS and math.prod(sizes) <= _MOST_PATCHES:
         return _spread(x_NSC, w_KCO, params)
+    if tile := column_tiles.tile(channels, outputs, sizes, counts):
+        return column_tiles.convolution(window.padded(x_NSC), w_KCO, tile, params["precision"])
+    if tile := column_tiles.tile_of_gradient(len(x_NSC), outputs, counts, sizes):
+        x, g = window.padded(x_NSC).transpose(3, 1, 2, 0), w_KCO.transpose(2, 0, 1, 3)
+        return column_tiles.kernel_gradient(x, g, tile, params["precision"]).transpose(2, 0, 1, 3)
+    num_patches = len(x_NSC) * math.prod(sizes)
+    is_small = num_patches * math.prod(counts) * channels * 4 <= _MOST_PATCH_BYTES
+    if 1 < channels <= _FEW_CHANNELS and math.prod(sizes) <= _MOST_PATCHES and is_small:
+        return _by_patches(x_NSC, w_KCO, window, params)
     return None
 
 
@@ -212,7 +218,7 @@ def _spread(x_NSC: Array, w_KCO: Array, params: dict[str, Any]) -> Array:
         part = lax.pad(made[(..., *at, slice(None))], zero, [(0, 0, 0), *pads, (0, 0, 0)])
         total = part if total is None else total + part
     # Without the barrier pooling's gradient would have the sum computed for each place of its windows.
-    return lax.optimization_barrier(total)
+    return computed_once(total)
 
 
 def _cut(x_NSC: Array, window: Window) -> tuple[Array, Window]:

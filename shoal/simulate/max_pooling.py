@@ -16,6 +16,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from shoal.simulate.computed_once import computed_once
+
 Array = Any
 
 MOST_POSITIONS: Final = 32
@@ -49,7 +51,7 @@ def _forward(x: Array, **params: Any) -> Array:
     first, *others = _views(x, -math.inf, params)
     for view in others:
         first = jnp.maximum(first, view)
-    return first
+    return computed_once(first)  # else whatever reads it would compute it anew, for each time it is read
 
 
 def _tangent(tangent: Array, x: Array, **params: Any) -> Array:
@@ -59,6 +61,7 @@ def _tangent(tangent: Array, x: Array, **params: Any) -> Array:
     position = jnp.full(largest.shape, len(views), jnp.int32)
     for at in reversed(range(len(views))):
         position = jnp.where(views[at] == largest, jnp.int32(at), position)
+    position = computed_once(position)  # likewise: each element of the gradient reads it
     if params["window_dimensions"] == params["window_strides"]:
         return _of_blocks(tangent, position, params)
     made = jnp.zeros(largest.shape, tangent.dtype)

@@ -13,12 +13,13 @@ from flax import linen, nnx
 from jax import lax
 
 import shoal
-from shoal.simulate import convolution_forms, winograd
+from shoal.simulate import column_tiles, convolution_forms, winograd
 from shoal.simulate.convolutions import faster_convolutions
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"channels": 5},
     "few channels": {"padding": ((1, 0), (0, 1))},
+    "columns": {"size": (9, 10), "kernel": (5, 5), "outputs": 6, "padding": ((1, 0), (2, -1))},
     "three by three": {"kernel": (3, 3), "channels": 16, "outputs": 17, "padding": ((1, 1), (0, 2)), "examples": 3},
     "nothing": {"kernel": (3, 3), "channels": 16, "outputs": 16, "size": (6, 2)},
     "nothing of few channels": {"kernel": (3, 3), "size": (2, 5)},
@@ -119,6 +120,7 @@ def assert_close(got: Any, expected: Any, *, rtol: float = 2e-5) -> None:
 @pytest.fixture(autouse=True)
 def small_images_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(winograd, "MANY_TILES", 1)
+    monkeypatch.setattr(column_tiles, "SMALLEST_RESULT", 1)
 
 
 SLOW = ("uneven", "both dilations", "one by one", "1-D depthwise", "3-D groups", "channels first")
@@ -138,7 +140,7 @@ def test_small_images_and_large_windows_are_left_to_xla(monkeypatch: pytest.Monk
         assert "stablehlo.convolution" in jax.jit(faster_convolutions(fn)).lower(x, w).as_text()
 
 
-@pytest.mark.parametrize("name", ["few channels", "three by three"])
+@pytest.mark.parametrize("name", ["few channels", "columns", "three by three"])
 def test_where_a_form_of_ours_is_faster_xla_convolves_nothing_forwards(name: str) -> None:
     fn, x, w = case(**CASES[name])
     assert "stablehlo.convolution" in jax.jit(fn).lower(x, w).as_text()
