@@ -190,6 +190,9 @@ def _of_two_dims(x_NSC: Array, w_KCO: Array, window: Window, params: dict[str, A
         return None
     if tuple(sizes) == (3, 3) and winograd.is_faster(counts, channels, outputs):
         return winograd.convolution(x_NSC, w_KCO, window.padding)
+    if counts == (3, 3) and winograd.is_faster(sizes, len(x_NSC), outputs):
+        x, g = x_NSC.transpose(3, 1, 2, 0), w_KCO.transpose(2, 0, 1, 3)
+        return winograd.kernel_gradient(x, g, window.padding).transpose(2, 0, 1, 3)
     is_full = all(pad == (size - 1,) * 2 for pad, size in zip(window.padding, sizes, strict=True))
     if is_full and outputs <= 2 * _FEW_CHANNELS and math.prod(sizes) <= _MOST_PATCHES:
         return _spread(x_NSC, w_KCO, params)

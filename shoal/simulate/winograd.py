@@ -44,11 +44,34 @@ _AT: Final = np.array([[1, 1, 1, 0], [0, 1, -1, -1]], np.float32)
 
 def convolution(x_NSC: Array, w_KCO: Array, padding: Sequence[tuple[int, int]]) -> Array:
     """x (N, H, W, C) by a window (3, 3, C, O), strides of one: (N, H', W', O)."""
-    w_PCO = jnp.einsum("ai,ijco,bj->abco", _G, w_KCO, _G).reshape(TILE * TILE, *w_KCO.shape[2:])
-    examples = x_NSC.shape[0]
-    together = next(count for count in range(min(AT_ONCE, examples), 0, -1) if not examples % count)
-    made = lax.map(lambda x: _few(x, w_PCO, padding), x_NSC.reshape(examples // together, together, *x_NSC.shape[1:]))
-    return made.reshape(examples, *made.shape[2:])
+    w_PCO = jnp.stack([made for row in _both(_G, w_KCO) for made in row])
+    made = lax.map(lambda x: _few(x, w_PCO, padding), _in_parts(x_NSC))
+    return made.reshape(len(x_NSC), *made.shape[2:])
+
+
+def kernel_gradient(x_NSC: Array, g_NSO: Array, padding: Sequence[tuple[int, int]]) -> Array:
+    """The gradient of the window (3, 3, C, O) for one of the result, g (N, H', W', O).
+
+    The transpose of the above in the window: G^T [ sum over tiles of (B^T input B) x (A g A^T) ] G.
+    """
+    tiles = [-(-size // 2) for size in g_NSO.shape[1:3]]
+
+    def add(total_PCO: Array, few: tuple[Array, Array]) -> tuple[Array, None]:
+        x, g = few
+        x_PTC = _of_tiles(x, _BT, [low for low, _ in padding], tiles).reshape(TILE * TILE, -1, x.shape[-1])
+        g_PTO = _of_tiles(g, _AT.T, (0, 0), tiles).reshape(TILE * TILE, -1, g.shape[-1])
+        return total_PCO + lax.dot_general(x_PTC, g_PTO, (((1,), (1,)), ((0,), (0,)))), None
+
+    shape = (TILE * TILE, x_NSC.shape[-1], g_NSO.shape[-1])
+    made, _ = lax.scan(add, jnp.zeros(shape, x_NSC.dtype), (_in_parts(x_NSC), _in_parts(g_NSO)))
+    return jnp.stack([jnp.stack(row) for row in _both(_G.T, made.reshape(TILE, TILE, *shape[1:]))])
+
+
+def _in_parts(array_N: Array) -> Array:
+    """With the examples as (parts, those that go together)."""
+    count = len(array_N)
+    together = next(few for few in range(min(AT_ONCE, count), 0, -1) if not count % few)
+    return array_N.reshape(count // together, together, *array_N.shape[1:])
 
 
 def _few(x_NSC: Array, w_PCO: Array, padding: Sequence[tuple[int, int]]) -> Array:
@@ -88,10 +111,10 @@ def _both(matrix: np.ndarray, places: Any) -> list[list[Array]]:
 
 
 def _sum(factors: np.ndarray, terms: Sequence[Array]) -> Array:
-    """sum of factor x term, for factors of -1, 0 and 1."""
+    """sum of factor x term."""
     made = None
     for factor, term in zip(factors, terms, strict=True):
         if factor:
-            signed = term if factor > 0 else -term
-            made = signed if made is None else made + signed
+            scaled = term if factor == 1 else -term if factor == -1 else float(factor) * term
+            made = scaled if made is None else made + scaled
     return made
