@@ -16,6 +16,7 @@ from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import batching, mlir
 
 from shoal.simulate import replaced
+from shoal.simulate.computed_once import computed_once
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -57,7 +58,7 @@ def _supported(lhs: Any, rhs: Any, result: Any, *, params: dict[str, Any]) -> bo
 
 def _sum(lhs: Array, rhs: Array, **params: Any) -> Array:
     ((row,), (other_row,)), (batch, other_batch) = params["dimension_numbers"]
-    lhs, rhs = lax.optimization_barrier((lhs, rhs))  # else what they are made of may be made again for each element
+    lhs, rhs = computed_once(lhs), computed_once(rhs)
     lhs, rhs = _in_front(lhs, row, batch), _in_front(rhs, other_row, other_batch)
     count = len(batch)
     free, other_free = lhs.ndim - 1 - count, rhs.ndim - 1 - count
