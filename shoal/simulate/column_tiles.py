@@ -32,7 +32,7 @@ def tile(channels: int, outputs: int, window: Sequence[int], result: Sequence[in
         channels, outputs: C and O.
         window, result: (rows, columns).
     """
-    fits = 1 < window[1] and max(window) <= LARGEST_WINDOW and min(result) >= SMALLEST_RESULT
+    fits = window[1] > 1 and max(window) <= LARGEST_WINDOW and min(result) >= SMALLEST_RESULT
     if not fits or channels * outputs > MOST_WEIGHTS or outputs > 32:
         return 0
     return 4 if outputs <= 8 and window[1] > 3 else 2
@@ -52,7 +52,7 @@ def convolution(x_NHWC: Array, w_KKCO: Array, tile: int, precision: Any) -> Arra
         tile: columns together, T.
         precision: of the product, as in `lax.dot_general`.
     """
-    rows, columns, channels, outputs = w_KKCO.shape
+    rows, columns, _, outputs = w_KKCO.shape
     num_examples, num_columns = len(x_NHWC), x_NHWC.shape[2] - columns + 1
     patches = _patches(x_NHWC, rows, columns, tile)
     places = jnp.stack([jnp.pad(w_KKCO, ((0, 0), (at, tile - 1 - at), (0, 0), (0, 0))) for at in range(tile)], 3)

@@ -28,7 +28,7 @@ WORTH: Final = 20
 """A trial is made where the run is expected to take so many times as long as a trial does."""
 COMPILE_S: Final = 3.0
 """What the compilation of one candidate is taken to cost."""
-FORMS: Final = 2
+FORMS: Final = 3
 """Goes up when operations are computed otherwise than before (`convolutions.py`, `outer_products.py`): trials are made again then."""
 MOST_TOGETHER: Final = 32
 """Members that a CPU trains at once, at most: memory does not grow with the cohort."""
