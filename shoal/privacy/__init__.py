@@ -1,0 +1,1 @@
+"""Secure groups and differential privacy: see README.md."""
