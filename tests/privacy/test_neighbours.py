@@ -77,7 +77,7 @@ def test_the_chances_of_the_graph_that_is_found_are_below_the_promised_and_of_a_
     [
         (9, Assumptions(), "members would do"),
         (MAX_MEMBERS + 1, Assumptions(), "several groups"),
-        (100, Assumptions(colluders=0.5, dropouts=0.45), "no number of members would do"),
+        (100, Assumptions(colluders=0.5, dropouts=0.499), "no number of members would do"),
         (500, Assumptions(colluders=0.33, dropouts=0.33), "more than a message holds"),
     ],
 )
