@@ -45,12 +45,31 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
               rivals[0]["up_bytes"], "-"]] if rivals else []  # fmt: skip
     if not rivals:
         print(f"Flower is not installed in {PEERS} (benchmarks/peers/setup.sh flwr): its row is missing")
-    many = {} if quick else {share: [group(MEMBERS, SIZE, share, seed=100 + number) for number in range(10)] for share in (0.0, 0.1, 0.3)}
+    many = (
+        {}
+        if quick
+        else {
+            share: [group(MEMBERS, SIZE, share, seed=100 + number) for number in range(10)] for share in (0.0, 0.1, 0.3)
+        }
+    )
     for share, groups in many.items():
         rows.append(_row("ours, ten groups", 10 * MEMBERS, SIZE, share, groups))
     large = group(40 if quick else MEMBERS, 1_000_000, 0.0, seed=1, bits=_bits(MEMBERS))
     rows.append(_row("ours", 40 if quick else MEMBERS, 1_000_000, 0.0, [large]))
-    table(["", "members", "values", "lost", "server s", "opening s", "member s", "member sends, bytes", "masks taken off"], rows)
+    table(
+        [
+            "",
+            "members",
+            "values",
+            "lost",
+            "server s",
+            "opening s",
+            "member s",
+            "member sends, bytes",
+            "masks taken off",
+        ],
+        rows,
+    )
     print(_limit(trials[0], size))
     return _goals(trials, many, large, quick), {
         "graph": repr(_terms(members, size, 0.1).graph(members)),
@@ -80,7 +99,9 @@ def _goals(trials: Sequence[Played], many: dict[float, list[Played]], large: Pla
 def group(members: int, size: int, lost: float, *, seed: int, bits: int | None = None) -> Played:
     """A group, its sum checked against that of the survivors."""
     rng = np.random.default_rng(seed)
-    values = rng.integers(0, 1 << VALUE_BITS, (8, size), np.uint32)  # members hold one of eight vectors: memory, not costs
+    values = rng.integers(
+        0, 1 << VALUE_BITS, (8, size), np.uint32
+    )  # members hold one of eight vectors: memory, not costs
     gone = rng.permutation(members)[: int(lost * members)]
     source: Callable[[int], bytes] = random.Random(seed).randbytes
     terms = _terms(members, size, max(lost, 0.1), bits)
@@ -121,15 +142,23 @@ def _limit(played: Played, size: int) -> str:
     masks.add_masks(total, keys)
     rate = 64 * total.nbytes / (time.process_time() - begun)
     needed = played.num_masks * 4 * size
-    return (
-        f"masks: {rate / 1e9:.2f} GB/s here; {needed / 1e9:.2f} GB taken off, {needed / rate:.2f} of the {played.opening_s:.2f} s of the opening"
-    )
+    return f"masks: {rate / 1e9:.2f} GB/s here; {needed / 1e9:.2f} GB taken off, {needed / rate:.2f} of the {played.opening_s:.2f} s of the opening"
 
 
 def _rival(python: str, members: int, size: int, *, lost: int) -> dict[str, Any]:
     graph = _terms(members, size, 0.1).graph(members)
-    given = {"members": members, "neighbours": graph.degree // 2 * 2, "threshold": graph.threshold, "lost": lost, "size": size}
-    command = [python, str(ROOT / "benchmarks" / "peers" / "flwr_secagg.py"), *(f"--{key}={value}" for key, value in given.items())]
+    given = {
+        "members": members,
+        "neighbours": graph.degree // 2 * 2,
+        "threshold": graph.threshold,
+        "lost": lost,
+        "size": size,
+    }
+    command = [
+        python,
+        str(ROOT / "benchmarks" / "peers" / "flwr_secagg.py"),
+        *(f"--{key}={value}" for key, value in given.items()),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     if done.returncode:
         raise SystemExit(f"Flower's SecAgg+ failed: {done.stderr.strip().splitlines()[-1:]}")

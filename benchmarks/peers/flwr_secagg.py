@@ -43,7 +43,10 @@ def measure(members: int, neighbours: int, threshold: int, lost: int, size: int)
     keys = [generate_key_pairs() for _ in range(members)]
     private = [private_key_to_bytes(key[0]) for key in keys]
     public = [public_key_to_bytes(key[1]) for key in keys]
-    near = [[(at + step) % members for step in range(-neighbours // 2, neighbours // 2 + 1) if step] for at in range(members)]
+    near = [
+        [(at + step) % members for step in range(-neighbours // 2, neighbours // 2 + 1) if step]
+        for at in range(members)
+    ]
     seeds = [os.urandom(32) for _ in range(members)]
     rng = np.random.default_rng(0)
     values = rng.integers(0, 1 << 16, size)
@@ -72,7 +75,12 @@ def measure(members: int, neighbours: int, threshold: int, lost: int, size: int)
     parameters_mod(total, MOD_RANGE)
     opening_s = time.process_time() - begun
     del seed_shares, key_shares
-    return {"client_s": client_s, "server_s": adding_s + opening_s, "opening_s": opening_s, "up_bytes": masked[0].nbytes}
+    return {
+        "client_s": client_s,
+        "server_s": adding_s + opening_s,
+        "opening_s": opening_s,
+        "up_bytes": masked[0].nbytes,
+    }
 
 
 def client(
@@ -80,7 +88,10 @@ def client(
 ) -> tuple[list[np.ndarray], list[bytes], list[bytes]]:
     """All that one client computes: shares, sealed and opened, and its masked vector."""
     generate_key_pairs(), generate_key_pairs()
-    seed_shares, key_shares = create_shares(seed, threshold, len(near)), create_shares(private[at], threshold, len(near))
+    seed_shares, key_shares = (
+        create_shares(seed, threshold, len(near)),
+        create_shares(private[at], threshold, len(near)),
+    )
     for place, other in enumerate(near):
         key = generate_shared_key(bytes_to_private_key(private[at]), bytes_to_public_key(public[other]))
         sealed = encrypt(key, share_keys_plaintext_concat(at, other, seed_shares[place], key_shares[place]))

@@ -63,11 +63,12 @@ def add_masks(total: np.ndarray, masks: Iterable[tuple[bytes, int]]) -> None:
         raise ValueError(f"Expected total to be (n,) uint32 in C order, got {total.shape} {total.dtype}.")
     signed = list(masks)
     zeros = bytes(4 * min(CHUNK, -(-total.size // 4) * 4))
-    stream = np.empty(len(zeros) + _BLOCK, np.uint8)
+    stream = bytearray(len(zeros) + _BLOCK)
+    all_words = np.frombuffer(stream, "<u4")
     for start in range(0, total.size, CHUNK):
         part = total[start : start + CHUNK]
         size = 4 * part.size
-        words = stream[:size].view("<u4")
+        words = all_words[: part.size]
         counter = (4 * start // _BLOCK).to_bytes(_BLOCK, "big")
         for key, sign in signed:
             Cipher(algorithms.AES(key), modes.CTR(counter)).encryptor().update_into(zeros[:size], stream)

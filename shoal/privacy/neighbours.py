@@ -22,8 +22,6 @@ from functools import lru_cache
 from math import comb, floor
 from typing import Final
 
-import numpy as np
-
 from shoal import validate
 
 PRIVACY_BITS: Final = 40
@@ -92,7 +90,9 @@ def find(members: int, assumptions: Assumptions, minimum: int) -> Graph:
     """
     validate.positive(minimum=minimum)
     if members > MAX_MEMBERS:
-        raise ValueError(f"Expected groups of at most {MAX_MEMBERS} members, got {members}. Make several groups of them.")
+        raise ValueError(
+            f"Expected groups of at most {MAX_MEMBERS} members, got {members}. Make several groups of them."
+        )
     found = _find(members, assumptions, minimum)
     if found is not None and 32 * members + NEIGHBOUR_BYTES * found.degree > ROSTER_BYTES:
         raise ValueError(
@@ -111,9 +111,15 @@ def find(members: int, assumptions: Assumptions, minimum: int) -> Graph:
 
 def _find(members: int, assumptions: Assumptions, minimum: int) -> Graph | None:
     whole = _complete(members, assumptions, minimum)
-    others, colluders, dropouts = members - 1, floor(assumptions.colluders * members), floor(assumptions.dropouts * members)
+    others, colluders, dropouts = (
+        members - 1,
+        floor(assumptions.colluders * members),
+        floor(assumptions.dropouts * members),
+    )
     for degree in range(2, others, 2):
-        apart = comb(members, 2) * _chance(members, colluders + dropouts, degree, degree)  # two runs of half a degree each
+        apart = comb(members, 2) * _chance(
+            members, colluders + dropouts, degree, degree
+        )  # two runs of half a degree each
         if apart >= Fraction(1, 1 << PRIVACY_BITS):
             continue
         lowest = next(
@@ -148,9 +154,7 @@ def _chance(population: int, marked: int, drawn: int, at_least: int) -> Fraction
     """That of `drawn` without return at least so many are marked; exact."""
     if at_least <= 0:
         return Fraction(1)
-    cases = sum(
-        comb(marked, x) * comb(population - marked, drawn - x) for x in range(at_least, min(marked, drawn) + 1)
-    )
+    cases = sum(comb(marked, x) * comb(population - marked, drawn - x) for x in range(at_least, min(marked, drawn) + 1))
     return Fraction(cases, comb(population, drawn))
 
 

@@ -29,13 +29,16 @@ def pack(values: np.ndarray, bits: int) -> bytes:
 def unpack(data: bytes, count: int, bits: int) -> np.ndarray:
     """The integers again, (count,) uint32. Raises ValueError for another length."""
     if len(data) != packed_bytes(count, bits):
-        raise ValueError(f"Expected {packed_bytes(count, bits)} bytes for {count} integers of {bits} bits, got {len(data)}.")
+        raise ValueError(
+            f"Expected {packed_bytes(count, bits)} bytes for {count} integers of {bits} bits, got {len(data)}."
+        )
     whole, rest = divmod(bits, 8)
     made = np.zeros((count, 4), np.uint8)
     planes = np.frombuffer(data, np.uint8)
     for plane in range(whole):
         made[:, plane] = planes[plane * count : (plane + 1) * count]
     if rest:
-        for bit, plane in enumerate(planes[whole * count :].reshape(rest, -1)):
-            made[:, whole] |= np.unpackbits(plane, count=count, bitorder="little") << np.uint8(bit)
+        flags = np.unpackbits(planes[whole * count :].reshape(rest, -1), axis=1, count=count, bitorder="little")
+        for bit in range(rest):
+            made[:, whole] |= flags[bit] << np.uint8(bit)
     return made.view("<u4").reshape(-1)

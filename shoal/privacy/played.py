@@ -77,7 +77,12 @@ def play(
     machine = server.SecureServer(terms, group, trusted=trusted)
     actors = [SecureMember(terms, group, each, trusted=trusted, random=random, wall_s=0.0) for each in who]
     total, survivors = np.zeros(terms.size, np.uint32), pb.Survivors()
-    spent_s, up, down, server_s = defaultdict[int, float](float), defaultdict[int, int](int), defaultdict[int, int](int), 0.0
+    spent_s, up, down, server_s = (
+        defaultdict[int, float](float),
+        defaultdict[int, int](int),
+        defaultdict[int, int](int),
+        0.0,
+    )
     found: server.Open | None = None
     queue: list[server.Command] = []
 

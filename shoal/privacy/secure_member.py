@@ -102,7 +102,9 @@ class SecureMember:
             key = self._sealing(sealed.peer, sender=sealed.peer, receiver=self._number)
             opened = masks.unseal(key, sealed.data, self._context)
             if opened is None or len(opened) != 2 * shamir.SHARE_BYTES:
-                raise ProtocolError(f"The shares of member {sealed.peer} were not sealed by it for this member and group.")
+                raise ProtocolError(
+                    f"The shares of member {sealed.peer} were not sealed by it for this member and group."
+                )
             self._held[sealed.peer] = opened[: shamir.SHARE_BYTES], opened[shamir.SHARE_BYTES :]
         if len(self._held) < self._graph.threshold:
             raise ProtocolError(f"{len(self._held)} neighbours go on, {self._graph.threshold} are needed.")

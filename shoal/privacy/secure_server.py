@@ -134,7 +134,10 @@ class Opening:
 
     def masks(self) -> list[tuple[bytes, int]]:
         """(key, sign) of all that are to be added to the masked sum. Raises ProtocolError: shares do not fit."""
-        made = [(self_mask(self._secret(number, shares, of_seed=True), self.context), -1) for number, shares in self.seeds.items()]
+        made = [
+            (self_mask(self._secret(number, shares, of_seed=True), self.context), -1)
+            for number, shares in self.seeds.items()
+        ]
         for number, shares in self.keys.items():
             private = self._secret(number, shares, of_seed=False)
             for peer in self.peers[number]:
@@ -148,7 +151,11 @@ class Opening:
             secret = shamir.join({holder: shares[holder] for holder in some})
             if secret is None:
                 continue
-            if (hashlib.sha256(secret).digest() == advert.seed_digest) if of_seed else (masks.public_key(secret) == advert.mask_key):
+            if (
+                (hashlib.sha256(secret).digest() == advert.seed_digest)
+                if of_seed
+                else (masks.public_key(secret) == advert.mask_key)
+            ):
                 return secret
         raise ProtocolError(f"The shares of member {number} give no secret of its.")
 
@@ -307,7 +314,13 @@ class SecureServer:
             return told + self._fail(
                 f"{len(left)} of {self.graph.members} members are left after {self.phase!r}, {self.graph.least_survivors} are needed"
             )
-        return told + getattr(self, f"_after_{self.phase}")(left, now_s)
+        after = {
+            "shares": self._after_shares,
+            "masked": self._after_masked,
+            "signed": self._after_signed,
+            "unmask": self._after_unmask,
+        }
+        return told + after[self.phase](left, now_s)
 
     def _after_shares(self, left: set[int], now_s: float) -> list[Command]:
         self._masking = left
@@ -367,7 +380,9 @@ class SecureServer:
 
     def _waiting(self) -> list[int]:
         """Who has still to answer in this phase."""
-        before = {"shares": "advertised", "masked": "shares", "signed": "masked", "unmask": "signed"}.get(self.phase, "")
+        before = {"shares": "advertised", "masked": "shares", "signed": "masked", "unmask": "signed"}.get(
+            self.phase, ""
+        )
         if self.phase == "unmask" and not self.terms.certified:
             before = "masked"
         return [number for number, member in self._members.items() if member.phase == before]

@@ -1,7 +1,7 @@
 """What a secure group's members and its server agree on before they begin, and what binds all they say to it."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -35,7 +35,7 @@ class Terms:
     segments: tuple[Segment, ...]
     minimum: int = 8
     """Honest members in whatever the server learns, at least."""
-    assumptions: Assumptions = Assumptions()
+    assumptions: Assumptions = field(default_factory=Assumptions)
     certified: bool = False
     """Whether identities are certified, and survivors signed: for a server that may lie."""
 

@@ -21,7 +21,12 @@ def split(secret: bytes, holders: Sequence[int], threshold: int, random: Callabl
         threshold: shares that give the secret back.
         random: so many unpredictable bytes.
     """
-    if len(secret) != SECRET_BYTES or not 1 <= threshold <= len(holders) or min(holders) < 1 or len(set(holders)) != len(holders):
+    if (
+        len(secret) != SECRET_BYTES
+        or not 1 <= threshold <= len(holders)
+        or min(holders) < 1
+        or len(set(holders)) != len(holders)
+    ):
         raise ValueError(
             f"Expected 32 bytes and 1 <= threshold <= holders, all different and from 1, got {len(secret)} bytes, "
             f"threshold {threshold}, {len(holders)} holders."

@@ -6,6 +6,7 @@ Numbers in brackets are invariants of `secure_member.py`.
 import random as stdlib_random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,11 @@ def terms(*, certified: bool) -> Terms:
 
 
 def group(
-    *, certified: bool = True, until: str = "rosters", who: Sequence[Identity] | None = None, random: Callable[[int], bytes] | None = None
+    *,
+    certified: bool = True,
+    until: str = "rosters",
+    who: Sequence[Identity] | None = None,
+    random: Callable[[int], bytes] | None = None,
 ) -> Group:
     """A group up to rosters, deliveries or masked vectors, members by number."""
     given = terms(certified=certified)
@@ -72,7 +77,7 @@ def group(
     return made
 
 
-def messages(commands: Sequence[server.Command]) -> list:
+def messages(commands: Sequence[server.Command]) -> list[Any]:
     return [command.message for command in commands if isinstance(command, server.Send)]
 
 
@@ -97,7 +102,10 @@ def test_a_member_that_the_server_made_up_is_found_where_members_are_certified()
     who = [*(identity(number) for number in range(MEMBERS - 1)), forged]
     given = terms(certified=True)
     honest = SecureMember(given, GROUP, who[0], trusted=TRUSTED, random=stdlib_random.Random(1).randbytes, wall_s=0.0)
-    own = [SecureMember(given, GROUP, each, trusted=TRUSTED, random=stdlib_random.Random(2).randbytes, wall_s=0.0) for each in who[1:]]
+    own = [
+        SecureMember(given, GROUP, each, trusted=TRUSTED, random=stdlib_random.Random(2).randbytes, wall_s=0.0)
+        for each in who[1:]
+    ]
     adverts = sorted([honest.advert(), *(each.advert() for each in own)], key=lambda advert: advert.identity_key)
     numbers = {advert.identity_key: at for at, advert in enumerate(adverts, 1)}
     number, whole = numbers[who[0].public], b"".join(advert.identity_key for advert in adverts)
@@ -114,19 +122,31 @@ def test_a_member_that_the_server_made_up_is_found_where_members_are_certified()
 def test_the_server_turns_away_who_is_not_certified_or_expired() -> None:
     machine = server.SecureServer(terms(certified=True), GROUP, trusted=TRUSTED, wall_s=10.0)
     for who in (Identity(key=identity(1).key, certificate=identity(2).certificate), identity(3, until_s=9.0)):
-        member = SecureMember(terms(certified=True), GROUP, who, trusted=TRUSTED, random=stdlib_random.Random(1).randbytes, wall_s=0.0)
+        member = SecureMember(
+            terms(certified=True), GROUP, who, trusted=TRUSTED, random=stdlib_random.Random(1).randbytes, wall_s=0.0
+        )
         assert machine.step(server.Advertised(b"m", member.advert()), 0.0) == [server.Lost(b"m", "it is not certified")]
 
 
 def test_keys_of_another_group_are_no_keys_of_this_one() -> None:
     """Replay: a neighbour's advert from an earlier group."""
     made = group()
-    old = SecureMember(terms(certified=True), b"o" * 16, identity(3), trusted=TRUSTED, random=stdlib_random.Random(8).randbytes, wall_s=0.0)
+    old = SecureMember(
+        terms(certified=True),
+        b"o" * 16,
+        identity(3),
+        trusted=TRUSTED,
+        random=stdlib_random.Random(8).randbytes,
+        wall_s=0.0,
+    )
     advert = old.advert()
     roster = made.rosters[0]
     at = next((each for each in roster.neighbours if each.advert.identity_key == advert.identity_key), None)
     if at is None:  # the member itself is number 1
-        roster, at = made.rosters[1], next(e for e in made.rosters[1].neighbours if e.advert.identity_key == advert.identity_key)
+        roster, at = (
+            made.rosters[1],
+            next(e for e in made.rosters[1].neighbours if e.advert.identity_key == advert.identity_key),
+        )
     at.advert.CopyFrom(advert)
     with pytest.raises(ProtocolError, match="not signed by it for this group"):
         made.members[made.rosters.index(roster)].shares(roster)
@@ -155,7 +175,10 @@ def test_a_roster_that_is_not_right_is_refused(lie: str) -> None:
 
 def test_shares_of_another_roster_do_not_open() -> None:
     """Two members that are shown different rosters: what one seals for the other says which it saw."""
-    one, other = group(until="deliveries"), group(until="deliveries", who=[identity(number) for number in range(1, MEMBERS + 1)])
+    one, other = (
+        group(until="deliveries"),
+        group(until="deliveries", who=[identity(number) for number in range(1, MEMBERS + 1)]),
+    )
     one.deliveries[0].sealed[0].data = other.deliveries[0].sealed[0].data
     with pytest.raises(ProtocolError, match="not sealed by it"):
         one.members[0].masked(one.deliveries[0], np.zeros(64, np.uint32))
@@ -189,7 +212,9 @@ def test_there_is_one_set_of_survivors_only_even_where_the_server_shows_two(told
     unmasked = set()
     for survivors in sets:
         signers = [number for number in range(MEMBERS) if shown[number] is survivors and number != colluder]
-        agreement = pb.Agreement(signatures=[signature(made, number, survivors, signed) for number in [*signers, colluder]])
+        agreement = pb.Agreement(
+            signatures=[signature(made, number, survivors, signed) for number in [*signers, colluder]]
+        )
         for number in signers:
             try:
                 made.members[number].unmask(survivors, agreement)
@@ -229,12 +254,14 @@ def test_without_certificates_what_a_lying_server_can_do_is_as_documented() -> N
     """Curious: two sets of survivors do open one member's vector. It is why certified groups sign; `docs/trust.md` says so."""
     made = group(certified=False, until="masked")
     revealed: dict[int, dict[int, bytes]] = {}
+    graph = made.machine.graph
+    assert graph is not None
     for number in range(1, MEMBERS):  # all but the first are told that the others, not the first, were lost
-        alive = {1, number + 1} | {*list({*range(1, MEMBERS + 1)} - {1, number + 1})[: made.machine.graph.least_survivors - 2]}
+        alive = {1, number + 1} | {*list({*range(1, MEMBERS + 1)} - {1, number + 1})[: graph.least_survivors - 2]}
         unmask = made.members[number].unmask(pb.Survivors(bitmap=to_bitmap(alive, MEMBERS)))
         for each in unmask.revealed:
             revealed.setdefault(each.of, {})[number + 1] = each.share
-    assert len(revealed[1]) >= made.machine.graph.threshold, "its self seed can be put together"
+    assert len(revealed[1]) >= graph.threshold, "its self seed can be put together"
 
 
 # What the server sees.

@@ -59,7 +59,8 @@ def test_tails_are_those_of_the_hypergeometric_distribution(population: int, dat
     masses = [comb(marked, x) * comb(population - marked, drawn - x) for x in range(drawn + 1)]
     for at_least in range(drawn + 2):
         assert _chance(population, marked, drawn, at_least) == sum(masses[at_least:]) / comb(population, drawn) or (
-            abs(float(_chance(population, marked, drawn, at_least)) - sum(masses[at_least:]) / comb(population, drawn)) < 1e-12
+            abs(float(_chance(population, marked, drawn, at_least)) - sum(masses[at_least:]) / comb(population, drawn))
+            < 1e-12
         )
 
 
@@ -69,7 +70,9 @@ def test_the_chances_of_the_graph_that_is_found_are_below_the_promised_and_of_a_
     lost = 500 * _chance(499, graph.dropouts, graph.degree, graph.degree - graph.threshold + 1)
     assert exposed < 2**-40
     assert lost < 2**-20
-    assert 500 * _chance(499, graph.colluders, graph.degree, graph.threshold - graph.minimum) >= 2**-40, "no lower threshold would do"
+    assert 500 * _chance(499, graph.colluders, graph.degree, graph.threshold - graph.minimum) >= 2**-40, (
+        "no lower threshold would do"
+    )
 
 
 @pytest.mark.parametrize(

@@ -110,14 +110,18 @@ def test_a_share_says_nothing_of_the_secret() -> None:
     source = stdlib_random.Random(4).randbytes
     means = []
     for secret in (ZERO, b"\xff" * 32):
-        values = [int.from_bytes(shamir.split(secret, [1, 2, 3], 2, source)[1], "big") / shamir.PRIME for _ in range(2000)]
+        values = [
+            int.from_bytes(shamir.split(secret, [1, 2, 3], 2, source)[1], "big") / shamir.PRIME for _ in range(2000)
+        ]
         means.append(np.mean(values))
     assert abs(means[0] - 0.5) < 0.03
     assert abs(means[1] - 0.5) < 0.03
 
 
 @pytest.mark.parametrize(
-    ("holders", "threshold"), [([1, 1], 1), ([0, 1], 1), ([1, 2], 3), ([1], 0)], ids=["twice", "zero", "too high", "none"]
+    ("holders", "threshold"),
+    [([1, 1], 1), ([0, 1], 1), ([1, 2], 3), ([1], 0)],
+    ids=["twice", "zero", "too high", "none"],
 )
 def test_wrong_holders_are_refused(holders: list[int], threshold: int) -> None:
     with pytest.raises(ValueError, match="holders"):

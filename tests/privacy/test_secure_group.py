@@ -1,7 +1,7 @@
 """A secure group's sum is that of its survivors, whoever is lost wherever; what the threshold does not allow is refused."""
 
 import random as stdlib_random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import pytest
@@ -31,7 +31,16 @@ def seeded(seed: int) -> Callable[[int], bytes]:
 
 def vector(seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
-    return np.concatenate([rng.integers(0, 1 << each.bits, each.size, np.uint64) for each in SEGMENTS]).astype(np.uint32)
+    return np.concatenate([rng.integers(0, 1 << each.bits, each.size, np.uint64) for each in SEGMENTS]).astype(
+        np.uint32
+    )
+
+
+def total_of(places: Iterable[int]) -> np.ndarray:
+    total = np.zeros(sum(each.size for each in SEGMENTS), np.uint32)
+    for place in places:
+        total += vector(place)
+    return total
 
 
 def certified(members: int) -> tuple[list[Identity], Trusted]:
@@ -57,7 +66,7 @@ def test_the_sum_is_that_of_the_survivors_whoever_is_lost_wherever(
     played = play(given_terms, vector, members, random=seeded(members), lost=lost, identities=who, trusted=trusted)
     alive = [place for place in range(members) if lost.get(place) not in ("shares", "masked")]
     assert list(played.survivors) == alive
-    expected = np.sum([vector(place) for place in alive], axis=0, dtype=np.uint64).astype(np.uint32)
+    expected = total_of(alive)
     np.testing.assert_array_equal(played.total, given_terms.reduced(expected))
     assert played.spent == set(range(members)) - set(lost), "who reveals shares is spent, and nobody else"
 
@@ -78,7 +87,7 @@ def test_a_group_of_many_has_few_neighbours_each() -> None:
     assert graph.degree < 60
     lost = {place: PHASES[1 if place % 2 else 3] for place in range(0, 150, 11)}
     played = play(given_terms, vector, 150, random=seeded(2), lost=lost)
-    expected = np.sum([vector(place) for place in played.survivors], axis=0, dtype=np.uint64).astype(np.uint32)
+    expected = total_of(played.survivors)
     np.testing.assert_array_equal(played.total, given_terms.reduced(expected))
 
 

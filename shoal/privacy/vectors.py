@@ -1,0 +1,95 @@
+"""An update as the vector of a secure group, and a group's sum as what an `Accumulator` merges.
+
+Each summed tensor is a segment: its elements in fixed point, as `fixed.add` rounds them, in two's complement of as many bits as the largest
+sum needs. The member's weight is one more segment. So the sum modulo 2^bits is the sum, to the bit that which a clear group has.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
+
+import numpy as np
+
+from shoal.errors import UpdateRefused
+from shoal.fixed import FixedPoint, SumSpec, add, refuse_bad_values, refuse_bad_weight
+from shoal.privacy.packing import MAX_BITS
+from shoal.privacy.secure_terms import Segment
+from shoal.tensors import check
+
+
+class VectorLayout:
+    """How the sums of a round stand in a vector."""
+
+    def __init__(
+        self, sums: Sequence[SumSpec], fixed: Mapping[str, FixedPoint], *, max_weight: int, max_members: int
+    ) -> None:
+        """
+        Args:
+            sums: of the manifest, in its order.
+            fixed: name -> fixed point of this round.
+            max_weight: of one member.
+            max_members: of one sum.
+
+        Raises:
+            ValueError: a sum needs more than 32 bits.
+        """
+        self.specs, self.fixed, self._max_weight = tuple(sums), fixed, max_weight
+        names = [spec.tensor.name for spec in self.specs]
+        bits = {name: _signed_bits(fixed[name].largest_sum) for name in names}
+        if too_wide := [f"{name} ({width} bits)" for name, width in bits.items() if width > MAX_BITS]:
+            raise ValueError(
+                f"Expected sums of at most {MAX_BITS} bits in a secure group, got {', '.join(too_wide)}. Lower the sum's bits in the "
+                "task's privacy, its bound, the largest weight or the members of a round."
+            )
+        of_weight = _signed_bits(max_weight * max_members)
+        self.segments = (
+            *(Segment(size=prod(spec.tensor.shape), bits=bits[spec.tensor.name]) for spec in self.specs),
+            Segment(size=1, bits=of_weight),
+        )
+
+    def vector(self, update: Mapping[str, np.ndarray], *, weight: int) -> np.ndarray:
+        """A member's vector, (size,) uint32, each element below its segment's 2^bits.
+
+        Raises:
+            UpdateRefused: it is not finite, out of bounds, of a wrong shape, or has a wrong weight.
+        """
+        try:
+            check(update, (spec.tensor for spec in self.specs), what="the update")
+        except ValueError as error:
+            raise UpdateRefused(str(error), reason="wrong tensors") from error
+        refuse_bad_weight(weight, self._max_weight)
+        parts = []
+        for spec, segment in zip(self.specs, self.segments, strict=False):
+            name = spec.tensor.name
+            values = np.ascontiguousarray(update[name]).reshape(-1)
+            refuse_bad_values(values, self.fixed[name], name=name)
+            contribution = np.zeros(values.size, np.int64)
+            add(contribution, values, self.fixed[name], weight=weight if spec.weighted else 1)
+            parts.append(_low_bits(contribution, segment.bits))
+        return np.concatenate([*parts, _low_bits(np.array([weight]), self.segments[-1].bits)])
+
+    def totals(self, vector: np.ndarray) -> tuple[Iterator[tuple[str, int, np.ndarray]], int]:
+        """Pieces of a group's sum as `Accumulator.merge` takes them, (tensor, 0, int64 totals), and its weight.
+
+        Args:
+            vector: (size,) uint32, as an opened group gives it.
+        """
+        ends = np.cumsum([segment.size for segment in self.segments])
+        parts = np.split(vector, ends[:-1])
+        whole = [_signed(part, segment.bits) for part, segment in zip(parts, self.segments, strict=True)]
+        pieces = ((spec.tensor.name, 0, part) for spec, part in zip(self.specs, whole, strict=False))
+        return pieces, int(whole[-1][0])
+
+
+def _signed_bits(largest: int) -> int:
+    """Bits of two's complement for magnitudes up to `largest`."""
+    return largest.bit_length() + 1
+
+
+def _low_bits(values: np.ndarray, bits: int) -> np.ndarray:
+    return (values & ((1 << bits) - 1)).astype(np.uint32)
+
+
+def _signed(values: np.ndarray, bits: int) -> np.ndarray:
+    """Two's complement of `bits` bits as int64."""
+    whole = values.astype(np.int64)
+    return np.where(whole >> (bits - 1) & 1, whole - (1 << bits), whole)
