@@ -113,7 +113,7 @@ def _fleet_problem(
     chosen = next(each for each in PROBLEMS if each.name == problem)
     row = next(each for each in ALGORITHMS if each.name == algorithm)
     task = row.task(chosen, dict(setting))
-    return virtual_run.Problem(task, chosen.data(seed).users, _judge(chosen, seed))
+    return virtual_run.Problem(task, chosen.data(seed).users, _judge(chosen, seed), chosen.quality)
 
 
 def _in_fleet(problem: Problem, algorithm: Algorithm, setting: Setting, seed: int, rounds: int) -> Outcome:

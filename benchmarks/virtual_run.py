@@ -41,8 +41,9 @@ class Curve:
 class Problem:
     """A task and its data; programs are built and compiled once, whatever the rounds are like."""
 
-    def __init__(self, task: Task, users: Population, test: Examples) -> None:
-        self.users, self.test = users, test
+    def __init__(self, task: Task, users: Population, test: Examples, quality: str = "accuracy") -> None:
+        """`quality`: name of the metric that is the run's accuracy."""
+        self.users, self.test, self.quality = users, test, quality
         self._built: Built = build(task, seed=0)
         self.model = self._built.model
         self.runner = JaxRunner(self._built.plan)
@@ -109,7 +110,9 @@ def train(
         if len(fleet.tally.commits) == known:
             break
         version = len(fleet.tally.commits)
-        points.append((float(fleet.tally.commits[-1][0]), float(training.evaluate(version, learned.test)["accuracy"])))
+        points.append(
+            (float(fleet.tally.commits[-1][0]), float(training.evaluate(version, learned.test)[learned.quality]))
+        )
     return Curve(tuple(points), fleet.tally)
 
 

@@ -25,7 +25,7 @@ Guarantees:
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -170,9 +170,42 @@ def model_specs(task: Task) -> tuple[TensorSpec, ...]:
 
 
 def local_rule(task: Task) -> LocalRule:
-    """The task's local rule: its own, or local SGD."""
+    """The task's local rule: its own, or local SGD; its updates clipped where the task's privacy says so."""
     task = with_adapters(task)
-    return task.rule(task) if task.rule is not None else sgd_rule(task)
+    rule = task.rule(task) if task.rule is not None else sgd_rule(task)
+    return rule if task.privacy.clip_norm is None else clipped(rule, task.privacy.clip_norm)
+
+
+def clipped(rule: LocalRule, clip_norm: float) -> LocalRule:
+    """The rule with `delta` scaled to an L2 norm of at most `clip_norm` over all its tensors (McMahan et al. 2018, "Learning
+    differentially private recurrent language models", equation 1, flat clipping), before its weight. The metric `clipped` is
+    the share of members whose update was scaled."""
+
+    def finish(carry: Named, broadcast: Named) -> Report:
+        report = rule.finish(carry, broadcast)
+        delta = report.sums["delta"]
+        # Divided by the largest element first, as squares of float32 overflow; by its power of two before, as its inverse may, too.
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values in delta.values()]))
+        shrink = jnp.where(largest > 2.0**60, 2.0**-70, 1.0).astype(jnp.float32)
+        unit = jnp.maximum(largest * shrink, 2.0**-126)
+        relative = {name: values * shrink / unit for name, values in delta.items()}
+        length = jnp.sqrt(sum(jnp.sum(jnp.square(values)) for values in relative.values()))
+        is_over = unit / shrink * length > clip_norm
+        # A little less than the norm allows, so that rounding does not go above it.
+        scale = clip_norm * (1 - 2.0**-20) / jnp.where(is_over, length, 1.0)
+        made = {name: jnp.where(is_over, relative[name] * scale, values) for name, values in delta.items()}
+        counted = {"clipped/numerator": is_over.astype(jnp.float32), "clipped/denominator": jnp.ones((), jnp.float32)}
+        return report._replace(sums={**report.sums, "delta": made}, metrics=_sorted({**report.metrics, **counted}))
+
+    if not any(spec.tensor.name.startswith("delta/") for spec in rule.sums):
+        raise ValueError(
+            f"Expected privacy.clip_norm=None for a task that sends no updates of a model, got {clip_norm}."
+        )
+    bounded = (
+        replace(spec, bound=min(spec.bound, clip_norm)) if spec.tensor.name.startswith("delta/") else spec
+        for spec in rule.sums
+    )
+    return replace(rule, finish=finish, sums=(*bounded, *metric_sums({"clipped": (0.0, 1.0)}, 1)))
 
 
 Objective = Callable[[Tree, Mapping[str, Any]], tuple[Any, Loss]]

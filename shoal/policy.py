@@ -292,12 +292,13 @@ class ServerRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Privacy:
-    """What a task promises its members. The first version knows the bounds; mechanisms come with `privacy/`."""
+    """What a task promises its members. This version knows bounds; mechanisms come with `privacy/`."""
 
     delta_bound: float = 256.0
     """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
     clip_norm: float | None = None
-    """Largest norm of an update; None: not clipped."""
+    """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. None: not
+    clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
     noise_multiplier: float = 0.0
     """Noise over clip norm; 0: none."""
 
@@ -305,10 +306,12 @@ class Privacy:
         validate.types(self)
         validate.positive(delta_bound=self.delta_bound)
         validate.not_negative(noise_multiplier=self.noise_multiplier)
-        if self.clip_norm is not None or self.noise_multiplier:
+        if self.clip_norm is not None:
+            validate.positive(clip_norm=self.clip_norm)
+        if self.noise_multiplier:
             raise ValueError(
-                f"Expected clip_norm=None and noise_multiplier=0, got {self.clip_norm!r} and {self.noise_multiplier!r}: "
-                "this version has no differential privacy yet, and does not pretend to."
+                f"Expected noise_multiplier=0, got {self.noise_multiplier!r}: this version has no differential privacy yet, and does "
+                "not pretend to."
             )
 
     def to_json(self) -> dict[str, Any]:

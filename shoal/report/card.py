@@ -160,9 +160,13 @@ def _privacy(facts: Facts) -> str:
             "none; only versions made of the sum over a round reached its disk."
         )
     if facts.manifest is not None and privacy is not None:
+        bound = (
+            f"an update with an element beyond ±{privacy.delta_bound:g} was refused."
+            if privacy.clip_norm is None
+            else f"updates were clipped to a norm of {privacy.clip_norm:g} by the devices."
+        )
         text.append(
-            f"No sum of fewer than {facts.manifest.promises.minimum_group} updates was made into a version; an update with "
-            f"an element beyond ±{privacy.delta_bound:g} was refused."
+            f"No sum of fewer than {facts.manifest.promises.minimum_group} updates was made into a version; {bound}"
         )
     return "\n\n".join(text)
 

@@ -17,6 +17,7 @@ import shoal
 from examples import one_task
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, PlanError
+from shoal.policy import Privacy
 from shoal.record.memory import MemoryStore
 from shoal.simulate import engine, fused
 from shoal.simulate.cohort import ladder, packed
@@ -297,3 +298,14 @@ def test_a_large_cohort_takes_no_more_sums_than_fit() -> None:
     chosen = task(rounds=rounds, local=dataclasses.replace(task().local, epochs=1))
     made = run(chosen, population(40), "fused", rounds=1)
     assert made.version == 1 and len(made.history[0].members) == 30
+
+
+def test_updates_are_clipped_by_both_backends_and_a_round_moves_the_model_no_further() -> None:
+    members = population()
+    clipping = task(privacy=Privacy(clip_norm=0.01), server=shoal.server.sgd(1.0))
+    fused_run, sequential = (run(clipping, members, backend, rounds=1) for backend in ("fused", "sequential"))
+    same(fused_run, sequential)
+    before = run(clipping, members, "fused", rounds=0).model
+    moved = sum(float(np.sum(np.square(value - before[name]))) for name, value in fused_run.model.items()) ** 0.5
+    assert 0.001 < moved <= 0.01
+    assert fused_run.history[-1].metrics["train/clipped"] == 1.0

@@ -1,0 +1,85 @@
+"""Updates clipped by the devices' program: never longer than the norm, in their own direction, and the rest as it was."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.aggregate.accumulator import Accumulator
+from shoal.errors import UpdateRefused
+from shoal.local import LocalRule, Named, Report, clipped, local_rule
+from shoal.policy import Privacy
+from tests.plan.plan_tasks import tiny_task
+
+
+def rule_of(delta: dict[str, np.ndarray]) -> LocalRule:
+    """A rule that reports this."""
+    inner = local_rule(tiny_task())
+
+    def finish(carry: Named, broadcast: Named) -> Report:
+        del carry, broadcast
+        return Report({"delta": {name: jnp.asarray(value) for name, value in delta.items()}}, jnp.int32(1), {}, {})
+
+    return LocalRule(
+        begin=inner.begin, block=inner.block, finish=finish, broadcast=inner.broadcast, device_state=(), sums=inner.sums
+    )
+
+
+def norm(delta: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(np.asarray(value, np.float64))) for value in delta.values())))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=9),
+    clip=st.floats(1e-3, 1e3),
+    scale=st.floats(1e-6, 1.0),
+)
+def test_no_update_is_longer_than_the_norm_and_its_direction_stays(
+    values: list[float], clip: float, scale: float
+) -> None:
+    given_delta = {"a": np.float32(values[:4]) * np.float32(scale), "b": np.float32(values[4:])}
+    report = clipped(rule_of(given_delta), clip).finish({}, {})
+    made = {name: np.asarray(value, np.float64) for name, value in report.sums["delta"].items()}
+    length = norm(given_delta)
+    assert norm(made) <= clip
+    if length <= clip * (1 - 1e-5):
+        for name, value in given_delta.items():
+            np.testing.assert_array_equal(made[name], value)
+        assert report.metrics["clipped/numerator"] == 0
+    elif length > clip * (1 + 1e-5):
+        assert norm(made) >= clip * (1 - 1e-4)
+        assert report.metrics["clipped/numerator"] == 1
+        for name, value in given_delta.items():
+            np.testing.assert_allclose(
+                made[name] * length, np.asarray(value, np.float64) * clip, rtol=1e-4, atol=1e-5 * length * clip
+            )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_still_refused(bad: float) -> None:
+    with jax.debug_nans(False):
+        report = clipped(rule_of({"a": np.float32([1.0, bad])}), 1.0).finish({}, {})
+    assert not np.all(np.isfinite(report.sums["delta"]["a"]))
+
+
+def test_the_plan_s_bound_is_the_norm_and_what_is_longer_in_one_element_is_refused() -> None:
+    rule = local_rule(tiny_task().replace(privacy=Privacy(clip_norm=0.25)))
+    specs = {spec.tensor.name: spec for spec in rule.sums}
+    deltas = [name for name in specs if name.startswith("delta/")]
+    assert deltas
+    assert {specs[name].bound for name in deltas} == {0.25}
+    sums = Accumulator([specs[deltas[0]]], bits=64, max_weight=1, max_members=2)
+    with pytest.raises(UpdateRefused):
+        sums.add({deltas[0]: np.full(specs[deltas[0]].tensor.shape, 0.26, np.float32)}, weight=1)
+
+
+def test_a_task_that_sends_no_updates_cannot_clip_them() -> None:
+    rule = local_rule(tiny_task())
+    none = LocalRule(
+        begin=rule.begin, block=rule.block, finish=rule.finish, broadcast=rule.broadcast, device_state=(), sums=()
+    )
+    with pytest.raises(ValueError, match="sends no updates"):
+        clipped(none, 1.0)
