@@ -21,11 +21,22 @@ CHUNK: Final = 1 << 16
 """Words that are masked at a time: 256 KiB stay in a core's cache while all masks are added to them."""
 _NONCE: Final = bytes(12)
 _BLOCK: Final = 16
+_BASE: Final = bytes([1] * 32)  # any private key: whether a point is of low order does not depend on it
 
 
 def public_key(private: bytes) -> bytes:
     """The X25519 public key of a private one; 32 bytes each."""
     return X25519PrivateKey.from_private_bytes(private).public_key().public_bytes_raw()
+
+
+def are_keys(*publics: bytes) -> bool:
+    """Whether one can agree on a key with each: none is a point of low order."""
+    try:
+        for public in publics:
+            agree(_BASE, public, b"")
+    except ValueError:
+        return False
+    return True
 
 
 def agree(private: bytes, public: bytes, purpose: bytes) -> bytes:

@@ -11,7 +11,10 @@ the tails here are exact, hypergeometric, and added up over all members):
       were missing at two places of the circle. (Else the server would learn the sum of each piece; each has more than `minimum` honest members.)
     * Correctness, but for 2^-20: of each member's neighbours at least threshold survive.
 
-With all with all the numbers are certain, not likely.
+With all with all the numbers are certain, not likely. *Certified* groups, whose server may lie, are always all with all: such a server would try
+group numbers until the circle stands colluders around its victim, and it chooses who drops out. It also chooses whose shares a member gets
+before it masks: as many as it likes above the threshold, and can say afterwards that those were lost. So the threshold is higher there: of those
+who reveal a share of a member at least minimum - 1 are honest and have masked with it, as threshold - colluders - (members - 1 - threshold) is that.
 """
 
 import hashlib
@@ -30,7 +33,7 @@ MAX_MEMBERS: Final = 1000
 """Of a group. More members are several groups."""
 ROSTER_BYTES: Final = 60_000
 """Of a member's roster, which is one message of a session: 32 bytes a member, at most `NEIGHBOUR_BYTES` a neighbour."""
-NEIGHBOUR_BYTES: Final = 280
+NEIGHBOUR_BYTES: Final = 287
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +85,14 @@ class Graph:
 
 
 @lru_cache(256)
-def find(members: int, assumptions: Assumptions, minimum: int) -> Graph:
+def find(members: int, assumptions: Assumptions, minimum: int, certified: bool = False) -> Graph:
     """The graph of a group of so many members.
+
+    Args:
+        members: of the group.
+        assumptions: what it withstands.
+        minimum: honest members in whatever the server learns.
+        certified: whether the server may lie.
 
     Raises:
         ValueError: there is none; the message says how many members would do.
@@ -93,14 +102,16 @@ def find(members: int, assumptions: Assumptions, minimum: int) -> Graph:
         raise ValueError(
             f"Expected groups of at most {MAX_MEMBERS} members, got {members}. Make several groups of them."
         )
-    found = _find(members, assumptions, minimum)
+    found = _complete(members, assumptions, minimum, True) if certified else _find(members, assumptions, minimum)
     if found is not None and 32 * members + NEIGHBOUR_BYTES * found.degree > ROSTER_BYTES:
         raise ValueError(
             f"A group of {members} with {assumptions.colluders:.0%} colluders and {assumptions.dropouts:.0%} drop-outs needs "
             f"{found.degree} neighbours for each, more than a message holds. Make smaller groups, or assume fewer of either."
         )
     if found is None:
-        enough = next((n for n in range(members + 1, MAX_MEMBERS) if _complete(n, assumptions, minimum)), None)
+        enough = next(
+            (n for n in range(members + 1, MAX_MEMBERS) if _complete(n, assumptions, minimum, certified)), None
+        )
         mend = f"{enough} members would do" if enough else "no number of members would do: assume fewer of either"
         raise ValueError(
             f"A group of {members} cannot have {minimum} honest members in every sum with {assumptions.colluders:.0%} colluders and "
@@ -110,7 +121,7 @@ def find(members: int, assumptions: Assumptions, minimum: int) -> Graph:
 
 
 def _find(members: int, assumptions: Assumptions, minimum: int) -> Graph | None:
-    whole = _complete(members, assumptions, minimum)
+    whole = _complete(members, assumptions, minimum, False)
     others, colluders, dropouts = (
         members - 1,
         floor(assumptions.colluders * members),
@@ -137,10 +148,12 @@ def _find(members: int, assumptions: Assumptions, minimum: int) -> Graph | None:
     return whole
 
 
-def _complete(members: int, assumptions: Assumptions, minimum: int) -> Graph | None:
+def _complete(members: int, assumptions: Assumptions, minimum: int, certified: bool) -> Graph | None:
     """All with all, where that is possible; between what privacy asks for and what drop-outs leave the threshold is in the middle."""
     colluders, dropouts = floor(assumptions.colluders * members), floor(assumptions.dropouts * members)
     lowest, highest = colluders + minimum, members - 1 - dropouts
+    if certified:
+        lowest = max(lowest, -(-(members + colluders + minimum - 2) // 2))
     if lowest > highest:
         return None
     threshold = (lowest + highest) // 2

@@ -18,8 +18,8 @@ from shoal.privacy.secure_member import SecureMember
 from shoal.privacy.secure_terms import GROUP_BYTES, Terms
 from shoal.privacy.wire import secure_pb2 as pb
 
-PHASES = ("shares", "masked", "signed", "unmask")
-"""In which a member may be lost, by not answering."""
+PHASES = ("shares", "masked", "signed", "unmask", "added")
+"""In which a member may be lost, by not answering; added: once its vector is in the sum."""
 
 
 @dataclass
@@ -116,6 +116,8 @@ def play(
             np.add(total, terms.unpack(made), out=total)
             server_s += clock() - begun
             tell(server.Added(name))
+            if lost.get(place) == "added":
+                tell(server.Gone(name))
         elif isinstance(made, pb.Shares):
             tell(server.Shared(name, pb.Shares.FromString(data)))
         elif isinstance(made, pb.Signed):

@@ -18,7 +18,7 @@ from shoal.errors import InvalidTransition, ProtocolError
 from shoal.privacy import masks, shamir
 from shoal.privacy.identity import Certificate, Identity, Trusted, is_signed
 from shoal.privacy.neighbours import neighbours
-from shoal.privacy.secure_terms import Terms, advert_text, of_bitmap, pair_purpose, survivors_text
+from shoal.privacy.secure_terms import GROUP_BYTES, Terms, advert_text, of_bitmap, pair_purpose, survivors_text
 from shoal.privacy.wire import secure_pb2 as pb
 
 
@@ -47,6 +47,8 @@ class SecureMember:
         """
         if terms.certified and (trusted is None or identity.certificate is None):
             raise ValueError("A certified group needs an authority to trust and a certificate of one's own.")
+        if len(group) != GROUP_BYTES:
+            raise ProtocolError(f"Expected a group number of {GROUP_BYTES} bytes, got {len(group)}.")
         self._terms, self._group, self._identity, self._trusted = terms, group, identity, trusted
         self._random, self._wall_s = random, wall_s
         self._mask_key, self._seal_key, self._seed = (random(masks.KEY_BYTES) for _ in range(3))
@@ -63,11 +65,12 @@ class SecureMember:
         self._begin("advert")
         keys = masks.public_key(self._mask_key), masks.public_key(self._seal_key), hashlib.sha256(self._seed).digest()
         certificate = self._identity.certificate or Certificate(until_s=0.0, signature=b"")
+        self._own_text = advert_text(self._group, *keys)
         self._phase = "shares"
         return pb.Advert(
             mask_key=keys[0], seal_key=keys[1], seed_digest=keys[2], identity_key=self._identity.public,
             certificate=certificate.signature, certified_until_s=certificate.until_s,
-            signature=self._identity.key.sign(advert_text(self._group, *keys)),
+            signature=self._identity.key.sign(self._own_text),
         )  # fmt: skip
 
     def shares(self, roster: pb.Roster) -> pb.Shares:
@@ -154,21 +157,28 @@ class SecureMember:
         except ValueError as error:
             raise ProtocolError(str(error)) from error
         self._number, self._identities = number, identities
-        self._context = self._terms.context(self._group, whole)
-        expected = neighbours(self._graph, self._context)[number]
+        expected = neighbours(self._graph, self._terms.context(self._group, whole))[number]
         self._adverts = {each.number: each.advert for each in roster.neighbours}
         if sorted(self._adverts) != list(expected) or len(roster.neighbours) != len(expected):
             raise ProtocolError("The roster does not name the neighbours that follow from it.")
         for peer, advert in self._adverts.items():
             self._check_advert(peer, advert)
+        texts = {
+            number: self._own_text,
+            **{peer: signed_text(self._group, advert) for peer, advert in self._adverts.items()},
+        }
+        keys = [text for _, text in sorted(texts.items())] if self._terms.certified else []
+        self._context = self._terms.context(self._group, whole, keys)
 
     def _check_advert(self, peer: int, advert: pb.Advert) -> None:
         keys = advert.mask_key, advert.seal_key, advert.seed_digest
         if advert.identity_key != self._identities[peer - 1] or {*map(len, keys)} != {masks.KEY_BYTES}:
             raise ProtocolError(f"The keys of member {peer} are not those of the roster.")
         key = Ed25519PublicKey.from_public_bytes(advert.identity_key)
-        if not is_signed(key, advert.signature, advert_text(self._group, *keys)):
+        if not is_signed(key, advert.signature, signed_text(self._group, advert)):
             raise ProtocolError(f"The keys of member {peer} are not signed by it for this group.")
+        if not masks.are_keys(advert.mask_key, advert.seal_key):
+            raise ProtocolError(f"The keys of member {peer} are no keys.")
         self._check_certificate(peer, advert.certificate, advert.certified_until_s)
 
     def _check_certificate(self, peer: int, signature: bytes, until_s: float) -> None:
@@ -212,9 +222,8 @@ class SecureMember:
     # Keys.
 
     def _sealing(self, peer: int, *, sender: int, receiver: int) -> bytes:
-        return self._agreed(
-            self._seal_key, self._adverts[peer].seal_key, pair_purpose(b"seal", self._context, sender, receiver)
-        )
+        purpose = pair_purpose(b"seal", self._context, sender, receiver)
+        return masks.agree(self._seal_key, self._adverts[peer].seal_key, purpose)
 
     def _pair_masks(self) -> list[tuple[bytes, int]]:
         return [
@@ -222,11 +231,10 @@ class SecureMember:
             for peer in self._held
         ]
 
-    def _agreed(self, private: bytes, public: bytes, purpose: bytes) -> bytes:
-        try:
-            return masks.agree(private, public, purpose)
-        except ValueError as error:
-            raise ProtocolError(f"A neighbour's key is no key: {error}") from error
+
+def signed_text(group: bytes, advert: pb.Advert) -> bytes:
+    """What an advert's signature is of."""
+    return advert_text(group, advert.mask_key, advert.seal_key, advert.seed_digest)
 
 
 def self_mask(seed: bytes, context: bytes) -> bytes:

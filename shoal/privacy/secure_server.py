@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 from shoal.errors import InvalidTransition, ProtocolError
 from shoal.privacy import masks, shamir
-from shoal.privacy.identity import Certificate, Trusted
-from shoal.privacy.neighbours import Graph, neighbours
-from shoal.privacy.secure_member import pair_mask, self_mask
-from shoal.privacy.secure_terms import Terms, to_bitmap
+from shoal.privacy.identity import Certificate, Trusted, is_signed
+from shoal.privacy.neighbours import MAX_MEMBERS, Graph, neighbours
+from shoal.privacy.secure_member import pair_mask, self_mask, signed_text
+from shoal.privacy.secure_terms import Terms, survivors_text, to_bitmap
 from shoal.privacy.wire import secure_pb2 as pb
 
 MOST_TRIES: Final = 64
@@ -160,6 +162,10 @@ class Opening:
         raise ProtocolError(f"The shares of member {number} give no secret of its.")
 
 
+def _key(advert: pb.Advert) -> Ed25519PublicKey:
+    return Ed25519PublicKey.from_public_bytes(advert.identity_key)
+
+
 def _subsets(holders: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     """So many holders, others each time: the first, then shifted by one, then without each one of the first few."""
     whole = [*holders, *holders]
@@ -200,7 +206,7 @@ class SecureServer:
         self._peers: Mapping[int, Sequence[int]] = {}
         self._context = self._bitmap = b""
         self._masking: set[int] = set()
-        self._survivors: set[int] = set()
+        self._survivors: set[int] = set()  # whose vectors are in the sum, though they may have gone since
         self._signatures: dict[int, bytes] = {}
         self._revealed: dict[int, dict[int, bytes]] = {}  # of -> holder -> share
         self._spent: set[int] = set()
@@ -211,6 +217,8 @@ class SecureServer:
         match event:
             case Advertised(member, advert) if self.phase == "adverts":
                 return self._advertised(member, advert)
+            case Advertised(member):
+                return [] if member in self._numbers else [Lost(member, "the group is made already")]
             case Full() if self.phase == "adverts":
                 return self._full(now_s)
             case Gone(member) if self.phase == "adverts":
@@ -222,6 +230,7 @@ class SecureServer:
                 return self._shared(member, shares) + self._go_on(now_s)
             case Added(member) if self._awaits(member, "masked"):
                 self._of(member).phase = "masked"
+                self._survivors.add(self._numbers[member])
                 return self._go_on(now_s)
             case Signed(member, signed) if self._awaits(member, "signed"):
                 return self._signed(member, signed) + self._go_on(now_s)
@@ -243,14 +252,22 @@ class SecureServer:
         keys = advert.mask_key, advert.seal_key, advert.seed_digest, advert.identity_key
         if {*map(len, keys)} != {masks.KEY_BYTES} or len(advert.signature) != 64 or len(advert.certificate) > 64:
             return [Lost(member, "its keys have wrong lengths")]
-        if any(known.identity_key == advert.identity_key for known in self._adverts.values()):
+        if any(name != member and known.identity_key == advert.identity_key for name, known in self._adverts.items()):
             return [Lost(member, "a member with its identity is here already")]
+        if member not in self._adverts and len(self._adverts) >= MAX_MEMBERS:
+            return [Lost(member, "the group is full")]
+        if not is_signed(_key(advert), advert.signature, signed_text(self.group, advert)):
+            return [Lost(member, "its keys are not signed by it for this group")]
+        if not masks.are_keys(advert.mask_key, advert.seal_key):
+            return [Lost(member, "its keys are no keys")]
         certificate = Certificate(until_s=advert.certified_until_s, signature=advert.certificate)
         if self.terms.certified and not (
             self._trusted and self._trusted.vouches(advert.identity_key, certificate, wall_s=self._wall_s)
         ):
             return [Lost(member, "it is not certified")]
-        self._adverts[member] = advert
+        self._adverts[member] = kept = pb.Advert()
+        kept.CopyFrom(advert)
+        kept.DiscardUnknownFields()
         return []
 
     def _full(self, now_s: float) -> list[Command]:
@@ -262,8 +279,13 @@ class SecureServer:
         self._members = {at: _Member(name, self._adverts[name]) for at, name in enumerate(order, 1)}
         self._numbers = {name: at for at, name in enumerate(order, 1)}
         identities = b"".join(member.advert.identity_key for member in self._members.values())
-        self._context = self.terms.context(self.group, identities)
-        self._peers = neighbours(self.graph, self._context)
+        keys = (
+            [signed_text(self.group, member.advert) for member in self._members.values()]
+            if self.terms.certified
+            else []
+        )
+        self._context = self.terms.context(self.group, identities, keys)
+        self._peers = neighbours(self.graph, self.terms.context(self.group, identities))
         self._begin("shares", now_s)
         return [
             Send(member.name, pb.Roster(number=number, identities=identities, neighbours=[
@@ -282,8 +304,8 @@ class SecureServer:
         return []
 
     def _signed(self, member: bytes, signed: pb.Signed) -> list[Command]:
-        if len(signed.signature) != 64:
-            return self._lose(member, "its signature has a wrong length")
+        if not is_signed(_key(self._of(member).advert), signed.signature, survivors_text(self._context, self._bitmap)):
+            return self._lose(member, "it has not signed the survivors")
         self._signatures[self._numbers[member]] = signed.signature
         self._of(member).phase = "signed"
         return []
@@ -335,7 +357,7 @@ class SecureServer:
 
     def _after_masked(self, left: set[int], now_s: float) -> list[Command]:
         assert self.graph is not None
-        self._survivors, self._bitmap = left, to_bitmap(left, self.graph.members)
+        self._bitmap = to_bitmap(self._survivors, self.graph.members)
         for member in self._members.values():
             member.sealed = {}
         self._begin("signed" if self.terms.certified else "unmask", now_s)

@@ -5,7 +5,7 @@ Numbers in brackets are invariants of `secure_member.py`.
 
 import random as stdlib_random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shoal.errors import InvalidTransition, ProtocolError
-from shoal.privacy import masks
+from shoal.privacy import masks, shamir
 from shoal.privacy import secure_server as server
 from shoal.privacy.identity import Authority, Identity, Trusted
-from shoal.privacy.neighbours import Assumptions, neighbours
-from shoal.privacy.secure_member import SecureMember, pair_mask
-from shoal.privacy.secure_terms import Segment, Terms, survivors_text, to_bitmap
+from shoal.privacy.neighbours import Assumptions, _complete, find, neighbours
+from shoal.privacy.secure_member import SecureMember, pair_mask, self_mask
+from shoal.privacy.secure_terms import Segment, Terms, advert_text, survivors_text, to_bitmap
 from shoal.privacy.wire import secure_pb2 as pb
 
 MEMBERS = 10
@@ -262,6 +262,160 @@ def test_without_certificates_what_a_lying_server_can_do_is_as_documented() -> N
         for each in unmask.revealed:
             revealed.setdefault(each.of, {})[number + 1] = each.share
     assert len(revealed[1]) >= graph.threshold, "its self seed can be put together"
+
+
+# One member cut off from the others.
+
+
+@pytest.mark.parametrize("as_for_a_curious_server", [True, False])
+def test_a_member_whose_neighbours_are_all_said_to_be_lost_is_not_alone_in_a_sum(
+    monkeypatch: pytest.MonkeyPatch, as_for_a_curious_server: bool
+) -> None:
+    """The server delivers to the victim the shares of just `threshold` neighbours, colluders first, and says afterwards that the honest of
+    them were lost; the others, who know nothing of that, open the victim's own mask. With a threshold that suffices against a curious server
+    its values are then bare; with that of a certified group enough of those who open it have masked with it."""
+    members, victim, secret = 30, 0, np.arange(64, dtype=np.uint32)
+    given = replace(terms(certified=True), assumptions=Assumptions(colluders=0.2, dropouts=0.3))
+    if as_for_a_curious_server:
+        curious = _complete(members, given.assumptions, given.minimum, certified=False)
+        assert curious is not None
+        monkeypatch.setattr(Terms, "graph", lambda terms, members: curious)
+    graph = given.graph(members)
+    people, deliveries = met(given, members)
+    colluders = set(range(members - graph.colluders + 1, members + 1))
+    kept = [*sorted(colluders), *range(2, members)][: graph.threshold]
+    lost = set([number for number in kept if number not in colluders][: graph.dropouts])
+    cut = pb.Shares(sealed=[each for each in deliveries[victim].sealed if each.peer in kept])
+    bare = given.unpack(people[victim].masked(cut, secret))
+    for person, delivery in zip(people[1:], deliveries[1:], strict=True):
+        person.masked(delivery, np.zeros(64, np.uint32))
+    revealed = opened(people, {*range(1, members + 1)} - lost, silent={victim + 1})
+    seed = shamir.join(dict(list(revealed[1].items())[: graph.threshold]))
+    assert seed == people[victim]._seed, "the others do open it: the victim is in the sum"
+    known = [(self_mask(seed, people[victim]._context), -1)]
+    for peer in (colluders | lost) & set(kept):
+        if peer in lost:
+            key = shamir.join(dict(list(revealed[peer].items())[: graph.threshold]))
+            assert key == people[peer - 1]._mask_key
+        key, sign = pair_mask(
+            people[peer - 1]._mask_key, masks.public_key(people[victim]._mask_key), people[victim]._context, peer, 1
+        )
+        known.append((key, sign))
+    masks.add_masks(bare, known)
+    assert np.array_equal(given.reduced(bare), secret) == as_for_a_curious_server
+
+
+def met(given: Terms, members: int, group: bytes = GROUP, seed: int = 5) -> tuple[list[SecureMember], list[pb.Shares]]:
+    """Certified members by number, who have shared their secrets, and what is to be delivered to each."""
+    source = stdlib_random.Random(seed).randbytes
+    who = sorted((identity(number) for number in range(members)), key=lambda each: each.public)
+    people = [SecureMember(given, group, each, trusted=TRUSTED, random=source, wall_s=0.0) for each in who]
+    machine, told = server.SecureServer(given, group, trusted=TRUSTED), list[server.Command]()
+    for at, person in enumerate(people):
+        assert machine.step(server.Advertised(bytes([at]), person.advert()), 0.0) == []
+    for at, roster in enumerate(messages(machine.step(server.Full(), 0.0))):
+        told += machine.step(server.Shared(bytes([at]), people[at].shares(roster)), 0.0)
+    return people, messages(told)
+
+
+def opened(people: list[SecureMember], alive: set[int], silent: set[int]) -> dict[int, dict[int, bytes]]:
+    """Of -> holder -> share: what members reveal for these survivors, of whom some are not asked."""
+    survivors, asked = pb.Survivors(bitmap=to_bitmap(alive, len(people))), sorted(alive - silent)
+    agreement = agreed({number: people[number - 1].sign(survivors).signature for number in asked}, people)
+    revealed: dict[int, dict[int, bytes]] = {}
+    for number in asked:
+        for each in people[number - 1].unmask(survivors, agreement).revealed:
+            revealed.setdefault(each.of, {})[number] = each.share
+    return revealed
+
+
+def agreed(signatures: dict[int, bytes], people: Sequence[SecureMember]) -> pb.Agreement:
+    made = pb.Agreement()
+    for number, data in sorted(signatures.items()):
+        certificate = people[number - 1]._identity.certificate
+        assert certificate is not None
+        made.signatures.add(
+            number=number, signature=data, certificate=certificate.signature, certified_until_s=certificate.until_s
+        )
+    return made
+
+
+@pytest.mark.parametrize("members", [12, 30, 60, 100, 180])
+@pytest.mark.parametrize(("colluders", "dropouts"), [(0.1, 0.3), (0.05, 0.1), (0.2, 0.2)])
+def test_who_opens_a_member_has_masked_with_it(members: int, colluders: float, dropouts: float) -> None:
+    """The count behind the test above, at its worst: of those that reveal a member's share all colluders, and all that were kept from it."""
+    graph = find(members, Assumptions(colluders=colluders, dropouts=dropouts), 3, certified=True)
+    kept_from_it = graph.members - 1 - graph.threshold
+    assert graph.threshold - graph.colluders - kept_from_it >= graph.minimum - 1
+    assert graph.threshold <= graph.members - 1 - graph.dropouts
+    assert graph.least_signatures <= graph.members - graph.dropouts
+    assert graph.is_complete, "else a server would look for a group number that stands colluders around its victim"
+
+
+def test_members_that_are_asked_twice_under_one_group_number_do_not_open_two_sets() -> None:
+    """The server runs the group twice at once. In each run it tells half of the members that all survive, half that number 1 is lost,
+    and in the second the other way round: so it has everybody's signature of both sets."""
+    first, second = (asked_again(seed) for seed in (5, 6))
+    sets = everybody(), pb.Survivors(bitmap=to_bitmap({*range(2, MEMBERS + 1)}, MEMBERS))
+    half, signatures = MEMBERS // 2, ({}, {})
+    for run, people in enumerate((first, second)):
+        for at, person in enumerate(people):
+            which = int(at >= half) ^ run
+            if at or not which:  # number 1 signs no set without itself
+                signatures[which][at + 1] = person.sign(sets[which]).signature
+    opened_sets = set()
+    for at, person in enumerate(first):
+        which = int(at >= half)
+        try:
+            person.unmask(sets[which], agreed(signatures[which], first))
+        except ProtocolError as error:
+            assert "has not signed" in str(error)
+        if person.is_spent:
+            opened_sets.add(which)
+    assert len(opened_sets) <= 1
+
+
+def asked_again(seed: int) -> list[SecureMember]:
+    people, deliveries = met(terms(certified=True), MEMBERS, seed=seed)
+    for person, delivery in zip(people, deliveries, strict=True):
+        person.masked(delivery, np.zeros(64, np.uint32))
+    return people
+
+
+@pytest.mark.parametrize("number", [b"", bytes(15), bytes(48)])
+def test_a_group_number_of_another_length_is_refused(number: bytes) -> None:
+    """It stands in texts that are hashed and signed: were its end free, two groups could have one text."""
+    with pytest.raises(ProtocolError, match="16 bytes"):
+        SecureMember(terms(certified=True), number, identity(1), trusted=TRUSTED, random=bytes, wall_s=0.0)
+
+
+@pytest.mark.parametrize("field", ["mask_key", "seal_key"])
+def test_a_key_of_low_order_is_a_wrong_message_and_nothing_else(field: str) -> None:
+    """Without certificates the server can sign for members that it makes up; its keys must not throw a member off its feet."""
+    given = terms(certified=False)
+    source = stdlib_random.Random(1).randbytes
+    honest = SecureMember(given, GROUP, identity(1), trusted=None, random=source, wall_s=0.0)
+    adverts = [honest.advert(), *(made_up(number, field) for number in range(2, MEMBERS + 1))]
+    adverts.sort(key=lambda advert: advert.identity_key)
+    me = [advert.identity_key for advert in adverts].index(honest._identity.public) + 1
+    whole = b"".join(advert.identity_key for advert in adverts)
+    peers = neighbours(given.graph(MEMBERS), given.context(GROUP, whole))[me]
+    roster = pb.Roster(
+        number=me, identities=whole, neighbours=[pb.NeighbourAdvert(number=at, advert=adverts[at - 1]) for at in peers]
+    )
+    with pytest.raises(ProtocolError, match="are no keys"):
+        honest.shares(roster)
+
+
+def made_up(number: int, zero: str) -> pb.Advert:
+    keys = {
+        "mask_key": masks.public_key(bytes([number] * 32)),
+        "seal_key": masks.public_key(bytes([number] * 32)),
+        zero: bytes(32),
+    }
+    who = identity(number)
+    text = advert_text(GROUP, keys["mask_key"], keys["seal_key"], bytes(32))
+    return pb.Advert(**keys, seed_digest=bytes(32), identity_key=who.public, signature=who.key.sign(text))
 
 
 # What the server sees.
