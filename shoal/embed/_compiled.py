@@ -26,11 +26,13 @@ F = TypeVar("F", bound=Callable[..., object])
 def compiled(function: F) -> F:
     """Compiles the function on first use. What run-time type checks put around it in tests is taken off again."""
     plain = inspect.unwrap(function)
-    made: Any = numba.njit(plain, cache=True, nogil=True, error_model="numpy")
-    _take_plain(made)
     try:
+        made: Any = numba.njit(plain, cache=True, nogil=True, error_model="numpy")
+        _take_plain(made)
         made._cache._cache_file._source_stamp = (made._cache._cache_file._source_stamp, _sources(plain.__module__))
-    except AttributeError:  # another Numba than we know: rather compile each time than run what is out of date
+    except (AttributeError, RuntimeError):
+        # Another Numba than we know, or no folder that can be written (NUMBA_CACHE_DIR names one): rather compile each time than
+        # run what is out of date, or nothing.
         made = numba.njit(plain, nogil=True, error_model="numpy")
         _take_plain(made)
     return cast(F, made)

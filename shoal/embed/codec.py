@@ -49,8 +49,9 @@ class Codec:
         Raises:
             ValueError: a value is not finite, or too large for the type.
         """
-        vectors = np.ascontiguousarray(vectors, np.float32)
-        _refuse(vectors, self.dtype)
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, and is refused
+            vectors = np.ascontiguousarray(vectors, np.float32)
+        self.refuse(vectors)
         if self.dtype == "float32":
             return vectors.view(np.uint32)
         rows = np.zeros((len(vectors), self.row_bytes), np.uint8)
@@ -59,6 +60,16 @@ class Codec:
         else:
             self._quantise(vectors, rows)
         return rows.view(np.uint32)
+
+    def refuse(self, vectors: np.ndarray) -> None:
+        """Raises ValueError where a value is not finite, or too large for the type."""
+        largest = np.abs(vectors).max(initial=0)
+        if not largest <= _LARGEST[self.dtype]:  # this way round, NaN is refused too
+            bad = int(np.flatnonzero(~(np.abs(vectors) <= _LARGEST[self.dtype]).all(axis=1))[0])
+            raise ValueError(
+                f"Expected finite values of at most {_LARGEST[self.dtype]:g} for {self.dtype}, got {float(largest)} "
+                f"(first in vector {bad}). Clip or drop such vectors, or choose float32."
+            )
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
         """Rows (n, words) uint32 -> vectors (n, dim) float32."""
@@ -97,13 +108,3 @@ class Codec:
         steps = np.rint((vectors - offset.astype(np.float32)[:, None]) / divisor[:, None])
         rows[:, : self.dim] = (np.clip(steps, 0, 255) - 128).astype(np.int8).view(np.uint8)
         rows[:, self.dim : self.dim + 4] = np.stack([step, offset], axis=1).view(np.uint8)
-
-
-def _refuse(vectors: np.ndarray, dtype: Dtype) -> None:
-    largest = np.abs(vectors).max(initial=0)
-    if not largest <= _LARGEST[dtype]:  # this way round, NaN is refused too
-        bad = int(np.flatnonzero(~(np.abs(vectors) <= _LARGEST[dtype]).all(axis=1))[0])
-        raise ValueError(
-            f"Expected finite values of at most {_LARGEST[dtype]:g} for {dtype}, got {float(largest)} "
-            f"(first in vector {bad}). Clip or drop such vectors, or choose float32."
-        )

@@ -25,7 +25,7 @@ class FolderLock:
         """Raises StoreError where another process holds a lock that does not go with it."""
         if fcntl is None:
             raise StoreError("Expected Linux or macOS for an embedding store, got a system without file locks.")
-        path = folder / "lock"
+        path, self._process = folder / "lock", os.getpid()
         flags = os.O_RDWR | os.O_CREAT if write or not path.exists() else os.O_RDONLY
         with disk(path):
             self._fd = os.open(path, flags, 0o644)
@@ -35,11 +35,14 @@ class FolderLock:
             self.close()
             who = "has it open" if write else "writes to it"
             raise StoreError(
-                f"The embedding store {folder} cannot be opened: another process {who}. Close that one."
+                f"The embedding store {folder} cannot be opened: another process {who}. Close that one, or what "
+                "this process has opened before."
             ) from error
 
     def close(self) -> None:
         if self._fd >= 0:
+            if os.getpid() == self._process:  # a fork has the same lock, and would keep it as long as it lives
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
             os.close(self._fd)
             self._fd = -1
 

@@ -13,7 +13,7 @@ from shoal.embed.codec import DTYPES, Codec, Dtype
 from shoal.embed.layout import Layout
 from shoal.embed.manifest import ADMISSIONS, TableRecord, Tier
 
-_UNITS: Final = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+_UNITS: Final = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 SETTINGS: Final = ("policy", "admission", "read_aware", "cache_bytes", "tier", "reason")
 """What may change of a table when its rows are placed."""
 _SMALL: Final = 32
@@ -62,19 +62,21 @@ class TableSpec:
 
 
 def parse_bytes(size: str | int, what: str) -> int:
-    """`512MB`, `4GiB` or a number of bytes."""
+    """`512MB`, `4GiB` or a whole number of bytes; text without a unit is refused, as it would rarely mean bytes."""
     if isinstance(size, str):
-        text = size.strip().lower().replace(" ", "")
+        given, text = size, size.strip().lower().replace(" ", "")
         digits = text.rstrip("abcdefghijklmnopqrstuvwxyz")
         unit = _UNITS.get(text[len(digits) :])
         try:
             size = int(float(digits) * unit) if unit else 0
-        except ValueError:
+        except (ValueError, OverflowError):
             size = 0
         if size < 1:
-            raise ValueError(f"Expected {what} as a size like 512MB, 4GiB or bytes, got {text!r}.")
-    validate.positive(**{what: size})
-    return size
+            raise ValueError(
+                f"Expected {what} as a size like 512MB or 4GiB, or a whole number of bytes, got {given!r}."
+            )
+    validate.whole(1, **{what: size})
+    return int(size)
 
 
 def first_records(tables: Mapping[str, TableSpec], dram_bytes: int) -> list[TableRecord]:

@@ -25,6 +25,8 @@ class TableStatistics:
     delta_blocks: int
     resident_rows: int
     """Rows that rest in memory because they change often."""
+    copies: int
+    """Further copies of rows (`retrain(space=...)`) that have the rows' present values."""
     cache_capacity: int
     """Vectors."""
     cached: int
@@ -92,6 +94,7 @@ def statistics_of(table: Table) -> TableStatistics:
         free_blocks=free,
         delta_blocks=int((table.space.kind == DELTA).sum()),
         resident_rows=table.num_resident,
+        copies=int((table.view.replica_valid > 0).sum()),
         cache_capacity=table.capacity,
         cached=cached,
         policy=table.record.policy,

@@ -71,7 +71,7 @@ class EmbeddingStore:
         self.folder, self.read_only = folder, read_only
         self._lock, self._options = lock, options
         self._writing = threading.RLock()
-        self._is_open = True
+        self._is_open, self._process = True, os.getpid()
         self._pool_lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._tables: dict[str, Table] = {}
@@ -129,6 +129,8 @@ class EmbeddingStore:
         if (folder / NAME).exists():
             raise StoreError(f"There is an embedding store in {folder} already. Open it, or choose another folder.")
         with FolderLock(folder, write=True):
+            for record in records:
+                _refuse_rows(folder / record.blocks)
             for record in records:
                 (folder / record.blocks).unlink(missing_ok=True)
                 BlockFile.create(folder / record.blocks, record.block_bytes, 0).close()
@@ -366,8 +368,18 @@ class EmbeddingStore:
     def retrain(self, trace: Trace | Mapping[str, Trace], **options: Any) -> dict[str, Any]:
         """Learns from a trace where rows should lie, which cache each table should have, and how much memory; see `training.py`.
 
+        Args:
+            trace: of the only table, or {table: trace}; 10 queries at least. Tables that are not named stay as they are.
+            options: `most_blocks` (write so many blocks a table at most; caches and memory stay), `space` (copies, as a part of
+                the rows), `policies` (evictions to choose from), `progress` (is told in a line what is being done), `settings`.
+
         Returns:
-            For each table what was done and why.
+            For each table: `tier`, `reason`, `policy`, `cache_bytes`, `reads_before`, `reads_after` (a query, foretold),
+            `written_blocks`.
+
+        Raises:
+            DataError: a trace has too few queries, or rows that the table has not.
+            StoreUnavailable: the disk is full or fails; the table stays as it was.
         """
         from shoal.embed import training
 
@@ -463,6 +475,11 @@ class EmbeddingStore:
         self._check_open()
 
     def _check_open(self) -> None:
+        if os.getpid() != self._process and not self.read_only:
+            raise StoreError(
+                f"The store {self.folder} was opened for writing by process {self._process}, of which this one is a fork: neither "
+                "would know what the other writes. Use it there, or let workers fork from a store opened with read_only."
+            )
         if not self._is_open or (self._writer is not None and self._writer.is_broken):
             raise StoreError(
                 f"The store {self.folder} is closed, or a write was interrupted or failed at its very end. Open it again."
@@ -505,3 +522,12 @@ class EmbeddingStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_rows(blocks: Path) -> None:
+    """Raises StoreError where a file of blocks holds something: a store that has lost its manifest, or another's file."""
+    with disk(blocks):
+        if blocks.exists() and blocks.stat().st_size:
+            raise StoreError(
+                f"{blocks} is not empty, though there is no {NAME} beside it. Restore that from a copy, or choose another folder."
+            )

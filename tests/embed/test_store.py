@@ -367,3 +367,33 @@ def test_lookups_of_many_threads_end_well_when_the_store_closes(tmp_path: Path) 
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_rows_that_lost_their_manifest_are_not_written_over(tmp_path: Path) -> None:
+    small_store(tmp_path).close()
+    before = (tmp_path / "items.blocks").read_bytes()
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=r"items\.blocks is not empty, though there is no manifest\.json beside it"):
+        small_store(tmp_path)
+    assert (tmp_path / "items.blocks").read_bytes() == before
+
+
+@pytest.mark.parametrize("dram", ["512", "1e3", "1e400MB", "0MB", True])
+def test_memory_without_a_unit_is_refused(tmp_path: Path, dram: Any) -> None:
+    with pytest.raises(ValueError, match=r"Expected dram .* got"):
+        EmbeddingStore.create(tmp_path / "store", {"a": TableSpec(rows=100, dim=4)}, dram=dram)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_beyond_float32_are_refused_without_a_warning(tmp_path: Path) -> None:
+    with small_store(tmp_path) as store, pytest.raises(ValueError, match="got inf"):
+        store.update("items", [1], np.full((1, DIM), 1e300))
+
+
+def test_copies_are_told(tmp_path: Path) -> None:
+    with small_store(tmp_path) as store:
+        assert store.statistics().tables["items"].copies == 0
+        store.place("items", replicated(32))
+        assert store.statistics().tables["items"].copies == 200
+        store.update("items", [3, 1000], np.ones((2, DIM)))
+        assert store.statistics().tables["items"].copies == 199
