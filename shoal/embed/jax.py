@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shoal.embed.sparse import Gathered, RowWiseAdagrad, RowWiseAdam, Rule, SparseTables
+from shoal.embed.sparse import Gathered, RowWiseAdagrad, RowWiseAdam, Rule, SparseTables, refuse_shapes
 from shoal.embed.store import EmbeddingStore
 
 __all__ = ["Gathered", "JaxTables", "RowWiseAdagrad", "RowWiseAdam"]
@@ -52,10 +52,9 @@ class JaxTables(Generic[T]):
 
     def apply(self, batch: Gathered[Any], gradients: Mapping[str, jax.Array]) -> None:
         """Moves a batch's rows by gradients (U, dim) of `batch.rows`."""
+        refuse_shapes(batch, gradients)
         moved = {name: self._steps[name](batch.stored[name], gradient) for name, gradient in gradients.items()}
-        for name, rows in moved.items():
-            self._tables.keep(name, batch.ids[name], np.asarray(rows)[: len(batch.ids[name])])
-        self._tables.count()
+        self._tables.keep(batch, moved)
 
     def flush(self) -> None:
         """Writes all that has changed, durably."""

@@ -29,6 +29,7 @@ from typing import Any, Final, Generic, Protocol, TypeVar, final, runtime_checka
 import numpy as np
 
 from shoal import validate
+from shoal.embed.codec import Codec
 from shoal.embed.store import EmbeddingStore
 
 T = TypeVar("T")
@@ -146,7 +147,9 @@ class SparseTables:
         """Changed and not yet in the store."""
         self._written: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         """Written since the batch before was handed out: the one being read may have missed it."""
-        self._applied = 0
+        self._applied = self._ahead = 0
+        """Batches applied; loops that read ahead."""
+        self._codecs = {name: Codec(store.tables[name].dim, store.tables[name].dtype) for name in rules}
 
     def load(self, table: str, vectors: np.ndarray) -> None:
         """Gives a table its first vectors (rows, dim), with the optimizer's state at zero."""
@@ -169,16 +172,24 @@ class SparseTables:
         return Gathered(data, {name: i.astype(np.int64) for name, i in unique.items()}, index, stored, dims)
 
     def prefetched(self, batches: Iterable[T], ids: Callable[[T], Mapping[str, Any]]) -> Iterator[Gathered[T]]:
-        """The batches with their rows; those of the next are read while the caller works on one. Flushes at the end."""
-        with ThreadPoolExecutor(1, "shoal-prefetch") as pool:
-            waiting = None
-            for batch in batches:
-                coming = pool.submit(self._read, ids(batch), batch)
+        """The batches with their rows; those of the next are read while the caller works on one.
+
+        Flushes at the end; whoever leaves the loop before calls `flush`.
+        """
+        self._ahead += 1
+        try:
+            with ThreadPoolExecutor(1, "shoal-prefetch") as pool:
+                waiting = None
+                for batch in batches:
+                    coming = pool.submit(self._read, ids(batch), batch)
+                    if waiting is not None:
+                        yield self._hand_out(waiting.result())
+                    waiting = coming
                 if waiting is not None:
                     yield self._hand_out(waiting.result())
-                waiting = coming
-            if waiting is not None:
-                yield self._hand_out(waiting.result())
+        finally:
+            self._ahead -= 1
+            self._written = {}
         self.flush()
 
     def _hand_out(self, gathered: Gathered[T]) -> Gathered[T]:
@@ -195,38 +206,54 @@ class SparseTables:
         return gathered
 
     def apply(self, batch: Gathered[Any], gradients: Mapping[str, Any]) -> None:
-        """Moves a batch's rows: gradients (U, dim) of `batch.rows`, which are sums over the places that named a row."""
-        for name, gradient in gradients.items():
-            stored = batch.stored[name]
-            if gradient.shape != (len(stored), self.rules[name].dim):
-                raise ValueError(
-                    f"Expected gradients of {name!r} of shape {(len(stored), self.rules[name].dim)}, got {gradient.shape}. "
-                    "Take them with respect to batch.rows."
-                )
-            moved = self._moved(name, stored, gradient)
-            self.keep(name, batch.ids[name], np.asarray(moved)[: len(batch.ids[name])])
-        self.count()
+        """Moves a batch's rows: gradients (U, dim) of `batch.rows`, which are sums over the places that named a row.
 
-    def count(self) -> None:
-        """One more batch is applied: flushes, if it is time."""
-        self._applied += 1
-        if self._applied % self._flush_every == 0:
-            self.flush()
+        Raises:
+            ValueError: gradients have another shape, or a row would not be finite; no row has moved.
+        """
+        refuse_shapes(batch, gradients)
+        self.keep(batch, {name: self._moved(name, batch.stored[name], some) for name, some in gradients.items()})
 
     def _moved(self, name: str, stored: np.ndarray, gradient: Any) -> np.ndarray:
         made: np.ndarray = self.rules[name].step(stored, np.asarray(gradient, np.float32), np)
         return made.astype(np.float32)
 
-    def keep(self, name: str, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Rows as they are from now on, (n, stored_dim); they go to the store with the next flush."""
-        self._pending[name] = _merged(self._pending.get(name), ids, rows)
+    def keep(self, batch: Gathered[Any], moved: Mapping[str, Any]) -> None:
+        """A batch's rows as they are from now on, (U, stored_dim); they go to the store with the next flush, or now if it is time.
+
+        Raises ValueError where the store could not take a row; then none is kept.
+        """
+        rows = {name: np.asarray(some)[: len(batch.ids[name])] for name, some in moved.items()}
+        for name, some in rows.items():
+            try:
+                self._codecs[name].refuse(some)
+            except ValueError as error:
+                raise ValueError(
+                    f"Expected gradients that leave rows of {name!r} finite. {error} No row of this batch has moved."
+                ) from error
+        for name, some in rows.items():
+            self._pending[name] = _merged(self._pending.get(name), batch.ids[name], some)
+        self._applied += 1
+        if self._applied % self._flush_every == 0:
+            self.flush()
 
     def flush(self) -> None:
         """Writes all that has changed, durably."""
         for name, (ids, rows) in self._pending.items():
             self._store.update(name, ids, rows)
-            self._written[name] = _merged(self._written.get(name), ids, rows)
+            if self._ahead:
+                self._written[name] = _merged(self._written.get(name), ids, rows)
         self._pending = {}
+
+
+def refuse_shapes(batch: Gathered[Any], gradients: Mapping[str, Any]) -> None:
+    """Raises ValueError unless each gradient is (U, dim), as the rows are."""
+    for name, gradient in gradients.items():
+        expected, got = (len(batch.stored[name]), batch.dims[name]), np.shape(gradient)
+        if got != expected:
+            raise ValueError(
+                f"Expected gradients of {name!r} of shape {expected}, got {got}. Take them with respect to batch.rows."
+            )
 
 
 def _merged(

@@ -111,3 +111,37 @@ def test_dlrm_in_the_store_is_as_good_as_in_memory(tmp_path: Path) -> None:
     assert in_store["block reads"] > 0
     assert in_store["auc"] == pytest.approx(in_memory["auc"], abs=1e-3)
     assert in_store["log_loss"] == pytest.approx(in_memory["log_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", [JaxTables, SparseTables])
+def test_a_step_that_leaves_no_finite_row_moves_none(tmp_path: Path, kind: Any) -> None:
+    rule = RULES["adagrad"]
+    with open_tables(tmp_path, rule) as store:
+        tables = kind(store, {"items": rule}, flush_every=2)
+        tables.load("items", first())
+        batch = tables.gather({"items": [1, 2]}, None)
+        bad = np.zeros((8, DIM), np.float32)
+        bad[1] = np.nan
+        with pytest.raises(ValueError, match="Expected gradients that leave rows of 'items' finite"):
+            tables.apply(batch, {"items": jnp.asarray(bad)})
+        with pytest.raises(ValueError, match=r"Expected gradients of 'items' of shape \(8, 4\), got \(1, 4\)"):
+            tables.apply(batch, {"items": jnp.ones((1, DIM))})
+        tables.flush()
+        np.testing.assert_array_equal(store.lookup("items", np.arange(ROWS))[:, :DIM], first())
+        tables.apply(tables.gather({"items": [1]}, None), {"items": jnp.ones((8, DIM))})  # and training goes on
+        tables.flush()
+        assert (store.lookup("items", [1])[:, :DIM] != first()[1]).all()
+
+
+def test_what_is_in_the_store_is_not_kept_in_memory_too(tmp_path: Path) -> None:
+    rule = RULES["adagrad"]
+    with open_tables(tmp_path, rule) as store:
+        tables = SparseTables(store, {"items": rule})
+        for ids in batches():
+            batch = tables.gather({"items": ids}, ids)
+            tables.apply(batch, {"items": np.ones_like(batch.rows["items"])})
+        assert not tables._written and not tables._pending
+        for batch in tables.prefetched(batches(), ids=lambda ids: {"items": ids}):
+            tables.apply(batch, {"items": np.ones_like(batch.rows["items"])})
+        store.update("items", [1], np.zeros((1, rule.stored_dim)))
+        assert not tables.gather({"items": [1]}, None).rows["items"].any()
