@@ -64,7 +64,8 @@ def types(instance: object) -> None:
     for name, (hint, is_one) in _fields(cast(Hashable, type(instance))).items():
         value = getattr(instance, name)
         if not is_one(value):
-            text = getattr(hint, "__name__", None) or str(hint)
+            of_choices = get_origin(hint) is Literal
+            text = " | ".join(map(repr, get_args(hint))) if of_choices else getattr(hint, "__name__", None) or str(hint)
             raise TypeError(f"Expected {name} of {type(instance).__name__} to be {text}, got {repr(value)[:80]}.")
 
 

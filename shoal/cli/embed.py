@@ -11,7 +11,7 @@ from shoal.cli.screen import Screen, Stopwatch
 if TYPE_CHECKING:
     import numpy as np
 
-    from shoal.embed import Layout
+    from shoal.embed import Layout, Trace
 
 app = typer.Typer(
     help="Embedding tables on block storage: inspect a store, place its rows, replay policies, choose how much memory.",
@@ -36,6 +36,8 @@ TUNE_EPILOG = options.examples(
 )
 POLICIES: Final = ("lru", "s3-fifo", "w-tinylfu")
 SHARES: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+_FEW_ROWS: Final = 10**7
+"""So many rows can be replayed however few of them are asked for."""
 
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="The store's folder.")]
 TraceFile = Annotated[
@@ -82,7 +84,7 @@ def inspect(
     screen.line(
         f"epoch {told.epoch}, journal {words.size(told.journal_bytes)}, written so far {words.size(told.written_bytes)}"
     )
-    screen.line(f"write budget: {_signed(told.budget_bytes)} may be written on the store's own account now")
+    screen.line(f"write budget: {_budget(told.budget_bytes)}")
     if not all(t.is_direct for t in told.tables.values()):
         screen.say("this file system has no O_DIRECT: reads go through the page cache, and their times say little")
     for name, blocks in damaged.items():
@@ -96,8 +98,10 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _signed(num_bytes: float) -> str:
-    return f"-{words.size(-num_bytes)}" if num_bytes < 0 else words.size(num_bytes)
+def _budget(num_bytes: float) -> str:
+    if num_bytes < 0:
+        return f"overdrawn by {words.size(-num_bytes)} of your own writes; the store tidies up again when time has made that good"
+    return f"{words.size(num_bytes)} may be written on the store's own account now"
 
 
 @app.command("place", epilog=PLACE_EPILOG)
@@ -129,8 +133,9 @@ def place(
         watch.lap("open")
         told = opened.retrain({name: learned}, most_blocks=most_blocks or None, space=space, progress=screen.say)[name]
         watch.lap("place")
+    by = "replayed over the trace that it was learned from" if most_blocks else "foretold by the trace's last 30 %"
     screen.line(
-        f"{name}: {told['reads_before']:.4g} block reads a query before, {told['reads_after']:.4g} after (foretold)"
+        f"{name}: {told['reads_before']:.4g} block reads a query before, {told['reads_after']:.4g} after ({by})"
     )
     screen.line(f"in {told['tier']}: {told['reason']}")
     screen.line(
@@ -194,6 +199,7 @@ class _Case:
         whole = Trace.load(path)
         if len(whole) < 20:
             raise ValueError(f"Expected a trace of at least 20 queries, {path} has {len(whole)}.")
+        _refuse_gaps(whole, path)
         self.name, self.rows, self.row_bytes = path.stem, whole.num_rows, Codec(dim, dtype).row_bytes
         self.per_block = block_bytes_for(self.row_bytes) // self.row_bytes
         self.train, self.test = whole.split(0.5, 0.5)
@@ -236,12 +242,21 @@ class _Case:
         return made
 
 
+def _refuse_gaps(trace: "Trace", path: Path) -> None:
+    """Raises ValueError where ids are hashes or the like: a replay takes memory for each row up to the highest."""
+    if trace.num_rows > _FEW_ROWS and trace.num_rows > 1000 * trace.num_lookups:
+        raise ValueError(
+            f"Expected the rows of a table numbered from 0, {path} has {trace.num_lookups:,} lookups with ids up to "
+            f"{trace.num_rows - 1:,}. Number the ids anew, for example with np.unique(ids, return_inverse=True)[1]."
+        )
+
+
 def _draw(curves: dict[tuple[str, str], list[tuple[float, float]]], case: _Case, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullLocator
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     colours = dict(zip(POLICIES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     for axes, place_of, label in zip(figure.subplots(1, 2), (0, 1), ("hit rate", "block reads a query"), strict=True):
@@ -265,7 +280,9 @@ def _draw(curves: dict[tuple[str, str], list[tuple[float, float]]], case: _Case,
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
     figure.suptitle(f"{case.name}: {case.rows:,} rows of {case.row_bytes} B, {case.per_block} a block")
-    figure.axes[1].legend(fontsize=7.5, handlelength=3.5)
+    figure.legend(
+        *figure.axes[1].get_legend_handles_labels(), loc="outside right center", fontsize=7.5, handlelength=3.5
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})
 

@@ -4,12 +4,13 @@ Format of the file: .npz with `indptr` (queries + 1,) and `ids` (lookups,); quer
 `ids[indptr[q]:indptr[q + 1]]`. No pickle.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Self
-from zipfile import BadZipFile
+from zipfile import BadZipFile, is_zipfile
 
 import numpy as np
 
@@ -53,18 +54,22 @@ class Trace:
         return cls(indptr, np.array([i for query in queries for i in query], np.int64), num_rows)
 
     @classmethod
-    def load(cls, path: Path, *, num_rows: int | None = None) -> Self:
+    def load(cls, path: str | os.PathLike[str], *, num_rows: int | None = None) -> Self:
         """Reads a file; without `num_rows`, the rows are as many as its highest id needs. Raises DataError."""
         try:
+            if Path(path).is_file() and not is_zipfile(path):
+                raise BadZipFile("it is no .npz")
             with np.load(path, allow_pickle=False) as file:
-                indptr, ids = file["indptr"].astype(np.int64), file["ids"].astype(np.int64)
+                indptr, ids = _integers(file["indptr"], "indptr"), _integers(file["ids"], "ids")
             return cls(indptr, ids, num_rows or int(ids.max(initial=0)) + 1)
         except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-            raise DataError(f"Expected a trace (.npz with indptr and ids) in {path}: {error}.") from error
+            raise DataError(
+                f"Expected a trace (.npz with indptr and ids) in {path}: {str(error).rstrip('.')}."
+            ) from error
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the file that `load` reads."""
-        with path.open("wb") as file:
+        with Path(path).open("wb") as file:
             np.savez(file, indptr=self.indptr, ids=self.ids)
 
     @classmethod
@@ -104,3 +109,10 @@ class Trace:
         queries = np.repeat(np.arange(len(self)), np.diff(self.indptr))
         order = np.argsort(self.ids, kind="stable")
         return np.concatenate([[0], np.cumsum(self.counts())]), queries[order]
+
+
+def _integers(array: np.ndarray, name: str) -> np.ndarray:
+    """As int64. Raises TypeError for numbers that would be rounded."""
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} are {array.dtype}, not integers")
+    return array.astype(np.int64)

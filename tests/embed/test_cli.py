@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from shoal.cli.main import app
+from shoal.clock import SystemClock
 from shoal.embed import EmbeddingStore, Layout, Trace
 from tests.embed.builders import ROWS, small_store, vectors
 
@@ -59,12 +60,26 @@ def test_place_learns_and_writes(tmp_path: Path, run: Run, trace: Path) -> None:
         np.testing.assert_array_equal(store.lookup("items", np.arange(ROWS)), vectors())
     told = json.loads(run("place", tmp_path / "store", trace, "--most-blocks", 5, "--json").stdout)
     assert told["written_blocks"] <= 5
+    said = run("place", tmp_path / "store", trace, "--most-blocks", 5).stdout
+    assert "(replayed over the trace that it was learned from)" in said
 
 
 def test_replay_draws(tmp_path: Path, run: Run, trace: Path) -> None:
     made = run("replay", trace, "--out", tmp_path / "curves.png")
     assert made.exit_code == 0 and f"wrote: {tmp_path / 'curves.png'}" in made.stdout
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("words", [["replay"], ["tune", "--price", "dram=4,nvme=1"]])
+def test_ids_that_are_hashes_are_refused_before_they_take_memory(tmp_path: Path, run: Run, words: list[str]) -> None:
+    Trace.of([[k, 2**62 + k] for k in range(100)], 2**63 - 1).save(tmp_path / "hashes.npz")
+    made = run(words[0], tmp_path / "hashes.npz", *words[1:])
+    assert made.exit_code == 1 and "Number the ids anew" in made.stderr
+
+
+def test_a_budget_that_is_overdrawn_is_called_so(tmp_path: Path, run: Run) -> None:
+    small_store(tmp_path / "store", clock=SystemClock()).close()
+    assert "write budget: overdrawn by" in run("inspect", tmp_path / "store").stdout
 
 
 def test_tune_names_the_cheapest_mix(run: Run, trace: Path) -> None:

@@ -35,6 +35,18 @@ def test_it_is_saved(tmp_path: Path):
         Trace.load(tmp_path / "nothing.npz")
 
 
+def test_files_that_are_no_traces_are_refused(tmp_path: Path):
+    path = str(tmp_path / "t.npz")
+    TRACE.save(path)  # text is a path too
+    assert Trace.load(path).num_lookups == TRACE.num_lookups
+    np.savez(path, indptr=[0, 2], ids=[1.5, 2.0])
+    with pytest.raises(DataError, match=r"ids are float64, not integers\.$"):
+        Trace.load(path)
+    Path(path).write_text("0,2\n")
+    with pytest.raises(DataError, match=r"it is no \.npz\.$"):
+        Trace.load(path)
+
+
 def test_bad_traces_are_refused():
     with pytest.raises(ValueError, match="rise from 0 to 1"):
         Trace(np.array([0, 2]), np.array([0]), 1)
