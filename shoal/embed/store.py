@@ -235,7 +235,10 @@ class EmbeddingStore:
         return opened.codec.decode(rows)
 
     def lookup_within(self, table: str, ids: Any, *, deadline_s: float) -> Answer:
-        """As `lookup`, but rows whose blocks take longer than `deadline_s` come in low precision, and are flagged."""
+        """As `lookup`, but rows whose blocks take longer than `deadline_s` are flagged, and are not read.
+
+        They come from the table's shadow in low precision; without one they are the mean of the rows that were found.
+        """
         validate.positive(deadline_s=deadline_s)
         opened = self._table(table)
         wanted = ids_of(ids, table)
