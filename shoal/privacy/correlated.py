@@ -1,7 +1,8 @@
 """Noise that cancels from step to step (DP-FTRL): what is learned is the sum of all steps, and that sum needs less of it.
 
 Devices that take part when they can cannot be sampled. Instead the noise of a step is correlated with that of earlier ones, and all
-steps are accounted as one Gaussian release: `schedule` says how often and how far apart one device takes part, and that must be enforced.
+steps are accounted as one Gaussian release: `Schedule` says how often and how far apart one device takes part, and that must be enforced.
+Grid, clip norm and schedule stay the same over all steps of a stream.
 
 A strategy is a lower triangular matrix C: steps release x + C^-1 z, which follows from C x + z, z independent. Its *sensitivity* is the
 largest norm of C x where a device's parts have norm at most 1; z has standard deviation noise multiplier x sensitivity.
@@ -10,13 +11,13 @@ largest norm of C x where a device's parts have norm at most 1; z has standard d
   already. Memory: a model for each level. Integers only.
 * `BltNoise`: C is Toeplitz, its coefficients a sum of few decaying powers. Memory: a model for each power. Less noise.
 
-A `fit_blt` of 3 buffers for 512 steps takes a second; keep what it found in the round configuration: it is part of the mechanism.
+`fit_blt` takes below a second for 512 steps and 3 buffers, some ten for 10,000; keep what it found: it is part of the mechanism.
 
 Guarantees:
     * What is released follows from a discrete Gaussian release of stated sensitivity, rounding included: for the tree exactly, for
       BLT by `Blt.stddev`, which counts what rounding and float64 in the buffers can do.
     * A state follows from seed and step: after a crash the same noise is drawn again, never other noise for the same step.
-      A seed serves one stream.
+      A seed serves one stream. (Draws of another width under the same seed are independent of these: two releases.)
 
 References:
     * Kairouz, McMahan, Song et al. 2021, "Practical and Private (Deep) Learning without Sampling or Shuffling".
@@ -214,7 +215,7 @@ class BltNoise:
 
     def step(self, state: State) -> tuple[np.ndarray, State]:
         """The noise to add to this step's sum, (elements,), and the state after it. One multiplication at a time: the same bits anywhere."""
-        source = seeded(self.seed, b"blt/%d" % state.step)
+        source = seeded(self.seed, f"blt/{state.step}/{self.stddev.hex()}/{self.elements}".encode())
         taken = np.zeros(self.elements)
         for scale, buffer in zip(self.blt.scales, state.arrays, strict=True):
             taken += scale * buffer
@@ -274,7 +275,8 @@ class TreeNoise:
 
     def _own(self, end: int, height: int) -> np.ndarray:
         """The noise of the node over the 2^height steps before `end`."""
-        return discrete_gaussian(self.stddev, self.elements, source=seeded(self.seed, b"tree/%d/%d" % (height, end)))
+        source = seeded(self.seed, f"tree/{height}/{end}/{self.stddev.hex()}/{self.elements}".encode())
+        return discrete_gaussian(self.stddev, self.elements, source=source)
 
     def at(self, step: int) -> State:
         """The state before a step, drawn again from the seed: as long as all steps before it took."""

@@ -84,7 +84,7 @@ def discrete_gaussian(stddev: float, size: int, *, source: Source) -> np.ndarray
     Args:
         stddev: units of the grid, 0.25 to 2^40.
         size: how many.
-        source: of random bytes, about 28 an integer.
+        source: of random bytes, about 30 an integer.
 
     Returns:
         (size,) int64. From a stddev of 2 on, theirs is `stddev` to 15 digits; below it is smaller.
@@ -99,7 +99,7 @@ def skellam(variance: float, size: int, *, source: Source) -> np.ndarray:
     Args:
         variance: units of the grid, squared; from 2^-10 to 2^80.
         size: how many.
-        source: of random bytes, about 28 an integer.
+        source: of random bytes, about 30 an integer.
 
     Returns:
         (size,) int64.
