@@ -21,7 +21,9 @@ CHUNK: Final = 1 << 16
 """Words that are masked at a time: 256 KiB stay in a core's cache while all masks are added to them."""
 _NONCE: Final = bytes(12)
 _BLOCK: Final = 16
-_BASE: Final = bytes([1] * 32)  # any private key: whether a point is of low order does not depend on it
+_ANY: Final = X25519PrivateKey.from_private_bytes(
+    bytes(32)
+)  # whether a point is of low order does not depend on the key
 
 
 def public_key(private: bytes) -> bytes:
@@ -33,7 +35,7 @@ def are_keys(*publics: bytes) -> bool:
     """Whether one can agree on a key with each: none is a point of low order."""
     try:
         for public in publics:
-            agree(_BASE, public, b"")
+            _ANY.exchange(X25519PublicKey.from_public_bytes(public))
     except ValueError:
         return False
     return True

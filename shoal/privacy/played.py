@@ -138,7 +138,9 @@ def play(
             case server.Send(name, message):
                 place = int.from_bytes(name, "big")
                 down[place] += message.ByteSize()
-                if lost.get(place) == machine.phase:
+                if lost.get(place) == machine.phase or (
+                    lost.get(place) == "added" and machine.phase in ("signed", "unmask")
+                ):
                     tell(server.Gone(name))
                     continue
                 try:

@@ -1,8 +1,8 @@
 """A secure group as its server sees it: a machine that passes messages between members, and learns their sum.
 
-The machine holds keys, shares and numbers, no vectors: it says `Add(number)` and is told `Added`; in the end it says `Open` with
-the masks that are to be taken off. A phase ends when all who are left have answered, or at its deadline; who has not answered is lost, and
-the group fails where fewer are left than any sum may be over.
+The machine holds keys, shares and numbers, no vectors: `takes_vector` says whether a member's is to be added, and it is told `Added` before
+anything else; in the end it says `Open` with the masks that are to be taken off. A phase ends when all who are left have answered, or at its
+deadline; who has not answered is lost, and the group fails where fewer are left than any sum may be over.
 
 Invariants (tests cite them by number):
     (1) The sum that `Open` opens is over the survivors: those that were added, and nobody else.
@@ -159,7 +159,9 @@ class Opening:
                 else (masks.public_key(secret) == advert.mask_key)
             ):
                 return secret
-        raise ProtocolError(f"The shares of member {number} give no secret of its.")
+        raise ProtocolError(
+            f"What was revealed of member {number} is no secret of its: it shared another, or others revealed wrong shares."
+        )
 
 
 def _key(advert: pb.Advert) -> Ed25519PublicKey:
@@ -238,6 +240,8 @@ class SecureServer:
                 return self._unmasked(member, unmask) + self._go_on(now_s)
             case Tick():
                 return self._go_on(now_s) if now_s >= self._deadline_s else []
+            case Added(member) if self.phase in ("shares", "masked", "signed", "unmask"):
+                return self._fail("a vector was added that was not to be: the sum is nobody's")
             case Shared() | Added() | Signed() | Unmasked():
                 return []  # late, or from somebody who is lost already
         raise InvalidTransition(f"{event} is not allowed in phase {self.phase!r}.")

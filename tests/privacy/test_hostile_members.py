@@ -202,3 +202,80 @@ def test_the_sum_is_that_of_whom_it_names_whenever_members_go(seed: int, certifi
     masks.add_masks(total, done[0].opening.masks())
     expected = sum(1 << name[0] for name in done[0].survivors)
     np.testing.assert_array_equal(given.reduced(total), np.full(64, expected, np.uint32))
+
+
+def test_a_vector_that_was_not_to_be_added_fails_the_group_and_is_not_opened_as_if_nothing_were() -> None:
+    """(1) The shell adds a member's vector twice, or one of a member that is lost."""
+    for once_more in (b"\0", b"\1"):
+        under, members = begun(terms(certified=False))
+        rosters, told = messages(under.step(server.Full(), 0.0)), list[server.Command]()
+        for at, roster in enumerate(rosters):
+            told += under.step(server.Shared(bytes([at]), members[at].shares(roster)), 0.0)
+        assert under.step(server.Added(b"\0"), 0.0) == []
+        under.step(server.Gone(b"\1"), 0.0)
+        assert not under.takes_vector(once_more)
+        (failed,) = under.step(server.Added(once_more), 0.0)
+        assert isinstance(failed, server.Failed)
+        assert under.phase == "failed"
+
+
+# Anything.
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_a_hostile_member_sends_the_others_get_their_sum_or_a_reason(seed: int) -> None:
+    """(3) One member sends broken messages at any time, of any kind, under its own name and names that nobody has."""
+    given = terms(certified=bool(seed % 2))
+    under, members = begun(given)
+    chance = stdlib_random.Random(seed)
+    names = {bytes([at]): each for at, each in enumerate(members)}
+    hostile = chance.choice(sorted(names))
+    total, kept, found = np.zeros(64, np.uint32), dict[bytes, pb.Survivors](), list[server.Command]()
+    queue = under.step(server.Full(), 0.0)
+
+    def honest(name: bytes, message: object) -> server.Event:
+        match message:
+            case pb.Roster():
+                return server.Shared(name, names[name].shares(message))
+            case pb.Shares():
+                total[:] += given.unpack(names[name].masked(message, np.full(64, 1 << name[0], np.uint32)))
+                return server.Added(name)
+            case pb.Survivors() if given.certified:
+                kept[name] = message
+                return server.Signed(name, names[name].sign(message))
+            case pb.Survivors():
+                return server.Unmasked(name, names[name].unmask(message))
+        return server.Unmasked(name, names[name].unmask(kept[name], message))
+
+    while queue:
+        for _ in range(3):
+            queue += under.step(broken(chance, hostile), 0.0)
+        command = queue.pop(0)
+        if not isinstance(command, server.Send):
+            found.append(command)
+        elif command.member != hostile:
+            queue += under.step(honest(command.member, command.message), 0.0)
+        if not queue:
+            queue = under.step(server.Tick(), 1e9) if under.phase not in ("done", "failed") else []
+    assert {each.member for each in found if isinstance(each, server.Lost)} <= {hostile, b"nobody"}
+    done = [command for command in found if isinstance(command, server.Open)]
+    assert len(done) == 1, found
+    masks.add_masks(total, done[0].opening.masks())
+    expected = sum(1 << name[0] for name in done[0].survivors)
+    np.testing.assert_array_equal(given.reduced(total), np.full(64, expected, np.uint32))
+
+
+def broken(chance: stdlib_random.Random, hostile: bytes) -> server.Event:
+    """A message that no member sends, or not now."""
+    name = chance.choice([hostile, b"nobody"])
+    some = [chance.randbytes(chance.choice([0, 1, 16, 32, 33, 64, 82, 200])) for _ in range(12)]
+    numbers = [chance.choice([0, 1, 2, 9, 10, 11, (1 << 32) - 1]) for _ in range(12)]
+    return chance.choice([
+        server.Advertised(name, pb.Advert(
+            mask_key=chance.choice(some), seal_key=bytes(32), seed_digest=bytes(32), identity_key=bytes([1, *bytes(31)]),
+            certificate=chance.choice(some), certified_until_s=chance.choice([float("nan"), float("inf"), -1.0]), signature=bytes(64),
+        )),
+        server.Shared(name, pb.Shares(sealed=[pb.Sealed(peer=at, data=data) for at, data in zip(numbers, some, strict=True)])),
+        server.Signed(name, pb.Signed(signature=chance.choice(some))),
+        server.Unmasked(name, pb.Unmask(revealed=[pb.Revealed(of=at, share=data) for at, data in zip(numbers, some, strict=True)])),
+    ])  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from google.protobuf.message import DecodeError
 
 from shoal.errors import InvalidTransition, ProtocolError
 from shoal.privacy import masks, shamir
@@ -441,3 +442,42 @@ def test_a_masked_vector_is_uniform_to_the_server_and_all_colluders_but_one() ->
     expected = 120 * 64 / 16
     chi = np.sum((bins - expected) ** 2 / expected, axis=1)
     assert np.all(chi < 44.3), chi  # 15 degrees of freedom, 1 in 10,000
+
+
+# Anything.
+
+
+@pytest.mark.parametrize("certified", [False, True])
+def test_whatever_the_server_sends_a_member_refuses_it_with_one_error(certified: bool) -> None:
+    """Each message of an honest group with one field changed, or one byte: it is read as the group goes on, or refused; nothing else."""
+    chance, refused = stdlib_random.Random(3), 0
+    for _ in range(25):
+        made = group(certified=certified, until="deliveries")
+        member, delivery = made.members[0], made.deliveries[0]
+        fresh = group(certified=certified)
+        steps: list[Callable[[], object]] = [
+            lambda fresh=fresh: fresh.members[0].shares(changed(chance, fresh.rosters[0])),
+            lambda member=member, delivery=delivery: member.masked(changed(chance, delivery), np.zeros(64, np.uint32)),
+            lambda member=member: (
+                member.sign(changed(chance, everybody())) if certified else member.unmask(changed(chance, everybody()))
+            ),
+        ]
+        for step in steps:
+            try:
+                step()
+            except (ProtocolError, InvalidTransition):
+                refused += 1
+    assert refused > 25
+
+
+def changed(chance: stdlib_random.Random, message: Any) -> Any:
+    """The message with a byte changed, where it is still one; else with what it says twice, or without it."""
+    data = bytearray(message.SerializeToString())
+    for _ in range(20):
+        torn = bytearray(data)
+        torn[chance.randrange(len(torn))] = chance.choice([0, 1, 0x7F, 0x80, 0xFF])
+        try:
+            return type(message).FromString(bytes(torn))
+        except DecodeError:
+            continue
+    return type(message).FromString(bytes(data + data)) if chance.random() < 0.5 else type(message)()

@@ -52,7 +52,7 @@ def certified(members: int) -> tuple[list[Identity], Trusted]:
     return made, Trusted(authority.key.public_key(), "fleet")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(data=st.data(), members=st.integers(8, 24), is_certified=st.booleans())
 def test_the_sum_is_that_of_the_survivors_whoever_is_lost_wherever(
     data: st.DataObject, members: int, is_certified: bool
