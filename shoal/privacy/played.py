@@ -83,6 +83,7 @@ def play(
         defaultdict[int, int](int),
         0.0,
     )
+    gone: set[int] = set()
     found: server.Open | None = None
     queue: list[server.Command] = []
 
@@ -117,6 +118,7 @@ def play(
             server_s += clock() - begun
             tell(server.Added(name))
             if lost.get(place) == "added":
+                gone.add(place)
                 tell(server.Gone(name))
         elif isinstance(made, pb.Shares):
             tell(server.Shared(name, pb.Shares.FromString(data)))
@@ -138,9 +140,9 @@ def play(
             case server.Send(name, message):
                 place = int.from_bytes(name, "big")
                 down[place] += message.ByteSize()
-                if lost.get(place) == machine.phase or (
-                    lost.get(place) == "added" and machine.phase in ("signed", "unmask")
-                ):
+                if place in gone:
+                    continue
+                if lost.get(place) == machine.phase:
                     tell(server.Gone(name))
                     continue
                 try:
