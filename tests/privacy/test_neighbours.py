@@ -1,5 +1,6 @@
 """Degree and threshold keep what they promise: against drawn groups, and against sums of the tails done otherwise."""
 
+from fractions import Fraction
 from math import comb
 
 import numpy as np
@@ -58,10 +59,7 @@ def test_tails_are_those_of_the_hypergeometric_distribution(population: int, dat
     marked, drawn = (data.draw(st.integers(0, population)) for _ in range(2))
     masses = [comb(marked, x) * comb(population - marked, drawn - x) for x in range(drawn + 1)]
     for at_least in range(drawn + 2):
-        assert _chance(population, marked, drawn, at_least) == sum(masses[at_least:]) / comb(population, drawn) or (
-            abs(float(_chance(population, marked, drawn, at_least)) - sum(masses[at_least:]) / comb(population, drawn))
-            < 1e-12
-        )
+        assert _chance(population, marked, drawn, at_least) == Fraction(sum(masses[at_least:]), comb(population, drawn))
 
 
 def test_the_chances_of_the_graph_that_is_found_are_below_the_promised_and_of_a_smaller_not() -> None:

@@ -92,6 +92,14 @@ def test_packed_data_of_another_length_is_refused() -> None:
         packing.unpack(bytes(7), 4, 16)
 
 
+def test_the_field_is_one() -> None:  # Miller-Rabin: PRIME - 1 is 8 times an odd number
+    odd, source = (shamir.PRIME - 1) // 8, stdlib_random.Random(0)
+    assert odd % 2 == 1
+    for base in [2, *(source.randrange(3, shamir.PRIME - 1) for _ in range(40))]:
+        powers = [pow(base, odd << twice, shamir.PRIME) for twice in range(3)]
+        assert powers[0] == 1 or shamir.PRIME - 1 in powers
+
+
 @given(secret=st.binary(min_size=32, max_size=32), data=st.data(), count=st.integers(1, 12), seed=st.integers(0, 99))
 def test_any_threshold_of_shares_gives_the_secret_back_and_fewer_do_not(
     secret: bytes, data: st.DataObject, count: int, seed: int
