@@ -34,7 +34,7 @@ from shoal.embed.layout import Layout
 from shoal.embed.manifest import TableRecord
 from shoal.embed.recent import Recent
 from shoal.embed.space import HOME, Space
-from shoal.embed.tail import Tail
+from shoal.embed.tail import Tail, places_of
 from shoal.errors import StoreError
 from shoal.tensors import Tensors
 
@@ -294,8 +294,9 @@ class Table:
         self.counters.resident_hits += resident
 
     def _fetch(self, ids: np.ndarray, out: np.ndarray, plan: Plan, deadline_s: float | None) -> np.ndarray | None:
-        """Reads a plan's blocks, a lane's depth at a time, and gives them to request and cache."""
-        approximate = None if deadline_s is None else np.zeros(len(ids), bool)
+        """Reads a plan's blocks, a lane's depth at a time, and gives them to request and cache; which rows came too late."""
+        late: list[np.ndarray] = []
+        ends_s = float("inf") if deadline_s is None else self.tail.now_s() + deadline_s
         lane = self.lanes.take(self.sums)
         if deadline_s is not None and not lane.is_queue:
             self.lanes.give_back(lane)
@@ -306,16 +307,30 @@ class Table:
         try:
             for begin in range(0, len(plan.blocks), lane.depth):
                 end = min(begin + lane.depth, len(plan.blocks))
+                if (
+                    begin and self.tail.now_s() >= ends_s
+                ):  # what is late may yet arrive in this lane: it takes no other read
+                    late.append(places_of(plan, np.arange(begin, len(plan.blocks))))
+                    break
                 if (self.tail.hedge or deadline_s is not None) and lane.is_queue:
-                    late = self.tail.read(self, lane, plan, begin, end, ids, out, deadline_s)
-                    if approximate is not None:
-                        approximate[late] = True
+                    left_s = None if deadline_s is None else ends_s - self.tail.now_s()
+                    late.append(self.tail.read(self, lane, plan, begin, end, ids, out, left_s))
                 else:
                     lane.read(self.file.fd, plan.blocks[begin:end], self.sums)
                     kernel.scatter(lane.queue, plan, begin, end, self.slots_per_block, out)
                 self._take_in(lane, ids, out, plan, begin, end)
         finally:
             self.lanes.give_back(lane)
+        return None if deadline_s is None else self._stand_in(ids, out, np.concatenate(late))
+
+    def _stand_in(self, ids: np.ndarray, out: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Gives the places of late rows what there is instead; which they are, (n,) bool."""
+        approximate = np.zeros(len(ids), bool)
+        if len(places):
+            approximate[places] = True
+            out[places] = self.low_precision(ids, places, out)
+            with self.lock:
+                self.counters.approximate += len(places)
         return approximate
 
     def _take_in(self, lane: reads.Lane, ids: np.ndarray, out: np.ndarray, plan: Plan, begin: int, end: int) -> None:

@@ -4,7 +4,8 @@ A *hedge* is a second read, of blocks that hold replicas of all that the late on
 read has taken longer than a quantile of the reads so far, at most `most_extra` of all reads; the first answer counts, the
 other is not waited for. Without replicas there is nothing to hedge with: the same address twice is the same queue.
 
-A *deadline* is opt-in, call by call. What has not come by then is given in low precision: from the int8 copy of the table
+A *deadline* is opt-in, call by call, for all rounds of a lookup together; a round that would begin after it is not read. What has
+not come by then is given in low precision: from the int8 copy of the table
 in memory where there is one (`TableSpec(shadow=True)`), else the mean of the rows that the same lookup found. Such rows
 are flagged in the answer and counted.
 
@@ -73,7 +74,7 @@ class Tail:
         """
         validate.between(0.5, 0.9999, quantile=quantile)
         validate.between(0.0, 0.05, most_extra=most_extra)
-        self.hedge, self._most_extra, self._now_s = hedge, most_extra, now_s
+        self.hedge, self._most_extra, self.now_s = hedge, most_extra, now_s
         self.latencies = Latencies(quantile)
         self.reads = self.hedges = 0
 
@@ -98,9 +99,9 @@ class Tail:
         """Reads the plan's blocks begin..end - 1 and copies their rows to `out`.
 
         Returns:
-            Places of the request that the deadline left without a row: they hold the low-precision value.
+            Places of the request that the deadline left without a row.
         """
-        started_s = self._now_s()
+        started_s = self.now_s()
         queue, blocks = lane.queue, plan.blocks[begin:end]
         taken = reads.submit(queue, table.file.fd, blocks, 0)
         for place in range(taken, len(blocks)):
@@ -109,7 +110,7 @@ class Tail:
         hedged = _Hedges(table, lane, plan, begin, len(blocks))
         seen = np.zeros(len(blocks), bool)
         while True:
-            now_s = self._now_s()
+            now_s = self.now_s()
             arrived = queue.status[: len(blocks)] != reads.WAITING
             for _ in range(int((arrived & ~seen).sum())):
                 self.latencies.add(now_s - started_s)
@@ -124,7 +125,7 @@ class Tail:
             reads.reap(queue, 1, self._wait_ns(now_s - started_s, deadline_s, hedged.was_sent), table.sums)
         kernel.scatter(queue, plan, begin, end, table.slots_per_block, out)
         hedged.scatter(out)
-        return self._approximate(table, plan, begin, late, ids, out)
+        return places_of(plan, begin + late)
 
     def _wait_ns(self, waited_s: float, deadline_s: float | None, was_sent: bool) -> int:
         limits = [] if was_sent or not self.hedge else [self.latencies.limit_s]
@@ -132,18 +133,11 @@ class Tail:
         until_s = min((limit for limit in limits), default=float("inf"))
         return -1 if until_s == float("inf") else max(1000, int((until_s - waited_s) * 1e9))
 
-    def _approximate(
-        self, table: "Table", plan: Plan, begin: int, late: np.ndarray, ids: np.ndarray, out: np.ndarray
-    ) -> np.ndarray:
-        if not len(late):
-            return np.empty(0, np.int64)
-        places = np.concatenate(
-            [plan.places[plan.starts[begin + b] : plan.starts[begin + b + 1]] for b in late.tolist()]
-        )
-        out[places] = table.low_precision(ids, places, out)
-        with table.lock:
-            table.counters.approximate += len(places)
-        return places
+
+def places_of(plan: Plan, blocks: np.ndarray) -> np.ndarray:
+    """The places of the request whose rows are to come from blocks of the plan, by their numbers in it (n,)."""
+    parts = [plan.places[plan.starts[b] : plan.starts[b + 1]] for b in blocks.tolist()]
+    return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
 
 @final

@@ -97,6 +97,26 @@ def test_a_deadline_is_kept_flagged_and_counted(tmp_path: Path, monkeypatch: pyt
 
 
 @needs_aio
+@pytest.mark.parametrize("shadow", [True, False])
+def test_a_deadline_is_one_for_all_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shadow: bool) -> None:
+    """Rows of rounds that were not read are flagged too, and nothing that was not read is in what stands in for them."""
+    with small_store(tmp_path, dram="90KB" if shadow else "9KB", spec={"shadow": shadow}) as store:
+        table = store._tables["items"]
+        table.lanes = reads.Lanes(4096, depth=8)
+        asked = stuck(monkeypatch, lambda block: False)
+        table.tail.now_s = lambda: 1.0 if len(asked) >= 24 else 0.0
+        answer = store.lookup_within("items", np.arange(1000), deadline_s=0.5)
+        assert len(asked) == 24  # of 32: three rounds
+        is_late = answer.approximate
+        assert 1000 - 24 * 32 <= is_late.sum() <= 1000 - 16 * 32 and not is_late[: 16 * 32].any()
+        assert store.statistics().tables["items"].approximate == is_late.sum()
+        np.testing.assert_array_equal(answer.vectors[~is_late], vectors()[:1000][~is_late])
+        stand_in = vectors()[:1000][is_late] if shadow else answer.vectors[~is_late].mean(axis=0, keepdims=True)
+        late = answer.vectors[is_late]
+        np.testing.assert_allclose(late, np.broadcast_to(stand_in, late.shape), atol=0.05 if shadow else 1e-6)
+
+
+@needs_aio
 def test_without_late_reads_a_deadline_changes_nothing(tmp_path: Path) -> None:
     with small_store(tmp_path) as store:
         answer = store.lookup_within("items", np.arange(ROWS), deadline_s=60.0)
