@@ -307,14 +307,15 @@ class Table:
         try:
             for begin in range(0, len(plan.blocks), lane.depth):
                 end = min(begin + lane.depth, len(plan.blocks))
-                if (
-                    begin and self.tail.now_s() >= ends_s
-                ):  # what is late may yet arrive in this lane: it takes no other read
+                # What is late may yet arrive in this lane: it takes no other read.
+                if late and (len(late[-1]) or self.tail.now_s() >= ends_s):
                     late.append(places_of(plan, np.arange(begin, len(plan.blocks))))
                     break
                 if (self.tail.hedge or deadline_s is not None) and lane.is_queue:
                     left_s = None if deadline_s is None else ends_s - self.tail.now_s()
-                    late.append(self.tail.read(self, lane, plan, begin, end, ids, out, left_s))
+                    late.append(
+                        self.tail.read(self, lane, plan, begin, end, ids, out, left_s)
+                    )  # none without a deadline
                 else:
                     lane.read(self.file.fd, plan.blocks[begin:end], self.sums)
                     kernel.scatter(lane.queue, plan, begin, end, self.slots_per_block, out)
