@@ -36,6 +36,7 @@ from typing import Final
 import numpy as np
 from scipy.optimize import minimize
 from scipy.signal import lfilter
+from scipy.special import expit
 
 from shoal import validate
 from shoal.privacy.accounting import participations as most_participations
@@ -169,7 +170,7 @@ def fit_blt(schedule: Schedule, *, buffers: int = 3) -> Blt:
     def blt_of(point: np.ndarray) -> Blt:
         # Shares of a whole of which one is nobody's: scales add up to less than 1. Decays are 1 - rate.
         shares = np.exp(np.append(point[:buffers], 0.0) - max(point[:buffers].max(), 0.0))
-        rates = np.clip(1 / (1 + np.exp(-point[buffers:])), 1e-6, 1 - 1e-6)
+        rates = np.clip(expit(point[buffers:]), 1e-6, 1 - 1e-6)
         scales = np.maximum(shares[:-1] / shares.sum(), 1e-9) * (1 - 1e-9 * buffers)
         return Blt(scales=tuple(scales.tolist()), decays=tuple((1 - rates).tolist()))
 

@@ -95,6 +95,12 @@ def test_skellam_keeps_below_its_bound(variance: float, shift: int) -> None:
     assert between[0] == bound[1]
 
 
+def test_skellam_is_as_published() -> None:
+    """By hand from the theorem: either term of its minimum."""
+    found = [accounting.skellam_rdp(v, l2=3, l1=9, orders=np.array([2.0]))[0] for v in (100.0, 0.5)]
+    assert found == [pytest.approx(18 / 200 + (27 + 54) / 40_000), pytest.approx(18 / 1 + 27 / 1)]
+
+
 def test_skellam_with_much_noise_is_the_gaussian() -> None:
     curve = accounting.skellam_rdp(1e12, l2=1e6, l1=1e8, orders=np.arange(2.0, 64))
     assert curve == pytest.approx(accounting.gaussian_rdp(1.0, np.arange(2.0, 64)), rel=1e-3)

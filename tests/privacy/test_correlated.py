@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.privacy import accounting, correlated
@@ -112,6 +112,9 @@ def test_the_bound_of_the_tree_is_reached_at_powers_of_two(steps: int, separatio
 
 
 @settings(deadline=None, max_examples=8)
+@example(
+    schedule=Schedule(steps=4, min_separation=1, participations=3), buffers=3
+)  # its decays go to the ends of float64
 @given(schedule=schedules(60), buffers=st.integers(1, 3))
 def test_a_fit_is_no_worse_than_independent_noise(schedule: Schedule, buffers: int) -> None:
     blt = correlated.fit_blt(schedule, buffers=buffers)
