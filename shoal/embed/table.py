@@ -305,8 +305,9 @@ class Table:
                 "left waiting. Look up without a deadline."
             )
         try:
-            for begin in range(0, len(plan.blocks), lane.depth):
-                end = min(begin + lane.depth, len(plan.blocks))
+            together = self.tail.blocks_together(lane.depth)
+            for begin in range(0, len(plan.blocks), together):
+                end = min(begin + together, len(plan.blocks))
                 # What is late may yet arrive in this lane: it takes no other read.
                 if late and (len(late[-1]) or self.tail.now_s() >= ends_s):
                     late.append(places_of(plan, np.arange(begin, len(plan.blocks))))

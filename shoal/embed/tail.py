@@ -78,6 +78,10 @@ class Tail:
         self.latencies = Latencies(quantile)
         self.reads = self.hedges = 0
 
+    def blocks_together(self, depth: int) -> int:
+        """Blocks that a lane of so many places reads together: where reads are hedged, some places are the copies'."""
+        return depth - max(1, depth // 8) if self.hedge and depth > 1 else depth
+
     def may_hedge(self, count: int) -> bool:
         """Whether `count` more reads stay within the account."""
         return self.hedges + count <= self._most_extra * self.reads

@@ -65,6 +65,19 @@ def test_a_late_read_is_asked_of_a_copy(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @needs_aio
+def test_a_late_read_of_many_is_asked_of_a_copy_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lookup that fills all its reads at once still has places for copies."""
+    with hedging_store(tmp_path) as store:
+        table = store._tables["items"]
+        table.lanes = reads.Lanes(4096, depth=8)
+        home = int(store.layout("items").block_of[100])
+        stuck(monkeypatch, lambda block: block == home)
+        ids = np.arange(4, 32 * 20, 32)  # one of each block, 100 among them
+        np.testing.assert_array_equal(store.lookup("items", ids), vectors()[ids])
+        assert store.statistics().tables["items"].hedged_reads >= 1
+
+
+@needs_aio
 def test_hedges_stay_within_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guarantee (1) of `tail.py`."""
     tail = Tail(hedge=True, most_extra=0.05)
