@@ -155,7 +155,9 @@ ALGORITHMS: Final[tuple[Algorithm, ...]] = (
     Algorithm(name="LoRA", make=_lora, grid={"rank": (4,)}, claims="nothing", paper="Hu et al. 2022, for models that know much"),
     Algorithm(name="int8", make=_int8, claims="as good", paper="Alistarh et al. 2017, QSGD"),
     Algorithm(name="top-k, a tenth", make=_top_k, claims="as good", paper="Karimireddy et al. 2019, error feedback"),
-    Algorithm(name=FLEET, make=_in_a_fleet, is_in_fleet=True, measure="seconds", rates=(1.0, 3.0), paper="McMahan et al. 2017"),
+    Algorithm(
+        name=FLEET, make=_in_a_fleet, is_in_fleet=True, claims="nothing", measure="seconds", rates=(1.0, 3.0), paper="McMahan et al. 2017",
+    ),
     Algorithm(
         name="FedBuff", make=_fedbuff, is_in_fleet=True, measure="seconds", beside=FLEET, rates=(1.0, 3.0), grid={"server_rate": (0.3, 0.6)},
         paper="Nguyen et al. 2022",
