@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 
 from shoal import validate
+from shoal.embed.annealing import COLDEST, HOTTEST, anneal
 from shoal.embed.hypergraph import Edges, by_vector, contracted, halves, pairs_of, without_small
 from shoal.embed.swaps import bisect, swap_anywhere
 from shoal.embed.trace import Trace
@@ -47,10 +48,13 @@ class Settings:
     """Not in the paper: pair up vectors before a split, split the pairs of pairs, and refine level by level."""
     passes: int = 0
     """Not in the paper: passes of swaps between any two blocks after the last split, on plain fanout."""
+    anneal: int = 0
+    """Not in the paper: proposals of swaps for each vector, by simulated annealing on plain fanout, before the passes. 100 to 1,000."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         validate.positive(p=self.p, iterations=self.iterations)
+        validate.not_negative(passes=self.passes, anneal=self.anneal)
         validate.between(0, 1, p=self.p, skip=self.skip, stop=self.stop)
 
 
@@ -93,6 +97,8 @@ def partition(
     with ThreadPoolExecutor(threads) as pool:
         found.place(np.arange(full, dtype=np.int32), edges, 0, pool if threads > 1 else None, threads)
     placed = _without_holes(found.order, len(order), vectors_per_block)
+    if settings.anneal and len(edges[0]) > 1:
+        _annealed(placed, edges, vectors_per_block, settings)
     if settings.passes and len(edges[0]) > 1:
         placed = _refined(placed, edges, vectors_per_block, settings)
     return np.concatenate([order[placed], unseen])
@@ -173,6 +179,19 @@ def _without_holes(order: np.ndarray, num: int, vectors_per_block: int) -> np.nd
     holes = np.flatnonzero(head >= num)
     head[holes] = spare[: len(holes)]
     return np.concatenate([head, spare[len(holes) :]])
+
+
+def _annealed(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings) -> None:
+    """Anneals the order in place."""
+    slot_of = np.empty(len(order), np.int64)
+    slot_of[order] = np.arange(len(order))
+    starts, queries = by_vector(edges[0], edges[1], len(order))
+    rng = np.random.default_rng([settings.seed, len(order), 1])
+    scale = float(np.mean(edges[2]))
+    anneal(
+        *edges, starts, queries, order, slot_of, vectors_per_block, settings.anneal * len(order),
+        HOTTEST * scale, COLDEST * scale, rng,
+    )  # fmt: skip
 
 
 def _refined(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings) -> np.ndarray:

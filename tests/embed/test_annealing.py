@@ -1,0 +1,75 @@
+"""Annealed swaps: what they count is what there is, nothing is lost, and they end lower than swaps that each gain."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shoal.embed.annealing import anneal
+from shoal.embed.generator import generate, tables
+from shoal.embed.hypergraph import by_vector
+from shoal.embed.partition import Settings, fanout, partition
+from shoal.embed.trace import Trace
+
+
+def total(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, slot_of: np.ndarray, per_block: int) -> float:
+    """Weighted blocks of all queries, counted anew."""
+    return float(
+        sum(
+            w * len(set((slot_of[pins[a:b]] // per_block).tolist()))
+            for w, a, b in zip(weights, indptr, indptr[1:], strict=False)
+        )
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), size=st.integers(2, 30), per_block=st.integers(1, 6), seed=st.integers(0, 99))
+def test_the_order_stays_one_and_cold_swaps_never_lose(
+    data: st.DataObject, size: int, per_block: int, seed: int
+) -> None:
+    bags = data.draw(
+        st.lists(st.lists(st.integers(0, size - 1), min_size=2, max_size=8, unique=True), min_size=2, max_size=20)
+    )
+    indptr = np.cumsum([0, *map(len, bags)]).astype(np.int64)
+    pins, weights = np.concatenate(bags).astype(np.int32), np.linspace(0.5, 2, len(bags)).astype(np.float32)
+    order = np.random.default_rng(seed).permutation(size)
+    slot_of = np.argsort(order)
+    before = total(indptr, pins, weights, slot_of, per_block)
+    anneal(
+        indptr,
+        pins,
+        weights,
+        *by_vector(indptr, pins, size),
+        order,
+        slot_of,
+        per_block,
+        500,
+        1e-9,
+        1e-9,
+        np.random.default_rng(seed),
+    )
+    np.testing.assert_array_equal(np.sort(order), np.arange(size))
+    np.testing.assert_array_equal(order[slot_of], np.arange(size))
+    assert total(indptr, pins, weights, slot_of, per_block) <= before + 1e-6
+
+
+def test_annealing_ends_lower_than_swaps_that_gain_the_same_each_time_and_in_any_half() -> None:
+    trace = generate(tables(0.02)[0]).trace
+
+    def mean_fanout(chosen: Settings) -> tuple[float, np.ndarray]:
+        order = partition(trace, 32, chosen)
+        block_of = np.empty(trace.num_rows, np.int64)
+        block_of[order] = np.arange(trace.num_rows) // 32
+        return fanout(trace, block_of), order
+
+    plain, _ = mean_fanout(Settings(multilevel=True, passes=2))
+    annealed, order = mean_fanout(Settings(multilevel=True, anneal=60, passes=2))
+    np.testing.assert_array_equal(np.sort(order), np.arange(trace.num_rows))
+    assert annealed < 0.97 * plain
+    np.testing.assert_array_equal(mean_fanout(Settings(multilevel=True, anneal=60, passes=2))[1], order)
+
+
+def test_queries_that_say_nothing_and_wrong_numbers() -> None:
+    assert sorted(partition(Trace.of([[0], [1], [2]], 3), 2, Settings(anneal=5))) == [0, 1, 2]
+    with pytest.raises(ValueError, match="anneal"):
+        Settings(anneal=-1)
