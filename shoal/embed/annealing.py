@@ -101,9 +101,7 @@ def _loss(blocks: np.ndarray, counts: np.ndarray, num: int, begin: int, here: in
     """Blocks that a query needs more when one of its vectors goes from here to there."""
     made = 1
     for at in range(begin, begin + num):
-        if blocks[at] == there:
-            made -= 1
-        elif blocks[at] == here and counts[at] == 1:
+        if blocks[at] == there or (blocks[at] == here and counts[at] == 1):
             made -= 1
     return made
 
