@@ -190,9 +190,10 @@ def clipped(rule: LocalRule, clip_norm: float) -> LocalRule:
         unit = jnp.maximum(largest * shrink, 2.0**-126)
         relative = {name: values * shrink / unit for name, values in delta.items()}
         length = jnp.sqrt(sum(jnp.sum(jnp.square(values)) for values in relative.values()))
-        is_over = unit / shrink * length > clip_norm
-        # A little less than the norm allows, so that rounding does not go above it.
-        scale = clip_norm * (1 - 2.0**-20) / jnp.where(is_over, length, 1.0)
+        # A little less than the norm allows, so that float32, which rounds sums and the norm itself, does not go above it.
+        most = clip_norm * (1 - 2.0**-16)
+        is_over = unit / shrink * length > most
+        scale = most / jnp.where(is_over, length, 1.0)
         made = {name: jnp.where(is_over, relative[name] * scale, values) for name, values in delta.items()}
         counted = {"clipped/numerator": is_over.astype(jnp.float32), "clipped/denominator": jnp.ones((), jnp.float32)}
         return report._replace(sums={**report.sums, "delta": made}, metrics=_sorted({**report.metrics, **counted}))

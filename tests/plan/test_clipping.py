@@ -45,11 +45,11 @@ def test_no_update_is_longer_than_the_norm_and_its_direction_stays(
     made = {name: np.asarray(value, np.float64) for name, value in report.sums["delta"].items()}
     length = norm(given_delta)
     assert norm(made) <= clip
-    if length <= clip * (1 - 1e-5):
+    if length <= clip * (1 - 1e-4):
         for name, value in given_delta.items():
             np.testing.assert_array_equal(made[name], value)
         assert report.metrics["clipped/numerator"] == 0
-    elif length > clip * (1 + 1e-5):
+    elif length > clip:
         assert norm(made) >= clip * (1 - 1e-4)
         assert report.metrics["clipped/numerator"] == 1
         for name, value in given_delta.items():
