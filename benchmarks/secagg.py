@@ -2,7 +2,7 @@
 
 One group of 500 members and 100,000 values of 16 bits (25 bits with the room of a sum), a tenth of them lost after they have shared their
 secrets: whole groups in one process, every message serialized, each sum compared with that of the survivors. Beside it Flower's SecAgg+ by
-its own functions for as many neighbours and the same threshold (`peers/flwr_secagg.py`); it has no drop-out of its own to plan for. The published
+its own functions for as many neighbours and the same threshold (`peers/flwr_secagg.py`). The published
 prototype of SecAgg (Bonawitz et al. 2017) took 62 s for the server, of other hardware.
 
 S1: the server's and a member's processor seconds. S2: bytes that a member sends for a million values, over what the values themselves
@@ -13,6 +13,7 @@ import json
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from math import ceil, log2
 from typing import Any, Final
@@ -21,6 +22,7 @@ import numpy as np
 
 from benchmarks.frame import PEERS, Goal, percentile_interval, run, table
 from benchmarks.simulation_turns import ROOT
+from shoal.privacy import masks
 from shoal.privacy.neighbours import Assumptions
 from shoal.privacy.played import Played, play
 from shoal.privacy.secure_terms import Segment, Terms
@@ -133,10 +135,6 @@ def _row(who: str, members: int, size: int, lost: float, played: Sequence[Played
 
 def _limit(played: Played, size: int) -> str:
     """How far the opening is from the speed at which this processor makes key stream."""
-    import time
-
-    from shoal.privacy import masks
-
     total, keys = np.zeros(1 << 20, np.uint32), [(os.urandom(32), 1) for _ in range(64)]
     begun = time.process_time()
     masks.add_masks(total, keys)

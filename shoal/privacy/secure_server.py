@@ -169,7 +169,7 @@ def _key(advert: pb.Advert) -> Ed25519PublicKey:
 
 
 def _subsets(holders: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """So many holders, others each time: the first, then shifted by one, then without each one of the first few."""
+    """So many holders, others each time: the first, then shifted by one, around the end."""
     whole = [*holders, *holders]
     windows = (whole[at : at + size] for at in range(len(holders) if len(holders) > size else 1))
     return itertools.islice(windows, MOST_TRIES)
@@ -180,7 +180,7 @@ class _Member:
     name: bytes
     advert: pb.Advert
     phase: str = "advertised"
-    """The last that it has answered: advertised, shared, added, signed, unmasked."""
+    """The last that it has answered: advertised, shares, masked, signed, unmask; or lost."""
     sealed: dict[int, bytes] = field(default_factory=dict)
 
 

@@ -220,7 +220,7 @@ def _spread(x_NSC: Array, w_KCO: Array, params: dict[str, Any]) -> Array:
         pads = [(size - 1 - k, k, 0) for k, size in zip(at, sizes, strict=True)]
         part = lax.pad(made[(..., *at, slice(None))], zero, [(0, 0, 0), *pads, (0, 0, 0)])
         total = part if total is None else total + part
-    # Without the barrier pooling's gradient would have the sum computed for each place of its windows.
+    # Else pooling's gradient would have the sum computed for each place of its windows.
     return computed_once(total)
 
 
