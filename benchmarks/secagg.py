@@ -43,7 +43,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
         if rival_python.exists() and (quick or trial < 2):
             rivals.append(_rival(str(rival_python), members, size, lost=members // 10))
     rows = [_row("ours", members, size, 0.1, trials)]
-    rows += [["Flower", members, size, "10 %", *(max(rival[key] for rival in rivals) for key in ("server_s", "opening_s", "client_s")),
+    rows += [["Flower", members, size, "10 %", *(min(rival[key] for rival in rivals) for key in ("server_s", "opening_s", "client_s")),
               rivals[0]["up_bytes"], "-"]] if rivals else []  # fmt: skip
     if not rivals:
         print(f"Flower is not installed in {PEERS} (benchmarks/peers/setup.sh flwr): its row is missing")
