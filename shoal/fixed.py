@@ -15,7 +15,7 @@ Guarantees:
 The arithmetic is float64 with round-half-even (IEEE 754), which NumPy and XLA do alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -127,6 +127,11 @@ class SumSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         return cls(**{**data, "tensor": TensorSpec.from_json(data["tensor"])})
+
+
+def fixed_points(sums: Iterable[SumSpec], *, bits: int, max_weight: int, max_members: int) -> Mapping[str, FixedPoint]:
+    """Name of a sum -> its finest fixed point. Raises ValueError where a sum of that many members would not fit."""
+    return {spec.tensor.name: spec.fixed(bits=bits, max_weight=max_weight, max_members=max_members) for spec in sums}
 
 
 def refuse_bad_values(values: np.ndarray, fixed: FixedPoint, *, name: str) -> None:

@@ -5,7 +5,7 @@ the task's source. No JAX here. What they *do* is written in `fleet/round.py` an
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import ceil, sqrt
 from typing import Any, Final, Literal, Self
 
@@ -291,8 +291,51 @@ class ServerRule:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Secure:
+    """Updates are added up in *secure groups*, of which the server learns the sum and no part (docs/trust.md, "Secure groups").
+
+    Whatever it learns is over at least `RoundPolicy.minimum_group` honest members.
+    """
+
+    members: int = 32
+    """Of a group, at most; fewer make one where the round needs no more. The widest sum is made for so many."""
+    colluders: float = 0.1
+    """Share of a group's members, at most, that tell the server all they know."""
+    dropouts: float = 0.3
+    """Share of a group's members, at most, that stop while it is at work."""
+    bits: Literal[8, 16, 32] = 32
+    """Width of a sum's integers, of which a member sends one for each element. Fewer bits are fewer bytes, and coarser."""
+    authority: str = ""
+    """Ed25519 public key, in hexadecimal, of who certifies members, for a server that may lie. Empty: nobody does, and the server is
+    held to follow the protocol."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.between(2, 1000, members=self.members)
+        validate.one_of((8, 16, 32), bits=self.bits)
+        for name in ("colluders", "dropouts"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(
+                    f"Expected 0 <= {name} < 1, a share of the members, got {name}={getattr(self, name)!r}."
+                )
+        if self.colluders + self.dropouts >= 1.0:
+            raise ValueError(
+                f"Expected colluders + dropouts < 1, got {self.colluders} + {self.dropouts}: nobody honest would remain."
+            )
+        if self.authority and (len(self.authority) != 64 or set(self.authority) - set("0123456789abcdef")):
+            raise ValueError(
+                f"Expected authority to be 64 hexadecimal digits of an Ed25519 public key, got {self.authority[:80]!r}."
+            )
+
+    @property
+    def is_certified(self) -> bool:
+        """Whether members show that they are known to somebody other than the server."""
+        return bool(self.authority)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Privacy:
-    """What a task promises its members. This version knows bounds; mechanisms come with `privacy/`."""
+    """What a task promises its members: bounds, and in what groups updates are added up. Noise is not in this version."""
 
     delta_bound: float = 256.0
     """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
@@ -301,6 +344,8 @@ class Privacy:
     clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
     noise_multiplier: float = 0.0
     """Noise over clip norm; 0: none."""
+    secure: Secure | None = None
+    """Secure groups. None: the Edge sees each update on its way into the sum."""
 
     def __post_init__(self) -> None:
         validate.types(self)
@@ -313,13 +358,21 @@ class Privacy:
                 f"Expected noise_multiplier=0, got {self.noise_multiplier!r}: this version has no differential privacy yet, and does "
                 "not pretend to."
             )
+        if self.secure is not None and self.clip_norm is None:
+            raise ValueError(
+                "Expected a clip_norm with secure groups, got None: their sums have few bits, which are to be made for updates of a known "
+                "size. Privacy(clip_norm=1.0, secure=Secure()), say; a task's updates have the norms that `shoal simulate` prints."
+            )
 
     def to_json(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        made = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "secure"}
+        # Plans without secure groups stay as they were; a device that does not know of them refuses those that have them.
+        return made | ({"secure": asdict(self.secure)} if self.secure is not None else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**data)
+        secure = data.get("secure")
+        return cls(**{**data, "secure": Secure(**secure) if secure is not None else None})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

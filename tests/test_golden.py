@@ -25,7 +25,7 @@ from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
 from shoal.plan.train import member_randomness
-from shoal.policy import About, Privacy, RoundPolicy, ServerRule
+from shoal.policy import About, Privacy, RoundPolicy, Secure, ServerRule
 from shoal.record.schema import METADATA
 from shoal.tensors import Index, TensorSpec, pack, sha256, unpack
 
@@ -48,7 +48,7 @@ def small_tensors() -> dict[str, np.ndarray]:
     }
 
 
-def small_manifest() -> Manifest:
+def small_manifest(privacy: Privacy | None = None) -> Manifest:
     weight = TensorSpec(name="params/w", shape=(2, 3), dtype="float32")
     delta = TensorSpec(name="delta/params/w", shape=(2, 3), dtype="float32")
     needs = Runtime(kind="stablehlo", version=(1, 0, 0), platforms=("cpu", "cuda"))
@@ -68,7 +68,7 @@ def small_manifest() -> Manifest:
             batch_size=4, steps_per_block=2, epochs=1, max_examples=64, max_weight=64, whole_batches=False,
             drop_remainder=False, evaluate_batch_size=8,
         ),
-        promises=Promises(minimum_group=8, privacy=Privacy()),
+        promises=Promises.of(privacy or Privacy(), minimum_group=8),
         server_hash=sha256(half.data),
         half=half,
     )  # fmt: skip
@@ -90,6 +90,12 @@ def test_manifest_and_server_half() -> None:
     manifest = small_manifest()
     hold("manifest.json", manifest.data)
     hold("server_half.json", manifest.server.data)
+    assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
+
+
+def test_manifest_of_secure_groups() -> None:
+    manifest = small_manifest(Privacy(clip_norm=1.0, secure=Secure(members=20, authority="ab" * 32)))
+    hold("manifest_secure.json", manifest.data)
     assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import shoal
-from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRule
+from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,7 @@ from shoal.policy import About, Late, Privacy, RoundPolicy, Selection, ServerRul
         RoundPolicy(goal=12, selection=Selection.exact([f"d{i}" for i in range(12)]), late=Late(kind="patch", max_staleness=3)),
         ServerRule(kind="yogi", learning_rate=0.1),
         Privacy(delta_bound=8),
+        Privacy(clip_norm=1.0, secure=Secure(members=20, colluders=0.2)),
         About(purpose="p", data="d"),
     ],
 )  # fmt: skip
@@ -43,6 +44,11 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: ServerRule(kind="sgd", momentum=1.0), "momentum < 1"),
         (lambda: Privacy(noise_multiplier=1.0), "no differential privacy yet"),
         (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
+        (lambda: Privacy(secure=Secure()), "a clip_norm with secure groups, got None"),
+        (lambda: Secure(members=1), "2 <= members <= 1000, got members=1"),
+        (lambda: Secure(colluders=1.0), "0 <= colluders < 1"),
+        (lambda: Secure(colluders=0.5, dropouts=0.5), "nobody honest would remain"),
+        (lambda: Secure(authority="me"), "64 hexadecimal digits"),
     ],
 )
 def test_wrong_ones_are_refused(make: object, text: str) -> None:

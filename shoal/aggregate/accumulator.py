@@ -8,27 +8,39 @@ Guarantees:
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Self
 
 import numpy as np
 
 from shoal.errors import RoundError, UpdateRefused
-from shoal.fixed import STEPS, FixedPoint, SumSpec, add, read, refuse_bad_values, refuse_bad_weight
+from shoal.fixed import STEPS, FixedPoint, SumSpec, add, fixed_points, read, refuse_bad_values, refuse_bad_weight
 from shoal.tensors import check
 
 
 class Accumulator:
     """Integer totals of the updates of one group. Not thread-safe."""
 
-    def __init__(self, sums: Sequence[SumSpec], *, bits: int, max_weight: int, max_members: int) -> None:
-        """Raises ValueError where a sum of that many members would not fit."""
-        self.specs = tuple(sums)
-        self.fixed: dict[str, FixedPoint] = {
-            spec.tensor.name: spec.fixed(bits=bits, max_weight=max_weight, max_members=max_members) for spec in sums
-        }
+    def __init__(
+        self, sums: Sequence[SumSpec], fixed: Mapping[str, FixedPoint], *, max_weight: int, max_members: int
+    ) -> None:
+        """
+        Args:
+            sums: what is added up.
+            fixed: name of a sum -> its fixed point.
+            max_weight: of one member.
+            max_members: most that are added.
+        """
+        self.specs, self.fixed = tuple(sums), fixed
         self.totals = {spec.tensor.name: np.zeros(spec.tensor.shape, np.int64) for spec in sums}
         self.max_weight, self.max_members = max_weight, max_members
         self._weighted = {spec.tensor.name: spec.weighted for spec in sums}
         self.weight = self.members = 0
+
+    @classmethod
+    def finest(cls, sums: Sequence[SumSpec], *, bits: int = 64, max_weight: int, max_members: int) -> Self:
+        """With the finest fixed points that hold so many members. Raises ValueError where none does."""
+        fixed = fixed_points(sums, bits=bits, max_weight=max_weight, max_members=max_members)
+        return cls(sums, fixed, max_weight=max_weight, max_members=max_members)
 
     def add(self, update: Mapping[str, np.ndarray], *, weight: int) -> None:
         """Checks an update whole, then adds it.
@@ -61,13 +73,16 @@ class Accumulator:
         self.weight += weight
         self.members += 1
 
-    def merge(self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int) -> None:
+    def merge(
+        self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, discount: float = 1.0
+    ) -> None:
         """Adds the sum of another group with the same fixed points.
 
         Args:
             pieces: (tensor, first element, totals (n,) int64); every element once.
             weight: of its members together.
             members: how many they are.
+            discount: what its members count, as in `add_checked`, in (0, 1].
 
         Raises:
             RoundError: there is no room for so many.
@@ -75,7 +90,9 @@ class Accumulator:
         if self.members + members > self.max_members:
             raise RoundError(f"Expected at most {self.max_members} members in a sum, got {self.members} + {members}.")
         for name, start, values in pieces:
-            self.totals[name].reshape(-1)[start : start + values.size] += values
+            is_discounted = discount != 1.0 and self._weighted[name] and name != STEPS
+            counted = np.rint(values * discount).astype(np.int64) if is_discounted else values
+            self.totals[name].reshape(-1)[start : start + values.size] += counted
         self.weight += weight
         self.members += members
 

@@ -28,20 +28,12 @@ class Configuration:
 
     def fixed(self, manifest: Manifest) -> Mapping[str, FixedPoint]:
         """Name of a sum -> its fixed point."""
-        return {
-            spec.tensor.name: spec.fixed(
-                bits=manifest.promises.sum_bits, max_weight=manifest.training.max_weight, max_members=self.max_members
-            )
-            for spec in manifest.sums
-        }
+        return manifest.fixed_points(self.max_members)
 
     def accumulator(self, manifest: Manifest) -> Accumulator:
         """An empty sum for this round. Raises ValueError where the sums would not fit the task's bits."""
         return Accumulator(
-            manifest.sums,
-            bits=manifest.promises.sum_bits,
-            max_weight=manifest.training.max_weight,
-            max_members=self.max_members,
+            manifest.sums, self.fixed(manifest), max_weight=manifest.training.max_weight, max_members=self.max_members
         )
 
     def to_proto(self) -> pb.RoundConfiguration:

@@ -28,6 +28,7 @@ from shoal.lora import with_adapters
 from shoal.plan.manifest import Manifest, Program, Promises, ServerHalf, Training
 from shoal.plan.operations import refuse_callbacks
 from shoal.plan.plan import Plan
+from shoal.plan.secure import check_secure
 from shoal.plan.stablehlo import export_program, struct
 from shoal.policy import ServerRule
 from shoal.task import Batch, Task
@@ -78,10 +79,11 @@ def build(task: Task, *, seed: int = 0) -> Built:
         metrics=metric_sums(evaluate_bounds(task), task.local.max_examples),
         batch=batch,
         training=_training(task),
-        promises=Promises(minimum_group=task.rounds.minimum_group, privacy=task.privacy),
+        promises=Promises.of(task.privacy, minimum_group=task.rounds.minimum_group),
         server_hash=sha256(half.data),
         half=half,
     )
+    check_secure(manifest)
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
 
 

@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, Self
 
 from shoal import validate
 from shoal.errors import PlanError
-from shoal.fixed import STEPS, SumSpec
+from shoal.fixed import STEPS, FixedPoint, SumSpec, fixed_points
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
 from shoal.tensors import PARSE_ERRORS, TensorSpec, canonical_json, check_hash, parse_json, sha256, total_bytes
 
@@ -173,6 +173,18 @@ class Promises:
         validate.types(self)
         validate.positive(minimum_group=self.minimum_group)
         validate.one_of((8, 16, 32, 64), sum_bits=self.sum_bits)
+        secure = self.privacy.secure
+        if (self.group == "secure") != (secure is not None) or (secure is not None and self.sum_bits != secure.bits):
+            raise ValueError(
+                f"Expected a secure group and its bits where privacy names them, got {self.group!r} and {self.sum_bits}."
+            )
+
+    @classmethod
+    def of(cls, privacy: Privacy, *, minimum_group: int) -> Self:
+        """What a task with that privacy promises."""
+        if privacy.secure is None:
+            return cls(minimum_group=minimum_group, privacy=privacy)
+        return cls(group="secure", minimum_group=minimum_group, sum_bits=privacy.secure.bits, privacy=privacy)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -280,6 +292,16 @@ class Manifest:
         ):
             if len(set(names)) != len(names):
                 raise ValueError(f"Expected each name of {what} once, got {names[:20]}.")
+
+    def fixed_points(self, max_members: int) -> Mapping[str, FixedPoint]:
+        """Name of a sum -> how it is written as integers, for a round of at most so many.
+
+        In secure mode that many are added up outside of the group, in 64 bits: its own sum is made for its own members.
+        """
+        secure = self.promises.privacy.secure
+        members = max_members if secure is None else secure.members
+        bits, max_weight = self.promises.sum_bits, self.training.max_weight
+        return fixed_points(self.sums, bits=bits, max_weight=max_weight, max_members=members)
 
     @property
     def server(self) -> ServerHalf:

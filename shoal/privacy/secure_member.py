@@ -35,6 +35,7 @@ class SecureMember:
         trusted: Trusted | None,
         random: Callable[[int], bytes],
         wall_s: float,
+        least_colluders: int = 0,
     ) -> None:
         """
         Args:
@@ -44,13 +45,14 @@ class SecureMember:
             trusted: the authority, where terms are certified.
             random: so many unpredictable bytes: `os.urandom` but in tests.
             wall_s: now, seconds since the epoch, for certificates.
+            least_colluders: that the group must withstand, however small the server makes it.
         """
         if terms.certified and (trusted is None or identity.certificate is None):
             raise ValueError("A certified group needs an authority to trust and a certificate of one's own.")
         if len(group) != GROUP_BYTES:
             raise ProtocolError(f"Expected a group number of {GROUP_BYTES} bytes, got {len(group)}.")
         self._terms, self._group, self._identity, self._trusted = terms, group, identity, trusted
-        self._random, self._wall_s = random, wall_s
+        self._random, self._wall_s, self._least_colluders = random, wall_s, least_colluders
         self._mask_key, self._seal_key, self._seed = (random(masks.KEY_BYTES) for _ in range(3))
         self._phase = "advert"
         self._identities: list[bytes] = []
@@ -156,6 +158,10 @@ class SecureMember:
             self._graph = self._terms.graph(len(identities))
         except ValueError as error:
             raise ProtocolError(str(error)) from error
+        if self._graph.colluders < self._least_colluders:
+            raise ProtocolError(
+                f"A group of {len(identities)} withstands {self._graph.colluders} colluders; this member asks for {self._least_colluders}."
+            )
         self._number, self._identities = number, identities
         expected = neighbours(self._graph, self._terms.context(self._group, whole))[number]
         self._adverts = {each.number: each.advert for each in roster.neighbours}

@@ -246,6 +246,11 @@ class SecureServer:
                 return []  # late, or from somebody who is lost already
         raise InvalidTransition(f"{event} is not allowed in phase {self.phase!r}.")
 
+    @property
+    def deadline_s(self) -> float:
+        """When this phase ends without those who have not answered; infinity where it has no such end."""
+        return self._deadline_s
+
     def takes_vector(self, member: bytes) -> bool:
         """Whether the member's masked vector is to be added now."""
         return self._awaits(member, "masked")

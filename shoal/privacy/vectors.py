@@ -4,12 +4,12 @@ Each summed tensor is a segment: its elements in fixed point, as `fixed.add` rou
 sum needs. The member's weight is one more segment. So the sum modulo 2^bits is the sum, to the bit that which a clear group has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 
 import numpy as np
 
-from shoal.errors import UpdateRefused
+from shoal.errors import ProtocolError, UpdateRefused
 from shoal.fixed import FixedPoint, SumSpec, add, refuse_bad_values, refuse_bad_weight
 from shoal.privacy.packing import MAX_BITS
 from shoal.privacy.secure_terms import Segment
@@ -78,6 +78,32 @@ class VectorLayout:
         whole = [_signed(part, segment.bits) for part, segment in zip(parts, self.segments, strict=True)]
         pieces = ((spec.tensor.name, 0, part) for spec, part in zip(self.specs, whole, strict=False))
         return pieces, int(whole[-1][0])
+
+    def refuse_absurd(
+        self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, clip_norm: float | None
+    ) -> None:
+        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/`.
+
+        Raises:
+            ProtocolError: they cannot. Nobody can say who was not honest.
+        """
+        if not members <= weight <= members * self._max_weight:
+            raise ProtocolError(f"The weights of {members} members add up to {weight}.")
+        square = slack = 0.0
+        weighted = {spec.tensor.name: spec.weighted for spec in self.specs}
+        for name, _, totals in pieces:
+            fixed, times = self.fixed[name], weight if weighted[name] else members
+            largest = float(np.max(np.abs(totals), initial=0)) * fixed.unit
+            if largest > fixed.bound * times + members * fixed.unit:
+                raise ProtocolError(f"{members} members add up to {largest:g} in {name}, each at most {fixed.bound:g}.")
+            if name.startswith("delta/"):
+                square += float(np.sum(np.square(totals * fixed.unit)))
+                slack += totals.size * (members * fixed.unit) ** 2
+        if clip_norm is not None and square**0.5 > clip_norm * weight + slack**0.5:
+            raise ProtocolError(
+                f"The updates of {members} members with weights of {weight} together, each clipped to {clip_norm:g}, add up to a norm "
+                f"of {square**0.5:g}."
+            )
 
 
 def _signed_bits(largest: int) -> int:

@@ -18,7 +18,7 @@ SUMS = (
 
 
 def empty(most: int = 8) -> Accumulator:
-    return Accumulator(SUMS, bits=64, max_weight=100, max_members=most)
+    return Accumulator.finest(SUMS, max_weight=100, max_members=most)
 
 
 def update(seed: int) -> dict[str, np.ndarray]:

@@ -36,7 +36,7 @@ def summed(size: int) -> Accumulator:
         SumSpec(tensor=TensorSpec(name=f"delta/{s.name}", shape=s.shape, dtype="float32"), bound=8.0, weighted=True)
         for s in specs(size)[1:]
     ]
-    made = Accumulator(sums, bits=64, max_weight=16, max_members=4)
+    made = Accumulator.finest(sums, max_weight=16, max_members=4)
     rng = np.random.default_rng(3)
     for weight in (3, 5):
         update = {s.tensor.name: rng.normal(size=s.tensor.shape).astype(np.float32) for s in sums}
@@ -82,7 +82,7 @@ def added(updates: list[tuple[float, int, float]]) -> Accumulator:
         SumSpec(tensor=TensorSpec(name=f"delta/{name}", shape=(2,), dtype="float32"), bound=8.0, weighted=is_weighted)
         for name, is_weighted in (("control/w", False), ("params/w", True))
     ]
-    made = Accumulator(sums, bits=64, max_weight=16, max_members=8)
+    made = Accumulator.finest(sums, max_weight=16, max_members=8)
     for value, weight, discount in updates:
         pieces = ((spec.tensor.name, 0, np.full(2, value, np.float32)) for spec in sums)
         made.add_checked(pieces, weight=weight, discount=discount)
@@ -118,7 +118,7 @@ def test_late_updates_of_added_tensors_are_patched_in_with_the_bits_of_a_run_in_
 
 def test_no_update_is_no_commit() -> None:
     blobs = MemoryStore().blobs
-    sums = Accumulator((), bits=64, max_weight=16, max_members=4)
+    sums = Accumulator.finest((), max_weight=16, max_members=4)
     with pytest.raises(QuorumNotReached):
         WeightedMean(server.sgd()).commit(sums, initial(blobs, 3), Index(()), blobs)
 

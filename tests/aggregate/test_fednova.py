@@ -66,7 +66,7 @@ class Devices:
         )
 
     def sums(self) -> Accumulator:
-        return Accumulator(self.manifest.sums, bits=64, max_weight=1000, max_members=4)
+        return Accumulator.finest(self.manifest.sums, max_weight=1000, max_members=4)
 
     def settles_at(self) -> float:
         """Where rounds of the two come to rest."""

@@ -71,7 +71,7 @@ def test_the_plan_s_bound_is_the_norm_and_what_is_longer_in_one_element_is_refus
     deltas = [name for name in specs if name.startswith("delta/")]
     assert deltas
     assert {specs[name].bound for name in deltas} == {0.25}
-    sums = Accumulator([specs[deltas[0]]], bits=64, max_weight=1, max_members=2)
+    sums = Accumulator.finest([specs[deltas[0]]], max_weight=1, max_members=2)
     with pytest.raises(UpdateRefused):
         sums.add({deltas[0]: np.full(specs[deltas[0]].tensor.shape, 0.26, np.float32)}, weight=1)
 

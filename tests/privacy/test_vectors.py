@@ -37,7 +37,7 @@ def update(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def clear(bits: int, updates: list[tuple[dict[str, np.ndarray], int]]) -> Accumulator:
-    made = Accumulator(SUMS, bits=bits, max_weight=MAX_WEIGHT, max_members=MAX_MEMBERS)
+    made = Accumulator.finest(SUMS, bits=bits, max_weight=MAX_WEIGHT, max_members=MAX_MEMBERS)
     for values, weight in updates:
         made.add(values, weight=weight)
     return made
@@ -45,7 +45,7 @@ def clear(bits: int, updates: list[tuple[dict[str, np.ndarray], int]]) -> Accumu
 
 def assert_same(vector: np.ndarray, bits: int, expected: Accumulator) -> None:
     pieces, weight = layout(bits).totals(vector)
-    made = Accumulator(SUMS, bits=bits, max_weight=MAX_WEIGHT, max_members=MAX_MEMBERS)
+    made = Accumulator.finest(SUMS, bits=bits, max_weight=MAX_WEIGHT, max_members=MAX_MEMBERS)
     made.merge(pieces, weight=weight, members=expected.members)
     assert made.weight == expected.weight
     for name, total in expected.totals.items():
