@@ -41,7 +41,10 @@ KEYS = HostKeys(bytes(range(64)))
 
 def with_exact(chosen: Task) -> Task:
     """The same four members in every round, so that every way does the same."""
-    return chosen.replace(rounds=replace(chosen.rounds, goal=4, minimum_group=4, selection=Selection.exact(MEMBERS)))
+    least = 4 if chosen.privacy.secure is None else 3  # each member's secrets are for the three others to open
+    return chosen.replace(
+        rounds=replace(chosen.rounds, goal=4, minimum_group=least, selection=Selection.exact(MEMBERS))
+    )
 
 
 class Ways:
@@ -147,14 +150,27 @@ def small_loss(params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(flat @ params["w"], batch["label"])
 
 
+def small_task(**changes: Any) -> Task:
+    return shoal.Task(**{
+        "name": "small", "init": small_init, "loss": small_loss,
+        "batch": {"image": ((12, 12, 1), "uint8"), "label": ((), "int32")},
+        "local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, epochs=1, steps_per_block=1, max_examples=64),
+        "rounds": shoal.RoundPolicy(goal=4, minimum_group=3), **changes,
+    })  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "server", [shoal.server.adam(0.02), optax.adam(0.02)], ids=["adam as data", "adam as a program"]
 )
 def test_other_server_rules_give_the_same_bits_too(server: Any) -> None:
-    small = shoal.Task(
-        name="small", init=small_init, loss=small_loss, batch={"image": ((12, 12, 1), "uint8"), "label": ((), "int32")},
-        local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, epochs=1, steps_per_block=1),
-        rounds=shoal.RoundPolicy(goal=4, minimum_group=4), server=server,
-    )  # fmt: skip
+    small = small_task(server=server)
     ways = Ways(small)
     same_bits(ways.on_a_fleet(in_one_process), ways.simulated())
+
+
+@pytest.mark.parametrize("linked", [in_one_process, pytest.param(over_sockets, marks=pytest.mark.integration)])
+def test_a_fleet_of_secure_groups_gives_the_bits_of_the_simulation(linked: Any) -> None:
+    secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0)
+    ways = Ways(small_task(privacy=shoal.Privacy(clip_norm=0.05, secure=secure)))
+    assert ways.plan.manifest.promises.group == "secure"
+    same_bits(ways.on_a_fleet(linked), ways.simulated())

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import numpy as np
@@ -22,14 +22,17 @@ from shoal.errors import (
     PlanError,
     ProgramError,
     ProtocolError,
+    UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
 from shoal.fleet.link import Link, Stream
+from shoal.fleet.secure_offer import MASKED, SecureOffer
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.manifest import Runtime
+from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
+from shoal.plan.secure import purpose
 from shoal.plan.train import train
-from shoal.tensors import Index, to_bytes
+from shoal.tensors import Index, Tensors, to_bytes
 
 log = logging.getLogger("shoal.device")
 
@@ -59,6 +62,15 @@ class _Work:
     """The plan takes the steps of an interrupted training."""
     update: Update | None = None
     report: pb.Report | None = None
+    sends: Tensors = field(default_factory=dict)
+    """What is pushed: the update's sums, or in a secure group what they look like under their masks."""
+    secure: SecureOffer | None = None
+    """The update's way through secure groups, where the task has them."""
+
+    @property
+    def is_spent(self) -> bool:
+        """Its update was revealed in a sum: it is offered no more, whatever is said of it."""
+        return self.secure is not None and self.secure.is_spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +242,9 @@ class Device:
                 await self._stay(stream, message.released)
             case "incomplete" if work is not None and work.report is not None:
                 await self._push(work)
-                await self._report(work, stream)
+                await (self._report(work, stream) if work.secure is None else self._masked(work, stream))
+            case "group" if work is not None and work.secure is not None:
+                await self._answer(work, work.secure, message.group, stream)
             case "ping" if self._is_leaving and work is not None:
                 return True  # what was sent before it, the report, has been taken in
             case "later":
@@ -252,7 +266,7 @@ class Device:
     def _is_of_other_work(self, message: pb.FromEdge) -> bool:
         """Whether it is an answer about an update that the device has no more: what it holds now is not touched by it."""
         kind = message.WhichOneof("kind")
-        if kind not in ("counted", "refused", "released", "incomplete"):
+        if kind not in ("counted", "refused", "released", "incomplete", "group"):
             return False
         about: pb.Token = getattr(message, kind).token
         held = self._work.assigned.token if self._work is not None else None
@@ -284,8 +298,13 @@ class Device:
                 self.progress.refused += 1
                 self.progress.last_error = status.reason
                 self._work = None
+            case pb.StatusReply.UNKNOWN if work.is_spent:
+                self.progress.refused += 1
+                self.progress.last_error = "its secure group failed after the update was revealed in it"
+                self._work = None
             case _:
-                await self._push(work)
+                if work.secure is None:
+                    await self._push(work)
                 return await self._report(work, stream)
         await self._check_in(stream)
 
@@ -361,6 +380,12 @@ class Device:
         self._say("reporting")
         begun = time.perf_counter()
         work.update = trained.update
+        if work.secure is not None:
+            for told in ("examples", "steps", "padding"):  # they would say what its weight is
+                costs.ClearField(told)
+            work.report = pb.Report(token=work.assigned.token, costs=costs)
+            return
+        work.sends = trained.update.sums
         work.report = pb.Report(
             token=work.assigned.token,
             root=trained.root,
@@ -371,16 +396,44 @@ class Device:
         await self._push(work)
         work.report.costs.wire_s += time.perf_counter() - begun
 
+    async def _answer(self, work: _Work, secure: SecureOffer, message: pb.GroupMessage, stream: Stream) -> None:
+        """To a message of the secure group that the update is in."""
+        phase, data = await asyncio.to_thread(secure.hear, message.phase, message.data)
+        if phase == "complaint":
+            self.progress.last_error = data.decode()
+            log.warning("%s: leaves its secure group: %s", self.device_id, self.progress.last_error)
+        if phase == MASKED:
+            work.sends = {MASKED: np.frombuffer(data, np.uint8)}
+            return await self._masked(work, stream)
+        await stream.send(pb.FromDevice(group=pb.GroupMessage(token=message.token, phase=phase, data=data)))
+
+    async def _masked(self, work: _Work, stream: Stream) -> None:
+        """Sends the masked update: within its message where it is small."""
+        data = work.sends[MASKED]
+        is_small = data.nbytes <= MAX_INLINE_BYTES
+        if not is_small:
+            await self._push(work)
+        else:
+            self.progress.up_bytes += data.nbytes
+        inline = data.tobytes() if is_small else b""
+        told = pb.GroupMessage(token=work.assigned.token, phase=MASKED, data=inline)
+        await stream.send(pb.FromDevice(group=told))
+
     async def _train(self, work: _Work) -> tuple[_Trained, pb.Costs]:
         host, assigned, spent = self._host, work.assigned, Spent()
         begun = time.perf_counter()
         self._say("fetching")
         prepared = await host.prepare(assigned, self._link, spent)
         work.task = prepared.manifest.task
+        is_secure = prepared.manifest.promises.group == "secure"
+        if is_secure and purpose(assigned.plan, assigned.model) in host.spent(self.device_id):
+            raise DeviceError("What it would train has been revealed in a secure group before.", stage="spent")
         await host.ensure_model(assigned, prepared, self._link, spent)
         self._say("queued")
         loop = asyncio.get_running_loop()
         trained = await loop.run_in_executor(host.worker, self._train_now, work, prepared)
+        if is_secure:
+            work.secure = await asyncio.to_thread(self._secure_offer, work, prepared.manifest, trained.update)
         costs = pb.Costs(
             compute_s=trained.update.seconds.get("compute", 0.0),
             compile_s=spent.start_s + trained.compile_s,
@@ -420,6 +473,16 @@ class Device:
             work.training = False
         return _Trained(update, Index.of(update.sums, prepared.manifest.update).root, started_s, compile_s)
 
+    def _secure_offer(self, work: _Work, manifest: Manifest, update: Update) -> SecureOffer:
+        host = self._host
+        try:
+            return SecureOffer(
+                manifest, work.assigned.model, update.sums, update.weight, spent=host.spent(self.device_id), floor=host.floor,
+                identity=host.identity, wall_s=host.clock.wall_s,
+            )  # fmt: skip
+        except UpdateRefused as error:  # in a secure group nobody else would see it
+            raise DeviceError(f"The update is of no use: {error}", stage="train") from error
+
     def _inline(self, update: Update) -> list[pb.PushSlice]:
         """A small update, which goes with its report."""
         if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) > MAX_INLINE_BYTES:
@@ -443,10 +506,9 @@ class Device:
                 await self._pause(BACK_OFF_S[0] * 2**tries)
 
     async def _slices(self, work: _Work, received: dict[str, int]) -> AsyncIterator[pb.PushSlice]:
-        assert work.update is not None
         assert work.report is not None
         token: pb.Token | None = work.assigned.token
-        for name, value in work.update.sums.items():
+        for name, value in work.sends.items():
             data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             for offset in range(received.get(name, 0), data.size, SLICE_BYTES):
                 if work.stopped:

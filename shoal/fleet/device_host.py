@@ -15,12 +15,15 @@ from typing import Final, TypeVar
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import NetworkError, PlanError, ProtocolError
+from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link
+from shoal.fleet.spent import SpentUpdates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.check import check_plan
 from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
+from shoal.privacy.identity import Identity
 from shoal.tensors import Index, Tensors, from_bytes, pack, sha256, unpack
 
 log = logging.getLogger("shoal.device")
@@ -67,8 +70,12 @@ class DeviceHost:
     limits: Limits = field(default_factory=Limits)
     trusted_key: bytes | None = None
     """Ed25519 key whose plans are run; None: that of the first plan seen (trust on first use)."""
+    floor: Floor = field(default_factory=Floor)
+    """What a plan must promise at least."""
+    identity: Identity | None = None
+    """With its certificate, for secure groups of certified members."""
     state_folder: Path | None = None
-    """Where device state is kept over restarts; None: in memory."""
+    """Where device state, and what was spent, is kept over restarts; None: in memory."""
     clock: Clock = field(default_factory=SystemClock)
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "shoal-training"))
     """What calls the runners: one training follows the other without waiting for the event loop."""
@@ -78,6 +85,7 @@ class DeviceHost:
     _unchanged: dict[str, Tensors] = field(default_factory=dict)
     """Plan -> hash -> a tensor that its rounds do not change: it is fetched once."""
     _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
+    _spent: "dict[str, SpentUpdates]" = field(default_factory=dict)
 
     async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         """The plan of an assignment, verified, checked, ready to run. What it took is added to `spent`.
@@ -105,6 +113,11 @@ class DeviceHost:
         unproven.verify(self.trusted_key if self.trusted_key is not None else unproven.public_key)
         self._trust(unproven.public_key)
         check_plan(manifest, self.limits)
+        self.floor.check(manifest)
+        if assigned.group != manifest.promises.group:
+            raise PlanError(
+                f"The plan promises {manifest.promises.group} groups, the host offers {assigned.group[:20]!r}."
+            )
         chosen = manifest.pick(self.runtime)
         programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in DEVICE_PROGRAMS}
         plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
@@ -220,6 +233,13 @@ class DeviceHost:
             partial = path.with_suffix(".partial")
             partial.write_bytes(pack(tensors))
             partial.replace(path)
+
+    def spent(self, device: str) -> SpentUpdates:
+        """What a device has spent."""
+        if device not in self._spent:
+            path = self.state_folder / f"{sha256(device.encode())[:32]}.spent" if self.state_folder else None
+            self._spent[device] = SpentUpdates(path)
+        return self._spent[device]
 
     def _state_path(self, key: tuple[str, str]) -> Path:
         assert self.state_folder is not None

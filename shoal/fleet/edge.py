@@ -24,6 +24,7 @@ from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.offer import Offer
 from shoal.fleet.pace import Pace
+from shoal.fleet.secure_updates import SecureUpdates
 from shoal.fleet.session import Session, Stream, piped
 from shoal.fleet.staging import Limits
 from shoal.fleet.streams import Streams, busy
@@ -82,8 +83,9 @@ class Edge:
         self._plan, self._manifest, self._run, self._population = plan, plan.manifest, run, population
         self._blobs, self._clock = blobs, clock
         self._coordinator: Coordinator | None = None
-        self._updates = Updates(
-            plan.manifest, run=run, token_key=token_key, clock=clock, limits=limits or Limits(),
+        kind = Updates if plan.manifest.promises.privacy.secure is None else SecureUpdates
+        self._updates = kind(
+            plan.manifest, run=run, population=population, token_key=token_key, clock=clock, limits=limits or Limits(),
             token_row=self._token_row, tell=self._tell, again=self._again,
         )  # fmt: skip
         self._seen = self._updates.sums.analytics
@@ -259,12 +261,14 @@ class Edge:
                 self._check_in(session, message.check_in)
             case "report":
                 await self._updates.report(session, message.report)
+            case "group":
+                await self._updates.hear(session, message.group)
             case "gave_up":
                 self._gave_up(message.gave_up)
             case "ping":
                 session.send(pb.FromEdge(ping=pb.Ping()))
             case _:
-                raise ProtocolError("Expected check_in, report, gave_up or ping.")
+                raise ProtocolError("Expected check_in, report, group, gave_up or ping.")
 
     def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
         self._check_ins += 1

@@ -118,7 +118,26 @@ class Failed:
     why: str
 
 
-Event = Open | Joined | Offered | Checked | Added | Gone | Dissolve | Close | Stored | Committed | Failed
+@dataclass(frozen=True, slots=True)
+class Formed:
+    """The group's sum is there: of these, who are some of those it was made of."""
+
+    group: int
+    survivors: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Broke:
+    """No sum came of the group; `spent` have revealed shares for it."""
+
+    group: int
+    spent: tuple[bytes, ...]
+    why: str
+
+
+Event = (
+    Open | Joined | Offered | Checked | Added | Gone | Dissolve | Close | Stored | Committed | Failed | Formed | Broke
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +153,15 @@ class Add:
 
     nonce: bytes
     group: int
+    discount: float
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Make a secure group of these, and add its sum to the group's, times the discount; answer `Formed` or `Broke`."""
+
+    group: int
+    nonces: tuple[bytes, ...]
     discount: float
 
 
@@ -193,7 +221,7 @@ class Closed:
     groups: tuple[int, ...]
 
 
-Command = Check | Add | Merge | Drop | Tell | JoinRound | CountMember | ReleaseMember | Closed
+Command = Check | Add | Merge | Drop | Tell | JoinRound | CountMember | ReleaseMember | Closed | Form
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ Carries out the machine's commands for whoever holds the updates: an Edge, or a 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,8 +17,10 @@ from shoal.fleet import group as g
 from shoal.fleet.analytics import Analytics
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
+from shoal.fleet.secure_groups import SecureGroups
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
+from shoal.plan.secure import fits, terms
 
 log = logging.getLogger("shoal.edge")
 
@@ -50,6 +53,15 @@ class Keeper(Protocol):
 
 
 @runtime_checkable
+class Forms(Protocol):
+    """A keeper whose updates come in secure groups."""
+
+    def form(self, form: g.Form) -> None:
+        """To be answered with `GroupSums.step`, after `GroupSums.merge` where a sum came of it."""
+        ...
+
+
+@runtime_checkable
 class Round(Protocol):
     """What the round is told of members: the Coordinator."""
 
@@ -63,7 +75,7 @@ class GroupSums:
 
     def __init__(self, manifest: Manifest, keeper: Keeper, now_s: Callable[[], float]) -> None:
         policy = manifest.server.rounds
-        self.groups = g.ClearGroups(policy, most=policy.max_members)
+        self.groups = _machine(manifest)
         self.num_counted = 0
         """Updates added since it began."""
         self.analytics = Analytics()
@@ -104,6 +116,9 @@ class GroupSums:
                 return self._keeper.check(nonce)
             case g.Add(nonce, group, discount):
                 return self._keeper.add(nonce, group, discount)
+            case g.Form():
+                assert isinstance(self._keeper, Forms)
+                self._keeper.form(command)
             case g.Merge(source, target):
                 self._merge(source, target)
             case g.Drop(group):
@@ -156,6 +171,12 @@ class GroupSums:
             log.exception("an update could not be added")
             self._broken[group] = f"an update could not be added: {error}"
 
+    def merge(
+        self, group: int, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, discount: float
+    ) -> None:
+        """Adds what a secure group summed up to, after `begin_adding` of each member."""
+        self._sums[group].merge(pieces, weight=weight, members=members, discount=discount)
+
     def take_closed(self, expires_s: Callable[[bytes], float]) -> list[GroupResult]:
         """What was closed, once. `expires_s`: of a member's token.
 
@@ -181,3 +202,11 @@ class GroupSums:
             return
         self._sums[target].merge_all(sums)
         self._costs[target].merge(costs)
+
+
+def _machine(manifest: Manifest) -> g.ClearGroups | SecureGroups:
+    policy, secure = manifest.server.rounds, manifest.promises.privacy.secure
+    if secure is None:
+        return g.ClearGroups(policy, most=policy.max_members)
+    made = terms(manifest, model="")  # of which only the numbers are asked for
+    return SecureGroups(policy, most=policy.max_members, size=secure.members, fits=partial(fits, made))

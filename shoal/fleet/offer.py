@@ -40,7 +40,7 @@ class Offer:
             plan_public_key=self._plan.public_key,
             model=self._model.root,
             inline=self._inline,
-            group="clear",
+            group=self._plan.manifest.promises.group,
             run=run,
         )
 

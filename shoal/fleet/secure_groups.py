@@ -1,9 +1,9 @@
 """Groups whose updates nobody sees: the machine of an Edge's secure groups for one task.
 
 It answers the same round as `ClearGroups` and keeps its invariants (group.py, cited by number); what differs is how members come into a sum.
-A member that has its update ready *waits*. When `size` of one version wait, a secure group is made of them: `Form`. Its
-keys, shares and masks are the business of `privacy/secure_server.py`, outside of this machine, which is told how it ended: `Formed` (the sum
-of the survivors is there, and counts whole) or `Broke` (there is none). So there is no check and no queue: a group is in the sum or not.
+A member that has its update ready *waits*. When `size` of one version wait, or as many as the round still lacks, a secure group is made of
+them: `Form`. Its keys, shares and masks are the business of `forming.py`, outside of this machine, which is told how it ended: `Formed` (the
+sum of the survivors is there, and counts whole) or `Broke` (there is none). So there is no check and no queue: a group is in the sum or not.
 
 Further invariants:
     (9) A member is in one forming group at most, and no group forms of fewer than can be secure (`fits`).
@@ -12,7 +12,7 @@ Further invariants:
 
 One member's way::
 
-    Joined─> joined ─Offered─> waiting ─(size wait)─> forming ─Formed─> added ─Stored/Committed─> counted
+    Joined─> joined ─Offered─> waiting ─(enough wait)─> forming ─Formed─> added ─Stored/Committed─> counted
                                  ^                       └─Broke, lost: moved (may offer again), spent: refused
     joined, waiting ─Close / too late / Gone─> released
 """
@@ -24,36 +24,6 @@ from shoal.errors import InvalidTransition
 from shoal.fleet import group as g
 from shoal.fleet.group import Member
 from shoal.policy import RoundPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """Make a secure group of these, and add its sum to the group's, times the discount; answer `Formed` or `Broke`."""
-
-    group: int
-    nonces: tuple[bytes, ...]
-    discount: float
-
-
-@dataclass(frozen=True, slots=True)
-class Formed:
-    """The group's sum is there: of these, who are some of those it was made of."""
-
-    group: int
-    survivors: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Broke:
-    """No sum came of the group; `spent` have revealed shares for it."""
-
-    group: int
-    spent: tuple[bytes, ...]
-    why: str
-
-
-Event = g.Event | Formed | Broke
-Command = g.Command | Form
 
 
 @dataclass(slots=True)
@@ -73,7 +43,7 @@ class SecureGroups:
         Args:
             policy: of the task's rounds.
             most: members that fit the sum of one version.
-            size: members that a group is made of as soon as they wait.
+            size: members of a group, at most.
             fits: whether so many members can be a secure group; true for `size`.
         """
         self._policy, self._most, self._size, self._fits = policy, most, size, fits
@@ -101,7 +71,7 @@ class SecureGroups:
         """Whether a member on that version may still join."""
         return self._is_open and 0 <= self._version - version <= self._policy.max_staleness
 
-    def step(self, event: Event, now_s: float) -> list[Command]:
+    def step(self, event: g.Event, now_s: float) -> list[g.Command]:
         """Advances by one event."""
         del now_s  # a secure group's deadlines are its own
         match event:
@@ -118,9 +88,9 @@ class SecureGroups:
                 return []
             case g.Offered(nonce):
                 return [g.Tell(nonce, "refused", reason="late", detail="The round has closed.")]
-            case Formed(group, survivors) if self._is_forming(group):
+            case g.Formed(group, survivors) if self._is_forming(group):
                 return self._formed(group, survivors)
-            case Broke(group, spent, why) if self._is_forming(group):
+            case g.Broke(group, spent, why) if self._is_forming(group):
                 return self._broke(group, spent, why)
             case g.Gone(nonce, _):
                 return self._drop(nonce)
@@ -139,13 +109,13 @@ class SecureGroups:
 
     # Rounds.
 
-    def _open(self, version: int) -> list[Command]:
+    def _open(self, version: int) -> list[g.Command]:
         assert self._closing is None, "a close ends before the next round opens"
         again = version == self._version and self._is_open
         self._version, self._is_open = version, True
         if again:
             return []
-        told: list[Command] = []
+        told: list[g.Command] = []
         for nonce, trained_on in list(self._versions.items()):
             if not self.takes(trained_on):
                 told += self._release(nonce, "too late")
@@ -153,20 +123,20 @@ class SecureGroups:
         self._room.setdefault(version, self._most)
         return told + self._form()
 
-    def _close(self, close: g.Close) -> list[Command]:
+    def _close(self, close: g.Close) -> list[g.Command]:
         self._closing, self._is_ending = close, close.final
-        told: list[Command] = []
+        told: list[g.Command] = []
         if close.final and not self._policy.max_staleness:
             for nonce in [n for n, state in self._states.items() if state is Member.JOINED]:
                 told += self._release(nonce, "the round has what it needs")
         return told + (self._form() if close.final else []) + self._finish_closing()
 
-    def _finish_closing(self) -> list[Command]:
+    def _finish_closing(self) -> list[g.Command]:
         close = self._closing
         if close is None or (close.final and any(not group.is_formed for group in self._groups.values())):
             return []
         self._closing = None
-        told: list[Command] = []
+        told: list[g.Command] = []
         if close.final and not self._policy.max_staleness:
             for nonce in list(self._waiting):  # too few for a group
                 told += self._release(nonce, "the round has what it needs")
@@ -176,8 +146,8 @@ class SecureGroups:
         )  # fmt: skip
         return [*told, g.Closed(self._closed)]
 
-    def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[Command]:
-        told: list[Command] = []
+    def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[g.Command]:
+        told: list[g.Command] = []
         for number in self._closed:
             for nonce in self._groups.pop(number).members:
                 del self._states[nonce]
@@ -185,8 +155,8 @@ class SecureGroups:
         self._closed = ()
         return told
 
-    def _fail(self, why: str) -> list[Command]:
-        gone: list[Command] = []
+    def _fail(self, why: str) -> list[g.Command]:
+        gone: list[g.Command] = []
         for number in self._closed:
             self._room[self._groups[number].version] += len(self._groups[number].members)
             if not self._is_ending:  # else the round begins anew, and forgets everybody
@@ -197,7 +167,7 @@ class SecureGroups:
 
     # Members.
 
-    def _join(self, nonce: bytes, version: int) -> list[Command]:
+    def _join(self, nonce: bytes, version: int) -> list[g.Command]:
         if nonce in self._states:
             return []
         if not self.takes(version) or (self._is_ending and not self._policy.max_staleness):
@@ -205,22 +175,22 @@ class SecureGroups:
         self._states[nonce], self._versions[nonce] = Member.JOINED, version
         return [g.JoinRound(nonce, version)]
 
-    def _drop(self, nonce: bytes) -> list[Command]:
+    def _drop(self, nonce: bytes) -> list[g.Command]:
         if self._states.get(nonce) in (Member.JOINED, Member.OFFERED):
             self._forget(nonce)
             return [g.ReleaseMember(nonce)]
         return []  # of one that is forming its group says what became of it
 
-    def _dissolve(self) -> list[Command]:
+    def _dissolve(self) -> list[g.Command]:
         if self._closing is not None or self._closed or self._groups:
             return []
-        commands: list[Command] = []
+        commands: list[g.Command] = []
         for nonce in list(self._versions):
             self._forget(nonce)
             commands += [g.Tell(nonce, "moved"), g.ReleaseMember(nonce)]
         return commands
 
-    def _release(self, nonce: bytes, why: str) -> list[Command]:
+    def _release(self, nonce: bytes, why: str) -> list[g.Command]:
         self._forget(nonce)
         return [g.Tell(nonce, "released", reason=why), g.ReleaseMember(nonce)]
 
@@ -232,24 +202,27 @@ class SecureGroups:
 
     # Groups.
 
-    def _form(self) -> list[Command]:
-        """Groups of those that wait: of `size`, and at a round's end of as many as there are."""
+    def _form(self) -> list[g.Command]:
+        """Groups of those that wait: of `size`, of as many as the round lacks, and at its end of as many as there are."""
         is_ending = self._closing is not None and self._closing.final
         if not self._is_open or (self._is_ending and not is_ending):
             return []
-        made: list[Command] = []
+        made: list[g.Command] = []
         for trained_on in sorted({self._versions[nonce] for nonce in self._waiting}, reverse=True):
             version = trained_on if self._policy.late.kind == "patch" else self._version
             waiting = [nonce for nonce in self._waiting if self._versions[nonce] == trained_on]
             while waiting:
-                count = min(self._size, len(waiting), self._room.setdefault(version, self._most))
-                if not self._fits(count) or (count < self._size and not is_ending):
+                room = self._room.setdefault(version, self._most)
+                count = min(self._size, len(waiting), room)
+                lacking = self._policy.commit_at - (self._most - room)
+                is_enough = count >= self._size or 0 < lacking <= count or is_ending
+                if not is_enough or not self._fits(count):
                     break
                 made.append(self._begin(tuple(waiting[:count]), trained_on, version))
                 waiting = waiting[count:]
         return made
 
-    def _begin(self, nonces: tuple[bytes, ...], trained_on: int, version: int) -> Form:
+    def _begin(self, nonces: tuple[bytes, ...], trained_on: int, version: int) -> g.Form:
         self._num_groups += 1
         self._groups[self._num_groups] = _Group(version, trained_on, nonces)
         self._room[version] -= len(nonces)
@@ -257,36 +230,36 @@ class SecureGroups:
             self._waiting.remove(nonce)
             del self._versions[nonce]
             self._states[nonce] = Member.ADDING
-        return Form(self._num_groups, nonces, self._policy.discount(self._version - trained_on))
+        return g.Form(self._num_groups, nonces, self._policy.discount(self._version - trained_on))
 
     def _is_forming(self, number: int) -> bool:
         return number in self._groups and not self._groups[number].is_formed
 
-    def _formed(self, number: int, survivors: tuple[bytes, ...]) -> list[Command]:
+    def _formed(self, number: int, survivors: tuple[bytes, ...]) -> list[g.Command]:
         group = self._groups[number]
         assert set(survivors) <= set(group.members) and self._fits(len(group.members))
         lost = [nonce for nonce in group.members if nonce not in set(survivors)]
         group.members, group.is_formed = survivors, True
         self._room[group.version] += len(lost)
-        told: list[Command] = []
+        told: list[g.Command] = []
         for nonce in survivors:
             self._states[nonce] = Member.ADDED
             told.append(g.CountMember(nonce, self._version - group.trained_on))
         return told + self._move(lost) + self._form() + self._finish_closing()
 
-    def _broke(self, number: int, spent: tuple[bytes, ...], why: str) -> list[Command]:
+    def _broke(self, number: int, spent: tuple[bytes, ...], why: str) -> list[g.Command]:
         group = self._groups.pop(number)
         self._room[group.version] += len(group.members)
-        told: list[Command] = []
+        told: list[g.Command] = []
         for nonce in [nonce for nonce in group.members if nonce in set(spent)]:
             self._forget(nonce)
             told += [g.Tell(nonce, "refused", reason="spent", detail=why), g.ReleaseMember(nonce)]
         rest = [nonce for nonce in group.members if nonce not in set(spent)]
         return told + self._move(rest) + self._form() + self._finish_closing()
 
-    def _move(self, nonces: list[bytes]) -> list[Command]:
+    def _move(self, nonces: list[bytes]) -> list[g.Command]:
         """They revealed nothing: they may offer the same update again, under fresh keys."""
-        told: list[Command] = []
+        told: list[g.Command] = []
         for nonce in nonces:
             self._forget(nonce)
             told += [g.Tell(nonce, "moved"), g.ReleaseMember(nonce)]

@@ -73,6 +73,12 @@ class StagedUpdate:
     """One update on its way in. Not thread-safe; the Edge holds a lock for each."""
 
     def __init__(self, specs: tuple[TensorSpec, ...], fixed: Mapping[str, FixedPoint], limits: Limits) -> None:
+        """
+        Args:
+            specs: its tensors.
+            fixed: of those whose values are looked at.
+            limits: of what is held.
+        """
         starts, size = _layout(specs)
         self._parts = {spec.name: _Part(spec, start) for spec, start in zip(specs, starts, strict=True)}
         self._fixed = fixed
@@ -117,7 +123,7 @@ class StagedUpdate:
         self._look_at(part, new)
 
     def _look_at(self, part: _Part, data: bytes) -> None:
-        if self.refusal is not None:
+        if self.refusal is not None or part.spec.name not in self._fixed:
             return
         whole = part.carry + data if part.carry else data
         size = part.spec.numpy_dtype.itemsize

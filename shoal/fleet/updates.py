@@ -22,6 +22,7 @@ from shoal.fleet.token import read_token
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
 from shoal.record.store import TokenRow
+from shoal.tensors import TensorSpec, total_bytes
 
 log = logging.getLogger("shoal.edge")
 
@@ -54,6 +55,7 @@ class Updates:
         manifest: Manifest,
         *,
         run: str,
+        population: str,
         token_key: Ed25519PublicKey,
         clock: Clock,
         limits: Limits,
@@ -63,7 +65,7 @@ class Updates:
     ) -> None:
         """
         Args:
-            manifest, run, token_key: of the plan, the run, its Coordinator.
+            manifest, run, population, token_key: of the plan, the run, its devices, its Coordinator.
             clock: time.
             limits: of what is staged.
             token_row: what the record says of a nonce.
@@ -71,13 +73,15 @@ class Updates:
             again: from when to when, in seconds from now, a device that goes away should come again.
         """
         self._manifest, self._run, self._key, self._clock, self._limits = manifest, run, token_key, clock, limits
+        self._population = population
         self._token_row, self._tell_device, self._again = token_row, tell, again
         self.sums = GroupSums(manifest, self, clock.now_s)
         self.up_bytes = 0
         """What has come in."""
         self.num_staged = 0
         """Updates of which something is here."""
-        self._most_staged = most_updates(manifest.update, limits)
+        self._specs = self._sent(manifest)
+        self._most_staged = most_updates(self._specs, limits)
         self._held: dict[bytes, Held] = {}
         self._known: dict[bytes, tuple[bytes, pb.Assignment]] = {}
         self._fixed: Mapping[str, FixedPoint] = {}
@@ -85,6 +89,15 @@ class Updates:
         self._is_open = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._pushes = asyncio.Semaphore(4)
+
+    @staticmethod
+    def _sent(manifest: Manifest) -> tuple[TensorSpec, ...]:
+        """What devices push."""
+        return manifest.update
+
+    def _awaits(self, nonce: bytes) -> bool:
+        """Whether what a member pushes is still to come."""
+        return self.state(nonce) is g.Member.JOINED
 
     def state(self, nonce: bytes) -> g.Member | None:
         """Where a member is; None where it is none."""
@@ -99,11 +112,15 @@ class Updates:
 
     def open(self, configuration: Configuration, *, taken: Mapping[int, int]) -> None:
         """A round begins. The groups of a round that was abandoned go on."""
-        self.sums.configuration, self._fixed = configuration, configuration.fixed(self._manifest)
+        self.sums.configuration, self._fixed = configuration, self._looked_at(configuration)
         self.sums.step(g.Open(configuration.base_version, tuple(taken.items())))
         for nonce in [n for n in self._held if self.state(n) is None]:
             self._forget(self._held.pop(nonce))
         self._is_open.set()
+
+    def _looked_at(self, configuration: Configuration) -> Mapping[str, FixedPoint]:
+        """What values are held to while they come in."""
+        return configuration.fixed(self._manifest)
 
     async def close(self, *, final: bool) -> list[GroupResult]:
         """The sums that are to be seen, once an addition under way is done. Raises StoreError: they are broken."""
@@ -242,6 +259,10 @@ class Updates:
             held.root, held.weight, held.costs = report.root, report.weight, report.costs
             self.sums.step(g.Offered(nonce))
 
+    async def hear(self, session: Session, message: pb.GroupMessage) -> None:
+        """A message of a group with several phases. Raises ProtocolError: this one has none."""
+        raise ProtocolError("This task's groups have no phases.")
+
     async def push(self, slices: AsyncIterator[bytes]) -> pb.PushReply:
         """Takes slices of an update in, each a serialized `PushSlice`; says how much of each tensor is here.
 
@@ -287,7 +308,7 @@ class Updates:
 
     async def _take(self, held: Held, nonce: bytes, root: str, name: str, part: pb.PushSlice) -> bool:
         async with held.lock:
-            if self.state(nonce) is not g.Member.JOINED:
+            if not self._awaits(nonce):
                 return False
             try:
                 self.sums.analytics.sending(nonce, self._clock.now_s())
@@ -299,8 +320,8 @@ class Updates:
 
     async def _received(self, held: Held, nonce: bytes) -> dict[str, int]:
         async with held.lock:
-            if self.state(nonce) not in (g.Member.JOINED, None):
-                return {spec.name: spec.size_bytes for spec in self._manifest.update}
+            if self.state(nonce) is not None and not self._awaits(nonce):
+                return {spec.name: spec.size_bytes for spec in self._specs}
             return held.update.received if held.update is not None else {}
 
     # What is staged.
@@ -314,11 +335,11 @@ class Updates:
         held.root = root or held.root
         if held.update is None:
             if self.num_staged >= self._most_staged:
-                size = self._manifest.update_bytes
+                size = total_bytes(self._specs)
                 raise NetworkError(
                     f"This Edge holds {self.num_staged} updates of {size} bytes, as many as it may; try again later."
                 )
-            held.update = StagedUpdate(self._manifest.update, self._fixed, self._limits)
+            held.update = StagedUpdate(self._specs, self._fixed, self._limits)
             self.num_staged += 1
         return held.update
 

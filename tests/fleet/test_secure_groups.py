@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from shoal.errors import InvalidTransition
 from shoal.fleet import group as g
-from shoal.fleet.group import Member
-from shoal.fleet.secure_groups import Broke, Form, Formed, SecureGroups
+from shoal.fleet.group import Broke, Form, Formed, Member
+from shoal.fleet.secure_groups import SecureGroups
 from shoal.policy import Late, RoundPolicy
 
 A, B, C, D, E = b"a", b"b", b"c", b"d", b"e"

@@ -62,6 +62,8 @@ def plan(
     partial: bool = False,
     task: str = "toy",
     field: str = "x",
+    privacy: Privacy | None = None,
+    max_weight: int = 1 << 20,
 ) -> Plan:
     model = tuple(TensorSpec(name=name, shape=shape, dtype=dtype) for name, shape in shapes.items())
     deltas = tuple(TensorSpec(name=f"delta/{spec.name}", shape=spec.shape, dtype="float32") for spec in model)
@@ -75,14 +77,14 @@ def plan(
         programs=tuple(programs),
         broadcast=model,
         device_state=(),
-        sums=tuple(SumSpec(tensor=spec, bound=256.0, weighted=True) for spec in deltas),
+        sums=tuple(SumSpec(tensor=spec, bound=256.0 if privacy is None else privacy.delta_bound, weighted=True) for spec in deltas),
         metrics=(),
         batch=batch,
         training=Training(
-            batch_size=BATCH, steps_per_block=1, epochs=1, max_examples=1024, max_weight=1 << 20, whole_batches=False,
+            batch_size=BATCH, steps_per_block=1, epochs=1, max_examples=1024, max_weight=max_weight, whole_batches=False,
             drop_remainder=False, evaluate_batch_size=BATCH,
         ),
-        promises=Promises(minimum_group=policy.minimum_group, privacy=Privacy()),
+        promises=Promises.of(privacy or Privacy(), minimum_group=policy.minimum_group),
         server_hash=sha256(half.data),
         half=half,
     )  # fmt: skip

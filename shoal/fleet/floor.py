@@ -1,0 +1,51 @@
+"""What a device asks of any task before it trains for it, whatever the server says."""
+
+from dataclasses import dataclass
+
+from shoal import validate
+from shoal.errors import PlanError
+from shoal.plan.manifest import Manifest
+from shoal.privacy.identity import Trusted
+
+
+@dataclass(frozen=True, kw_only=True)
+class Floor:
+    """The least that a plan must promise."""
+
+    secure: bool = False
+    """Only tasks whose updates nobody sees singly."""
+    minimum_group: int = 1
+    """Fewest (in secure groups: honest) members in any sum that somebody sees."""
+    colluders: int = 0
+    """Members of a secure group, at least, that may work with the server without learning more than the sum."""
+    authority: Trusted | None = None
+    """Only secure groups of members that this authority certifies: for a server that may lie. None: also others."""
+
+    def __post_init__(self) -> None:
+        validate.positive(minimum_group=self.minimum_group)
+        validate.not_negative(colluders=self.colluders)
+
+    def check(self, manifest: Manifest) -> None:
+        """Raises PlanError: the plan promises less."""
+        promises, secure = manifest.promises, manifest.promises.privacy.secure
+        if secure is None and (self.secure or self.authority is not None or self.colluders):
+            raise PlanError(
+                f"Task {manifest.task!r} lets the server see single updates; this device takes part in secure groups only. It was not run."
+            )
+        if promises.minimum_group < self.minimum_group:
+            raise PlanError(
+                f"Task {manifest.task!r} promises sums over at least {promises.minimum_group} members, this device asks for "
+                f"{self.minimum_group}. It was not run."
+            )
+        if secure is None:
+            return
+        if secure.authority and self.authority is None:
+            raise PlanError(
+                f"Task {manifest.task!r} is for members with a certificate of {secure.authority}; this device has been given none. It was "
+                "not run."
+            )
+        if self.authority is not None and secure.authority != self.authority.key.public_bytes_raw().hex():
+            other = f"certified by {secure.authority}" if secure.authority else "that nobody certifies"
+            raise PlanError(
+                f"Task {manifest.task!r} makes groups of members {other}, which this device does not trust. It was not run."
+            )

@@ -1,0 +1,51 @@
+"""What a device has spent: updates of which it has revealed shares, and which it never offers again (docs/trust.md).
+
+An update is known by what it was trained from (`plan.secure.purpose`), as training again gives the same numbers; not by any number of the
+server's. It is written down before the shares leave the device.
+"""
+
+import os
+from pathlib import Path
+from typing import Final
+
+from shoal.errors import StoreError
+
+_BYTES: Final = 32
+
+
+class SpentUpdates:
+    """See the module's text. Not for several processes at once."""
+
+    def __init__(self, path: Path | None) -> None:
+        """
+        Args:
+            path: its file; None: in memory, so that a device that starts again has forgotten.
+
+        Raises:
+            StoreError: the file is none of these, or cannot be read.
+        """
+        self._path = path
+        self._all: set[bytes] = set()
+        if path is None or not path.exists():
+            return
+        data = path.read_bytes()
+        whole = len(data) // _BYTES * _BYTES  # what was being written when the device fell was not revealed
+        self._all = {data[at : at + _BYTES] for at in range(0, whole, _BYTES)}
+        if whole != len(data):
+            os.truncate(path, whole)
+
+    def __contains__(self, purpose: bytes) -> bool:
+        return purpose in self._all
+
+    def add(self, purpose: bytes) -> None:
+        """Writes it down for good. Raises StoreError: it could not be; nothing may be revealed then."""
+        if self._path is not None:
+            try:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                with self._path.open("ab") as file:
+                    file.write(purpose)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise StoreError(f"What this device has spent cannot be written to {self._path}: {error}") from error
+        self._all.add(purpose)
