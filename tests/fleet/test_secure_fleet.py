@@ -1,13 +1,26 @@
 """Secure groups in a live fleet: sums that are exact, of which the Edge sees no part, whoever goes away, whatever stream breaks."""
 
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from shoal.errors import NetworkError, PlanError
 from shoal.fleet.device import Device
+from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.floor import Floor
+from shoal.fleet.forming import FormingGroups
+from shoal.fleet.link import LocalLink, Stream
+from shoal.fleet.spent import SpentUpdates
+from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
 from shoal.policy import Privacy, RoundPolicy, Secure
+from shoal.privacy.identity import Trusted
 from tests.fleet import toy
 from tests.fleet.toy import in_loop
 
@@ -43,7 +56,7 @@ async def test_a_round_in_a_secure_group_is_the_exact_mean_with_weights() -> Non
 
 
 @in_loop
-async def test_large_vectors_are_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_large_vectors_are_pushed() -> None:
     shapes = {"params/w": (300, 100), "params/b": (7,)}
     async with toy.fleet(plan(shapes)) as fleet:
         fleet.start(*devices(fleet.link))
@@ -60,3 +73,144 @@ async def test_several_rounds_and_groups() -> None:
         await fleet.tasks[0]
         assert fleet.members == [0, NUM, NUM, NUM]
         assert fleet.model["params/w"] == pytest.approx(3 * mean(), abs=1e-5)
+
+
+class BreakingLink(LocalLink):
+    """Its first stream breaks once, at the n-th message of a group in one direction."""
+
+    def __init__(self, edge: Any, *, at: int, sending: bool) -> None:
+        super().__init__(edge)
+        self._at, self._sending = at, sending
+        self.has_broken = False
+
+    @asynccontextmanager
+    async def session(self) -> AsyncGenerator[Stream, None]:
+        async with super().session() as stream:
+            yield _Breaking(stream, self)
+
+    def count(self, message: Any, *, sending: bool) -> None:
+        if sending == self._sending and message.WhichOneof("kind") == "group":
+            self._at -= 1
+            if self._at == 0:
+                self.has_broken = True
+                raise NetworkError("The stream broke.")
+
+
+class _Breaking:
+    def __init__(self, stream: Stream, link: BreakingLink) -> None:
+        self._stream, self._link = stream, link
+
+    async def send(self, message: pb.FromDevice) -> None:
+        self._link.count(message, sending=True)
+        await self._stream.send(message)
+
+    async def receive(self) -> pb.FromEdge:
+        message = await self._stream.receive()
+        self._link.count(message, sending=False)
+        return message
+
+
+@pytest.mark.parametrize("sending", [False, True], ids=["hears", "says"])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@in_loop
+async def test_a_stream_that_breaks_in_a_group_is_gone_on_with(at: int, sending: bool) -> None:
+    async with toy.fleet(plan({"params/w": (9000,)})) as fleet:
+        link = BreakingLink(fleet.host.edge, at=at, sending=sending)
+        fleet.start(*devices(fleet.link)[1:], toy.device("device-0", link, value=-1.0, num=1))
+        await fleet.tasks[0]
+        assert link.has_broken
+        assert fleet.members == [0, NUM]
+        assert np.allclose(fleet.model["params/w"], mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+@in_loop
+async def test_members_that_go_away_in_a_group_are_left_out_or_counted(at: int) -> None:
+    async with toy.fleet(plan(rounds={"reporting_window_s": 5.0, "minimum_fraction": 0.5})) as fleet:
+        lost = [BreakingLink(fleet.host.edge, at=at, sending=False) for _ in range(2)]
+        leaving = [toy.device(f"lost-{i}", link, value=5.0, num=2) for i, link in enumerate(lost)]
+        fleet.start(*devices(fleet.link)[2:])
+        gone = [asyncio.create_task(device.run()) for device in leaving]
+        while not all(link.has_broken for link in lost):
+            await asyncio.sleep(0.01)
+        for task in gone:
+            task.cancel()
+        await asyncio.gather(*gone, return_exceptions=True)
+        await fleet.tasks[0]
+        stayed = [i for i in range(NUM) if i >= 2]
+        values = [(1 + i % 4, 0.25 * i - 1.0) for i in stayed] + ([(2, 5.0)] * 2 if at == 4 else [])
+        expected = sum(weight * value for weight, value in values) / sum(weight for weight, _ in values)
+        assert fleet.members == [0, len(values)], "whose vector is in the sum is counted, whatever became of it"
+        assert fleet.model["params/w"] == pytest.approx(expected, abs=1e-6)
+
+
+@in_loop
+async def test_the_edge_sees_nothing_of_a_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+    add = FormingGroups.add
+
+    async def spy(forming: FormingGroups, nonce: bytes, data: bytes) -> None:
+        seen.append(data)
+        await add(forming, nonce, data)
+
+    monkeypatch.setattr(FormingGroups, "add", spy)
+    async with toy.fleet(plan({"params/w": (4096,)})) as fleet:
+        fleet.start(*(toy.device(f"device-{i}", fleet.link, value=0.0, num=1) for i in range(NUM)))
+        await fleet.tasks[0]
+    assert len(seen) == NUM
+    for data in seen:
+        counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)
+        chi_square = float(np.sum((counts - counts.mean()) ** 2) / counts.mean())
+        assert chi_square < 400, "bytes of zeros under masks are as good as uniform (255 expected, 400 once in 10^8)"
+
+
+@pytest.mark.parametrize(
+    ("floor", "made", "text"),
+    [
+        (Floor(secure=True), {"privacy": None}, "takes part in secure groups only"),
+        (Floor(minimum_group=5), {}, "at least 4 members, this device asks for 5"),
+        (Floor(authority=Trusted(Ed25519PrivateKey.generate().public_key(), "default")), {}, "that nobody certifies"),
+    ],
+)
+@in_loop
+async def test_a_device_asks_for_a_floor(floor: Floor, made: dict[str, Any], text: str) -> None:
+    host = DeviceHost(make_runner=toy.ToyRunner, runtime=toy.RUNTIME, floor=floor)
+    async with toy.fleet(plan(**made)) as fleet:
+        with pytest.raises(PlanError, match=text):
+            fleet.start(*devices(fleet.link)[1:])
+            await toy.device("device-0", fleet.link, host=host).run()
+
+
+@in_loop
+async def test_what_was_revealed_is_offered_no_more(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hosts = [
+        DeviceHost(make_runner=toy.ToyRunner, runtime=toy.RUNTIME, state_folder=tmp_path / str(i)) for i in range(NUM)
+    ]
+    async with toy.fleet(plan()) as fleet:
+        toy.fail_once(monkeypatch, fleet.host)  # the sum is known by then, and not used
+        first = [toy.device(f"device-{i}", fleet.link, value=1.0, host=hosts[i]) for i in range(NUM)]
+        fleet.start(*first)
+        while any(device.progress.refused == 0 for device in first):
+            await asyncio.sleep(0.01)
+        again = DeviceHost(make_runner=toy.ToyRunner, runtime=toy.RUNTIME, state_folder=tmp_path / "0")
+        assert len((tmp_path / "0" / next(p.name for p in (tmp_path / "0").glob("*.spent"))).read_bytes()) == 32
+        late = toy.device("device-0", fleet.link, host=again)
+        fleet.start(late)
+        while "revealed in a secure group before" not in late.progress.last_error:
+            await asyncio.sleep(0.01)
+        fleet.start(*(toy.device(f"other-{i}", fleet.link, value=2.0) for i in range(NUM)))
+        await fleet.tasks[0]
+        assert fleet.model["params/w"] == pytest.approx(2.0), "others train, those whose update is spent do not"
+        assert sum(device.progress.counted for device in first) == 0
+
+
+def test_what_was_being_written_when_a_device_fell_was_not_revealed(tmp_path: Path) -> None:
+    path = tmp_path / "a.spent"
+    spent = SpentUpdates(path)
+    spent.add(b"a" * 32)
+    with path.open("ab") as file:
+        file.write(b"b" * 7)
+    again = SpentUpdates(path)
+    assert b"a" * 32 in again and b"b" * 32 not in again
+    again.add(b"c" * 32)
+    assert b"c" * 32 in SpentUpdates(path)
