@@ -1,18 +1,23 @@
 """`shoal device`: plays the users of a population as devices of a fleet, in one process."""
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shoal.cli import options
 from shoal.cli.screen import Screen, Stopwatch
 
+if TYPE_CHECKING:
+    from shoal.fleet.enrolment import Enrolled
+
 EPILOG = options.examples(
     "shoal device --server 127.0.0.1:8500 --data users/",
     "shoal device --server 127.0.0.1:8500 --data name:digits --users 100 --first 25 --count 25",
     "shoal device --server 127.0.0.1:8500 --data watches/ --population watches --task steps",
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
 )
 
 
@@ -46,6 +51,28 @@ def device(
     state: Annotated[
         Path | None, typer.Option("--state", help="Folder for what devices keep between rounds; else in memory.")
     ] = None,
+    secure: Annotated[
+        bool,
+        typer.Option(
+            "--secure", help="Serve only tasks whose host sees sums of updates, none singly (docs/privacy.md)."
+        ),
+    ] = False,
+    minimum: Annotated[
+        int, typer.Option("--minimum", min=1, help="Serve only tasks whose sums are over at least so many devices.")
+    ] = 1,
+    colluders: Annotated[
+        int,
+        typer.Option(
+            "--colluders", min=0, help="Join only secure groups that withstand so many members that help the host."
+        ),
+    ] = 0,
+    member: Annotated[
+        Path | None,
+        typer.Option("--member", help="The device's key, by `shoal enrol device`: join certified groups only."),
+    ] = None,
+    certificate: Annotated[
+        str, typer.Option("--certificate", help="Of that key, as `shoal enrol certify` printed it.")
+    ] = "",
     memory: Annotated[str, typer.Option("--memory", help="Most memory that a plan may take.")] = "8GiB",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to compute with.", show_default="one for each core")
@@ -83,17 +110,37 @@ def device(
     if id and len(id.encode()) > 100:
         raise ValueError("Expected an --id of at most 100 bytes.")
 
+    enrolled = _enrolled(member, certificate, population)
+
     from shoal.cli import data_argument, device_process
+    from shoal.fleet.floor import Floor
 
     examples = data_argument.open_data(data, split=split, users=users, user_column=user_column)
     chosen = device_process.choose(examples, first=first, count=count)
+    if enrolled is not None and len(chosen) != 1:
+        raise ValueError(
+            f"Expected one user with --member, which is one device's key, got {len(chosen)}; take --count 1."
+        )
     watch.lap("data")
     settings = device_process.Settings(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
-        population=population, tasks=tuple(task or ()),
+        population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
+        floor=Floor(
+            secure=secure, minimum_group=minimum, colluders=colluders, authority=enrolled.authority if enrolled else None
+        ),
     )  # fmt: skip
     device_process.run(settings, examples, screen=screen, watch=watch, parent=parent)
+
+
+def _enrolled(member: Path | None, certificate: str, population: str) -> "Enrolled | None":
+    if (member is None) != (not certificate):
+        raise ValueError("Expected --member FILE and --certificate together: a key, and the authority's word for it.")
+    if member is None:
+        return None
+    from shoal.fleet.enrolment import Enrolled, read_secret
+
+    return Enrolled.of(read_secret(member), certificate, population=population, wall_s=time.time())
 
 
 def options_memory(text: str) -> int:

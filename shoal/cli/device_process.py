@@ -5,7 +5,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.floor import Floor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
@@ -28,6 +29,7 @@ from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
+from shoal.privacy.identity import Identity
 
 log = logging.getLogger("shoal.device")
 
@@ -62,6 +64,10 @@ class Settings:
     population: str = "default"
     tasks: tuple[str, ...] = ()
     """Those to serve; none: any."""
+    floor: Floor = field(default_factory=Floor)
+    """What a plan must promise at least."""
+    identity: Identity | None = None
+    """Of the one device that an authority knows."""
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
@@ -121,7 +127,7 @@ def make_host(settings: Settings, runtime: Runtime) -> DeviceHost:
     """What the users' devices share."""
     return DeviceHost(
         make_runner=partial(_make_runner, settings), runtime=runtime, trusted_key=settings.trusted_key,
-        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state,
+        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state, floor=settings.floor, identity=settings.identity,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from shoal.cli import (
     doctor,
     edge,
     embed,
+    enrol,
     host,
     new,
     options,
@@ -69,6 +70,7 @@ for _name, _function, _epilog in (
 ):
     app.command(_name, epilog=_epilog)(_function)
 app.add_typer(embed.app, name="embed")
+app.add_typer(enrol.app, name="enrol")
 app.add_typer(runs.app, name="runs")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 

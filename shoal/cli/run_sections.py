@@ -10,6 +10,7 @@ from shoal.cli.screen import Screen
 from shoal.errors import StoreError
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
+from shoal.policy import Privacy
 from shoal.record.run import Run, shown_status
 from shoal.record.store import MetricRow, RoundRow, UsageRow
 
@@ -75,8 +76,19 @@ def _plan_facts(plan: Plan, kind: str) -> dict[str, Any]:
         "down": words.size(manifest.model_bytes), "up": words.size(manifest.update_bytes),
         "server rule": f"{manifest.server.rule.kind}, rate {manifest.server.rule.learning_rate:g}",
         "rounds": f"goal {rounds.goal}{selected}, smallest group {rounds.minimum_group}",
+        **_protection(manifest.promises.privacy),
         "purpose": manifest.server.about.purpose or "(not said)",
     }  # fmt: skip
+
+
+def _protection(privacy: Privacy) -> dict[str, str]:
+    """What keeps a device's part from being seen, in words; nothing where nothing does."""
+    made = {} if privacy.clip_norm is None else {"clipped": f"updates to a norm of {privacy.clip_norm:g}"}
+    if privacy.secure is None:
+        return made
+    trust = "the server may lie" if privacy.secure.is_certified else "the server follows the protocol"
+    secure = f"up to {privacy.secure.members} members, {privacy.secure.colluders:.0%} colluders, {privacy.secure.dropouts:.0%} drop-outs; {trust}"
+    return made | {"secure groups": secure}
 
 
 def _pairs(screen: Screen, title: str, values: dict[str, Any]) -> None:

@@ -1,12 +1,7 @@
-"""Groups: updates that are added together before anybody sees them. The machine of an Edge's groups for one task.
+"""Groups: updates that are added together before anybody sees them. What an Edge's groups of one task are told, and say.
 
-`ClearGroups` sees single updates on their way into a sum, held whole until they are checked. (`SecureGroups` will
-answer the same events with key and share phases in between.) Tensors are not state: the machine holds nonces and
-numbers of groups, says `Check(nonce)` and `Add(nonce, group)`, and is told `Checked` and `Added`.
-
-A member belongs to no group until it is added. One that is on the present version goes into the *present* group; a late
-one goes where the policy says: nowhere (discard), into the present group at a discount, or into the group of its own
-version (patch), which changes that version's sum as if it had come in time.
+Two machines answer the same events: `ClearGroups` sees single updates on their way into a sum, `SecureGroups` sees sums only. Tensors are
+not state: a machine holds nonces and numbers of groups, says what is to be done with them, and is told when it is.
 
 Invariants (tests cite them by number):
     (1) Every member ends in exactly one of counted, refused, released.
@@ -17,20 +12,17 @@ Invariants (tests cite them by number):
     (6) Nobody is more than `max_staleness` versions behind when it is added.
     (7) What is added below the minimum is never lost: its group stays, or becomes part of a later one.
     (8) Whoever is checked, and has room, is added next: nobody in the queue waits for something else to happen.
-
-One member's way::
-
-    Joined─> joined ─Offered─> offered ─Checked(ok)─> checked ─(its turn)─> adding ─Added─> added ─Stored/Committed─> counted
-    any of the first four ─Refuse / Close / too late / Gone─> refused | released
 """
 
-from collections import deque
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol, runtime_checkable
+from typing import Final
 
 from shoal.errors import InvalidTransition
 from shoal.policy import RoundPolicy
+
+NO_NEED: Final = "the round has what it needs"
 
 
 class Member(Enum):
@@ -224,36 +216,15 @@ class Closed:
 Command = Check | Add | Merge | Drop | Tell | JoinRound | CountMember | ReleaseMember | Closed | Form
 
 
-@runtime_checkable
-class Groups(Protocol):
-    """What every mode's groups are."""
-
-    def step(self, event: Event, now_s: float) -> list[Command]:
-        """Advances by one event."""
-        ...
-
-    def state(self, nonce: bytes) -> Member | None:
-        """Where a member is; None where it is none."""
-        ...
-
-    def base_version(self, group: int) -> int:
-        """The version whose sum a group is part of."""
-        ...
-
-    def members(self, group: int) -> tuple[bytes, ...]:
-        """Who is in a group."""
-        ...
-
-
 @dataclass(slots=True)
-class _Group:
+class Group:
     version: int
     """Whose sum it is part of."""
     members: list[bytes] = field(default_factory=list)
 
 
-class ClearGroups:
-    """Groups that see single updates. See the module's text."""
+class Groups(ABC):
+    """What every kind of groups has in common: members that come and go, rounds that open, close and end."""
 
     def __init__(self, policy: RoundPolicy, *, most: int) -> None:
         """`most`: members that fit the sum of one version."""
@@ -261,23 +232,23 @@ class ClearGroups:
         self._version = -1
         self._is_open = self._is_ending = False
         self._states: dict[bytes, Member] = {}
-        self._versions: dict[bytes, int] = {}  # of those that are not added yet
-        self._queue: deque[bytes] = deque()
-        self._adding: bytes | None = None
-        self._groups: dict[int, _Group] = {}
+        self._versions: dict[bytes, int] = {}  # of those that are in no group
+        self._groups: dict[int, Group] = {}
         self._num_groups = 0
         self._room: dict[int, int] = {}  # version -> members that its sum has room for
-        self._present = self._new_group(-1)
         self._closing: Close | None = None
         self._closed: tuple[int, ...] = ()
 
     def state(self, nonce: bytes) -> Member | None:
+        """Where a member is; None where it is none."""
         return self._states.get(nonce)
 
     def base_version(self, group: int) -> int:
+        """The version whose sum a group is part of."""
         return self._groups[group].version
 
     def members(self, group: int) -> tuple[bytes, ...]:
+        """Who is in a group."""
         return tuple(self._groups[group].members)
 
     def takes(self, version: int) -> bool:
@@ -285,7 +256,8 @@ class ClearGroups:
         return self._is_open and 0 <= self._version - version <= self._policy.max_staleness
 
     def step(self, event: Event, now_s: float) -> list[Command]:
-        del now_s  # this mode has no windows of its own
+        """Advances by one event."""
+        del now_s  # groups have no windows of their own
         match event:
             case Open(version, taken):
                 self._room |= {of: self._most - members for of, members in taken}
@@ -294,15 +266,11 @@ class ClearGroups:
                 return self._join(nonce, version)
             case Offered(nonce) if self._states.get(nonce) is Member.JOINED:
                 self._states[nonce] = Member.OFFERED
-                return [Check(nonce)]
+                return self._offered(nonce)
             case Offered(nonce) if nonce in self._states:
                 return []  # offered again by a device that heard no answer
             case Offered(nonce):
                 return [Tell(nonce, "refused", reason="late", detail="The round has closed.")]
-            case Checked(nonce, reason, detail):
-                return self._checked(nonce, reason, detail)
-            case Added(nonce) if nonce == self._adding:
-                return self._was_added(nonce)
             case Gone(nonce, _):
                 return self._drop(nonce)
             case Dissolve():
@@ -316,12 +284,37 @@ class ClearGroups:
                 return self._end("counted", version)
             case Failed(why):
                 return self._fail(why)
-        raise InvalidTransition(f"{event} is not allowed; open: {self._is_open}, closing: {self._closing}.")
+        told = self._step(event)
+        if told is None:
+            raise InvalidTransition(f"{event} is not allowed; open: {self._is_open}, closing: {self._closing}.")
+        return told
 
-    def _new_group(self, version: int) -> int:
-        self._num_groups += 1
-        self._groups[self._num_groups] = _Group(version)
-        return self._num_groups
+    # What each kind does in its own way.
+
+    @abstractmethod
+    def _step(self, event: Event) -> list[Command] | None:
+        """An event of its own; None where it is not allowed."""
+
+    @abstractmethod
+    def _after_open(self) -> list[Command]:
+        """A version's first round has opened."""
+
+    @abstractmethod
+    def _offered(self, nonce: bytes) -> list[Command]:
+        """A member has its update."""
+
+    @abstractmethod
+    def _finish_closing(self) -> list[Command]:
+        """Ends a close once nothing is to be waited for."""
+
+    @abstractmethod
+    def _dissolve(self) -> list[Command]:
+        """Gives up what is below the minimum."""
+
+    def _forget(self, nonce: bytes) -> None:
+        """Of one that is in no group nothing remains."""
+        del self._states[nonce]
+        self._versions.pop(nonce, None)
 
     # Rounds.
 
@@ -330,68 +323,22 @@ class ClearGroups:
         again = version == self._version and self._is_open
         self._version, self._is_open = version, True
         if again:
-            return []  # the round before was abandoned: its group goes on
+            return []  # the round before was abandoned: its groups go on
         told: list[Command] = []
         for nonce, trained_on in list(self._versions.items()):
             if not self.takes(trained_on):
                 told += self._release(nonce, "too late")
         self._room = {v: room for v, room in self._room.items() if version - v <= self._policy.max_staleness}
         self._room.setdefault(version, self._most)
-        return told + self._regroup() + self._add_next()
-
-    def _regroup(self) -> list[Command]:
-        """Groups that nobody has seen yet: those that can still be patched in stay, the others go into the present one."""
-        old, self._present = self._groups, 0
-        self._groups = {}
-        self._present = self._new_group(self._version)
-        merged: list[Command] = []
-        for number, group in old.items():
-            if not group.members:
-                continue
-            if self._policy.late.kind == "patch" and self.takes(group.version) and group.version != self._version:
-                self._groups[number] = group
-            else:
-                merged.append(Merge(number, self._present))
-                self._groups[self._present].members += group.members
-                if group.version != self._version:
-                    self._room[self._version] -= len(group.members)
-        return merged
+        return told + self._after_open()
 
     def _close(self, close: Close) -> list[Command]:
         self._closing, self._is_ending = close, close.final
         told: list[Command] = []
         if close.final and not self._policy.max_staleness:
             for nonce in [n for n, state in self._states.items() if state is Member.JOINED]:
-                told += self._release(nonce, "the round has what it needs")
+                told += self._release(nonce, NO_NEED)
         return told + self._finish_closing()
-
-    def _finish_closing(self) -> list[Command]:
-        close = self._closing
-        if close is None:
-            return []
-        if not close.final:
-            return self._close_full_groups()
-        if self._adding is not None:
-            return []
-        if adding := self._add_next():  # those who have finished are used
-            return adding
-        if any(state is Member.OFFERED for state in self._states.values()):
-            return []  # they are being checked
-        self._closing = None
-        told: list[Command] = []
-        for nonce in list(self._queue):  # no room for them
-            told += self._release(nonce, "the round has what it needs")
-        minimum = self._policy.minimum_group
-        self._closed = tuple(n for n, group in self._groups.items() if len(group.members) >= minimum)
-        return [*told, Closed(self._closed)]
-
-    def _close_full_groups(self) -> list[Command]:
-        self._roll()
-        full = [n for n, group in self._groups.items() if n != self._present and group.version == self._version]
-        if self._adding is not None and any(self._adding in self._groups[n].members for n in full):
-            return []
-        self._closing, self._closed = None, tuple(full)
-        return [Closed(self._closed), *self._add_next()]
 
     def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[Command]:
         told: list[Command] = []
@@ -418,84 +365,21 @@ class ClearGroups:
         if nonce in self._states:
             return []
         if not self.takes(version) or (self._is_ending and not self._policy.max_staleness):
-            return [Tell(nonce, "released", reason="the round has what it needs")]
+            return [Tell(nonce, "released", reason=NO_NEED)]
         self._states[nonce], self._versions[nonce] = Member.JOINED, version
         return [JoinRound(nonce, version)]
 
-    def _checked(self, nonce: bytes, reason: str, detail: str) -> list[Command]:
-        if self._states.get(nonce) not in (Member.JOINED, Member.OFFERED):
-            return []  # it was released while it was checked
-        if reason:
-            self._forget(nonce)
-            told: list[Command] = [Tell(nonce, "refused", reason=reason, detail=detail), ReleaseMember(nonce)]
-            return told + self._finish_closing()
-        assert self._states[nonce] is Member.OFFERED, "only what is whole is found good"
-        self._states[nonce] = Member.CHECKED
-        self._queue.append(nonce)
-        return self._add_next()
-
-    def _add_next(self) -> list[Command]:
-        """The oldest in the queue whose version's sum has room."""
-        if self._adding is not None or not self._is_open or (self._is_ending and self._closing is None):
-            return []
-        for nonce in self._queue:
-            staleness = self._version - self._versions[nonce]
-            version = self._versions[nonce] if self._policy.late.kind == "patch" else self._version
-            if self._room.setdefault(version, self._most) <= 0:
-                continue
-            self._roll()
-            self._queue.remove(nonce)
-            self._room[version] -= 1
-            self._adding, self._states[nonce] = nonce, Member.ADDING
-            group = self._present if version == self._version else self._late_group(version)
-            self._groups[group].members.append(nonce)
-            return [Add(nonce, group, self._policy.discount(staleness))]
-        return []
-
-    def _roll(self) -> None:
-        """A new present group where the last is full, unless what is left to the goal could not be a group of its own."""
-        added = self._most - self._room[self._version]
-        left = self._policy.commit_at - added
-        is_full = 0 < self._policy.group_size <= len(self._groups[self._present].members)
-        if is_full and left >= self._policy.minimum_group:
-            self._present = self._new_group(self._version)
-
-    def _late_group(self, version: int) -> int:
-        late = [n for n, group in self._groups.items() if group.version == version and n != self._present]
-        return late[0] if late else self._new_group(version)
-
-    def _was_added(self, nonce: bytes) -> list[Command]:
-        staleness = self._version - self._versions.pop(nonce)
-        self._states[nonce], self._adding = Member.ADDED, None
-        counted: list[Command] = [CountMember(nonce, staleness)]
-        return counted + (self._finish_closing() if self._closing is not None else self._add_next())
-
     def _drop(self, nonce: bytes) -> list[Command]:
-        if self._states.get(nonce) in (Member.JOINED, Member.OFFERED):
-            self._forget(nonce)
-            dropped: list[Command] = [ReleaseMember(nonce)]
-            return dropped + self._finish_closing()
-        return []
-
-    def _dissolve(self) -> list[Command]:
-        group = self._groups[self._present]
-        is_busy = self._closing is not None or self._closed or self._adding is not None or self._queue
-        if is_busy or len(group.members) >= self._policy.minimum_group:
+        if self._states.get(nonce) not in (Member.JOINED, Member.OFFERED):
             return []
-        commands: list[Command] = [Drop(self._present)] if group.members else []
-        self._room[self._version] += len(group.members)
-        for nonce in [*group.members, *self._versions]:
-            self._states.pop(nonce)
-            self._versions.pop(nonce, None)
-            commands += [Tell(nonce, "moved"), ReleaseMember(nonce)]
-        group.members.clear()
-        return commands
+        self._forget(nonce)
+        dropped: list[Command] = [ReleaseMember(nonce)]
+        return dropped + self._finish_closing()
 
     def _release(self, nonce: bytes, why: str) -> list[Command]:
         self._forget(nonce)
         return [Tell(nonce, "released", reason=why), ReleaseMember(nonce)]
 
-    def _forget(self, nonce: bytes) -> None:
-        del self._states[nonce], self._versions[nonce]
-        if nonce in self._queue:
-            self._queue.remove(nonce)
+    def _sum_of(self, trained_on: int) -> int:
+        """The version whose sum an update becomes part of."""
+        return trained_on if self._policy.late.kind == "patch" else self._version

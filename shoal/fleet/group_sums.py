@@ -15,6 +15,7 @@ from shoal.aggregate.accumulator import Accumulator
 from shoal.errors import StoreError
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Analytics
+from shoal.fleet.clear_groups import ClearGroups
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.secure_groups import SecureGroups
@@ -204,9 +205,9 @@ class GroupSums:
         self._costs[target].merge(costs)
 
 
-def _machine(manifest: Manifest) -> g.ClearGroups | SecureGroups:
+def _machine(manifest: Manifest) -> g.Groups:
     policy, secure = manifest.server.rounds, manifest.promises.privacy.secure
     if secure is None:
-        return g.ClearGroups(policy, most=policy.max_members)
+        return ClearGroups(policy, most=policy.max_members)
     made = terms(manifest, model="")  # of which only the numbers are asked for
     return SecureGroups(policy, most=policy.max_members, size=secure.members, fits=partial(fits, made))

@@ -18,25 +18,23 @@ One member's way::
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from shoal.errors import InvalidTransition
 from shoal.fleet import group as g
-from shoal.fleet.group import Member
+from shoal.fleet.group import Group, Groups, Member
 from shoal.policy import RoundPolicy
 
 
 @dataclass(slots=True)
-class _Group:
-    version: int
-    """Whose sum it is part of."""
-    trained_on: int
-    members: tuple[bytes, ...]
-    is_formed: bool = field(default=False)
+class _SecureGroup(Group):
+    trained_on: int = 0
+    is_formed: bool = False
 
 
-class SecureGroups:
+class SecureGroups(Groups):
     """See the module's text."""
+
+    _groups: dict[int, _SecureGroup]  # type: ignore[assignment]
 
     def __init__(self, policy: RoundPolicy, *, most: int, size: int, fits: Callable[[int], bool]) -> None:
         """
@@ -46,140 +44,43 @@ class SecureGroups:
             size: members of a group, at most.
             fits: whether so many members can be a secure group; true for `size`.
         """
-        self._policy, self._most, self._size, self._fits = policy, most, size, fits
-        self._version = -1
-        self._is_open = self._is_ending = False
-        self._states: dict[bytes, Member] = {}
-        self._versions: dict[bytes, int] = {}  # of those that are in no group
+        super().__init__(policy, most=most)
+        self._size, self._fits = size, fits
         self._waiting: list[bytes] = []
-        self._groups: dict[int, _Group] = {}
-        self._num_groups = 0
-        self._room: dict[int, int] = {}  # version -> members that its sum has room for
-        self._closing: g.Close | None = None
-        self._closed: tuple[int, ...] = ()
 
-    def state(self, nonce: bytes) -> Member | None:
-        return self._states.get(nonce)
-
-    def base_version(self, group: int) -> int:
-        return self._groups[group].version
-
-    def members(self, group: int) -> tuple[bytes, ...]:
-        return self._groups[group].members
-
-    def takes(self, version: int) -> bool:
-        """Whether a member on that version may still join."""
-        return self._is_open and 0 <= self._version - version <= self._policy.max_staleness
-
-    def step(self, event: g.Event, now_s: float) -> list[g.Command]:
-        """Advances by one event."""
-        del now_s  # a secure group's deadlines are its own
+    def _step(self, event: g.Event) -> list[g.Command] | None:
         match event:
-            case g.Open(version, taken):
-                self._room |= {of: self._most - members for of, members in taken}
-                return self._open(version)
-            case g.Joined(nonce, version):
-                return self._join(nonce, version)
-            case g.Offered(nonce) if self._states.get(nonce) is Member.JOINED:
-                self._states[nonce] = Member.OFFERED
-                self._waiting.append(nonce)
-                return self._form()
-            case g.Offered(nonce) if nonce in self._states:
-                return []
-            case g.Offered(nonce):
-                return [g.Tell(nonce, "refused", reason="late", detail="The round has closed.")]
             case g.Formed(group, survivors) if self._is_forming(group):
                 return self._formed(group, survivors)
             case g.Broke(group, spent, why) if self._is_forming(group):
                 return self._broke(group, spent, why)
-            case g.Gone(nonce, _):
-                return self._drop(nonce)
-            case g.Dissolve():
-                return self._dissolve()
-            case g.Close() if self._closing is None:
-                return self._close(event)
-            case g.Stored():
-                return self._end("counted", 0)
-            case g.Committed(version):
-                self._is_open = self._is_ending = False
-                return self._end("counted", version)
-            case g.Failed(why):
-                return self._fail(why)
-        raise InvalidTransition(f"{event} is not allowed; open: {self._is_open}, closing: {self._closing}.")
+        return None
+
+    def _offered(self, nonce: bytes) -> list[g.Command]:
+        self._waiting.append(nonce)
+        return self._form()
 
     # Rounds.
 
-    def _open(self, version: int) -> list[g.Command]:
-        assert self._closing is None, "a close ends before the next round opens"
-        again = version == self._version and self._is_open
-        self._version, self._is_open = version, True
-        if again:
-            return []
-        told: list[g.Command] = []
-        for nonce, trained_on in list(self._versions.items()):
-            if not self.takes(trained_on):
-                told += self._release(nonce, "too late")
-        self._room = {v: room for v, room in self._room.items() if version - v <= self._policy.max_staleness}
-        self._room.setdefault(version, self._most)
-        return told + self._form()
-
-    def _close(self, close: g.Close) -> list[g.Command]:
-        self._closing, self._is_ending = close, close.final
-        told: list[g.Command] = []
-        if close.final and not self._policy.max_staleness:
-            for nonce in [n for n, state in self._states.items() if state is Member.JOINED]:
-                told += self._release(nonce, "the round has what it needs")
-        return told + (self._form() if close.final else []) + self._finish_closing()
+    def _after_open(self) -> list[g.Command]:
+        return self._form()
 
     def _finish_closing(self) -> list[g.Command]:
         close = self._closing
-        if close is None or (close.final and any(not group.is_formed for group in self._groups.values())):
+        if close is None:
             return []
+        told = self._form() if close.final else []
+        if close.final and any(not group.is_formed for group in self._groups.values()):
+            return told
         self._closing = None
-        told: list[g.Command] = []
         if close.final and not self._policy.max_staleness:
             for nonce in list(self._waiting):  # too few for a group
-                told += self._release(nonce, "the round has what it needs")
+                told += self._release(nonce, g.NO_NEED)
         self._closed = tuple(
             number for number, group in self._groups.items()
             if group.is_formed and (close.final or group.version == self._version)
         )  # fmt: skip
         return [*told, g.Closed(self._closed)]
-
-    def _end(self, outcome: str, version: int, *, reason: str = "", detail: str = "") -> list[g.Command]:
-        told: list[g.Command] = []
-        for number in self._closed:
-            for nonce in self._groups.pop(number).members:
-                del self._states[nonce]
-                told.append(g.Tell(nonce, outcome, version=version, reason=reason, detail=detail))
-        self._closed = ()
-        return told
-
-    def _fail(self, why: str) -> list[g.Command]:
-        gone: list[g.Command] = []
-        for number in self._closed:
-            self._room[self._groups[number].version] += len(self._groups[number].members)
-            if not self._is_ending:  # else the round begins anew, and forgets everybody
-                gone += [g.ReleaseMember(nonce) for nonce in self._groups[number].members]
-        if self._is_ending:
-            self._is_open = self._is_ending = False
-        return self._end("refused", 0, reason="failed", detail=why) + gone
-
-    # Members.
-
-    def _join(self, nonce: bytes, version: int) -> list[g.Command]:
-        if nonce in self._states:
-            return []
-        if not self.takes(version) or (self._is_ending and not self._policy.max_staleness):
-            return [g.Tell(nonce, "released", reason="the round has what it needs")]
-        self._states[nonce], self._versions[nonce] = Member.JOINED, version
-        return [g.JoinRound(nonce, version)]
-
-    def _drop(self, nonce: bytes) -> list[g.Command]:
-        if self._states.get(nonce) in (Member.JOINED, Member.OFFERED):
-            self._forget(nonce)
-            return [g.ReleaseMember(nonce)]
-        return []  # of one that is forming its group says what became of it
 
     def _dissolve(self) -> list[g.Command]:
         if self._closing is not None or self._closed or self._groups:
@@ -190,13 +91,8 @@ class SecureGroups:
             commands += [g.Tell(nonce, "moved"), g.ReleaseMember(nonce)]
         return commands
 
-    def _release(self, nonce: bytes, why: str) -> list[g.Command]:
-        self._forget(nonce)
-        return [g.Tell(nonce, "released", reason=why), g.ReleaseMember(nonce)]
-
     def _forget(self, nonce: bytes) -> None:
-        del self._states[nonce]
-        self._versions.pop(nonce, None)
+        super()._forget(nonce)
         if nonce in self._waiting:
             self._waiting.remove(nonce)
 
@@ -209,7 +105,7 @@ class SecureGroups:
             return []
         made: list[g.Command] = []
         for trained_on in sorted({self._versions[nonce] for nonce in self._waiting}, reverse=True):
-            version = trained_on if self._policy.late.kind == "patch" else self._version
+            version = self._sum_of(trained_on)
             waiting = [nonce for nonce in self._waiting if self._versions[nonce] == trained_on]
             while waiting:
                 room = self._room.setdefault(version, self._most)
@@ -224,7 +120,7 @@ class SecureGroups:
 
     def _begin(self, nonces: tuple[bytes, ...], trained_on: int, version: int) -> g.Form:
         self._num_groups += 1
-        self._groups[self._num_groups] = _Group(version, trained_on, nonces)
+        self._groups[self._num_groups] = _SecureGroup(version, list(nonces), trained_on=trained_on)
         self._room[version] -= len(nonces)
         for nonce in nonces:
             self._waiting.remove(nonce)
@@ -239,7 +135,7 @@ class SecureGroups:
         group = self._groups[number]
         assert set(survivors) <= set(group.members) and self._fits(len(group.members))
         lost = [nonce for nonce in group.members if nonce not in set(survivors)]
-        group.members, group.is_formed = survivors, True
+        group.members, group.is_formed = list(survivors), True
         self._room[group.version] += len(lost)
         told: list[g.Command] = []
         for nonce in survivors:

@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from shoal.metric_names import LEFT_OUT, is_tail
 from shoal.plan.manifest import Manifest
+from shoal.policy import Secure
 from shoal.report.facts import Facts
 from shoal.report.over_users import over_users
 
@@ -148,16 +149,22 @@ def _privacy(facts: Facts) -> str:
     if facts.run.kind == "train":
         return "The examples were in the hands of whoever trained. **No differential privacy was used.**"
     privacy = facts.manifest.promises.privacy if facts.manifest is not None else None
+    secure = privacy.secure if privacy is not None else None
     text = [
-        "**No differential privacy and no secure aggregation were used.** Nothing bounds what the model, or one update, "
-        "gives away about a single example; treat the model as if it could remember its examples."
+        "**No differential privacy was used.** Nothing bounds what the model, or one update, gives away about a single example; treat the "
+        "model as if it could remember its examples."
     ]
     if facts.run.kind == "simulate":
         text.append("The devices were simulated: all examples were in one process.")
+    elif secure is None:
+        text.append(
+            "**No secure aggregation was used.** The examples stayed on the devices. The server saw each update on its way into a sum, in "
+            "the clear, and kept none; only versions made of the sum over a round reached its disk."
+        )
     else:
         text.append(
-            "The examples stayed on the devices. The server saw each update on its way into a sum, in the clear, and kept "
-            "none; only versions made of the sum over a round reached its disk."
+            "**Updates were added up in secure groups**: the examples stayed on the devices, and the server learned sums over at least "
+            f"{facts.manifest.promises.minimum_group if facts.manifest else 0} honest devices, none singly, {_trust(secure)}."
         )
     if facts.manifest is not None and privacy is not None:
         bound = (
@@ -169,6 +176,16 @@ def _privacy(facts: Facts) -> str:
             f"No sum of fewer than {facts.manifest.promises.minimum_group} updates was made into a version; {bound}"
         )
     return "\n\n".join(text)
+
+
+def _trust(secure: Secure) -> str:
+    """What that assumes."""
+    within = f"as long as of a group at most {secure.colluders:.0%} told it all they knew"
+    if secure.is_certified:
+        return (
+            f"{within}; it may have lied to them, as the devices were certified by another ({secure.authority[:16]}…)"
+        )
+    return f"{within} and it **followed the protocol** (nobody but the server vouched for the devices)"
 
 
 def _provenance(provenance: Mapping[str, Any], facts: Facts) -> str:

@@ -48,13 +48,18 @@ class VirtualTraining:
             runner: of a plan with the same programs; None: one of its own.
 
         Raises:
-            ValueError: the plan's devices keep state.
+            ValueError: the plan's devices keep state, or it has secure groups.
             DataError: no user has examples.
         """
         if plan.manifest.device_state:
             raise ValueError(
                 f"Task {plan.manifest.task!r} keeps state on devices ({len(plan.manifest.device_state)} tensors), which a "
                 "virtual fleet does not hold. Simulate it without --virtual, or leave the training out."
+            )
+        if plan.manifest.promises.privacy.secure is not None:
+            raise ValueError(
+                f"Task {plan.manifest.task!r} has secure groups, which a virtual fleet does not play. Simulate it without --virtual (the "
+                "sums have the same bits), or take Privacy(secure=None) for this."
             )
         self._manifest, self._population, self._user_of = plan.manifest, population, user_of
         self._sizes = population.sizes()

@@ -232,8 +232,8 @@ async def says(peer: toy.Peer, what: str) -> None:
     ("what", "line"),
     [
         ("too long", "at most 65536 bytes"),
-        ("nothing", "Expected check_in, report, gave_up or ping"),
-        ("secure", "Expected check_in, report, gave_up or ping"),
+        ("nothing", "Expected check_in, report, group, gave_up or ping"),
+        ("secure", "groups have no phases"),
         ("no name", "device id of 1 to 200 bytes"),
         ("long name", "device id of 1 to 200 bytes"),
         ("no version", "three numbers"),

@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from shoal.errors import InvalidTransition
+from shoal.fleet.clear_groups import ClearGroups
 from shoal.fleet.group import (
     Add,
     Added,
     Check,
     Checked,
-    ClearGroups,
     Close,
     Closed,
     Committed,

@@ -1,7 +1,8 @@
 """Secure groups in a live fleet: sums that are exact, of which the Edge sees no part, whoever goes away, whatever stream breaks."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from shoal.errors import NetworkError, PlanError
+from shoal.fleet import forming
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.enrolment import Enrolled, certify, public_key
 from shoal.fleet.floor import Floor
 from shoal.fleet.forming import FormingGroups
 from shoal.fleet.link import LocalLink, Stream
@@ -41,9 +46,10 @@ def devices(link: Any, num: int = NUM, **named: Any) -> list[Device]:
     return [toy.device(f"device-{i}", link, value=0.25 * i - 1.0, num=1 + i % 4, **named) for i in range(num)]
 
 
-def mean(num: int = NUM) -> float:
-    weights = np.array([1 + i % 4 for i in range(num)])
-    return float(np.sum(weights * (0.25 * np.arange(num) - 1.0)) / np.sum(weights))
+def mean(of: Sequence[int] = range(NUM)) -> float:
+    """Of these devices' updates."""
+    weights = np.array([1 + i % 4 for i in of])
+    return float(np.sum(weights * (0.25 * np.array(of) - 1.0)) / np.sum(weights))
 
 
 @in_loop
@@ -214,3 +220,77 @@ def test_what_was_being_written_when_a_device_fell_was_not_revealed(tmp_path: Pa
     assert b"a" * 32 in again and b"b" * 32 not in again
     again.add(b"c" * 32)
     assert b"c" * 32 in SpentUpdates(path)
+
+
+@in_loop
+async def test_certified_members_only() -> None:
+    key = Ed25519PrivateKey.generate()
+    secret, authority = key.private_bytes_raw(), key.public_key().public_bytes_raw().hex()
+    secure = Secure(members=16, colluders=0.0, dropouts=0.1, authority=authority)
+
+    def host(name: str, population: str = "default") -> DeviceHost:
+        own = name.encode().ljust(32)
+        made = certify(secret, public_key(own), population=population, until_s=time.time() + 60)
+        enrolled = Enrolled.of(own, made, population=population, wall_s=time.time())
+        trusted = Trusted(key.public_key(), "default")
+        return DeviceHost(
+            make_runner=toy.ToyRunner, runtime=toy.RUNTIME, identity=enrolled.identity, floor=Floor(authority=trusted)
+        )
+
+    privacy = Privacy(delta_bound=8.0, clip_norm=1000.0, secure=secure)
+    async with toy.fleet(plan(privacy=privacy, rounds={"over_selection": 1.1, "reporting_window_s": 3.0})) as fleet:
+        stranger = toy.device("stranger", fleet.link, value=7.0, host=host("stranger", "elsewhere"))
+        members = [
+            toy.device(f"device-{i}", fleet.link, value=0.25 * i - 1.0, num=1 + i % 4, host=host(f"device-{i}"))
+            for i in range(NUM)
+        ]
+        fleet.start(stranger, *members)
+        await fleet.tasks[0]
+        counted = [i for i, device in enumerate(members) if device.progress.counted]
+        assert stranger.progress.counted == 0 and len(counted) >= NUM - 1, "a place may have gone to the stranger"
+        assert fleet.members == [0, len(counted)]
+        assert fleet.model["params/w"] == pytest.approx(mean(counted), abs=1e-6)
+
+
+PHASES = ("advert", "shares", "masked", "signed", "unmask", "complaint", "x")
+STUFF = st.one_of(st.binary(max_size=80), st.just(b""), st.just(bytes(4 * 1024)))
+
+
+@pytest.fixture
+def short_phases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forming, "SHORTEST_PHASE_S", 0.2)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(says=st.lists(st.tuples(st.sampled_from(PHASES), STUFF), min_size=1, max_size=6), at=st.integers(0, 3))
+def test_hostile_members_bring_down_nobody(short_phases: None, says: list[tuple[str, bytes]], at: int) -> None:
+    """Three of 27 are honest up to a message of the group, and then say anything."""
+
+    async def play() -> None:
+        async with toy.fleet(plan(rounds={"over_selection": 1.25, "reporting_window_s": 2.0})) as fleet:
+            fleet.start(*(_Hostile(f"bad-{i}", fleet.link, says, at) for i in range(3)))
+            honest = devices(fleet.link, 2 * NUM)
+            fleet.start(*honest)
+            await fleet.tasks[0]
+            while sum(device.progress.counted for device in honest) < fleet.members[-1] - 3:
+                await asyncio.sleep(0.01)
+            counted = [i for i, device in enumerate(honest) if device.progress.counted]
+            if len(counted) == fleet.members[-1]:  # else a hostile member's own vector is in the sum
+                assert fleet.model["params/w"] == pytest.approx(mean(counted), abs=1e-6)
+
+    asyncio.run(asyncio.wait_for(play(), timeout=25))
+
+
+class _Hostile(Device):
+    def __init__(self, name: str, link: Any, says: list[tuple[str, bytes]], at: int) -> None:
+        host = toy.device_host()
+        super().__init__(name, lambda: toy.examples(0.0, 1), link=link, host=host, rng=np.random.default_rng(0))
+        self._says, self._at = says, at
+
+    async def _answer(self, work: Any, secure: Any, message: pb.GroupMessage, stream: Stream) -> None:
+        if self._at > 0:
+            self._at -= 1
+            return await super()._answer(work, secure, message, stream)
+        for phase, data in self._says:
+            told = pb.GroupMessage(token=message.token, phase=phase, data=data)
+            await stream.send(pb.FromDevice(group=told))

@@ -3,6 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from shoal.plan.manifest import Promises
+from shoal.policy import Privacy, Secure
 from shoal.report.card import card_text, write_card
 from shoal.report.facts import Facts
 
@@ -27,11 +31,23 @@ def test_the_card_says_how_it_was_trained(facts: Facts) -> None:
 
 def test_privacy_is_not_made_up(facts: Facts) -> None:
     text = _section(card_text(facts), "Privacy")
-    assert "No differential privacy and no secure aggregation were used." in text
+    assert "No differential privacy was used." in text
     assert "fewer than 2 updates" in text
     fleet = replace(facts, run=replace(facts.run, kind="host"))
     assert "The examples stayed on the devices." in card_text(fleet)
     assert "stayed" not in text
+
+
+@pytest.mark.parametrize(
+    ("authority", "text"), [("", "it **followed the protocol**"), ("ab" * 32, "it may have lied to them")]
+)
+def test_secure_groups_are_told_with_their_trust(facts: Facts, authority: str, text: str) -> None:
+    assert facts.manifest is not None
+    privacy = Privacy(clip_norm=1.0, secure=Secure(colluders=0.2, authority=authority))
+    manifest = replace(facts.manifest, promises=Promises.of(privacy, minimum_group=8))
+    told = _section(card_text(replace(facts, manifest=manifest, run=replace(facts.run, kind="host"))), "Privacy")
+    assert "sums over at least 8 honest devices" in told and "at most 20%" in told and text in told
+    assert "in the clear" not in told and "clipped to a norm of 1" in told
 
 
 def test_results_and_notes_come_first(facts: Facts) -> None:
