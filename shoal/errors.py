@@ -107,6 +107,10 @@ class LeaseLost(StoreError):
     """Another process has taken the run over; whoever gets this must stop serving it."""
 
 
+class BudgetSpent(ShoalError):
+    """A budget does not allow what is to be taken from it; nothing was."""
+
+
 class MissingExtra(ShoalError):
     """An optional library is missing."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shoal.record._checks import Counted, to_json
-from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, RunRow, TokenRow, UsageRow
+from shoal.record.store import CommitRow, EventRow, GroupRow, LedgerRow, MetricRow, RoundRow, RunRow, TokenRow, UsageRow
 from shoal.tensors import Index
 
 Values = dict[str, Any]
@@ -40,6 +40,20 @@ def round_values(run_id: str, row: RoundRow) -> Values:
 def round_row(values: Values) -> RoundRow:
     read = {name: json.loads(values[name]) for name in ("configuration", "analytics")}
     return RoundRow(**{**_without_run(values), **read})
+
+
+def ledger_values(row: LedgerRow) -> Values:
+    return {
+        "population": row.population, "budget": row.budget, "entry": row.entry, "amount": float(row.amount), "run_id": row.run_id,
+        "reservation": row.reservation, "time_s": float(row.time_s),
+        "data": to_json({"round": int(row.round), **row.data}, what="the ledger's data"),
+    }  # fmt: skip
+
+
+def ledger_row(values: Values) -> LedgerRow:
+    data = json.loads(values["data"])
+    kept = {name: value for name, value in values.items() if name not in ("id", "data")}
+    return LedgerRow(**kept, number=values["id"], round=data.pop("round"), data=data)
 
 
 def group_values(run_id: str, row: GroupRow, *, number: int, version: int | None) -> Values:

@@ -11,6 +11,7 @@ from shoal.record.schema import (
     GROUPS,
     INDEXES,
     LEASES,
+    LEDGER,
     METRICS,
     ROUND_LOGS,
     ROUNDS,
@@ -24,7 +25,7 @@ _NUMBER: Final[BindParameter[int]] = bindparam("at")
 _NONCE: Final[BindParameter[bytes]] = bindparam("nonce_is")
 ADD: Final = {
     table: adding(table)
-    for table in (RUNS, INDEXES, COMMITS, ROUNDS, ROUND_LOGS, GROUPS, TOKENS, METRICS, USAGE, EVENTS, LEASES)
+    for table in (RUNS, INDEXES, COMMITS, ROUNDS, ROUND_LOGS, GROUPS, TOKENS, METRICS, USAGE, EVENTS, LEASES, LEDGER)
 }
 FIND_RUN: Final = Prepared(select(RUNS.c.id).where(RUNS.c.id == _RUN))
 HELD_BY: Final = Prepared(select(LEASES.c.fence).where(LEASES.c.name == _RUN, LEASES.c.holder != ""))
@@ -97,3 +98,10 @@ ALL_USAGE: Final = (
 ALL_EVENTS: Final = (
     select(EVENTS.c.time_s, EVENTS.c.kind, EVENTS.c.data).where(EVENTS.c.run_id == _RUN).order_by(EVENTS.c.id)
 )
+
+LEDGER_OF: Final = (
+    select(LEDGER)
+    .where(LEDGER.c.population == bindparam("population_is"), LEDGER.c.budget == bindparam("budget_is"))
+    .order_by(LEDGER.c.id)
+)
+LEDGER_OF_RUN: Final = select(LEDGER).where(LEDGER.c.run_id == _RUN).order_by(LEDGER.c.id)

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
-from typing import Any, final
+from typing import Any, Literal, final
 
 import numpy as np
 
 from shoal.errors import LeaseLost
-from shoal.record import _checks, _leases
+from shoal.record import _checks, _leases, _ledger
 from shoal.record._checks import Counted
 from shoal.record._rows import plain
 from shoal.record._sweep import swept_versions
@@ -26,11 +26,13 @@ from shoal.record.store import (
     FinalRow,
     GroupRow,
     LeaseRow,
+    LedgerRow,
     MetricRow,
     RoundLog,
     RoundRow,
     RunRow,
     RunStatus,
+    Spend,
     TokenRow,
     UsageRow,
 )
@@ -163,6 +165,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._blobs = MemoryBlobs()
         self._runs: dict[str, _Run] = {}
+        self._ledger: list[LedgerRow] = []
         self._leases: dict[str, LeaseRow] = {}
         self._fences: dict[str, int] = {}  # run -> of the lease that this store took
         self._lock = threading.RLock()
@@ -183,12 +186,14 @@ class MemoryStore:
             other._blobs = self._blobs.copy()
             other._runs = {run_id: run.copy() for run_id, run in self._runs.items()}
             other._leases, other._fences = dict(self._leases), dict(self._fences)
+            other._ledger = list(self._ledger)
             return other
 
     def opened_again(self) -> "MemoryStore":
         """Another store on this very record, as another process would open it: it has none of this one's leases."""
         other = MemoryStore()
         other._blobs, other._runs, other._leases, other._lock = self._blobs, self._runs, self._leases, self._lock
+        other._ledger = self._ledger
         return other
 
     # Leases
@@ -266,7 +271,7 @@ class MemoryStore:
 
     # Rounds and groups
 
-    def open_round(self, run_id: str, row: RoundRow) -> None:
+    def open_round(self, run_id: str, row: RoundRow, *, spend: Spend | None = None) -> None:
         _checks.check_open(row)
         row = _plain_round(row)
         with self._lock:
@@ -274,10 +279,35 @@ class MemoryStore:
             _need_version(run, row.base_version)
             if row.number in run.rounds:
                 raise _checks.round_exists(row.number, run.rounds[row.number].state)
+            if spend is not None:
+                population = run.row.population
+                spend.allows(_ledger.standing(self.ledger(population, spend.budget)))
+                self._enter(
+                    _ledger.reserved(spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s)
+                )
             run.rounds[row.number] = row
 
+    def ledger(self, population: str, budget: str) -> list[LedgerRow]:
+        with self._lock:
+            return [row for row in self._ledger if (row.population, row.budget) == (population, budget)]
+
+    def _enter(self, *rows: LedgerRow) -> None:
+        for row in rows:
+            plain_row = replace(row, number=len(self._ledger) + 1, data=plain(row.data, what="the ledger's data"))
+            self._ledger.append(plain_row)
+
+    def _answer(self, run_id: str, row: RoundRow, entry: Literal["settlement", "release"]) -> None:
+        rows = [row for row in self._ledger if row.run_id == run_id]
+        self._enter(*_ledger.answers(rows, round=row.number, entry=entry, time_s=row.closed_s or row.opened_s))
+
     def close_round(
-        self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = (), log: RoundLog | None = None
+        self,
+        run_id: str,
+        row: RoundRow,
+        *,
+        usage: Sequence[UsageRow] = (),
+        log: RoundLog | None = None,
+        gives_back: bool = False,
     ) -> None:
         _checks.check_closed(row)
         _checks.check_usage(usage)
@@ -292,6 +322,8 @@ class MemoryStore:
             run.rounds[row.number] = row
             run.usage.extend(usage)
             _keep_log(run, log)
+            if gives_back:
+                self._answer(run_id, row, "release")
 
     def rounds(self, run_id: str) -> list[RoundRow]:
         with self._lock:
@@ -377,6 +409,8 @@ class MemoryStore:
             for group in groups:
                 _need_waiting(run, group)
             _need_unsettled(run, counted)
+            if round is not None:
+                self._answer(run_id, round, "settlement")
             self._apply(run, commit, round, groups, counted)
             run.metrics.extend(replace(row, value=float(row.value)) for row in metrics)
             run.usage.extend(usage)

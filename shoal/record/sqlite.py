@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, Literal, final
 
 from sqlalchemy import Connection, delete, exc, select, update
 
 from shoal.errors import StoreError
-from shoal.record import _checks, _leases, _rows, _sweep, migrations
+from shoal.record import _checks, _leases, _ledger, _rows, _sweep, migrations
 from shoal.record import _statements as sql
 from shoal.record._checks import Counted
 from shoal.record._database import Database
@@ -30,6 +30,7 @@ from shoal.record.schema import (
     GROUPS,
     INDEXES,
     LEASES,
+    LEDGER,
     METRICS,
     ROUND_LOGS,
     ROUNDS,
@@ -43,11 +44,13 @@ from shoal.record.store import (
     FinalRow,
     GroupRow,
     LeaseRow,
+    LedgerRow,
     MetricRow,
     RoundLog,
     RoundRow,
     RunRow,
     RunStatus,
+    Spend,
     TokenRow,
     UsageRow,
 )
@@ -213,18 +216,36 @@ class SqliteStore:
 
     # Rounds and groups
 
-    def open_round(self, run_id: str, row: RoundRow) -> None:
+    def open_round(self, run_id: str, row: RoundRow, *, spend: Spend | None = None) -> None:
         _checks.check_open(row)
         values = _rows.round_values(run_id, row)
+        population = self.run(run_id).population if spend is not None else ""
         with self._write(run_id) as connection:
             _need_version(connection, run_id, row.base_version)
             state = sql.ROUND_STATE.scalar(connection, {"run": run_id, "at": row.number})
             if state is not None:
                 raise _checks.round_exists(row.number, state)
             sql.ADD[ROUNDS].run(connection, values)
+            if spend is not None:
+                before = _ledger_of(connection, population, spend.budget)
+                spend.allows(_ledger.standing(before))
+                taken = _ledger.reserved(
+                    spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s
+                )
+                sql.ADD[LEDGER].run(connection, _rows.ledger_values(taken))
+
+    def ledger(self, population: str, budget: str) -> list[LedgerRow]:
+        with self._database.read() as connection:
+            return _ledger_of(connection, population, budget)
 
     def close_round(
-        self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = (), log: RoundLog | None = None
+        self,
+        run_id: str,
+        row: RoundRow,
+        *,
+        usage: Sequence[UsageRow] = (),
+        log: RoundLog | None = None,
+        gives_back: bool = False,
     ) -> None:
         _checks.check_closed(row)
         _checks.check_usage(usage)
@@ -235,6 +256,8 @@ class SqliteStore:
                 raise _checks.not_open(row.number, None)
             sql.ADD[USAGE].run_many(connection, _rows.usage_values(run_id, usage))
             _keep_log(connection, run_id, log)
+            if gives_back:
+                _answer(connection, run_id, row, "release")
 
     def rounds(self, run_id: str) -> list[RoundRow]:
         with self._read(run_id) as connection:
@@ -312,6 +335,8 @@ class SqliteStore:
             sql.ADD[COMMITS].run(connection, _rows.commit_values(run_id, commit))
             if round is not None and not _close_round(connection, run_id, round):
                 sql.ADD[ROUNDS].run(connection, _rows.round_values(run_id, round))
+            elif round is not None:
+                _answer(connection, run_id, round, "settlement")
             _take_groups(connection, run_id, commit.version, groups)
             sql.ADD[TOKENS].run_many(
                 connection, _rows.counted_values(run_id, counted, version=commit.version, group=None)
@@ -511,6 +536,17 @@ def _close_round(connection: Connection, run_id: str, row: RoundRow) -> bool:
     if state is not None:
         raise _checks.not_open(row.number, state)
     return False
+
+
+def _ledger_of(connection: Connection, population: str, budget: str) -> list[LedgerRow]:
+    found = connection.execute(sql.LEDGER_OF, {"population_is": population, "budget_is": budget})
+    return [_rows.ledger_row(row._asdict()) for row in found]
+
+
+def _answer(connection: Connection, run_id: str, row: RoundRow, entry: Literal["settlement", "release"]) -> None:
+    rows = [_rows.ledger_row(found._asdict()) for found in connection.execute(sql.LEDGER_OF_RUN, {"run": run_id})]
+    made = _ledger.answers(rows, round=row.number, entry=entry, time_s=row.closed_s or row.opened_s)
+    sql.ADD[LEDGER].run_many(connection, [_rows.ledger_values(each) for each in made])
 
 
 def _keep_log(connection: Connection, run_id: str, log: RoundLog | None) -> None:

@@ -13,10 +13,12 @@ Invariants (tests cite them by number):
     (5) Every call is one transaction: it happens whole or not at all.
     (6) Of the stores on one record only the one that took a run's lease last writes that run. Every write looks at the
         lease in its own transaction, whatever the clocks say; while nobody has a lease, whoever opens the record may write.
+    (7) What is taken from a budget is taken in the transaction that opens the round, after `Spend.allows` has seen all that
+        was taken before. A commit settles it; only a round that is closed with `gives_back` gives it back.
 """
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -29,6 +31,7 @@ RunStatus = Literal["running", "finished", "failed", "stopped"]
 Scope = Literal["server", "cohort", "class"]
 RoundState = Literal["open", "committed", "abandoned"]
 TokenState = Literal["pending", "counted", "refused"]
+LedgerEntry = Literal["reservation", "settlement", "release"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,6 +106,41 @@ class GroupRow:
     """From 1 within the run, given by the store; 0 before the store has it."""
     version: int | None = None
     """The commit that holds it; None while it waits for one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LedgerRow:
+    """An entry in the ledger of a population's budget."""
+
+    number: int
+    """From 1 within the record."""
+    population: str
+    budget: str
+    """Which: privacy, …"""
+    entry: LedgerEntry
+    """Taken from the budget; known to have been used; given back unused. What is only reserved is spent, too: a crash may have used it."""
+    amount: float
+    run_id: str
+    round: int
+    """That it was taken for."""
+    time_s: float
+    """Seconds since the epoch."""
+    data: Mapping[str, Any]
+    """What it was taken for, as JSON."""
+    reservation: int | None = None
+    """Number of the reservation that a settlement or release answers."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spend:
+    """What opening a round takes from a budget of its run's population."""
+
+    budget: str
+    amount: float
+    data: Mapping[str, Any]
+    """What it is taken for, as JSON."""
+    allows: Callable[[Sequence[LedgerRow]], None]
+    """Looks at the reservations that stand, in the transaction that is to add this one. Raises BudgetSpent: it may not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -305,11 +343,27 @@ class Store(Protocol):
         """What a run's settings are from now on, all of them."""
         ...
 
-    def open_round(self, run_id: str, row: RoundRow) -> None: ...
+    def open_round(self, run_id: str, row: RoundRow, *, spend: Spend | None = None) -> None:
+        """Begins a round, and takes from a budget what it spends. Raises what `spend.allows` raises: it was not begun."""
+        ...
+
     def close_round(
-        self, run_id: str, row: RoundRow, *, usage: Sequence[UsageRow] = (), log: RoundLog | None = None
+        self,
+        run_id: str,
+        row: RoundRow,
+        *,
+        usage: Sequence[UsageRow] = (),
+        log: RoundLog | None = None,
+        gives_back: bool = False,
     ) -> None:
-        """Ends an open round without a commit. One still open when a run is taken up again: see `resume.take_up`."""
+        """Ends an open round without a commit. One still open when a run is taken up again: see `resume.take_up`.
+
+        `gives_back`: what it took from a budget was not used.
+        """
+        ...
+
+    def ledger(self, population: str, budget: str) -> Sequence[LedgerRow]:
+        """All entries of a budget, in order."""
         ...
 
     def rounds(self, run_id: str) -> Sequence[RoundRow]: ...
