@@ -173,7 +173,20 @@ def local_rule(task: Task) -> LocalRule:
     """The task's local rule: its own, or local SGD; its updates clipped where the task's privacy says so."""
     task = with_adapters(task)
     rule = task.rule(task) if task.rule is not None else sgd_rule(task)
-    return rule if task.privacy.clip_norm is None else clipped(rule, task.privacy.clip_norm)
+    if task.privacy.clip_norm is None:
+        return rule
+    rule = clipped(rule, task.privacy.clip_norm)
+    return without_metrics(rule) if task.privacy.noise_multiplier else rule
+
+
+def without_metrics(rule: LocalRule) -> LocalRule:
+    """The rule whose devices tell of their training nothing but their update: what has no noise must not leave them."""
+
+    def finish(carry: Named, broadcast: Named) -> Report:
+        return rule.finish(carry, broadcast)._replace(metrics={})
+
+    kept = tuple(spec for spec in rule.sums if not spec.tensor.name.startswith("metric/"))
+    return replace(rule, finish=finish, sums=kept)
 
 
 def clipped(rule: LocalRule, clip_norm: float) -> LocalRule:

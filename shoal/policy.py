@@ -335,7 +335,7 @@ class Secure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Privacy:
-    """What a task promises its members: bounds, and in what groups updates are added up. Noise is not in this version."""
+    """What a task promises its members: bounds, noise on the sums, and in what groups updates are added up."""
 
     delta_bound: float = 256.0
     """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
@@ -343,7 +343,12 @@ class Privacy:
     """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. None: not
     clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
     noise_multiplier: float = 0.0
-    """Noise over clip norm; 0: none."""
+    """Standard deviation of the noise on a round's sum, over the clip norm; 0: none. With noise the mean is over the round's goal, updates
+    count alike, and no metrics of training are collected (docs/privacy.md)."""
+    epsilon: float | None = None
+    """Most that the population may spend, over all runs of one record; a round that would spend more is not opened. None: no limit."""
+    delta: float = 1e-6
+    """What epsilon is stated at; well below one in the number of devices."""
     secure: Secure | None = None
     """Secure groups. None: the Edge sees each update on its way into the sum."""
 
@@ -353,11 +358,19 @@ class Privacy:
         validate.not_negative(noise_multiplier=self.noise_multiplier)
         if self.clip_norm is not None:
             validate.positive(clip_norm=self.clip_norm)
-        if self.noise_multiplier:
+        if self.noise_multiplier and self.clip_norm is None:
             raise ValueError(
-                f"Expected noise_multiplier=0, got {self.noise_multiplier!r}: this version has no differential privacy yet, and does "
-                "not pretend to."
+                f"Expected a clip_norm with noise_multiplier={self.noise_multiplier:g}, got None: noise hides what one device can change, "
+                "which has to be bounded. Privacy(clip_norm=0.1, noise_multiplier=1.0), say."
             )
+        if self.epsilon is not None:
+            validate.positive(epsilon=self.epsilon)
+            if not self.noise_multiplier:
+                raise ValueError(
+                    f"Expected noise_multiplier > 0 with epsilon={self.epsilon:g}: without noise nothing is private."
+                )
+        if not 0.0 < self.delta < 1.0:
+            raise ValueError(f"Expected 0 < delta < 1, got delta={self.delta!r}.")
         if self.secure is not None and self.clip_norm is None:
             raise ValueError(
                 "Expected a clip_norm with secure groups, got None: their sums have few bits, which are to be made for updates of a known "
@@ -365,8 +378,9 @@ class Privacy:
             )
 
     def to_json(self) -> dict[str, Any]:
-        made = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "secure"}
-        # Plans without secure groups stay as they were; a device that does not know of them refuses those that have them.
+        made = {name: getattr(self, name) for name in ("delta_bound", "clip_norm", "noise_multiplier")}
+        # Plans without noise or secure groups stay as they were; a device that does not know of these refuses those that have them.
+        made |= {"epsilon": self.epsilon, "delta": self.delta} if self.noise_multiplier else {}
         return made | ({"secure": asdict(self.secure)} if self.secure is not None else {})
 
     @classmethod

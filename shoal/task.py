@@ -201,6 +201,7 @@ class Task:
                 "Expected another selection than by size with SCAFFOLD: a device that is drawn twice would change the mean of "
                 "the control variates twice, and its own once. Take uniform selection."
             )
+        _check_noise(self)
         for pattern, rule in self.leaves.items():
             if not _LEAF_RULES.fullmatch(rule):
                 raise ValueError(
@@ -301,6 +302,30 @@ def check_metrics(metrics: Mapping[str, Any], size: int, *, what: str) -> None:
                 raise ValueError(
                     f"Expected {part} of metric {name!r} of the {what} to have shape ({size},), got {shape}."
                 )
+
+
+def _check_noise(task: Task) -> None:
+    """Raises ValueError for what noise cannot protect."""
+    if not task.privacy.noise_multiplier:
+        return
+    if task.local.weighting != "uniform":
+        raise ValueError(
+            "Expected Local(weighting='uniform') with noise, got 'examples': how much one device can change has to be the same for all."
+        )
+    if task.local.partial != "drop":
+        raise ValueError(f"Expected Local(partial='drop') with noise, got {task.local.partial!r}: steps have no noise.")
+    if task.rounds.late.kind != "discard" or task.rounds.buffer:
+        raise ValueError(
+            "Expected late=Late() and buffer=0 with noise: a device would be in a version more than once, or in one that was made before."
+        )
+    if task.rounds.group_size:
+        raise ValueError(
+            f"Expected group_size=0 with noise, got {task.rounds.group_size}: sums would be in the record before they have their noise."
+        )
+    if task.rounds.selection.kind == "by_size":
+        raise ValueError("Expected another selection than by size with noise: who is drawn twice counts twice.")
+    if task.aggregator != "weighted_mean":
+        raise ValueError(f"Expected a task that trains with noise, got aggregation by {task.aggregator!r}.")
 
 
 def _check_parts(task: Task) -> None:

@@ -42,6 +42,10 @@ class Accumulator:
         fixed = fixed_points(sums, bits=bits, max_weight=max_weight, max_members=max_members)
         return cls(sums, fixed, max_weight=max_weight, max_members=max_members)
 
+    def emptied(self) -> "Accumulator":
+        """Another, for the same sums, with nothing in it."""
+        return Accumulator(self.specs, self.fixed, max_weight=self.max_weight, max_members=self.max_members)
+
     def add(self, update: Mapping[str, np.ndarray], *, weight: int) -> None:
         """Checks an update whole, then adds it.
 

@@ -5,8 +5,22 @@ from typing import Any
 
 from shoal.aggregate.commit import Aggregator, CallProgram, WeightedMean
 from shoal.aggregate.keep import Keep
+from shoal.aggregate.noised import Noised
 from shoal.aggregate.statistics import Statistics
-from shoal.policy import ServerRule
+from shoal.policy import Privacy, RoundPolicy, ServerRule
+
+
+def noised(aggregator: Aggregator, privacy: Privacy, rounds: RoundPolicy, *, secret: bytes) -> Aggregator:
+    """The rule, with the noise that the task's privacy asks for.
+
+    Args:
+        aggregator: sees the sums with their noise.
+        privacy, rounds: of the task.
+        secret: 32 bytes that the noise follows from.
+    """
+    if not privacy.noise_multiplier:
+        return aggregator
+    return Noised(aggregator, privacy, rounds.goal, secret)
 
 
 def aggregator_of(

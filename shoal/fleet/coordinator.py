@@ -37,6 +37,7 @@ from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
+from shoal.privacy import spending
 from shoal.record.retention import Retention
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
 from shoal.tensors import Index
@@ -140,6 +141,12 @@ class Coordinator:
         """Groups of the record that the next commit takes in."""
         self._taken: dict[int, int] = {}
         self._retention, self._swept = retention, 0
+        privacy = manifest.promises.privacy
+        noise = privacy.noise_multiplier
+        self._release = spending.Release(noise_multiplier=noise) if noise else None
+        self._spend = spending.spend_of(privacy, self._release) if self._release is not None else None
+        self._has_looked = False
+        """Something was made of the round's sum."""
         self.finished = asyncio.Event()
         self.on_step: Callable[[], None] = lambda: None
         """Told whenever the machine has moved: what it wants may be another."""
@@ -201,6 +208,14 @@ class Coordinator:
         if head is None:
             raise StoreError(f"Run {self._run} has no initial model; it was never begun.")
         self._head = head
+        if self._release is not None:
+            entries = await self._in_thread(lambda: self.store.ledger(self._population, spending.BUDGET))
+            spending.refuse_overspending(
+                self._manifest.promises.privacy,
+                spending.counted(entries),
+                self._release,
+                rounds=self._last_version - head.version,
+            )
         rounds = await self._in_thread(lambda: self.store.rounds(self._run))
         for row in rounds:
             if row.state == "open":
@@ -266,7 +281,7 @@ class Coordinator:
                 log.warning("round %d abandoned: %s", round, reason)
                 await self._until_journaled()
                 self._look_back()
-                await self._abandon(self._round_row(round), reason, self._log(round))
+                await self._abandon(self._round_row(round), reason, self._log(round), gives_back=not self._has_looked)
                 return r.Abandoned()
             case r.Finish():
                 assert self._head is not None
@@ -281,6 +296,7 @@ class Coordinator:
         assert self._head is not None and self._head.version == base_version
         self._opened_s = self._clock.wall_s()
         self._begun_s, self._selected_s, self._analytics = self._clock.now_s(), None, {}
+        self._has_looked = False
         self._configuration = configure(self._manifest, run_seed=self._run_seed, round=round, base_version=base_version)
         self._signed_configuration = hashlib.sha256(
             self._configuration.to_proto().SerializeToString(deterministic=True)
@@ -297,7 +313,7 @@ class Coordinator:
             tries += 1
             if tries > 1 and any(known.number == row.number for known in self.store.rounds(self._run)):
                 return  # written by the try before this one, which heard of a failure nonetheless
-            self.store.open_round(self._run, row)
+            self.store.open_round(self._run, row, spend=self._spend)
 
         await self._durably(write)
 
@@ -446,6 +462,7 @@ class Coordinator:
             # Written by the try before this one, which heard of a failure nonetheless.
             return Commit(last, metrics, late_members, last.created_s - self._opened_s)
         final = following.final(rows) if keeps else None
+        self._has_looked = True
         model, server_state = following.model(present, rows, final if late else None)
         now = self._clock.wall_s()
         time_s = now - self.store.run(self._run).created_s
@@ -530,10 +547,16 @@ class Coordinator:
             log.exception("the events of round %d could not be kept", round)
             return None
 
-    async def _abandon(self, row: RoundRow, reason: str, events: RoundLog | None = None) -> None:
+    async def _abandon(
+        self, row: RoundRow, reason: str, events: RoundLog | None = None, *, gives_back: bool = False
+    ) -> None:
         closed = replace(row, state="abandoned", closed_s=self._clock.wall_s(), reason=reason)
         try:
-            await self._in_thread(lambda: self.store.close_round(self._run, closed, log=events))
+            await self._in_thread(
+                lambda: self.store.close_round(
+                    self._run, closed, log=events, gives_back=gives_back and self._spend is not None
+                )
+            )
         except LeaseLost:
             raise
         except StoreError as error:  # the journal of a round that gave nothing is not worth the run

@@ -381,8 +381,6 @@ class Device:
         begun = time.perf_counter()
         work.update = trained.update
         if work.secure is not None:
-            for told in ("examples", "steps", "padding"):  # they would say what its weight is
-                costs.ClearField(told)
             work.report = pb.Report(token=work.assigned.token, costs=costs)
             return
         work.sends = trained.update.sums
@@ -441,9 +439,11 @@ class Device:
             # For its turn, and for what another device of the process fetched or started.
             wait_s=trained.started_s - begun - spent.wire_s - spent.start_s,
             wire_s=spent.wire_s,
-            padding=trained.update.padding,
-            examples=trained.update.weight,
         )
+        if (
+            not is_secure and not prepared.manifest.promises.privacy.noise_multiplier
+        ):  # else they would say what nothing else does
+            costs.padding, costs.examples = trained.update.padding, trained.update.weight
         return trained, costs
 
     def _train_now(self, work: _Work, prepared: Prepared) -> _Trained:

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shoal.aggregate.choose import aggregator_of
+from shoal.aggregate.choose import aggregator_of, noised
 from shoal.aggregate.commit import CallProgram
 from shoal.clock import Clock, SystemClock
 from shoal.errors import LeaseLost, StoreError, StoreUnavailable
@@ -151,7 +151,12 @@ class Host:
             run=run_id,
             manifest=found.plan.manifest,
             edge=self.edges or self.edge,
-            aggregator=aggregator_of(half.aggregator, half.rule, half.options, call=call_program),
+            aggregator=noised(
+                aggregator_of(half.aggregator, half.rule, half.options, call=call_program),
+                found.plan.manifest.promises.privacy,
+                half.rounds,
+                secret=keys.noise_secret,
+            ),
             token_key=keys.token,
             run_seed=run_seed(int(found.config["seed"])),
             last_version=self.last_version,

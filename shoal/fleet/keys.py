@@ -47,6 +47,11 @@ class HostKeys:
         """What Edges of other processes show, 32 bytes; of no use for signing."""
         return hmac.new(self.data[32:], b"shoal edges v1", hashlib.sha256).digest()
 
+    @property
+    def noise_secret(self) -> bytes:
+        """What the noise of this run's versions follows from, 32 bytes."""
+        return hmac.new(self.data[32:], b"shoal noise v1", hashlib.sha256).digest()
+
     @classmethod
     def load_or_make(cls, folder: Path) -> Self:
         """The keys of a run folder; made there the first time."""

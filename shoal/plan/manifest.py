@@ -156,6 +156,10 @@ class Training:
         return held_out if self.part == "held_out" else num_examples - held_out
 
 
+NOISED_BITS: Final = 32
+"""Width of sums with noise: a grid on which noise of the clip norm's size is drawn."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Promises:
     """What binds the server towards the members; signed, and held to by the device."""
@@ -174,6 +178,8 @@ class Promises:
         validate.positive(minimum_group=self.minimum_group)
         validate.one_of((8, 16, 32, 64), sum_bits=self.sum_bits)
         secure = self.privacy.secure
+        if self.privacy.noise_multiplier and self.sum_bits > NOISED_BITS:
+            raise ValueError(f"Expected sums of at most {NOISED_BITS} bits where there is noise, got {self.sum_bits}.")
         if (self.group == "secure") != (secure is not None) or (secure is not None and self.sum_bits != secure.bits):
             raise ValueError(
                 f"Expected a secure group and its bits where privacy names them, got {self.group!r} and {self.sum_bits}."
@@ -183,7 +189,8 @@ class Promises:
     def of(cls, privacy: Privacy, *, minimum_group: int) -> Self:
         """What a task with that privacy promises."""
         if privacy.secure is None:
-            return cls(minimum_group=minimum_group, privacy=privacy)
+            bits = NOISED_BITS if privacy.noise_multiplier else 64
+            return cls(minimum_group=minimum_group, privacy=privacy, sum_bits=bits)
         return cls(group="secure", minimum_group=minimum_group, sum_bits=privacy.secure.bits, privacy=privacy)
 
     def to_json(self) -> dict[str, Any]:

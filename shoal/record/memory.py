@@ -15,11 +15,12 @@ from typing import Any, Literal, final
 import numpy as np
 
 from shoal.errors import LeaseLost
-from shoal.record import _checks, _leases, _ledger
+from shoal.record import _checks, _leases
 from shoal.record._checks import Counted
 from shoal.record._rows import plain
 from shoal.record._sweep import swept_versions
 from shoal.record.blobs import check_hash, check_piece, check_size, missing, shaped
+from shoal.record.ledger import answers, reserved, standing
 from shoal.record.store import (
     CommitRow,
     EventRow,
@@ -281,9 +282,9 @@ class MemoryStore:
                 raise _checks.round_exists(row.number, run.rounds[row.number].state)
             if spend is not None:
                 population = run.row.population
-                spend.allows(_ledger.standing(self.ledger(population, spend.budget)))
+                spend.allows(standing(self.ledger(population, spend.budget)))
                 self._enter(
-                    _ledger.reserved(spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s)
+                    reserved(spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s)
                 )
             run.rounds[row.number] = row
 
@@ -298,7 +299,7 @@ class MemoryStore:
 
     def _answer(self, run_id: str, row: RoundRow, entry: Literal["settlement", "release"]) -> None:
         rows = [row for row in self._ledger if row.run_id == run_id]
-        self._enter(*_ledger.answers(rows, round=row.number, entry=entry, time_s=row.closed_s or row.opened_s))
+        self._enter(*answers(rows, round=row.number, entry=entry, time_s=row.closed_s or row.opened_s))
 
     def close_round(
         self,

@@ -19,11 +19,12 @@ from typing import Any, Final, Literal, final
 from sqlalchemy import Connection, delete, exc, select, update
 
 from shoal.errors import StoreError
-from shoal.record import _checks, _leases, _ledger, _rows, _sweep, migrations
+from shoal.record import _checks, _leases, _rows, _sweep, migrations
 from shoal.record import _statements as sql
 from shoal.record._checks import Counted
 from shoal.record._database import Database
 from shoal.record.blobs import FolderBlobs, disk, make_folder, missing
+from shoal.record.ledger import answers, reserved, standing
 from shoal.record.schema import (
     COMMITS,
     EVENTS,
@@ -228,10 +229,8 @@ class SqliteStore:
             sql.ADD[ROUNDS].run(connection, values)
             if spend is not None:
                 before = _ledger_of(connection, population, spend.budget)
-                spend.allows(_ledger.standing(before))
-                taken = _ledger.reserved(
-                    spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s
-                )
+                spend.allows(standing(before))
+                taken = reserved(spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s)
                 sql.ADD[LEDGER].run(connection, _rows.ledger_values(taken))
 
     def ledger(self, population: str, budget: str) -> list[LedgerRow]:
@@ -545,7 +544,7 @@ def _ledger_of(connection: Connection, population: str, budget: str) -> list[Led
 
 def _answer(connection: Connection, run_id: str, row: RoundRow, entry: Literal["settlement", "release"]) -> None:
     rows = [_rows.ledger_row(found._asdict()) for found in connection.execute(sql.LEDGER_OF_RUN, {"run": run_id})]
-    made = _ledger.answers(rows, round=row.number, entry=entry, time_s=row.closed_s or row.opened_s)
+    made = answers(rows, round=row.number, entry=entry, time_s=row.closed_s or row.opened_s)
     sql.ADD[LEDGER].run_many(connection, [_rows.ledger_values(each) for each in made])
 
 

@@ -6,6 +6,7 @@ same bits as a fleet (rule 7 of the design), and the fused one agrees to roundin
 that both are held against.
 """
 
+import hashlib
 import logging
 import math
 import time
@@ -17,7 +18,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from shoal.aggregate.choose import aggregator_of
+from shoal.aggregate.choose import aggregator_of, noised
 from shoal.data.fingerprint import CONFIG as POPULATION
 from shoal.data.fingerprint import difference, fingerprint
 from shoal.data.store import Examples, Population
@@ -33,6 +34,7 @@ from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.runner import Runner
+from shoal.privacy.spending import Release, counted, refuse_overspending, spend_of
 from shoal.record.resume import take_up
 from shoal.record.retention import SETTING, Retention
 from shoal.record.store import CommitRow, EventRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
@@ -193,7 +195,7 @@ def go_on(
         sizes = _sizes(found.plan.manifest, population, members)
         engine = _Engine(
             store, run_id, found.plan, (members, sizes), runner=runner, backend=backend, seed=int(found.config["seed"]),
-            head=taken.last, last=last, measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
+            noise_secret=(HostKeys.make() if folder is None else HostKeys.load_or_make(folder)).noise_secret, head=taken.last, last=last, measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
             sweeping=Sweeping(store, run_id, Retention.of(found.config), found.plan.manifest),
         )  # fmt: skip
         engine.next_round = taken.next_round
@@ -326,6 +328,7 @@ class _Engine:
         runner: Runner,
         backend: Backend,
         seed: int,
+        noise_secret: bytes,
         head: CommitRow,
         last: int,
         measuring: Measuring,
@@ -339,7 +342,18 @@ class _Engine:
         self.next_round = 1
         self.following: tuple[Configuration, tuple[str, ...]] | None = None
         half = plan.manifest.server
-        self.aggregator = aggregator_of(half.aggregator, half.rule, half.options, call=self.runner.call)
+        privacy = self.manifest.promises.privacy
+        rule = aggregator_of(half.aggregator, half.rule, half.options, call=self.runner.call)
+        self.aggregator = noised(rule, privacy, half.rounds, secret=noise_secret)
+        self.spend, self.drawn_by = None, b""
+        if privacy.noise_multiplier:
+            release = _release(self.manifest, len(members[0]))
+            self.spend = spend_of(privacy, release)
+            self.drawn_by = (
+                noise_secret if release.sampling < 1 else b""
+            )  # a seed that is known tells who is in a cohort
+            before = counted(store.ledger(store.run(run_id).population, self.spend.budget))
+            refuse_overspending(privacy, before, release, rounds=last - head.version)
 
     @property
     def manifest(self) -> Manifest:
@@ -360,6 +374,12 @@ class _Engine:
         number, version = self.next_round, self.head.version
         configuration, members = self.following or self.cohort(number, version)
         self.following = self.cohort(number + 1, version + 1) if version + 1 < self.last else None
+        if self.spend is not None:
+            opened = RoundRow(
+                number=number, base_version=version, state="open", opened_s=wall_s, selected=len(members),
+                configuration=configuration.to_json(),
+            )  # fmt: skip
+            self.store.open_round(self.run_id, opened, spend=self.spend)
         cohorts = Cohorts(configuration, members)
         if self.following is not None:
             cohorts = replace(cohorts, next_seed=self.following[0].seed, next_members=self.following[1])
@@ -384,7 +404,8 @@ class _Engine:
         """The configuration of the round that starts from a version, and who is in it."""
         configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
         members, sizes = self.members
-        return configuration, select(self.manifest.server.rounds, members, sizes, configuration.seed)
+        seed = hashlib.sha256(self.drawn_by + configuration.seed).digest() if self.drawn_by else configuration.seed
+        return configuration, select(self.manifest.server.rounds, members, sizes, seed)
 
     def measured_at_last(self, result: RoundResult) -> RoundResult:
         """The round, which turns out to be the last, with the head's metrics."""
@@ -428,6 +449,13 @@ class _Engine:
             metrics=self._metric_rows(row.version - 1, metrics, "cohort"),
             usage=[*usage, UsageRow(round=row.round, phase="commit", seconds=commit_s)],
         )
+
+
+def _release(manifest: Manifest, members: int) -> Release:
+    """What one round releases. Cohorts by Poisson sampling are drawn here, by one who is trusted, and nobody sees who is in them."""
+    privacy, rounds = manifest.promises.privacy, manifest.server.rounds
+    sampling = min(1.0, rounds.goal / members) if rounds.selection.kind == "poisson" else 1.0
+    return Release(noise_multiplier=privacy.noise_multiplier, sampling=sampling)
 
 
 def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:

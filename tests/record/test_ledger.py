@@ -9,7 +9,7 @@ import pytest
 
 from shoal.errors import BudgetSpent
 from shoal.record import MemoryStore, Store, abandon_open_rounds, open_store
-from shoal.record._ledger import standing
+from shoal.record.ledger import standing
 from shoal.record.store import LedgerRow, Spend
 from tests.record.builders import commit_row, open_row, round_row, run_row, with_initial
 

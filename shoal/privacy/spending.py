@@ -1,0 +1,110 @@
+"""What releases spend of a population's privacy budget: entries of the ledger, and the epsilon that they come to.
+
+The unit is a device. Every release may have every device in it, whatever runs it is of: they draw on one budget. Amplification by
+sampling is counted only where a simulation draws its cohorts by Poisson sampling; a fleet's devices come when they can.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any, Final, Self
+
+import numpy as np
+
+from shoal import validate
+from shoal.errors import BudgetSpent
+from shoal.policy import Privacy
+from shoal.privacy.accounting import epsilon_of_rdp, gaussian_rdp, sampled_gaussian_rdp
+from shoal.record.ledger import standing
+from shoal.record.store import LedgerRow, Spend
+
+BUDGET: Final = "privacy"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Release:
+    """One sum with discrete Gaussian noise."""
+
+    noise_multiplier: float
+    """Standard deviation over the largest norm of one device's part."""
+    sampling: float = 1.0
+    """Chance of a device to be in it, drawn by one who is trusted; 1: none is counted on."""
+
+    def __post_init__(self) -> None:
+        validate.positive(noise_multiplier=self.noise_multiplier)
+        validate.between(0.0, 1.0, sampling=self.sampling)
+
+    @property
+    def data(self) -> Mapping[str, Any]:
+        """As it stands in the ledger."""
+        return {"mechanism": "discrete gaussian", **asdict(self)}
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """What `data` was made of."""
+        return cls(noise_multiplier=data["noise_multiplier"], sampling=data["sampling"])
+
+    def rdp(self) -> np.ndarray:
+        """Its curve at `accounting.ORDERS`."""
+        return _rdp(self)
+
+
+@lru_cache(64)
+def _rdp(release: Release) -> np.ndarray:
+    if release.sampling == 1.0:
+        return gaussian_rdp(release.noise_multiplier)
+    return sampled_gaussian_rdp(release.sampling, release.noise_multiplier)
+
+
+def epsilon(releases: Mapping[Release, float], delta: float) -> float:
+    """What so many of each release come to at delta, chosen one after the other; 0 of none."""
+    curves = [count * release.rdp() for release, count in releases.items() if count]
+    return epsilon_of_rdp(np.sum(curves, axis=0), delta) if curves else 0.0
+
+
+def counted(rows: Sequence[LedgerRow]) -> Counter[Release]:
+    """The releases of a budget's reservations, but for those that were given back."""
+    return Counter(Release.of(row.data) for row in standing(rows))
+
+
+def spend_of(privacy: Privacy, release: Release) -> Spend:
+    """What a round with that release takes."""
+    return Spend(budget=BUDGET, amount=1.0, data=release.data, allows=_allows(privacy, release))
+
+
+def _allows(privacy: Privacy, release: Release) -> Callable[[Sequence[LedgerRow]], None]:
+    def allows(before: Sequence[LedgerRow]) -> None:
+        refuse_overspending(privacy, counted(before), release)
+
+    return allows
+
+
+def refuse_overspending(privacy: Privacy, before: Counter[Release], release: Release, *, rounds: int = 1) -> None:
+    """Looks whether so many more releases keep to the task's budget.
+
+    Raises:
+        BudgetSpent: they do not; the message says how many would, and what noise would do for all.
+    """
+    if privacy.epsilon is None or rounds < 1:
+        return
+    spent = epsilon(before + Counter({release: rounds}), privacy.delta)
+    if spent <= privacy.epsilon:
+        return
+    most = _most(privacy, before, release, rounds)
+    raise BudgetSpent(
+        f"{rounds} more {'release' if rounds == 1 else 'releases'} with a noise multiplier of {release.noise_multiplier:g} would bring the "
+        f"population's epsilon to {spent:.3g} at delta {privacy.delta:g}, from {epsilon(before, privacy.delta):.3g}; its budget is "
+        f"{privacy.epsilon:g}. It allows {most} more. Take fewer rounds, or more noise (shoal privacy --epsilon … --rounds … says how much)."
+    )
+
+
+def _most(privacy: Privacy, before: Counter[Release], release: Release, rounds: int) -> int:
+    """How many more keep to the budget; fewer than `rounds`."""
+    assert privacy.epsilon is not None
+    low, high = 0, rounds
+    while high - low > 1:
+        middle = (low + high) // 2
+        fits = epsilon(before + Counter({release: middle}), privacy.delta) <= privacy.epsilon
+        low, high = (middle, high) if fits else (low, middle)
+    return low
