@@ -63,7 +63,7 @@ class Ways:
 
     def simulated(self) -> Tensors:
         store, run_id = self.begin()
-        return go_on(store, run_id, self.members, runner=self.runner).model
+        return go_on(store, run_id, self.members, runner=self.runner, keys=KEYS).model
 
     def on_a_fleet(self, linked: "Callable[[Host], AbstractAsyncContextManager[Link]]") -> Tensors:
         store, run_id = self.begin()
@@ -174,3 +174,19 @@ def test_a_fleet_of_secure_groups_gives_the_bits_of_the_simulation(linked: Any) 
     ways = Ways(small_task(privacy=shoal.Privacy(clip_norm=0.05, secure=secure)))
     assert ways.plan.manifest.promises.group == "secure"
     same_bits(ways.on_a_fleet(linked), ways.simulated())
+
+
+@pytest.mark.parametrize(
+    "secure", [None, shoal.Secure(members=4, colluders=0.0, dropouts=0.0)], ids=["clear", "secure"]
+)
+def test_noise_is_the_same_in_simulation_and_on_a_fleet(secure: shoal.Secure | None) -> None:
+    local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
+    bare, noisy = (
+        Ways(small_task(local=local, privacy=shoal.Privacy(clip_norm=0.05, noise_multiplier=noise, secure=secure)))
+        for noise in (0.0, 1.0)
+    )
+    simulated = noisy.simulated()
+    same_bits(noisy.on_a_fleet(in_one_process), simulated)
+    noise = simulated["params/w"] - bare.simulated()["params/w"]
+    expected = 0.05 * np.sqrt(ROUNDS) / 4  # of each round's mean over four
+    assert np.std(noise) == pytest.approx(expected, rel=0.15)

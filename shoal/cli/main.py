@@ -18,6 +18,7 @@ from shoal.cli import (
     new,
     options,
     predict,
+    privacy,
     replay,
     report,
     runs,
@@ -67,6 +68,7 @@ for _name, _function, _epilog in (
     ("predict", predict.predict, predict.EPILOG),
     ("report", report.report, report.EPILOG),
     ("replay", replay.replay, replay.EPILOG),
+    ("privacy", privacy.privacy, privacy.EPILOG),
 ):
     app.command(_name, epilog=_epilog)(_function)
 app.add_typer(embed.app, name="embed")

@@ -84,6 +84,13 @@ def _plan_facts(plan: Plan, kind: str) -> dict[str, Any]:
 def _protection(privacy: Privacy) -> dict[str, str]:
     """What keeps a device's part from being seen, in words; nothing where nothing does."""
     made = {} if privacy.clip_norm is None else {"clipped": f"updates to a norm of {privacy.clip_norm:g}"}
+    if privacy.noise_multiplier:
+        budget = (
+            "no limit" if privacy.epsilon is None else f"epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}"
+        )
+        made["noise"] = (
+            f"{privacy.noise_multiplier:g} of that norm on each round's sum; {budget} (shoal privacy says what is spent)"
+        )
     if privacy.secure is None:
         return made
     trust = "the server may lie" if privacy.secure.is_certified else "the server follows the protocol"

@@ -13,6 +13,7 @@ from shoal.plan.manifest import Manifest
 from shoal.policy import Secure
 from shoal.report.facts import Facts
 from shoal.report.over_users import over_users
+from shoal.report.privacy_spent import statement
 
 FILE_NAME: Final = "CARD.md"
 _UNSAID: Final = "The task does not say."
@@ -151,7 +152,9 @@ def _privacy(facts: Facts) -> str:
     privacy = facts.manifest.promises.privacy if facts.manifest is not None else None
     secure = privacy.secure if privacy is not None else None
     text = [
-        "**No differential privacy was used.** Nothing bounds what the model, or one update, gives away about a single example; treat the "
+        statement(facts.spent)
+        if facts.spent is not None
+        else "**No differential privacy was used.** Nothing bounds what the model, or one update, gives away about a single example; treat the "
         "model as if it could remember its examples."
     ]
     if facts.run.kind == "simulate":

@@ -8,14 +8,19 @@ the next one. A run without such events is one stretch from its creation.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shoal.errors import StoreError
 from shoal.plan.manifest import Manifest
 from shoal.plan.run_plan import load_plan
+from shoal.privacy.spending import BUDGET
 from shoal.record.distribution import Distribution, read_distributions
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
-from shoal.record.store import CommitRow, EventRow, RoundRow, RunRow, Store
+from shoal.record.store import CommitRow, EventRow, LedgerRow, RoundRow, RunRow, Store
+
+if TYPE_CHECKING:
+    from shoal.report.privacy_spent import Spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +64,18 @@ class Facts:
     """Metric -> version -> how it is distributed over users, where it was measured user by user."""
     stopped_early: str = ""
     """Why the run ended before its last round; empty if it did not."""
+    ledger: Sequence[LedgerRow] = ()
+    """Of the population's privacy budget."""
+
+    @property
+    def spent(self) -> "Spent | None":
+        """What was spent of privacy; None where there is no noise."""
+        from shoal.report.privacy_spent import Spent
+
+        privacy = self.manifest.promises.privacy if self.manifest is not None else None
+        if privacy is None or not privacy.noise_multiplier:
+            return None
+        return Spent(run=self.run.id, privacy=privacy, ledger=self.ledger)
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric; None if it was never measured."""
@@ -111,6 +128,7 @@ def facts_of(store: Store, run_id: str) -> Facts:
         usage=_usage(store, run_id),
         distributions=read_distributions(events),
         stopped_early=stopped_early(events),
+        ledger=store.ledger(row.population, BUDGET),
     )
 
 

@@ -135,7 +135,7 @@ def simulate(
     )  # fmt: skip
     return go_on(
         store, run_id, population, held_out=held_out, left_out=left_out, evaluate_every=evaluate_every, folder=folder, on_round=on_round,
-        task=task if backend == "fused" else None, is_its_task=True,
+        keys=keys, task=task if backend == "fused" else None, is_its_task=True,
     )  # fmt: skip
 
 
@@ -151,6 +151,7 @@ def go_on(
     folder: Path | None = None,
     on_round: Callable[[RoundResult], None] = lambda result: None,
     runner: Runner | None = None,
+    keys: HostKeys | None = None,
     task: Task | None = None,
     is_its_task: bool = False,
 ) -> Simulation:
@@ -158,6 +159,7 @@ def go_on(
     `simulate`; the rule is that of the run's config.
 
     `rounds`, if given, is in the run's config from now on. `runner` is one of the run's plan, where there is one already.
+    `keys` are the run's, which its noise follows from; None: those of the folder.
     `task` is the run's: with it the cohort trains in one program; without, by the programs of the run's plan. That it is, is
     checked, which takes a second or two, unless `is_its_task` says that the plan was made of it just now.
 
@@ -188,6 +190,7 @@ def go_on(
         measured = Measured(held_out=held_out, left_out=left_out, every=evaluate_every)
         measured.check(found.plan.manifest, found.config)
         members = _members(found.plan.manifest, population)
+        keys = keys or (HostKeys.make() if folder is None else HostKeys.load_or_make(folder))
         runner = runner or JaxRunner(found.plan)
         to_do = max(0, last - taken.last.version)
         states = DeviceStates(found.plan.manifest.device_state, population.ids, of_devices)
@@ -195,7 +198,8 @@ def go_on(
         sizes = _sizes(found.plan.manifest, population, members)
         engine = _Engine(
             store, run_id, found.plan, (members, sizes), runner=runner, backend=backend, seed=int(found.config["seed"]),
-            noise_secret=(HostKeys.make() if folder is None else HostKeys.load_or_make(folder)).noise_secret, head=taken.last, last=last, measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
+            noise_secret=keys.noise_secret, head=taken.last, last=last,
+            measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
             sweeping=Sweeping(store, run_id, Retention.of(found.config), found.plan.manifest),
         )  # fmt: skip
         engine.next_round = taken.next_round

@@ -1,0 +1,68 @@
+"""`shoal privacy`: what a run has spent of privacy, and how much noise a budget needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shoal.cli import options
+from shoal.cli.screen import Screen
+
+EPILOG = options.examples(
+    "shoal privacy runs/digits",
+    "shoal privacy runs/digits --plot spent.png",
+    "shoal privacy --epsilon 8 --delta 1e-6 --rounds 100",
+)
+
+
+def privacy(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="The run folder, or one of several: then the newest.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw epsilon over releases into this PNG.")] = None,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Without RUN: the budget that noise is to be found for.")
+    ] = None,
+    delta: Annotated[float, typer.Option("--delta", help="Without RUN: what it is stated at.")] = 1e-6,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, help="Without RUN: rounds that one device may be in.")
+    ] = 100,
+    run_id: options.RunId = None,
+    json: options.AsJson = False,
+) -> None:
+    """Say what a run has spent of its population's privacy budget, in words and numbers; or how much noise a budget needs."""
+    screen = Screen(json=json)
+    if run is None:
+        return _calibrate(screen, epsilon, delta, rounds)
+    if epsilon is not None:
+        raise ValueError("Expected RUN or --epsilon, got both: --epsilon is for a run that is still to be made.")
+    from shoal.errors import DataError
+    from shoal.report.facts import read_facts
+    from shoal.report.privacy_spent import draw_spent, statement
+
+    facts = read_facts(run, run_id)
+    spent = facts.spent
+    if spent is None:
+        raise DataError(
+            f"Run {facts.run.id} has no noise, so it spends nothing and promises nothing: see docs/privacy.md for Privacy(noise_multiplier=…)."
+        )
+    screen.line(statement(spent).replace("**", ""))
+    if plot is not None:
+        screen.line(f"picture: {draw_spent(spent, plot)}")
+    screen.document({
+        "run": spent.run, "epsilon": spent.epsilon, "delta": spent.privacy.delta, "budget": spent.privacy.epsilon,
+        "releases": [{**release.data, "count": count} for release, count in (spent.here + spent.elsewhere).items()],
+        "unsettled": spent.unsettled,
+    })  # fmt: skip
+
+
+def _calibrate(screen: Screen, epsilon: float | None, delta: float, rounds: int) -> None:
+    if epsilon is None:
+        raise ValueError("Expected a RUN, or --epsilon (with --delta and --rounds) to find the noise for.")
+    from shoal.privacy.accounting import calibrate
+
+    found = calibrate(epsilon, delta, releases=rounds)
+    screen.line(
+        f"noise_multiplier={found:.4f}: epsilon {epsilon:g} at delta {delta:g} for {rounds} rounds, each with every device"
+    )
+    screen.document({"noise_multiplier": found, "epsilon": epsilon, "delta": delta, "rounds": rounds})

@@ -1,0 +1,116 @@
+"""What a run and its population have spent of privacy: in numbers, in a statement that can stand alone, as a picture."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from shoal.policy import Privacy
+from shoal.privacy.spending import Release, counted, epsilon
+from shoal.record.ledger import standing
+from shoal.record.store import LedgerRow
+from shoal.report.curves import BLUE, INK, PALE, VERMILION
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """The spend of a population's budget, as one run's record has it."""
+
+    run: str
+    privacy: Privacy
+    ledger: Sequence[LedgerRow]
+    """Of the population, all runs."""
+
+    @property
+    def here(self) -> Counter[Release]:
+        """Releases of the run, those of rounds that crashed among them."""
+        return counted([row for row in self.ledger if row.run_id == self.run])
+
+    @property
+    def elsewhere(self) -> Counter[Release]:
+        """Releases of the population's other runs in the record."""
+        return counted([row for row in self.ledger if row.run_id != self.run])
+
+    @property
+    def unsettled(self) -> int:
+        """Releases of rounds that gave no version: they may have been seen."""
+        answered = {row.reservation for row in self.ledger}
+        return sum(row.number not in answered for row in self.ledger if row.entry == "reservation")
+
+    @property
+    def epsilon(self) -> float:
+        """Of all the population's releases, at the task's delta."""
+        return epsilon(self.here + self.elsewhere, self.privacy.delta)
+
+    def curve(self) -> list[float]:
+        """Epsilon after each release, all runs' in order."""
+        made: list[float] = []
+        so_far: Counter[Release] = Counter()
+        for row in standing(self.ledger):
+            so_far[Release.of(row.data)] += 1
+            made.append(epsilon(so_far, self.privacy.delta))
+        return made
+
+
+def statement(spent: Spent) -> str:
+    """Mechanism, unit, assumptions, epsilon at delta, accountant: what somebody needs to judge the claim."""
+    privacy, releases = spent.privacy, spent.here
+    sampled = [release for release in releases if release.sampling < 1]
+    lines = [
+        f"The model is differentially private: **epsilon {spent.epsilon:.3g} at delta {privacy.delta:g}**"
+        + (f", of a budget of {privacy.epsilon:g}." if privacy.epsilon is not None else "; there was no limit."),
+        "Unit: a device with all its examples. Neighbours differ in one device, whose updates are there or are zero.",
+        f"Mechanism: each device clipped its update to a norm of {privacy.clip_norm:g}; the sum of each of "
+        f"{sum(releases.values())} rounds had discrete Gaussian noise of {privacy.noise_multiplier:g} times that norm (and of what rounding "
+        "adds to it); means were over a number fixed beforehand; no metrics of training were collected.",
+        "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order"
+        + (
+            "; amplified by Poisson sampling of cohorts that only the simulation knew."
+            if sampled
+            else "; every device may have been in every round, no amplification by sampling is claimed."
+        ),
+        "Assumptions: devices run the signed program; whoever holds the server's memory and its keys saw sums without noise, and is trusted; "
+        "what was measured on examples held out by the server is not covered, nor are times and counts of devices.",
+    ]
+    if spent.unsettled:
+        lines.append(
+            f"{spent.unsettled} of the releases counted are of rounds that ended without a version: they may have been seen."
+        )
+    if spent.elsewhere:
+        lines.append(f"{sum(spent.elsewhere.values())} of them are of other runs of the population.")
+    return "\n\n".join(lines)
+
+
+def draw_spent(spent: Spent, path: Path) -> Path:
+    """Epsilon over releases, with the budget where there is one, as a PNG."""
+    values = spent.curve()
+    figure = Figure(figsize=(7.0, 4.0), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.step([0, *range(1, len(values) + 1)], [0.0, *values], where="post", color=BLUE, linewidth=2)
+    if spent.privacy.epsilon is not None:
+        axes.axhline(spent.privacy.epsilon, color=VERMILION, linestyle=(0, (6, 3)), linewidth=1.5)
+        axes.annotate(
+            f"budget {spent.privacy.epsilon:g}",
+            (0, spent.privacy.epsilon),
+            xytext=(4, 4),
+            textcoords="offset points",
+            color=VERMILION,
+        )
+    axes.set_title(
+        f"Privacy spent: epsilon {spent.epsilon:.3g} at delta {spent.privacy.delta:g}", loc="left", color=INK
+    )
+    axes.set_xlabel("releases", color=INK)
+    axes.set_ylabel("epsilon", color=INK)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color=PALE, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return path

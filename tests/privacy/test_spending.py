@@ -1,0 +1,61 @@
+"""What releases come to, and that no more is spent than there is."""
+
+from collections import Counter
+
+import pytest
+
+from shoal.errors import BudgetSpent
+from shoal.policy import Privacy
+from shoal.privacy import accounting
+from shoal.privacy.spending import Release, counted, epsilon, refuse_overspending, spend_of
+from shoal.record.store import LedgerRow
+
+PRIVACY = Privacy(clip_norm=1.0, noise_multiplier=2.0, epsilon=8.0, delta=1e-6)
+RELEASE = Release(noise_multiplier=2.0)
+
+
+def row(number: int, release: Release = RELEASE, **changes: object) -> LedgerRow:
+    values: dict[str, object] = {
+        "number": number, "population": "p", "budget": "privacy", "entry": "reservation", "amount": 1.0, "run_id": "r",
+        "round": number, "time_s": 0.0, "data": release.data, **changes,
+    }  # fmt: skip
+    return LedgerRow(**values)  # type: ignore[arg-type]
+
+
+def test_releases_add_up_as_one_with_less_noise() -> None:
+    four = epsilon({RELEASE: 4}, 1e-6)
+    assert four == pytest.approx(accounting.epsilon_of_rdp(accounting.gaussian_rdp(1.0), 1e-6))
+    assert epsilon({RELEASE: 2, Release(noise_multiplier=2.0**0.5): 1}, 1e-6) == pytest.approx(four)
+    assert epsilon({}, 1e-6) == 0.0
+
+
+def test_sampling_amplifies() -> None:
+    sampled = Release(noise_multiplier=2.0, sampling=0.01)
+    assert epsilon({sampled: 100}, 1e-6) < epsilon({RELEASE: 1}, 1e-6)
+    assert Release.of(sampled.data) == sampled
+
+
+def test_what_was_given_back_is_not_counted() -> None:
+    rows = [
+        row(1),
+        row(2),
+        row(3, entry="release", reservation=2, round=2),
+        row(4, entry="settlement", reservation=1, round=1),
+    ]
+    assert counted(rows) == Counter({RELEASE: 1})
+
+
+def test_a_calibrated_run_keeps_to_its_budget_to_the_last_round() -> None:
+    noise = accounting.calibrate(8.0, 1e-6, releases=50)
+    release = Release(noise_multiplier=noise)
+    refuse_overspending(PRIVACY, Counter(), release, rounds=50)
+    with pytest.raises(BudgetSpent, match="It allows 50 more"):
+        refuse_overspending(PRIVACY, Counter(), release, rounds=51)
+    allows = spend_of(PRIVACY, release).allows
+    allows([row(i, release) for i in range(49)])
+    with pytest.raises(BudgetSpent, match=r"from 8; its budget is 8\. It allows 0 more"):
+        allows([row(i, release) for i in range(50)])
+
+
+def test_without_a_limit_all_is_allowed() -> None:
+    refuse_overspending(Privacy(clip_norm=1.0, noise_multiplier=0.1), Counter(), RELEASE, rounds=10_000)
