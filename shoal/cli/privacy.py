@@ -17,7 +17,7 @@ EPILOG = options.examples(
 
 def privacy(
     run: Annotated[
-        Path | None, typer.Argument(metavar="[RUN]", help="The run folder, or one of several: then the newest.")
+        Path | None, typer.Argument(metavar="RUN", help="The run folder, or one of several: then the newest.")
     ] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Draw epsilon over releases into this PNG.")] = None,
     epsilon: Annotated[

@@ -1,0 +1,69 @@
+"""`shoal privacy`, and what a user meets who asks for noise."""
+
+from pathlib import Path
+
+import pytest
+
+from .conftest import LINE, Shoal
+
+NOISY = LINE.replace("batch_size=4, epochs=2", 'batch_size=4, epochs=2, weighting="uniform"').replace(
+    "over_selection=1.0),",
+    "over_selection=1.0),\n    privacy=shoal.Privacy(clip_norm=0.5, noise_multiplier=2.0, epsilon=6.0),",
+)
+
+
+@pytest.fixture
+def noisy(place: Path) -> Path:
+    path = place / "noisy.py"
+    path.write_text(NOISY)
+    return path
+
+
+def run_of(noisy: Path, place: Path, shoal: Shoal, run: Path, *options: object) -> None:
+    made = shoal("simulate", f"{noisy}:task", "--data", place / "users", "--rounds", 3, "--run", run, *options)
+    assert made.code == 0, made
+
+
+def test_the_spend_is_said_drawn_and_on_the_card(noisy: Path, place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    run = tmp_path / "run"
+    run_of(noisy, place, shoal, run)
+    told = shoal("privacy", run, "--plot", tmp_path / "spent.png")
+    assert told.code == 0 and "epsilon 4.44 at delta 1e-06, of a budget of 6" in told.out, told
+    assert (tmp_path / "spent.png").read_bytes().startswith(b"\x89PNG")
+    found = shoal("privacy", run, "--json").json
+    assert found["epsilon"] == pytest.approx(4.44, abs=0.01) and found["releases"][0]["count"] == 3
+    assert "epsilon 4.44" in shoal("report", run).out
+    shown = shoal("runs", "show", run).out
+    assert "epsilon at most 6 at delta 1e-06" in shown and "train/loss" not in shown, (
+        "metrics of training have no noise"
+    )
+
+
+def test_a_run_that_would_overspend_is_refused_before_it_begins(
+    noisy: Path, place: Path, tmp_path: Path, shoal: Shoal
+) -> None:
+    made = shoal("simulate", f"{noisy}:task", "--data", place / "users", "--rounds", 6, "--run", tmp_path / "run")
+    assert made.code != 0 and "its budget is 6. It allows 5 more" in made.err, made
+    assert len([line for line in made.err.splitlines() if "budget" in line]) == 1
+
+
+def test_a_resumed_run_draws_on_the_same_budget(noisy: Path, place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    run = tmp_path / "run"
+    run_of(noisy, place, shoal, run)
+    more = shoal("simulate", f"{noisy}:task", "--data", place / "users", "--rounds", 6, "--run", run, "--resume")
+    assert more.code != 0 and "It allows 2 more" in more.err, more
+    assert (
+        shoal("simulate", f"{noisy}:task", "--data", place / "users", "--rounds", 5, "--run", run, "--resume").code == 0
+    )
+    assert shoal("privacy", run, "--json").json["releases"][0]["count"] == 5
+
+
+def test_noise_for_a_budget(shoal: Shoal) -> None:
+    assert "noise_multiplier=6.893" in shoal("privacy", "--epsilon", 8, "--rounds", 100).out
+    assert shoal("privacy", "--epsilon", 8, "--json").json["noise_multiplier"] == pytest.approx(6.893, abs=1e-3)
+
+
+def test_what_is_wrong_is_said(trained: Path, shoal: Shoal) -> None:
+    assert "Expected a RUN, or --epsilon" in shoal("privacy").err
+    assert "has no noise, so it spends nothing" in shoal("privacy", trained).err
+    assert "got both" in shoal("privacy", trained, "--epsilon", 8).err
