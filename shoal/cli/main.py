@@ -7,6 +7,7 @@ import typer
 
 from shoal import __version__
 from shoal.cli import (
+    audit,
     check,
     demo_command,
     device,
@@ -69,6 +70,7 @@ for _name, _function, _epilog in (
     ("report", report.report, report.EPILOG),
     ("replay", replay.replay, replay.EPILOG),
     ("privacy", privacy.privacy, privacy.EPILOG),
+    ("audit", audit.audit, audit.EPILOG),
 ):
     app.command(_name, epilog=_epilog)(_function)
 app.add_typer(embed.app, name="embed")

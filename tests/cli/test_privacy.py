@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from shoal.aggregate.noised import Noised
+
 from .conftest import LINE, Shoal
 
 NOISY = LINE.replace("batch_size=4, epochs=2", 'batch_size=4, epochs=2, weighting="uniform"').replace(
@@ -67,3 +69,26 @@ def test_what_is_wrong_is_said(trained: Path, shoal: Shoal) -> None:
     assert "Expected a RUN, or --epsilon" in shoal("privacy").err
     assert "has no noise, so it spends nothing" in shoal("privacy", trained).err
     assert "got both" in shoal("privacy", trained, "--epsilon", 8).err
+
+
+def test_an_audit_bounds_the_epsilon_of_a_task_from_below(noisy: Path, place: Path, shoal: Shoal) -> None:
+    wide = noisy.with_name("wide.py")
+    wide.write_text(
+        NOISY.replace('"w": jnp.zeros(())', '"w": jnp.zeros((300,))').replace('params["w"] *', 'params["w"].sum() *')
+    )
+    made = shoal("audit", f"{wide}:task", "--data", place / "users", "--rounds", 2, "--canaries", 200, "--json")
+    assert made.code == 0, made
+    assert made.json["claimed"] == pytest.approx(3.55, abs=0.2) and made.json["epsilon_at_least"] < made.json["claimed"]
+
+
+def test_an_audit_fails_where_the_noise_is_left_out(
+    noisy: Path, place: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = noisy.with_name("wide_too.py")
+    wide.write_text(
+        NOISY.replace('"w": jnp.zeros(())', '"w": jnp.zeros((300,))').replace('params["w"] *', 'params["w"].sum() *')
+        .replace("noise_multiplier=2.0", "noise_multiplier=8.0")
+    )  # fmt: skip
+    monkeypatch.setattr(Noised, "noised", lambda self, sums, base: sums)
+    made = shoal("audit", f"{wide}:task", "--data", place / "users", "--rounds", 2, "--canaries", 200)
+    assert made.code == 1 and "REFUTED" in made.out, made
