@@ -7,6 +7,8 @@ import typer
 
 from shoal.cli import options, words
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.cli.work_lines import WorkLines
+from shoal.embed.progress import Meter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,7 +66,7 @@ def inspect(
     with EmbeddingStore.open(store, read_only=True) as opened:
         watch.lap("open")
         told = opened.statistics()
-        damaged = opened.verify() if verify else {}
+        damaged = opened.verify(progress=WorkLines(screen)) if verify else {}
         watch.lap("verify")
     rows = [
         (
@@ -117,8 +119,21 @@ def place(
     ] = 0,
     space: Annotated[
         float,
-        typer.Option("--space", min=0.0, max=1.0, help="Copies of rows, as a part of all rows.", show_default="none"),
+        typer.Option(
+            "--space",
+            min=0.0,
+            max=1.0,
+            help="Copies of rows, as a part of all rows: they save reads, and serve where a block is late or damaged.",
+            show_default="none",
+        ),
     ] = 0.0,
+    effort: Annotated[
+        str,
+        typer.Option(
+            "--effort",
+            help="normal, or high: look two to five times as long for a placement, which saves up to a few per cent of the reads.",
+        ),
+    ] = "normal",
     json: options.AsJson = False,
 ) -> None:
     """Learn from a trace where the rows of a table should lie and which cache it should have, and write that."""
@@ -131,7 +146,8 @@ def place(
             raise ValueError(f"Expected --table to be one of {', '.join(opened.tables)}, got {name!r}.")
         learned = Trace.load(trace, num_rows=opened.tables[name].rows)
         watch.lap("open")
-        told = opened.retrain({name: learned}, most_blocks=most_blocks or None, space=space, progress=screen.say)[name]
+        wanted: dict[str, Any] = {"most_blocks": most_blocks or None, "effort": effort, "space": space}
+        told = opened.retrain({name: learned}, **wanted, progress=WorkLines(screen))[name]
         watch.lap("place")
     by = "replayed over the trace that it was learned from" if most_blocks else "foretold by the trace's last 30 %"
     screen.line(
@@ -203,9 +219,11 @@ class _Case:
         self.name, self.rows, self.row_bytes = path.stem, whole.num_rows, Codec(dim, dtype).row_bytes
         self.per_block = block_bytes_for(self.row_bytes) // self.row_bytes
         self.train, self.test = whole.split(0.5, 0.5)
-        screen.say(f"placing {self.rows:,} rows by {len(self.train):,} queries")
         heat, size = self.train.counts(), max(self.per_block, self.rows // 20)
-        placed = place(self.train, self.per_block, lambda: Cache("s3-fifo", size, self.rows)).hot_first(heat)
+        meter = Meter(WorkLines(screen), f"placing by {len(self.train):,} queries", self.rows, "rows")
+        placed = place(
+            self.train, self.per_block, lambda: Cache("s3-fifo", size, self.rows), progress=meter.reach
+        ).hot_first(heat)
         self.layouts: dict[str, Layout] = {"id order": Layout.in_id_order(self.rows, self.per_block), "placed": placed}
         self.offers = self._offers(placed, heat)
 
@@ -232,14 +250,20 @@ class _Case:
         """(placement, eviction) -> (hit rate, reads a query) at each share."""
         made: dict[tuple[str, str], list[tuple[float, float]]] = {}
         kinds = [("id order", False, ""), ("placed", False, ""), ("placed", True, " + neighbours")]
-        for number, (layout, offer, more) in enumerate(kinds):
+        meter = _replays(screen, len(kinds))
+        for layout, offer, more in kinds:
             for policy in POLICIES:
-                screen.live(
-                    f"replaying {layout} with {policy} ({number * len(POLICIES) + 1} of {len(kinds) * len(POLICIES)})"
-                )
-                found = [self.run(layout, policy, share, offer=offer) for share in SHARES]
+                found = []
+                for share in SHARES:
+                    found.append(self.run(layout, policy, share, offer=offer))
+                    meter.advance()
                 made[layout, policy + more] = [(1 - one.miss_ratio, one.reads_per_query) for one in found]
         return made
+
+
+def _replays(screen: Screen, kinds: int) -> Meter:
+    """Of the replays of so many kinds of placement, with each policy at each size."""
+    return Meter(WorkLines(screen), "replaying", kinds * len(POLICIES) * len(SHARES), "caches")
 
 
 def _refuse_gaps(trace: "Trace", path: Path) -> None:
@@ -324,10 +348,10 @@ def tune(
             "money": table_gb * prices["dram"],
         }
     ]
+    meter = _replays(screen, len(case.layouts))
     for layout in case.layouts:
         for policy in POLICIES:
             for share in SHARES:
-                screen.live(f"replaying {layout} with {policy} at {100 * share:g} %")
                 one = case.run(layout, policy, share, offer=True)
                 late = replay_latency(one.reads, DEVICES[device]).percentile(99)
                 money = table_gb * (share * prices["dram"] + prices["nvme"])
@@ -335,6 +359,7 @@ def tune(
                     "placement": layout, "eviction": policy, "share": share, "reads": one.reads_per_query,
                     "p99_us": 1e6 * late, "money": money,
                 })  # fmt: skip
+                meter.advance()
     watch.lap("replay")
     fit = [one for one in found if one["p99_us"] <= 1e6 * limit_s]
     cheapest = min(fit, key=lambda one: (one["money"], one["reads"]))

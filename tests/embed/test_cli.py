@@ -79,6 +79,9 @@ def test_ids_that_are_hashes_are_refused_before_they_take_memory(tmp_path: Path,
 
 def test_a_budget_that_is_overdrawn_is_called_so(tmp_path: Path, run: Run) -> None:
     small_store(tmp_path / "store", clock=SystemClock()).close()
+    assert "may be written on the store's own account now" in run("inspect", tmp_path / "store").stdout
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        store.load("items", vectors())
     assert "write budget: overdrawn by" in run("inspect", tmp_path / "store").stdout
 
 

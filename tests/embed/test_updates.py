@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shoal.clock import ManualClock
-from shoal.embed import EmbeddingStore, Layout, Trace, writer
+from shoal.embed import EmbeddingStore, Layout, TableSpec, Trace, writer
 from shoal.embed.budget import DAY_S, WriteBudget
 from shoal.embed.journal import Journal
 from shoal.embed.space import DELTA, HOME, Space
@@ -275,6 +275,60 @@ def test_the_budget_fills_with_time_and_has_a_limit() -> None:
     assert budget.available(DAY_S * 10) == pytest.approx(500.0)  # a quarter of a day
 
 
+def test_a_first_load_leaves_the_budget_full(tmp_path: Path) -> None:
+    """A load that no store could do without makes no refresh after it wait; a second one is taken off like any write."""
+    quarter = 0.25 * 2.0 * 63 * 4096
+    with small_store(tmp_path, writes_per_day=2.0) as store:
+        assert store.statistics().budget_bytes == quarter
+        assert store.statistics().written_bytes > 63 * 4096
+        change(store, vectors(), np.random.default_rng(0), 300)
+        assert store.statistics().budget_bytes < quarter - 300 * 128
+        store.load("items", vectors())
+        assert store.statistics().budget_bytes < quarter - 300 * 128 - 63 * 4096
+    with EmbeddingStore.open(tmp_path, clock=ManualClock(1e9)) as store:
+        assert store.statistics().budget_bytes < 0
+
+
+def test_each_table_brings_its_own_budget(tmp_path: Path) -> None:
+    spec = TableSpec(rows=ROWS, dim=DIM, tier="block")
+    clock = ManualClock(1e9)
+    with EmbeddingStore.create(tmp_path, {"a": spec, "b": spec}, dram="80KB", clock=clock) as store:
+        store.load("a", vectors())
+        store.load("a", vectors())
+        overdrawn = store.statistics().budget_bytes
+        assert overdrawn < -0.7 * 63 * 4096
+        store.load("b", vectors())
+        assert (
+            overdrawn + 0.25 * 63 * 4096 <= store.statistics().budget_bytes < 0
+        )  # what was spent on `a` is not forgiven
+
+
+def test_a_refresh_right_after_the_first_load_is_tidied_up(tmp_path: Path) -> None:
+    rng, values = np.random.default_rng(0), vectors()
+    with small_store(tmp_path) as store:
+        before = store.statistics().written_bytes
+        change(store, values, rng, 200)
+        assert store.statistics().written_bytes - before > 2 * 200 * 128  # more than the rows: some went home at once
+        check(store, values)
+
+
+def test_an_update_stands_though_the_disk_is_full_for_tidying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, values = np.random.default_rng(0), vectors()
+
+    def full(table: Table, most_blocks: int) -> None:
+        raise StoreUnavailable("No space left")
+
+    with small_store(tmp_path) as store:
+        monkeypatch.setattr(writer.deltas, "compact", full)
+        change(store, values, rng, 100)
+        assert store.statistics().postponed == 1
+        monkeypatch.undo()
+        change(store, values, rng, 100)
+        assert store.statistics().postponed == 1
+    with EmbeddingStore.open(tmp_path) as store:
+        check(store, values)
+
+
 def test_tidying_keeps_the_budget_and_wear_spreads(tmp_path: Path) -> None:
     """Guarantee (6): over ten days, what is written stays within the budget, also on the most-written 1 % of blocks."""
     rng, values, clock = np.random.default_rng(0), vectors(), ManualClock(1e9)
@@ -345,7 +399,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
             ({"cache_bytes": -1}, "Expected cache_bytes >= 0"),
             ({"rows": 5}, "Expected setting to be one of admission"),
             ({"offered": np.full(63, 33)}, "63 numbers from 0 to 32"),
-            ({"offered": np.ones(3)}, r"got shape \(3,\)"),
+            ({"offered": np.ones(3, int)}, r"got shape \(3,\)"),
         ):
             with pytest.raises(ValueError, match=text):
                 store.place("items", Layout.in_id_order(ROWS, 32), **settings)  # type: ignore[arg-type]
