@@ -30,7 +30,7 @@ from shoal.embed.trace import Trace
 
 MOST_WORK: Final = 1500
 """Pins that passes over all blocks look at in all, for each pin."""
-_TOGETHER: Final = 1 << 20
+_TOGETHER: Final = 1 << 18
 """Proposals of annealing, at least, between two times that it tells how far it is (and that Ctrl-C is heard)."""
 
 
@@ -62,7 +62,7 @@ class Settings:
     @property
     def costs(self) -> tuple[float, float, float]:
         """What splits, annealing and passes take, of the splits, roughly: for those who are told how far it is."""
-        return 1.0, self.anneal / 12, self.passes / 2
+        return 1.0, self.anneal / 8, self.passes / 2
 
 
 def partition(
@@ -203,7 +203,7 @@ def _anneal(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: S
     named = by_vector(edges[0], edges[1], len(order))
     rng = np.random.default_rng([settings.seed, len(order), 1])
     scale, proposals = float(np.mean(edges[2])), settings.anneal * len(order)
-    together = max(_TOGETHER, -(-len(edges[1]) // SAME) * SAME)
+    together = max(_TOGETHER, len(edges[1]) // 4 // SAME * SAME)
     for first in range(1, proposals + 1, together):
         last = min(first + together - 1, proposals)
         anneal(
