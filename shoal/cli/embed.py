@@ -131,7 +131,7 @@ def place(
         str,
         typer.Option(
             "--effort",
-            help="normal, or high: look two to ten times as long for a placement, which saves up to a few per cent of the reads.",
+            help="normal, or high: look two to ten times as long for a placement, which may save a per cent of the reads.",
         ),
     ] = "normal",
     json: options.AsJson = False,
