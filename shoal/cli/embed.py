@@ -1,7 +1,7 @@
 """`shoal embed`: look into an embedding store, place its rows by a trace, replay policies, put a price on memory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -38,6 +38,7 @@ TUNE_EPILOG = options.examples(
 )
 POLICIES: Final = ("lru", "s3-fifo", "w-tinylfu")
 SHARES: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+PICTURES: Final = (".png", ".svg", ".pdf")
 _FEW_ROWS: Final = 10**7
 """So many rows can be replayed however few of them are asked for."""
 
@@ -128,10 +129,10 @@ def place(
         ),
     ] = 0.0,
     effort: Annotated[
-        str,
+        Literal["normal", "high"],
         typer.Option(
             "--effort",
-            help="normal, or high: look two to ten times as long for a placement, which may save a per cent of the reads.",
+            help="How long to look for a placement; high takes two to ten times as long, which may save a per cent of the reads.",
         ),
     ] = "normal",
     json: options.AsJson = False,
@@ -146,8 +147,9 @@ def place(
             raise ValueError(f"Expected --table to be one of {', '.join(opened.tables)}, got {name!r}.")
         learned = Trace.load(trace, num_rows=opened.tables[name].rows)
         watch.lap("open")
-        wanted: dict[str, Any] = {"most_blocks": most_blocks or None, "effort": effort, "space": space}
-        told = opened.retrain({name: learned}, **wanted, progress=WorkLines(screen))[name]
+        told = opened.retrain(
+            {name: learned}, most_blocks=most_blocks or None, effort=effort, space=space, progress=WorkLines(screen)
+        )[name]
         watch.lap("place")
     by = "replayed over the trace that it was learned from" if most_blocks else "foretold by the trace's last 30 %"
     screen.line(
@@ -176,11 +178,13 @@ def replay(
 
     Placement is learned on the first half; the rest is replayed."""
     screen, watch = Screen(json=json), Stopwatch()
+    picture = out or trace.with_suffix(".png")
+    if picture.suffix not in PICTURES:
+        raise ValueError(f"Expected --out to end in {', '.join(PICTURES)}, got {str(picture)!r}.")
     case = _Case(trace, dim, dtype, screen)
     watch.lap("place")
     curves = case.curves(screen)
     watch.lap("replay")
-    picture = out or trace.with_suffix(".png")
     _draw(curves, case, picture)
     watch.lap("draw")
     columns = ("placement", "eviction", *[f"{100 * share:g} %" for share in SHARES])
