@@ -70,9 +70,10 @@ class Wanted:
             validate.one_of(POLICIES, policy=policy)
         if not self.policies:
             raise ValueError(f"Expected at least one of {', '.join(POLICIES)} in policies, got none.")
-        if self.most_blocks is not None and self.space:
+        if self.most_blocks is not None and (self.space or self.effort != "normal"):
             raise ValueError(
-                f"Expected no space with most_blocks, got space={self.space!r}: copies are made when all rows are placed anew."
+                f"Expected no space and no effort with most_blocks, got space={self.space!r} and effort={self.effort!r}: these "
+                "are for placing all rows anew. Leave most_blocks out."
             )
 
     @property
@@ -182,12 +183,11 @@ def learn(table: "Table", trace: Trace, wanted: Wanted, smallest: float, tell: T
     meter = Meter(tell, f"{record.name}: trying caches by {len(tune):,} queries", tries, "caches")
     stays = _curve(table, both, skip, present, heat, plain, now, meter).reads[0]
     moves = [_curve(table, both, skip, layout, heat, choices, now, meter).reads[0] for layout in layouts]
-    layout, is_better = layouts[int(np.argmin(moves))], min(moves) < (1 - LEAST_GAIN) * stays
+    layout = layouts[int(np.argmin(moves))]
+    is_better = table.mirror is not None or min(moves) < (1 - LEAST_GAIN) * stays
     copies = num_copies(record.rows, table.slots_per_block, wanted.space)
     if not is_better and len(present.replica_ids) < ENOUGH_COPIES * copies:
         layout, is_better = _copied(table, train, present, wanted), True
-    if table.mirror is not None:
-        is_better = True
     where, settings = (layout, choices) if is_better else (present, plain)
     curve = _curve(table, both, skip, where, heat, settings, sizes, meter)
     meter.reach(1.0)
@@ -199,10 +199,10 @@ def learn(table: "Table", trace: Trace, wanted: Wanted, smallest: float, tell: T
 
 def _placed(table: "Table", train: Trace, wanted: Wanted, tell: Tell) -> list[Layout]:
     """Where the rows might lie, by a part of the trace and a cache of the table's size; with high effort, two ways."""
-    name, size, heat = table.record.name, table.slots_per_block, train.counts()
+    name, size = table.record.name, table.slots_per_block
     meter = Meter(tell, f"{name}: placing by {len(train):,} queries", table.record.rows, "rows")
     plan = Plan(space=wanted.space)
-    found = [place(train, size, lambda: _usual_cache(table), plan, progress=meter.reach).hot_first(heat)]
+    found = [place(train, size, lambda: _usual_cache(table), plan, progress=meter.reach)]
     if wanted.effort == "high":
         meter = Meter(tell, f"{name}: annealing", table.record.rows, "rows")
         plan, first = replace(plan, partition=ANNEALED, rounds=1), found[0].without_copies()

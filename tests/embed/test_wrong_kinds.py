@@ -42,8 +42,10 @@ for wrong in (
     lambda: store.retrain(trace, policies="lru"),
     lambda: store.retrain(trace, effort="most"),
     lambda: store.retrain(trace, most_blocks=3, space=0.2),
+    lambda: store.retrain(trace, most_blocks=3, effort="high"),
     lambda: store.retrain(trace, progress="yes"),
     lambda: store.rebalance(least_gain="a"),
+    lambda: store.rebalance(least_gain=np.ones(2)),
     lambda: store.verify(repair=1),
     lambda: Trace.of([1, 2], 3),
     lambda: Trace.of([[1.5]], 3),
@@ -88,9 +90,11 @@ TypeError: Expected trace to be a shoal.embed.Trace of the only table, or {table
 TypeError: Expected a shoal.embed.Trace of table 'items', got list. Make one with Trace.of([[3, 1], [4]], num_rows=2000)
 TypeError: Expected policies to be some of lru, s3-fifo, w-tinylfu, in a list, got policies='lru'.
 ValueError: Expected effort to be one of high | normal, got effort='most'.
-ValueError: Expected no space with most_blocks, got space=0.2
+ValueError: Expected no space and no effort with most_blocks, got space=0.2 and effort='normal'
+ValueError: Expected no space and no effort with most_blocks, got space=0.0 and effort='high'
 TypeError: Expected progress to be True (a bar), False, or a function of a Progress, got progress='yes'.
 ValueError: Expected 0 <= least_gain <= 1, got least_gain='a'.
+ValueError: Expected 0 <= least_gain <= 1, got least_gain=array([1., 1.]).
 TypeError: Expected repair to be True or False, got repair=1.
 TypeError: Expected queries to be lists of ids, such as [[3, 1], [4]]
 TypeError: Expected ids to be integers, got float64.
