@@ -2,7 +2,8 @@
 
 1. *Placement.* A table's rows are placed by the first 70 % of its queries, above all by what a cache misses of them: hot rows
    hit wherever they lie (`placement.py`). If the other 30 % read no less of the new placement than of the present one, with
-   the memory that the table has, it stays where it is.
+   the memory that the table has, it stays where it is. With effort `high` a second placement is made by annealing, and the one of both
+   is taken that reads less of these. Copies that are asked for are made wherever the rows lie.
 2. *Cache.* On the other 30 % miniature caches (`miniature.py`) tell the block reads of each setting at several sizes: the table's
    curve. Settings without neighbours are always among them, so prefetch is off where it does not pay.
 3. *Memory.* It is divided along the curves' convex hulls (`divide.py`). The last point of a curve is the whole table in memory
