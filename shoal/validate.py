@@ -5,7 +5,7 @@ Traceback (most recent call last):
 ValueError: Expected clip_norm > 0, got clip_norm=-1.0.
 """
 
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import fields
 from functools import cache
 from math import isfinite
@@ -43,13 +43,42 @@ def whole(low: int, **named: object) -> None:
 
 
 def _is_number(value: object) -> bool:
-    return hasattr(value, "__float__") and not isinstance(value, bool)
+    return hasattr(value, "__float__") and not isinstance(value, bool) and not getattr(value, "shape", ())
+
+
+def of_kind(kind: type | UnionType, words: str, **named: object) -> None:
+    """Raises TypeError unless every value is of a kind; `words` says which that is, and how one makes one.
+
+    >>> of_kind(list, "a list of ids", ids=7)
+    Traceback (most recent call last):
+    TypeError: Expected ids to be a list of ids, got ids=7.
+    """
+    for name, value in named.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"Expected {name} to be {words}, got {name}={_shown(value)}.")
+
+
+def flags(**named: object) -> None:
+    """Raises TypeError unless every value is True or False."""
+    of_kind(bool, "True or False", **named)
+
+
+def distinct_in_any_case(names: Iterable[str], what: str) -> None:
+    """Raises ValueError where two names differ only in case: some file systems would take their files for one."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise ValueError(
+                f"Expected {what} that differ in more than case, got {other!r} and {name!r}: on some disks their files would "
+                "be the same. Rename one."
+            )
 
 
 def one_of(allowed: Collection[object], **named: object) -> None:
     """Raises ValueError unless every value is among those allowed."""
     for name, value in named.items():
-        if value not in allowed:
+        if not isinstance(value, Hashable) or value not in allowed:
             choices = " | ".join(sorted(str(a) for a in allowed))
             raise ValueError(f"Expected {name} to be one of {choices}, got {name}={value!r}.")
 
@@ -66,7 +95,12 @@ def types(instance: object) -> None:
         if not is_one(value):
             of_choices = get_origin(hint) is Literal
             text = " | ".join(map(repr, get_args(hint))) if of_choices else getattr(hint, "__name__", None) or str(hint)
-            raise TypeError(f"Expected {name} of {type(instance).__name__} to be {text}, got {repr(value)[:80]}.")
+            raise TypeError(f"Expected {name} of {type(instance).__name__} to be {text}, got {_shown(value)}.")
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value, in one line."""
+    return " ".join(repr(value).split())[:80]
 
 
 Check = Callable[[Any], bool]

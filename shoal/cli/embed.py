@@ -1,12 +1,14 @@
 """`shoal embed`: look into an embedding store, place its rows by a trace, replay policies, put a price on memory."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
 from shoal.cli import options, words
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.cli.work_lines import WorkLines
+from shoal.embed.progress import Meter
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +38,7 @@ TUNE_EPILOG = options.examples(
 )
 POLICIES: Final = ("lru", "s3-fifo", "w-tinylfu")
 SHARES: Final = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+PICTURES: Final = (".png", ".svg", ".pdf")
 _FEW_ROWS: Final = 10**7
 """So many rows can be replayed however few of them are asked for."""
 
@@ -64,7 +67,7 @@ def inspect(
     with EmbeddingStore.open(store, read_only=True) as opened:
         watch.lap("open")
         told = opened.statistics()
-        damaged = opened.verify() if verify else {}
+        damaged = opened.verify(progress=WorkLines(screen)) if verify else {}
         watch.lap("verify")
     rows = [
         (
@@ -117,8 +120,21 @@ def place(
     ] = 0,
     space: Annotated[
         float,
-        typer.Option("--space", min=0.0, max=1.0, help="Copies of rows, as a part of all rows.", show_default="none"),
+        typer.Option(
+            "--space",
+            min=0.0,
+            max=1.0,
+            help="Copies of rows, as a part of all rows: they save reads, and serve where a block is late or damaged.",
+            show_default="none",
+        ),
     ] = 0.0,
+    effort: Annotated[
+        Literal["normal", "high"],
+        typer.Option(
+            "--effort",
+            help="How long to look for a placement; high takes two to ten times as long, which may save a per cent of the reads.",
+        ),
+    ] = "normal",
     json: options.AsJson = False,
 ) -> None:
     """Learn from a trace where the rows of a table should lie and which cache it should have, and write that."""
@@ -131,7 +147,9 @@ def place(
             raise ValueError(f"Expected --table to be one of {', '.join(opened.tables)}, got {name!r}.")
         learned = Trace.load(trace, num_rows=opened.tables[name].rows)
         watch.lap("open")
-        told = opened.retrain({name: learned}, most_blocks=most_blocks or None, space=space, progress=screen.say)[name]
+        told = opened.retrain(
+            {name: learned}, most_blocks=most_blocks or None, effort=effort, space=space, progress=WorkLines(screen)
+        )[name]
         watch.lap("place")
     by = "replayed over the trace that it was learned from" if most_blocks else "foretold by the trace's last 30 %"
     screen.line(
@@ -160,11 +178,13 @@ def replay(
 
     Placement is learned on the first half; the rest is replayed."""
     screen, watch = Screen(json=json), Stopwatch()
+    picture = out or trace.with_suffix(".png")
+    if picture.suffix not in PICTURES:
+        raise ValueError(f"Expected --out to end in {', '.join(PICTURES)}, got {str(picture)!r}.")
     case = _Case(trace, dim, dtype, screen)
     watch.lap("place")
     curves = case.curves(screen)
     watch.lap("replay")
-    picture = out or trace.with_suffix(".png")
     _draw(curves, case, picture)
     watch.lap("draw")
     columns = ("placement", "eviction", *[f"{100 * share:g} %" for share in SHARES])
@@ -203,9 +223,11 @@ class _Case:
         self.name, self.rows, self.row_bytes = path.stem, whole.num_rows, Codec(dim, dtype).row_bytes
         self.per_block = block_bytes_for(self.row_bytes) // self.row_bytes
         self.train, self.test = whole.split(0.5, 0.5)
-        screen.say(f"placing {self.rows:,} rows by {len(self.train):,} queries")
         heat, size = self.train.counts(), max(self.per_block, self.rows // 20)
-        placed = place(self.train, self.per_block, lambda: Cache("s3-fifo", size, self.rows)).hot_first(heat)
+        meter = Meter(WorkLines(screen), f"placing by {len(self.train):,} queries", self.rows, "rows")
+        placed = place(
+            self.train, self.per_block, lambda: Cache("s3-fifo", size, self.rows), progress=meter.reach
+        ).hot_first(heat)
         self.layouts: dict[str, Layout] = {"id order": Layout.in_id_order(self.rows, self.per_block), "placed": placed}
         self.offers = self._offers(placed, heat)
 
@@ -232,14 +254,20 @@ class _Case:
         """(placement, eviction) -> (hit rate, reads a query) at each share."""
         made: dict[tuple[str, str], list[tuple[float, float]]] = {}
         kinds = [("id order", False, ""), ("placed", False, ""), ("placed", True, " + neighbours")]
-        for number, (layout, offer, more) in enumerate(kinds):
+        meter = _replays(screen, len(kinds))
+        for layout, offer, more in kinds:
             for policy in POLICIES:
-                screen.live(
-                    f"replaying {layout} with {policy} ({number * len(POLICIES) + 1} of {len(kinds) * len(POLICIES)})"
-                )
-                found = [self.run(layout, policy, share, offer=offer) for share in SHARES]
+                found = []
+                for share in SHARES:
+                    found.append(self.run(layout, policy, share, offer=offer))
+                    meter.advance()
                 made[layout, policy + more] = [(1 - one.miss_ratio, one.reads_per_query) for one in found]
         return made
+
+
+def _replays(screen: Screen, kinds: int) -> Meter:
+    """Of the replays of so many kinds of placement, with each policy at each size."""
+    return Meter(WorkLines(screen), "replaying", kinds * len(POLICIES) * len(SHARES), "caches")
 
 
 def _refuse_gaps(trace: "Trace", path: Path) -> None:
@@ -324,10 +352,10 @@ def tune(
             "money": table_gb * prices["dram"],
         }
     ]
+    meter = _replays(screen, len(case.layouts))
     for layout in case.layouts:
         for policy in POLICIES:
             for share in SHARES:
-                screen.live(f"replaying {layout} with {policy} at {100 * share:g} %")
                 one = case.run(layout, policy, share, offer=True)
                 late = replay_latency(one.reads, DEVICES[device]).percentile(99)
                 money = table_gb * (share * prices["dram"] + prices["nvme"])
@@ -335,6 +363,7 @@ def tune(
                     "placement": layout, "eviction": policy, "share": share, "reads": one.reads_per_query,
                     "p99_us": 1e6 * late, "money": money,
                 })  # fmt: skip
+                meter.advance()
     watch.lap("replay")
     fit = [one for one in found if one["p99_us"] <= 1e6 * limit_s]
     cheapest = min(fit, key=lambda one: (one["money"], one["reads"]))

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from shoal import validate
 from shoal.data import npz, tables
 from shoal.data.split import Split, by_user
 from shoal.data.store import Examples, Layout, Population, Spec, difference, num_examples
@@ -74,7 +75,7 @@ def write_population(population: Population, folder: Path | str, *, progress: bo
         ValueError: Two ids that differ only in case, which some file systems take for one.
         DataError: The folder cannot be written.
     """
-    _check_distinct(population.ids)
+    validate.distinct_in_any_case(population.ids, "ids of users")
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -175,14 +176,6 @@ def _length(layout: Layout, file: Path) -> int:
         return num_examples(layout)
     except ValueError as error:
         raise DataError(f"Cannot use {file}: {error}") from error
-
-
-def _check_distinct(ids: tuple[str, ...]) -> None:
-    seen: dict[str, str] = {}
-    for user in ids:
-        other = seen.setdefault(user.casefold(), user)
-        if other != user:
-            raise ValueError(f"Users {other!r} and {user!r} differ only in case. Rename one before writing files.")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from shoal.embed._compiled import compiled
 HOTTEST: Final = 1.0
 COLDEST: Final = 0.1
 """Temperatures, in queries of mean weight that need one block more."""
-_SAME: Final = 1 << 12
+SAME: Final = 1 << 12
 """Proposals at one temperature."""
 
 
@@ -29,6 +29,8 @@ def anneal(
     order: np.ndarray,
     slot_of: np.ndarray,
     per_block: int,
+    first: int,
+    last: int,
     proposals: int,
     hottest: float,
     coldest: float,
@@ -40,7 +42,8 @@ def anneal(
         indptr, pins, weights: the queries, as in `hypergraph.py`.
         starts, queries: by vector, the queries that name it.
         per_block: slots of a block; the last may have fewer.
-        proposals: swaps that are looked at.
+        first, last: the proposals of this call, from 1; `first` is 1 more than a multiple of `SAME`.
+        proposals: of all calls: how fast the temperature falls.
         hottest, coldest: temperatures, in units of the weights.
         rng: what is drawn.
     """
@@ -51,8 +54,8 @@ def anneal(
         for at in range(indptr[query], indptr[query + 1]):
             _add(blocks, counts, distinct, indptr[query], query, slot_of[pins[at]] // per_block)
     temperature = hottest
-    for number in range(1, proposals + 1):
-        if number % _SAME == 1:
+    for number in range(first, last + 1):
+        if number % SAME == 1:
             temperature = hottest * (coldest / hottest) ** (number / proposals)
         vector = int(rng.random() * size)
         named = starts[vector + 1] - starts[vector]

@@ -3,6 +3,7 @@
 What users change is always written; it is what they came for. What the store writes on its own account (compaction,
 re-placement) waits until the budget has room: an account that fills with time up to a quarter of a day's worth, and from
 which every byte that goes to the device is taken, users' too. Below zero the store only writes what it is told to.
+A table's first rows are not taken from it, as no store could leave them unwritten.
 
 References: JEDEC JESD218 (endurance as terabytes written; drive writes a day over the warranty).
 """
@@ -34,8 +35,9 @@ class WriteBudget:
     def resize(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
 
-    def spend(self, num_bytes: int) -> None:
-        self._balance -= num_bytes
+    def spend(self, num_bytes: int, *, is_first: bool = False) -> None:
+        """Counts bytes that were written; those of a table that had no rows before (`is_first`) are not taken from the account."""
+        self._balance -= 0 if is_first else num_bytes
         self.spent += num_bytes
 
     def available(self, now_s: float) -> float:

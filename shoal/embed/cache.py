@@ -94,7 +94,9 @@ class Cache:
         read_aware: count what a miss costs in reads, not misses.
         """
         validate.one_of(POLICIES, policy=policy)
+        validate.whole(1, capacity=capacity, num_rows=num_rows)
         validate.between(1, 2**31 - 1, capacity=capacity, num_rows=num_rows)
+        validate.flags(duel=duel, read_aware=read_aware)
         self.policy, self.capacity, self.num_rows, self.duel = policy, capacity, num_rows, duel
         self.read_aware = read_aware
         self.state = _new_state(POLICIES[policy], capacity, duel)

@@ -7,6 +7,7 @@ nothing about values, files or caches.
 Memory: 8 bytes a row, 16 a replica. `ids_of` makes the reverse map: 8 bytes a slot.
 """
 
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from shoal import validate
+from shoal.embed.arrays import integers_of, refuse_but_int64
 from shoal.errors import DataError
 
 
@@ -37,11 +39,8 @@ class Layout:
     """(m,) int64: where those copies lie."""
 
     def __post_init__(self) -> None:
-        validate.positive(vectors_per_block=self.vectors_per_block)
-        for name in ("slot_of", "replica_ids", "replica_slots"):
-            array = getattr(self, name)
-            if array.ndim != 1 or array.dtype != np.int64:
-                raise ValueError(f"Expected {name} to be int64 of one dimension, got {array.dtype}{list(array.shape)}.")
+        validate.whole(1, vectors_per_block=self.vectors_per_block)
+        refuse_but_int64(slot_of=self.slot_of, replica_ids=self.replica_ids, replica_slots=self.replica_slots)
         if not len(self.slot_of):
             raise ValueError("Expected a layout of at least one row, got none.")
         if len(self.replica_ids) != len(self.replica_slots):
@@ -100,9 +99,16 @@ class Layout:
         order = np.argsort(-keys, axis=1, kind="stable")
         return self.from_blocks(np.take_along_axis(ids, order, axis=1), self.num_rows, homes=self.block_of)
 
+    def without_copies(self) -> Self:
+        """The same blocks, but for those that hold copies only, or nothing."""
+        _, block_of = np.unique(self.block_of, return_inverse=True)
+        size = self.vectors_per_block
+        return type(self)(block_of.astype(np.int64) * size + self.slot_of % size, size)
+
     @classmethod
     def from_order(cls, order: np.ndarray, vectors_per_block: int) -> Self:
         """The vectors of `order`, a permutation of the ids (rows,), fill the blocks one after another."""
+        order = integers_of(order, "order")
         if not np.array_equal(np.sort(order), np.arange(len(order))):
             raise ValueError(f"Expected a permutation of 0 to {len(order) - 1}.")
         slot_of = np.empty(len(order), np.int64)
@@ -133,6 +139,7 @@ class Layout:
     @classmethod
     def in_id_order(cls, rows: int, vectors_per_block: int) -> Self:
         """Vector i in slot i: what one has who does nothing."""
+        validate.whole(1, rows=rows)
         return cls(np.arange(rows), vectors_per_block)
 
     @classmethod
@@ -140,9 +147,9 @@ class Layout:
         """The vectors in a random order."""
         return cls.from_order(np.random.default_rng(seed).permutation(rows), vectors_per_block)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the arrays as .npz, without pickle."""
-        with path.open("wb") as file:
+        with Path(path).open("wb") as file:
             np.savez(
                 file,
                 slot_of=self.slot_of,
@@ -152,7 +159,7 @@ class Layout:
             )
 
     @classmethod
-    def load(cls, path: Path) -> Self:
+    def load(cls, path: str | os.PathLike[str]) -> Self:
         """Reads what `save` wrote. Raises DataError for anything else."""
         try:
             with np.load(path, allow_pickle=False) as file:

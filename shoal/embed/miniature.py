@@ -10,7 +10,7 @@ References: Waldspurger, Saemundsson, Ahmad and Park, 2017, Cache modeling and o
 USENIX ATC; Eisenman et al., 2019, Bandana, arXiv 1811.05922, section on miniature caches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -123,6 +123,7 @@ def read_curve(
     entries: int = 300,
     skip: int = 0,
     seed: int = 0,
+    tell: Callable[[], None] | None = None,
 ) -> Curve:
     """Measures a table's curve with miniature caches and picks the setting for each budget.
 
@@ -131,22 +132,16 @@ def read_curve(
         counts: (rows,) lookups in training, by which the layout is `hot_first` and thresholds count.
         budgets: bytes of DRAM, rising.
         entries: least entries of a miniature cache.
+        tell: is called when a setting has been tried at a budget.
     """
     best_reads, best = [], []
     for budget in budgets:
-        reads = [
-            foretold(
-                trace,
-                layout,
-                counts,
-                setting,
-                setting.capacity(budget, vector_bytes),
-                entries=entries,
-                skip=skip,
-                seed=seed,
-            )
-            for setting in settings
-        ]
+        reads = []
+        for setting in settings:
+            size = setting.capacity(budget, vector_bytes)
+            reads.append(foretold(trace, layout, counts, setting, size, entries=entries, skip=skip, seed=seed))
+            if tell:
+                tell()
         best.append(settings[int(np.argmin(reads))])
         best_reads.append(min(reads))
     return Curve(budgets=tuple(budgets), reads=tuple(best_reads), settings=tuple(best))

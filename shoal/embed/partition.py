@@ -15,7 +15,6 @@ References:
     BalancedPartitioning.
 """
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Final
@@ -23,13 +22,16 @@ from typing import Final
 import numpy as np
 
 from shoal import validate
-from shoal.embed.annealing import COLDEST, HOTTEST, anneal
+from shoal.embed.annealing import COLDEST, HOTTEST, SAME, anneal
 from shoal.embed.hypergraph import Edges, by_vector, contracted, halves, pairs_of, without_small
+from shoal.embed.progress import Share, nobody, parts
 from shoal.embed.swaps import bisect, swap_anywhere
 from shoal.embed.trace import Trace
 
 MOST_WORK: Final = 1500
 """Pins that passes over all blocks look at in all, for each pin."""
+_TOGETHER: Final = 1 << 18
+"""Proposals of annealing, at least, between two times that it tells how far it is (and that Ctrl-C is heard)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,11 @@ class Settings:
         validate.not_negative(passes=self.passes, anneal=self.anneal)
         validate.between(0, 1, p=self.p, skip=self.skip, stop=self.stop)
 
+    @property
+    def costs(self) -> tuple[float, float, float]:
+        """What splits, annealing and passes take, of the splits, roughly: for those who are told how far it is."""
+        return 1.0, self.anneal / 8, self.passes / 2
+
 
 def partition(
     trace: Trace,
@@ -66,7 +73,7 @@ def partition(
     start: np.ndarray | None = None,
     weights: np.ndarray | None = None,
     threads: int = 1,
-    progress: Callable[[float], None] | None = None,
+    progress: Share | None = None,
 ) -> np.ndarray:
     """Orders the vectors so that runs of `vectors_per_block` are asked for together.
 
@@ -75,7 +82,7 @@ def partition(
         start: (rows,) the ids in a first order, from which it goes on (re-placement); random by default.
         weights: (queries,) how much each query counts; 1 by default.
         threads: subtrees at a time.
-        progress: is told the share of splits done.
+        progress: is told the share done.
 
     Returns:
         (rows,) int64: the ids of *all* rows; rows that no query names come last, in order of id.
@@ -93,14 +100,14 @@ def partition(
     weight = np.ones(len(trace), np.float32) if weights is None else weights.astype(np.float32)
     edges = without_small(trace.indptr, local[trace.ids], weight)
     full = -(-len(order) // vectors_per_block) * vectors_per_block
-    found = _Search(settings, vectors_per_block, progress, size=full, is_warm=start is not None)
+    splits, annealing, passes = parts(progress or nobody, settings.costs)
+    found = _Search(settings, vectors_per_block, splits, size=full, is_warm=start is not None)
     with ThreadPoolExecutor(threads) as pool:
         found.place(np.arange(full, dtype=np.int32), edges, 0, pool if threads > 1 else None, threads)
     placed = _without_holes(found.order, len(order), vectors_per_block)
-    if settings.anneal and len(edges[0]) > 1:
-        _annealed(placed, edges, vectors_per_block, settings)
-    if settings.passes and len(edges[0]) > 1:
-        placed = _refined(placed, edges, vectors_per_block, settings)
+    if len(edges[0]) > 1:
+        _anneal(placed, edges, vectors_per_block, settings, annealing)
+        _swap_on(placed, edges, vectors_per_block, settings, passes)
     return np.concatenate([order[placed], unseen])
 
 
@@ -110,14 +117,15 @@ class _Search:
 
     settings: Settings
     vectors_per_block: int
-    progress: Callable[[float], None] | None
+    progress: Share
     size: int
     """Slots: the vectors, and as many holes as fill the last block."""
     is_warm: bool
 
     def __post_init__(self) -> None:
         self.order = np.empty(self.size, np.int64)
-        self.done = 0
+        self.left = self._work(self.size)
+        self.whole = max(1, self.left)
 
     def place(
         self, vectors: np.ndarray, edges: Edges, first_slot: int, pool: ThreadPoolExecutor | None, free: int
@@ -126,13 +134,12 @@ class _Search:
         blocks = -(-len(vectors) // self.vectors_per_block)
         if blocks <= 1 or len(edges[0]) <= 1:
             self.order[first_slot : first_slot + len(vectors)] = vectors
-            self.done += len(vectors)
-            if self.progress:
-                self.progress(self.done / self.size)
+            self._did(self._work(len(vectors)))
             return
         left_blocks = (blocks + 1) // 2
         left_size = left_blocks * self.vectors_per_block
         side = self._side(len(vectors), left_size, edges, first_slot, left_blocks, blocks - left_blocks)
+        self._did(self._work(len(vectors)) - self._work(left_size) - self._work(len(vectors) - left_size))
         left, right = halves(*edges, side)
         parts = (vectors[side == 0], left, first_slot), (vectors[side == 1], right, first_slot + left_size)
         del edges, vectors
@@ -143,6 +150,14 @@ class _Search:
         else:
             for part in parts:
                 self.place(*part, None, 1)
+
+    def _work(self, size: int) -> int:
+        """What it takes to split a set of vectors into blocks: each vector once a level."""
+        return size * (-(-size // self.vectors_per_block) - 1).bit_length()
+
+    def _did(self, work: int) -> None:
+        self.left -= work  # threads may lose a count: this is only told
+        self.progress(1 - self.left / self.whole)
 
     def _side(
         self, size: int, left_size: int, edges: Edges, first_slot: int, left_blocks: int, right_blocks: int
@@ -181,32 +196,36 @@ def _without_holes(order: np.ndarray, num: int, vectors_per_block: int) -> np.nd
     return np.concatenate([head, spare[len(holes) :]])
 
 
-def _annealed(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings) -> None:
+def _anneal(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings, progress: Share) -> None:
     """Anneals the order in place."""
     slot_of = np.empty(len(order), np.int64)
     slot_of[order] = np.arange(len(order))
-    starts, queries = by_vector(edges[0], edges[1], len(order))
+    named = by_vector(edges[0], edges[1], len(order))
     rng = np.random.default_rng([settings.seed, len(order), 1])
-    scale = float(np.mean(edges[2]))
-    anneal(
-        *edges, starts, queries, order, slot_of, vectors_per_block, settings.anneal * len(order),
-        HOTTEST * scale, COLDEST * scale, rng,
-    )  # fmt: skip
+    scale, proposals = float(np.mean(edges[2])), settings.anneal * len(order)
+    together = max(_TOGETHER, len(edges[1]) // 4 // SAME * SAME)
+    for first in range(1, proposals + 1, together):
+        last = min(first + together - 1, proposals)
+        anneal(
+            *edges, *named, order, slot_of, vectors_per_block, first, last, proposals,
+            HOTTEST * scale, COLDEST * scale, rng,
+        )  # fmt: skip
+        progress(last / proposals)
 
 
-def _refined(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings) -> np.ndarray:
-    """The order after swaps between any two full blocks."""
+def _swap_on(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: Settings, progress: Share) -> None:
+    """Swaps between any two full blocks, in place."""
     slot_of = np.empty(len(order), np.int64)
     slot_of[order] = np.arange(len(order))
-    starts, queries = by_vector(edges[0], edges[1], len(order))
+    named = by_vector(edges[0], edges[1], len(order))
     rng = np.random.default_rng([settings.seed, len(order)])
     work = MOST_WORK * len(edges[1])
-    for _ in range(settings.passes):
+    for number in range(settings.passes):
         visits = rng.permutation(len(order))
-        swaps, work = swap_anywhere(*edges, starts, queries, order, slot_of, vectors_per_block, visits, work)
+        swaps, work = swap_anywhere(*edges, *named, order, slot_of, vectors_per_block, visits, work)
+        progress((number + 1) / settings.passes)
         if swaps < settings.stop * len(order) or work <= 0:
             break
-    return order
 
 
 def fanout(trace: Trace, block_of: np.ndarray) -> float:

@@ -16,11 +16,10 @@ from shoal import validate
 from shoal.embed.cache import Cache
 from shoal.embed.layout import Layout
 from shoal.embed.partition import Settings, fanout, partition
-from shoal.embed.replicate import replicate_residual
+from shoal.embed.progress import Share, nobody, parts
+from shoal.embed.replicate import with_copies
 from shoal.embed.simulate import misses, replay
 from shoal.embed.trace import Trace
-
-Progress = Callable[[float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +32,17 @@ class Plan:
     queries_weight: float = 0.1
     """Weight of a whole query beside its misses."""
     space: float = 0.0
-    """Further copies over the rows: 0.2 is a fifth more storage, and more writes when values change."""
+    """Blocks of copies over the table's, 0 to 1: with 0.2 a fifth of the rows have a copy, for a fifth more storage."""
 
     def __post_init__(self) -> None:
-        validate.not_negative(rounds=self.rounds, queries_weight=self.queries_weight, space=self.space)
+        validate.whole(0, rounds=self.rounds)
+        validate.not_negative(queries_weight=self.queries_weight)
+        validate.between(0, 1, space=self.space)
 
 
 def place(
     trace: Trace, vectors_per_block: int, new_cache: Callable[[], Cache], plan: Plan | None = None,
-    *, first: Layout | None = None, threads: int = 1, progress: Progress | None = None,
+    *, first: Layout | None = None, threads: int = 1, progress: Share | None = None,
 ) -> Layout:  # fmt: skip
     """The layout for a trace and a cache of the kind that will stand before it.
 
@@ -51,34 +52,48 @@ def place(
             here, and id order kept where it does not carry over to queries that it was not learnt from.
         progress: is told the share done.
     """
-    plan = plan or Plan()
-    if first is None:
-        if is_patternless(trace, vectors_per_block, plan.partition):
-            return Layout.in_id_order(trace.num_rows, vectors_per_block).hot_first(trace.counts())
-        order = partition(trace, vectors_per_block, plan.partition, threads=threads)
-        first = Layout.from_order(order, vectors_per_block)
-    layout, tell, parts = first, progress or (lambda share: None), plan.rounds + 2
-    tell(1 / parts)
-    for number in range(plan.rounds):
-        missed = misses(trace, replay(trace, layout, new_cache()))
-        layout = _placed(trace, missed, vectors_per_block, plan, number, threads)
-        tell((2 + number) / parts)
+    plan, progress = plan or Plan(), progress or nobody
+    layout = _learned(trace, vectors_per_block, new_cache, plan, first, threads, progress)
     if plan.space:
         missed = misses(trace, replay(trace, layout, new_cache()))
-        layout = replicate_residual(layout, missed, plan.space, plan.partition)
-    tell(1.0)
+        layout = with_copies(layout, missed, trace.counts(), plan.space, plan.partition)
+    progress(1.0)
     return layout.hot_first(trace.counts())
 
 
-def _placed(trace: Trace, missed: Trace, vectors_per_block: int, plan: Plan, number: int, threads: int) -> Layout:
+def _learned(
+    trace: Trace, vectors_per_block: int, new_cache: Callable[[], Cache], plan: Plan, first: Layout | None,
+    threads: int, progress: Share,
+) -> Layout:  # fmt: skip
+    """Where the vectors lie, without copies."""
+    learns = first is None
+    check, blind, *rounds = parts(progress, [2 * learns, 3 * learns, *[6] * plan.rounds])
+    if first is None:
+        if is_patternless(trace, vectors_per_block, plan.partition, progress=check):
+            return Layout.in_id_order(trace.num_rows, vectors_per_block)
+        order = partition(trace, vectors_per_block, plan.partition, threads=threads, progress=blind)
+        first = Layout.from_order(order, vectors_per_block)
+    layout = first
+    for number, tell in enumerate(rounds):
+        missed = misses(trace, replay(trace, layout, new_cache()))
+        layout = _placed(trace, missed, vectors_per_block, plan, number, threads, tell)
+    return layout
+
+
+def _placed(
+    trace: Trace, missed: Trace, vectors_per_block: int, plan: Plan, number: int, threads: int, progress: Share
+) -> Layout:
     """The misses placed, with the whole queries at a small weight."""
     weights = np.repeat([1.0, plan.queries_weight], len(trace))
     settings = replace(plan.partition, seed=plan.partition.seed + number + 1)
-    order = partition(Trace.joined([missed, trace]), vectors_per_block, settings, weights=weights, threads=threads)
+    both = Trace.joined([missed, trace])
+    order = partition(both, vectors_per_block, settings, weights=weights, threads=threads, progress=progress)
     return Layout.from_order(order, vectors_per_block)
 
 
-def is_patternless(trace: Trace, vectors_per_block: int, settings: Settings, *, least_gain: float = 0.02) -> bool:
+def is_patternless(
+    trace: Trace, vectors_per_block: int, settings: Settings, *, least_gain: float = 0.02, progress: Share | None = None
+) -> bool:
     """Whether a placement learnt from the first two thirds does not carry over to the last: then id order is as good.
 
     Where the gain over id order on queries that were not learnt from is below `least_gain`, moving vectors is not worth it.
@@ -86,7 +101,7 @@ def is_patternless(trace: Trace, vectors_per_block: int, settings: Settings, *, 
     learnt, held_out = trace.split(2, 1)
     if not learnt.num_lookups or not held_out.num_lookups:
         return True
-    order = partition(learnt, vectors_per_block, settings)
+    order = partition(learnt, vectors_per_block, settings, progress=progress)
     block_of = np.empty(trace.num_rows, np.int64)
     block_of[order] = np.arange(trace.num_rows) // vectors_per_block
     in_id_order = fanout(held_out, np.arange(trace.num_rows) // vectors_per_block)

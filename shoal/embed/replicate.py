@@ -2,7 +2,8 @@
 
 A vector that is asked for in two kinds of company can lie beside one only. `replicate_residual` is ours: what a layout and
 a cache leave alone, vectors that were read from a block for themselves only, makes a hypergraph again; the
-vectors that are alone most often are partitioned by it into further blocks. `replicate_seeds` is the way of MaxEmbed (Fan
+vectors that are alone most often are partitioned by it into further blocks. These save reads; often they are few. `with_copies` adds
+others until the space is used: a copy also serves where a block is late or damaged. `replicate_seeds` is the way of MaxEmbed (Fan
 et al., 2024, ASPLOS; Ksitta/MaxEmbed): the vectors whose queries touch most blocks are seeds, and each gets a block
 of those that came with it most often and are not at its home.
 """
@@ -18,6 +19,32 @@ from shoal.embed.choose import Copies, choose_blocks, copies_of
 from shoal.embed.layout import Layout
 from shoal.embed.partition import Settings, partition
 from shoal.embed.trace import Trace
+
+
+def num_copies(num_rows: int, vectors_per_block: int, space: float) -> int:
+    """Copies that fill `space` times the blocks of a table; at most one of each vector."""
+    return min(num_rows, int(space * -(-num_rows // vectors_per_block)) * vectors_per_block)
+
+
+def with_copies(layout: Layout, missed: Trace, heat: np.ndarray, space: float, settings: Settings) -> Layout:
+    """The layout with `num_copies` copies: of vectors first that save reads, then of those that are missed and asked for most.
+
+    The latter lie in order of their homes, so one block has the copies of neighbours, and one read stands in for another.
+
+    Args:
+        missed: as of `replicate_residual`.
+        heat: (rows,) how often each vector was asked for.
+        space: blocks of copies over the table's, 0 to 1; 1 is a copy of every vector.
+    """
+    validate.between(0, 1, space=space)
+    made, size = replicate_residual(layout, missed, space, settings), layout.vectors_per_block
+    has_none = np.ones(layout.num_rows, bool)
+    has_none[made.replica_ids] = False
+    order = np.lexsort((-heat, -missed.counts()))
+    others = order[has_none[order]][: num_copies(layout.num_rows, size, space) - len(made.replica_ids)]
+    blocks = np.full((-(-len(others) // size), size), -1, np.int64)
+    blocks.reshape(-1)[: len(others)] = others[np.argsort(layout.slot_of[others])]
+    return with_blocks(made, blocks)
 
 
 def replicate_residual(

@@ -23,6 +23,7 @@ from shoal.embed.blockfile import aligned
 from shoal.embed.deltas import Step, undo, write_blocks
 from shoal.embed.kernel import ABSENT
 from shoal.embed.layout import Layout
+from shoal.embed.progress import Meter, Tell
 from shoal.embed.space import FREE, HOME
 from shoal.embed.stored import stored_rows
 from shoal.embed.table import Table
@@ -34,7 +35,7 @@ _CHUNK: Final = 1 << 10
 
 
 def whole(
-    table: Table, layout: Layout, offered: np.ndarray, rows_of: Callable[[np.ndarray], np.ndarray]
+    table: Table, layout: Layout, offered: np.ndarray, rows_of: Callable[[np.ndarray], np.ndarray], tell: Tell
 ) -> tuple[Tensors, np.ndarray]:
     """Writes all blocks of a layout, durably; the state that has them, and the blocks.
 
@@ -42,6 +43,7 @@ def whole(
         offered: (num_blocks,) first slots of each block that are offered to the cache.
         rows_of: ids (n,) int64 -> encoded rows (n, words), asked in the order of the blocks.
     """
+    meter = Meter(tell, f"{table.record.name}: writing", layout.num_blocks, "blocks")
     table.make_room(layout.num_blocks)
     with table.lock:
         blocks = table.space.take(layout.num_blocks).astype(np.int64)
@@ -51,6 +53,7 @@ def whole(
         for first in range(0, len(blocks), _CHUNK):
             part = slice(first, first + _CHUNK)
             sums[blocks[part]] = _write(table, blocks[part], members[part], rows_of)
+            meter.advance(len(blocks[part]))
         table.file.sync()
         table.space.wrote(blocks)
     except BaseException:

@@ -29,7 +29,9 @@ from typing import Any, Final, Generic, Protocol, TypeVar, final, runtime_checka
 import numpy as np
 
 from shoal import validate
+from shoal.embed.arrays import array_of
 from shoal.embed.codec import Codec
+from shoal.embed.spec import ids_of
 from shoal.embed.store import EmbeddingStore
 
 T = TypeVar("T")
@@ -66,7 +68,8 @@ class RowWiseAdagrad:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        validate.positive(dim=self.dim, learning_rate=self.learning_rate, epsilon=self.epsilon)
+        validate.whole(1, dim=self.dim)
+        validate.positive(learning_rate=self.learning_rate, epsilon=self.epsilon)
 
     @property
     def stored_dim(self) -> int:
@@ -90,7 +93,8 @@ class RowWiseAdam:
     epsilon: float = 1e-8
 
     def __post_init__(self) -> None:
-        validate.positive(dim=self.dim, learning_rate=self.learning_rate, epsilon=self.epsilon)
+        validate.whole(1, dim=self.dim)
+        validate.positive(learning_rate=self.learning_rate, epsilon=self.epsilon)
         validate.between(0, 1, b1=self.b1, b2=self.b2)
 
     @property
@@ -132,11 +136,14 @@ class SparseTables:
     """Tables of a store that are trained by rows. One thread trains."""
 
     def __init__(self, store: EmbeddingStore, rules: Mapping[str, Rule], *, flush_every: int = 1) -> None:
-        """Raises ValueError where a table's dim is not what its rule keeps a row."""
-        validate.positive(flush_every=flush_every)
+        """Raises TypeError for what is no store or rule, ValueError where a table's dim is not what its rule keeps a row."""
+        validate.of_kind(EmbeddingStore, "a shoal.embed.EmbeddingStore", store=store)
+        validate.of_kind(Mapping, "a mapping of tables to rules, such as {'items': RowWiseAdagrad(…)}", rules=rules)
+        validate.whole(1, flush_every=flush_every)
         for name, rule in rules.items():
             if name not in store.tables:
                 raise ValueError(f"Expected a table of {', '.join(store.tables)}, got {name!r}.")
+            validate.of_kind(Rule, f"a rule for table {name!r}, such as RowWiseAdagrad(…)", rule=rule)
             if store.tables[name].dim != rule.stored_dim:
                 raise ValueError(
                     f"Expected table {name!r} to have dim {rule.stored_dim}, {rule.dim} values and the state of "
@@ -153,29 +160,47 @@ class SparseTables:
 
     def load(self, table: str, vectors: np.ndarray) -> None:
         """Gives a table its first vectors (rows, dim), with the optimizer's state at zero."""
-        rule = self.rules[table]
-        self._store.load(table, np.pad(vectors.astype(np.float32), ((0, 0), (0, rule.stored_dim - rule.dim))))
+        self._refuse_others([table])
+        rule, given = self.rules[table], array_of(vectors, f"vectors of table {table!r}")
+        if given.ndim != 2 or given.shape[1] != rule.dim or given.dtype.kind not in "fiu":
+            raise ValueError(
+                f"Expected vectors of table {table!r} to be numbers of shape (rows, {rule.dim}), got {given.dtype}{list(given.shape)}."
+            )
+        self._store.load(table, np.pad(given.astype(np.float32), ((0, 0), (0, rule.stored_dim - rule.dim))))
+
+    def _refuse_others(self, tables: Iterable[Any]) -> None:
+        """Raises ValueError for tables that are not trained here."""
+        for name in tables:
+            if not isinstance(name, str) or name not in self.rules:
+                raise ValueError(f"Expected a table of {', '.join(self.rules)}, which have a rule, got {name!r}.")
 
     def gather(self, ids: Mapping[str, Any], data: T) -> Gathered[T]:
         """Reads the rows that a batch names: {table: ids of any shape}."""
         return self._put_right(self._read(ids, data))
 
     def _read(self, ids: Mapping[str, Any], data: T) -> Gathered[T]:
+        validate.of_kind(Mapping, "a mapping of tables to ids of any shape", ids=ids)
+        self._refuse_others(ids)
         unique: dict[str, np.ndarray] = {}
         index: dict[str, np.ndarray] = {}
         for name, wanted in ids.items():
-            array = np.asarray(wanted)
-            unique[name], places = np.unique(array.reshape(-1), return_inverse=True)
+            array = array_of(wanted, f"ids of table {name!r}")
+            unique[name], places = np.unique(ids_of(array.reshape(-1), name), return_inverse=True)
             index[name] = places.reshape(array.shape).astype(np.int32)
         stored = {name: padded(rows) for name, rows in self._store.lookup_many(unique).items()}
         dims = {name: self.rules[name].dim for name in unique}
-        return Gathered(data, {name: i.astype(np.int64) for name, i in unique.items()}, index, stored, dims)
+        return Gathered(data, unique, index, stored, dims)
 
     def prefetched(self, batches: Iterable[T], ids: Callable[[T], Mapping[str, Any]]) -> Iterator[Gathered[T]]:
         """The batches with their rows; those of the next are read while the caller works on one.
 
         Flushes at the end; whoever leaves the loop before calls `flush`.
         """
+        validate.of_kind(Iterable, "batches, one after another", batches=batches)
+        validate.of_kind(Callable, "a function of a batch that gives {table: ids}", ids=ids)  # type: ignore[arg-type]
+        return self._prefetched(batches, ids)
+
+    def _prefetched(self, batches: Iterable[T], ids: Callable[[T], Mapping[str, Any]]) -> Iterator[Gathered[T]]:
         self._ahead += 1
         try:
             with ThreadPoolExecutor(1, "shoal-prefetch") as pool:
@@ -247,9 +272,14 @@ class SparseTables:
 
 
 def refuse_shapes(batch: Gathered[Any], gradients: Mapping[str, Any]) -> None:
-    """Raises ValueError unless each gradient is (U, dim), as the rows are."""
+    """Raises TypeError or ValueError unless each gradient is (U, dim), as the rows are."""
+    validate.of_kind(Gathered, "what gather or prefetched gave", batch=batch)
+    validate.of_kind(Mapping, "a mapping of tables to gradients (U, dim) of batch.rows", gradients=gradients)
+    if others := [name for name in gradients if name not in batch.stored]:
+        raise ValueError(f"Expected gradients of the batch's tables, {', '.join(batch.stored)}, got {others[0]!r}.")
     for name, gradient in gradients.items():
-        expected, got = (len(batch.stored[name]), batch.dims[name]), np.shape(gradient)
+        expected = len(batch.stored[name]), batch.dims[name]
+        got = gradient.shape if hasattr(gradient, "shape") else array_of(gradient, f"gradients of {name!r}").shape
         if got != expected:
             raise ValueError(
                 f"Expected gradients of {name!r} of shape {expected}, got {got}. Take them with respect to batch.rows."

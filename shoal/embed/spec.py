@@ -7,11 +7,14 @@ from typing import Any, Final
 import numpy as np
 
 from shoal import validate
+from shoal.embed.arrays import array_of, integers_of
 from shoal.embed.blockfile import block_bytes_for
 from shoal.embed.cache import POLICIES
 from shoal.embed.codec import DTYPES, Codec, Dtype
 from shoal.embed.layout import Layout
 from shoal.embed.manifest import ADMISSIONS, TableRecord, Tier
+from shoal.embed.trace import Trace
+from shoal.errors import DataError
 
 _UNITS: Final = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 SETTINGS: Final = ("policy", "admission", "read_aware", "cache_bytes", "tier", "reason")
@@ -61,7 +64,7 @@ class TableSpec:
         return self.rows * Codec(self.dim, "int8").row_bytes if self.shadow else 0
 
 
-def parse_bytes(size: str | int, what: str) -> int:
+def parse_bytes(size: str | int, what: str, *, least: int = 1) -> int:
     """`512MB`, `4GiB` or a whole number of bytes; text without a unit is refused, as it would rarely mean bytes."""
     if isinstance(size, str):
         given, text = size, size.strip().lower().replace(" ", "")
@@ -75,7 +78,7 @@ def parse_bytes(size: str | int, what: str) -> int:
             raise ValueError(
                 f"Expected {what} as a size like 512MB or 4GiB, or a whole number of bytes, got {given!r}."
             )
-    validate.whole(1, **{what: size})
+    validate.whole(least, **{what: size})
     return int(size)
 
 
@@ -83,13 +86,15 @@ def first_records(tables: Mapping[str, TableSpec], dram_bytes: int) -> list[Tabl
     """The tables with their tiers and their parts of the memory, before anything is known of lookups.
 
     Raises:
-        ValueError: what must be in memory does not fit.
+        ValueError: what must be in memory does not fit, or two names differ only in case.
     """
+    validate.of_kind(Mapping, "a mapping of names to TableSpecs", tables=tables)
     for name, spec in tables.items():
-        if not isinstance(spec, TableSpec):
-            raise TypeError(f"Expected a TableSpec for table {name!r}, got {spec!r}.")
+        if not isinstance(name, str) or not isinstance(spec, TableSpec):
+            raise TypeError(f"Expected a name and a TableSpec for each table, got {name!r}: {spec!r}.")
     if not tables:
         raise ValueError("Expected at least one table, got none.")
+    validate.distinct_in_any_case(tables, "names of tables")
     reasons = _tiers(tables, dram_bytes)
     must = sum(tables[name].size_bytes for name in reasons) + sum(spec.shadow_bytes for spec in tables.values())
     if must > dram_bytes:
@@ -142,16 +147,30 @@ def _record(name: str, spec: TableSpec, reason: str | None, cache_bytes: int) ->
 
 def ids_of(ids: Any, table: str) -> np.ndarray:
     """Ids as (n,) int64. Raises TypeError or ValueError for what are no ids; their range is checked when they are used."""
-    array = np.asarray(ids)
-    if array.dtype.kind not in "iu" and array.size:
-        raise TypeError(
-            f"Expected ids of table {table!r} to be integers, got {array.dtype}. Convert them, for example with .astype(int)."
+    return integers_of(ids, f"ids of table {table!r}")
+
+
+def refuse_layout(record: TableRecord, layout: Any, slots_per_block: int) -> None:
+    """Raises TypeError or ValueError unless it is a layout of the table's rows in blocks like the table's."""
+    validate.of_kind(Layout, "a shoal.embed.Layout, such as Layout.from_order(order, vectors_per_block)", layout=layout)
+    if layout.vectors_per_block != slots_per_block or layout.num_rows != record.rows:
+        raise ValueError(
+            f"Expected a layout of {record.rows} rows, {slots_per_block} a block, for table {record.name!r}, got "
+            f"{layout.num_rows} rows, {layout.vectors_per_block} a block."
         )
-    if array.ndim != 1:
-        raise ValueError(f"Expected ids of table {table!r} in one dimension, got shape {array.shape}. Flatten them.")
-    if array.dtype == np.uint64 and array.size and array.max() > 2**63 - 1:
-        raise ValueError(f"Expected ids of table {table!r} below 2**63, got {array.max()}.")
-    return np.ascontiguousarray(array, np.int64)
+
+
+def refuse_trace(record: TableRecord, trace: Any) -> None:
+    """Raises TypeError unless it is a trace, DataError unless the table has its rows."""
+    if not isinstance(trace, Trace):
+        raise TypeError(
+            f"Expected a shoal.embed.Trace of table {record.name!r}, got {type(trace).__name__}. Make one with "
+            f"Trace.of([[3, 1], [4]], num_rows={record.rows}) or Trace.load(path)."
+        )
+    if trace.num_rows > record.rows and trace.num_lookups and int(trace.ids.max()) >= record.rows:
+        raise DataError(
+            f"Expected a trace of table {record.name!r} with ids below {record.rows}, got {int(trace.ids.max())}."
+        )
 
 
 def refuse_bad_update(record: TableRecord, ids: np.ndarray, vectors: np.ndarray) -> None:
@@ -182,7 +201,9 @@ def offers_of(offered: Any, layout: Layout) -> np.ndarray:
     """How many of each block's first rows are offered to the cache, (num_blocks,) int16; None: none are."""
     if offered is None:
         return np.zeros(layout.num_blocks, np.int16)
-    made = np.asarray(offered)
+    made = array_of(offered, "offered")
+    if made.dtype.kind not in "iu":
+        raise TypeError(f"Expected offered to be integers, one a block, got {made.dtype}.")
     if made.shape != (layout.num_blocks,) or not 0 <= made.min() <= made.max() <= layout.vectors_per_block:
         raise ValueError(
             f"Expected offered to be {layout.num_blocks} numbers from 0 to {layout.vectors_per_block}, one a block, got shape "
@@ -193,7 +214,7 @@ def offers_of(offered: Any, layout: Layout) -> np.ndarray:
 
 def offsets_of(offsets: Any, num_ids: int) -> np.ndarray:
     """Where bags begin, (bags,) int64. Raises ValueError unless they rise from 0 to at most the number of ids."""
-    made = ids_of(offsets, "offsets")
+    made = integers_of(offsets, "offsets")
     if len(made) and (made[0] != 0 or made[-1] > num_ids or np.any(np.diff(made) < 0)):
         raise ValueError(
             f"Expected offsets to rise from 0 to at most {num_ids} ids, got {made[:3]} … {made[-1]}. Bag b is "

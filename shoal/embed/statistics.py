@@ -71,6 +71,8 @@ class Statistics:
     """To the device since the store was made: blocks, journal, states, manifests."""
     budget_bytes: float
     """What the store may write on its own account now; below zero, what users wrote beyond the budget."""
+    postponed: int
+    """Times since it was opened that tidying stopped at a full or failing disk; the next update tries again."""
     tables: dict[str, TableStatistics]
 
 

@@ -18,9 +18,10 @@ Guarantees:
 
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, final
@@ -28,17 +29,19 @@ from typing import Any, Self, final
 import numpy as np
 
 from shoal import validate
-from shoal.clock import Clock, SystemClock
-from shoal.embed import deltas, lookups, rewrite
+from shoal.clock import Clock
+from shoal.embed import deltas, lookups, rewrite, training
 from shoal.embed.applying import restore_resident
-from shoal.embed.blockfile import BlockFile
+from shoal.embed.arrays import array_of
 from shoal.embed.changes import Change
+from shoal.embed.creating import make_files
 from shoal.embed.deltas import Step
-from shoal.embed.epoch import commit_files, empty_state
 from shoal.embed.layout import Layout
-from shoal.embed.loading import Pieces, refuse_shape
+from shoal.embed.loading import Pieces, whole_rows
 from shoal.embed.locks import FolderLock
-from shoal.embed.manifest import NAME, Manifest, TableRecord, read_state
+from shoal.embed.manifest import Manifest, TableRecord, read_state
+from shoal.embed.options import Options
+from shoal.embed.progress import Tell, shown
 from shoal.embed.reads import Lanes
 from shoal.embed.space import FREE
 from shoal.embed.spec import (
@@ -50,25 +53,24 @@ from shoal.embed.spec import (
     offsets_of,
     parse_bytes,
     refuse_bad_update,
+    refuse_layout,
+    refuse_trace,
 )
 from shoal.embed.statistics import Statistics, statistics_of
-from shoal.embed.stored import copy_of, stored_rows, try_block
+from shoal.embed.stored import copy_of, damaged_blocks, stored_rows, try_block
 from shoal.embed.table import Table
 from shoal.embed.tail import Answer, Tail
 from shoal.embed.trace import Trace
 from shoal.embed.writer import TIDY_BLOCKS, Writer
 from shoal.errors import StoreError
-from shoal.record.blobs import disk
 
 
 @final
 class EmbeddingStore:
     """Tables of vectors in a folder. Made by `create` and `open`."""
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, lock: FolderLock, *, read_only: bool, options: dict[str, Any]
-    ) -> None:
-        self.folder, self.read_only = folder, read_only
+    def __init__(self, folder: Path, manifest: Manifest, lock: FolderLock, options: Options) -> None:
+        self.folder, self.read_only = folder, options.read_only
         self._lock, self._options = lock, options
         self._writing = threading.RLock()
         self._is_open, self._process = True, os.getpid()
@@ -79,7 +81,7 @@ class EmbeddingStore:
         try:
             for record in manifest.tables:
                 self._tables[record.name] = self._open_table(record)
-            self._writer = Writer(folder, manifest, self._tables, options["clock"], read_only=read_only)
+            self._writer = Writer(folder, manifest, self._tables, options.ticking, read_only=self.read_only)
             for table in self._tables.values():
                 if table.record.shadow:
                     table.make_shadow()
@@ -116,38 +118,31 @@ class EmbeddingStore:
             StoreError: there is a store already.
             StoreUnavailable: the disk is full or fails.
         """
-        folder, dram_bytes = Path(path), parse_bytes(dram, "dram")
+        validate.of_kind(str | os.PathLike, "a path", path=path)
+        dram_bytes = parse_bytes(dram, "dram")
         validate.positive(writes_per_day=writes_per_day)
-        records = first_records(tables, dram_bytes)
-        if "read_only" in options:
+        if not isfinite(writes_per_day):
+            raise ValueError(
+                f"Expected a finite writes_per_day, got {writes_per_day!r}. For no limit, give a large number such as 1e6."
+            )
+        chosen = Options(**options)
+        if chosen.read_only:
             raise ValueError(
                 "Expected no read_only for a store that is made. Make it, close it, and open it with read_only."
             )
-        cls._options_of(**options)
-        with disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        if (folder / NAME).exists():
-            raise StoreError(f"There is an embedding store in {folder} already. Open it, or choose another folder.")
-        with FolderLock(folder, write=True):
-            for record in records:
-                _refuse_rows(folder / record.blocks)
-            for record in records:
-                (folder / record.blocks).unlink(missing_ok=True)
-                BlockFile.create(folder / record.blocks, record.block_bytes, 0).close()
-            clock = options.get("clock") or SystemClock()
-            blank = Manifest(
-                epoch=0,
-                dram_bytes=dram_bytes,
-                writes_per_day=float(writes_per_day),
-                capacity_bytes=parse_bytes(capacity, "capacity") if capacity else 0,
-                written_bytes=0,
-                budget_bytes=0.0,
-                budget_wall_s=clock.wall_s(),
-                journal="",
-                tables=tuple(records),
-            )
-            commit_files(folder, blank, {record.name: empty_state(record) for record in records})
-        return cls.open(folder, **options)
+        blank = Manifest(
+            epoch=0,
+            dram_bytes=dram_bytes,
+            writes_per_day=float(writes_per_day),
+            capacity_bytes=parse_bytes(capacity, "capacity", least=0),
+            written_bytes=0,
+            budget_bytes=0.0,
+            budget_wall_s=chosen.ticking.wall_s(),
+            journal="",
+            tables=tuple(first_records(tables, dram_bytes)),
+        )
+        make_files(Path(path), blank)
+        return cls.open(path, **options)
 
     @classmethod
     def open(
@@ -178,45 +173,23 @@ class EmbeddingStore:
         Raises:
             StoreError: there is no store, it is damaged, or another process writes to it.
         """
+        validate.of_kind(str | os.PathLike, "a path", path=path)
         folder = Path(path)
-        options = cls._options_of(
-            direct=direct, engine=engine, threads=threads, tail=tail, tidy=tidy, remember=remember, clock=clock
-        )
+        options = Options(
+            read_only=read_only, direct=direct, engine=engine, threads=threads, tail=tail, tidy=tidy, remember=remember, clock=clock
+        )  # fmt: skip
         Manifest.read(folder)  # says that there is none, before a lock file is made
         lock = FolderLock(folder, write=not read_only)
         try:
-            return cls(folder, Manifest.read(folder), lock, read_only=read_only, options=options)
+            return cls(folder, Manifest.read(folder), lock, options)
         except BaseException:
             lock.close()
             raise
 
-    @staticmethod
-    def _options_of(
-        *,
-        direct: bool = True,
-        engine: str = "auto",
-        threads: int = 8,
-        tail: Tail | None = None,
-        tidy: bool = True,
-        remember: int = 0,
-        clock: Clock | None = None,
-    ) -> dict[str, Any]:
-        """Refuses what `open` cannot take, before anything is made."""
-        validate.one_of(("auto", "aio", "threads"), engine=engine)
-        validate.between(1, 1024, threads=threads)
-        validate.not_negative(remember=remember)
-        if tail is not None and not isinstance(tail, Tail):
-            raise TypeError(f"Expected tail to be a shoal.embed.Tail or None, got {tail!r}.")
-        return {
-            "direct": direct, "engine": engine, "threads": threads, "tail": tail, "tidy": tidy, "remember": int(remember),
-            "clock": clock or SystemClock(),
-        }  # fmt: skip
-
     def _open_table(self, record: TableRecord) -> Table:
         state, _ = read_state(self.folder / record.state, record.state_hash)
-        lanes = Lanes(record.block_bytes, engine=self._options["engine"], threads=self._options["threads"])
-        kept = {name: self._options[name] for name in ("direct", "tail", "remember")}
-        table = Table(record, self.folder, state, lanes, read_only=self.read_only, **kept)
+        lanes = Lanes(record.block_bytes, engine=self._options.engine, threads=self._options.threads)
+        table = Table(record, self.folder, state, lanes, self._options)
         restore_resident(table)
         return table
 
@@ -260,9 +233,10 @@ class EmbeddingStore:
 
     def lookup_many(self, ids: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """The vectors of several tables, their reads in flight together: {table: ids (n,)} -> {table: (n, dim)}."""
-        wanted = {name: ids_of(some, name) for name, some in ids.items()}
-        for name in wanted:
+        validate.of_kind(Mapping, "a mapping of tables to ids, such as {'items': [3, 1]}", ids=ids)
+        for name in ids:
             self._table(name)
+        wanted = {name: ids_of(some, name) for name, some in ids.items()}
         if len(wanted) < 2:
             return {name: self.lookup(name, some) for name, some in wanted.items()}
         with self._pool_lock:
@@ -274,7 +248,7 @@ class EmbeddingStore:
 
     def _table(self, name: str) -> Table:
         self._check_open()
-        if name not in self._tables:
+        if not isinstance(name, str) or name not in self._tables:
             raise ValueError(f"Expected a table of {', '.join(sorted(self._tables))}, got {name!r}.")
         return self._tables[name]
 
@@ -305,38 +279,43 @@ class EmbeddingStore:
         """
         with self._writing:
             opened = self._writable(table)
-            wanted, values = ids_of(ids, table), np.asarray(vectors)
+            wanted, values = ids_of(ids, table), array_of(vectors, f"vectors of table {table!r}")
             refuse_bad_update(opened.record, wanted, values)
             if not len(wanted):
                 return
             rows = opened.codec.encode(values)
-            spare = self._write.spare_blocks(opened, rows.nbytes) if self._options["tidy"] else 0.0
+            spare = self._write.spare_blocks(opened, rows.nbytes) if self._options.tidy else 0.0
             self._write.commit(opened, deltas.update(opened, wanted, rows, spare_blocks=spare))
             if opened.shadow is not None:
                 opened.shadow[wanted] = opened.shadow_codec.encode(values)
-            if self._options["tidy"]:
-                self._write.tidy(opened)
-            self._write.fold_if_long()
+            self._write.follow_up(opened, tidy=self._options.tidy)
 
-    def load(self, table: str, vectors: np.ndarray | Iterable[np.ndarray], layout: Layout | None = None) -> None:
+    def load(
+        self,
+        table: str,
+        vectors: np.ndarray | Iterable[np.ndarray],
+        layout: Layout | None = None,
+        *,
+        progress: bool | Tell = True,
+    ) -> None:
         """Gives all rows of a table their vectors, durably: (rows, dim), or in pieces, in the order of ids.
 
         Pieces are for tables larger than memory; they are written in id order, so a layout needs the whole array.
+        A table's first load is not taken from the write budget. `progress`: as of `retrain`.
         """
-        with self._writing:
+        with self._writing, shown(progress) as tell:
             opened = self._writable(table)
+            is_whole = hasattr(vectors, "__array__")
             if layout is None:
                 layout = Layout.in_id_order(opened.record.rows, opened.slots_per_block)
-            elif not isinstance(vectors, np.ndarray):
+            elif not is_whole:
                 raise ValueError("Expected one array of vectors with a layout, got pieces. Load first, then retrain.")
-            if isinstance(vectors, np.ndarray):
-                refuse_shape(opened.record, vectors)
-                self._write.rewrite(opened, layout, lambda ids: opened.codec.encode(vectors[ids]), is_new=True)
-            else:
-                self._write.rewrite(opened, layout, Pieces(opened, vectors).rows_of, is_new=True)
+            refuse_layout(opened.record, layout, opened.slots_per_block)
+            rows_of = whole_rows(opened, vectors) if is_whole else Pieces(opened, vectors).rows_of
+            self._write.rewrite(opened, layout, rows_of, is_new=True, tell=tell)
 
     def place(self, table: str, layout: Layout, *, offered: np.ndarray | None = None, most_blocks: int | None = None,
-              misses: Trace | None = None, **settings: Any) -> int:  # fmt: skip
+              misses: Trace | None = None, progress: bool | Tell = True, **settings: Any) -> int:  # fmt: skip
         """Moves a table's rows to a layout; returns the blocks written.
 
         Args:
@@ -344,49 +323,61 @@ class EmbeddingStore:
             offered: (num_blocks,) how many of a block's first rows are offered to the cache; none by default.
             most_blocks: move only what saves most reads of `misses`, so many blocks at most, and nothing that saves none.
             misses: what the cache missed, query by query.
+            progress: as of `retrain`.
             settings: `policy`, `admission`, `read_aware`, `cache_bytes`, `tier`, `reason` of the table from now on.
         """
         for setting in settings:
             validate.one_of(SETTINGS, setting=setting)
-        with self._writing:
+        with self._writing, shown(progress) as tell:
             opened = self._writable(table)
-            if layout.vectors_per_block != opened.slots_per_block or layout.num_rows != opened.record.rows:
-                raise ValueError(
-                    f"Expected a layout of {opened.record.rows} rows, {opened.slots_per_block} a block, for table {table!r}, got "
-                    f"{layout.num_rows} rows, {layout.vectors_per_block} a block."
-                )
+            refuse_layout(opened.record, layout, opened.slots_per_block)
             offers = offers_of(offered, layout)
             if most_blocks is None:
-                self._write.rewrite(opened, layout, partial(stored_rows, opened), offers, settings)
+                self._write.rewrite(opened, layout, partial(stored_rows, opened), offers, settings, tell=tell)
                 return layout.num_blocks
+            validate.whole(1, most_blocks=most_blocks)
             if misses is None or settings:
                 raise ValueError(
                     "Expected misses, and no settings, with most_blocks: what is moved is what they would read."
                 )
-            chosen = rewrite.best_blocks(opened, layout, misses, most_blocks)
+            refuse_trace(opened.record, misses)
+            chosen = rewrite.best_blocks(opened, layout, misses, int(most_blocks))
             if len(chosen):
                 self._write.commit(opened, rewrite.some(opened, layout, chosen, offers))
             return len(chosen)
 
-    def retrain(self, trace: Trace | Mapping[str, Trace], **options: Any) -> dict[str, Any]:
+    def retrain(
+        self,
+        trace: Trace | Mapping[str, Trace],
+        *,
+        most_blocks: int | None = None,
+        effort: training.Effort = "normal",
+        space: float = 0.0,
+        policies: Sequence[str] = ("s3-fifo", "w-tinylfu", "lru"),
+        progress: bool | Tell = True,
+    ) -> dict[str, Any]:
         """Learns from a trace where rows should lie, which cache each table should have, and how much memory; see `training.py`.
 
         Args:
             trace: of the only table, or {table: trace}; 10 queries at least. Tables that are not named stay as they are.
-            options: `most_blocks` (write so many blocks a table at most; caches and memory stay), `space` (copies, as a part of
-                the rows), `policies` (evictions to choose from), `progress` (is told in a line what is being done), `settings`.
+            most_blocks: write so many blocks of each table at most, those that save most reads; caches and memory stay as they are.
+            effort: normal | high, how long to look for a placement; see `docs/embedding-store.md` for what it brings.
+            space: further copies of rows, as a part of the rows: they save reads, and serve when a block is late or damaged.
+            policies: evictions to choose from.
+            progress: shows a bar with rate and time left where standard error is a terminal; or a function that is told each
+                `shoal.embed.progress.Progress`.
 
         Returns:
             For each table: `tier`, `reason`, `policy`, `cache_bytes`, `reads_before`, `reads_after` (a query, foretold),
             `written_blocks`.
 
         Raises:
+            TypeError, ValueError: an argument is of the wrong kind or out of range.
             DataError: a trace has too few queries, or rows that the table has not.
             StoreUnavailable: the disk is full or fails; the table stays as it was.
         """
-        from shoal.embed import training
-
-        with self._writing:
+        wanted = training.Wanted(most_blocks=most_blocks, effort=effort, space=space, policies=policies)
+        with self._writing, shown(progress) as tell:
             self._check_writable()
             if isinstance(trace, Trace):
                 if len(self._tables) != 1:
@@ -394,9 +385,10 @@ class EmbeddingStore:
                         f"Expected {{table: trace}} for the tables {', '.join(self._tables)}, got one trace."
                     )
                 trace = {next(iter(self._tables)): trace}
-            for name in trace:
-                self._table(name)
-            learned: dict[str, Any] = training.retrain(self, dict(trace), **options)
+            validate.of_kind(Mapping, "a shoal.embed.Trace of the only table, or {table: trace}", trace=trace)
+            for name, one in trace.items():
+                refuse_trace(self._table(name).record, one)
+            learned: dict[str, Any] = training.retrain(self, trace, wanted, tell)
             return learned
 
     def rebalance(self, *, least_gain: float = 0.03) -> dict[str, float]:
@@ -407,14 +399,13 @@ class EmbeddingStore:
         Returns:
             Bytes of memory of each table that was weighed: tables in blocks that remember enough queries.
         """
-        from shoal.embed import training
-
         with self._writing:
             self._check_writable()
             return training.rebalance(self, least_gain=least_gain)
 
     def compact(self, *, most_blocks: int | None = None) -> int:
         """Tidies up at once, whatever the budget says; returns the blocks written. By default until nothing is left to do."""
+        validate.whole(0, most_blocks=0 if most_blocks is None else most_blocks)
         written = 0
         with self._writing:
             for name in self._tables:
@@ -428,19 +419,22 @@ class EmbeddingStore:
                     written += len(step.change.blocks)
         return written
 
-    def verify(self, *, repair: bool = False) -> dict[str, list[int]]:
+    def verify(self, *, repair: bool = False, progress: bool | Tell = True) -> dict[str, list[int]]:
         """Reads every block in use; table -> numbers of the damaged ones.
 
-        `repair`: writes the rows of damaged blocks anew where each has a copy (in the cache, in memory, in a replica); what is
-        repaired is no longer listed.
+        Args:
+            repair: write the rows of damaged blocks anew where each has a copy (in the cache, in memory, in a replica); what is
+                repaired is no longer listed.
+            progress: as of `retrain`.
         """
+        validate.flags(repair=repair)
         found: dict[str, list[int]] = {}
-        for name, table in self._tables.items():
-            self._table(name)
-            with table.reading():
-                used = np.flatnonzero(table.space.kind != FREE)
-                bad = [int(b) for b in used if try_block(table, int(b)) is None]
-            found[name] = [block for block in bad if not (repair and self._repair(table, block))]
+        with shown(progress) as tell:
+            for name, table in self._tables.items():
+                self._table(name)
+                with table.reading():
+                    bad = damaged_blocks(table, tell)
+                found[name] = [block for block in bad if not (repair and self._repair(table, block))]
         return found
 
     def _repair(self, table: Table, block: int) -> bool:
@@ -499,6 +493,7 @@ class EmbeddingStore:
             journal_bytes=0 if writer.journal is None else writer.journal.size_bytes,
             written_bytes=writer.written_bytes,
             budget_bytes=writer.budget_bytes,
+            postponed=writer.postponed,
             tables={name: statistics_of(table) for name, table in self._tables.items()},
         )
 
@@ -525,12 +520,3 @@ class EmbeddingStore:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _refuse_rows(blocks: Path) -> None:
-    """Raises StoreError where a file of blocks holds something: a store that has lost its manifest, or another's file."""
-    with disk(blocks):
-        if blocks.exists() and blocks.stat().st_size:
-            raise StoreError(
-                f"{blocks} is not empty, though there is no {NAME} beside it. Restore that from a copy, or choose another folder."
-            )

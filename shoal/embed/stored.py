@@ -11,6 +11,8 @@ import numpy as np
 from shoal.embed import checksum
 from shoal.embed.cache import probe
 from shoal.embed.kernel import ABSENT
+from shoal.embed.progress import Meter, Tell
+from shoal.embed.space import FREE
 from shoal.errors import StoreError
 
 if TYPE_CHECKING:
@@ -31,6 +33,17 @@ def try_block(table: "Table", block: int) -> np.ndarray | None:
     if int(checksum.of_words(words, np.uint64(block))) != int(table.sums[block]):
         return None
     return _slots(table, data)
+
+
+def damaged_blocks(table: "Table", tell: Tell) -> list[int]:
+    """Reads every block in use; the numbers of those that are damaged. The caller is in `Table.reading`."""
+    used = np.flatnonzero(table.space.kind != FREE)
+    meter, bad = Meter(tell, f"{table.record.name}: checking", len(used), "blocks"), []
+    for block in used.tolist():
+        if try_block(table, block) is None:
+            bad.append(block)
+        meter.advance()
+    return bad
 
 
 def _slots(table: "Table", block: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Final, final
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from shoal.embed.codec import Codec
 from shoal.embed.kernel import Plan, View
 from shoal.embed.layout import Layout
 from shoal.embed.manifest import TableRecord
+from shoal.embed.options import Options
 from shoal.embed.recent import Recent
 from shoal.embed.space import HOME, Space
 from shoal.embed.tail import Tail, places_of
@@ -75,21 +76,14 @@ class Counters:
 class Table:
     """An open table. `lock` guards its arrays; one writer at a time, by the store's lock."""
 
-    def __init__(self, record: TableRecord, folder: Path, state: Tensors, lanes: reads.Lanes, **options: Any) -> None:
-        """`options`: read_only, direct, tail, remember."""
+    def __init__(self, record: TableRecord, folder: Path, state: Tensors, lanes: reads.Lanes, options: Options) -> None:
         self.record, self.codec, self.path = record, record.codec, folder / record.blocks
         self.slots_per_block = record.block_bytes // self.codec.row_bytes
         self.lock = threading.Lock()
         self._is_idle, self._is_closed = threading.Condition(self.lock), False
-        self.file = BlockFile(
-            self.path,
-            record.block_bytes,
-            read_only=options.get("read_only", False),
-            direct=options.get("direct", True),
-        )
-        self.lanes, self.tail = lanes, options.get("tail") or Tail()
-        remembered = int(options.get("remember", 0))
-        self.recent = Recent(remembered, record.rows) if remembered else None
+        self.file = BlockFile(self.path, record.block_bytes, read_only=options.read_only, direct=options.direct)
+        self.lanes, self.tail = lanes, options.tail or Tail()
+        self.recent = Recent(options.remember, record.rows) if options.remember else None
         self.counters, self.damaged = Counters(), set[int]()
         self.lost = set[int]()
         """Damaged blocks with a row that has no copy: tidying leaves alone what it would need them for."""

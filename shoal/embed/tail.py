@@ -72,6 +72,8 @@ class Tail:
         quantile: of the latencies so far, beyond which a read is late.
         most_extra: hedges as a part of all reads, at most 0.05.
         """
+        validate.flags(hedge=hedge)
+        validate.of_kind(Callable, "a function that gives seconds", now_s=now_s)  # type: ignore[arg-type]
         validate.between(0.5, 0.9999, quantile=quantile)
         validate.between(0.0, 0.05, most_extra=most_extra)
         self.hedge, self._most_extra, self.now_s = hedge, most_extra, now_s

@@ -15,6 +15,7 @@ from zipfile import BadZipFile, is_zipfile
 import numpy as np
 
 from shoal import validate
+from shoal.embed.arrays import integers_of, refuse_but_int64
 from shoal.errors import DataError
 
 
@@ -30,10 +31,8 @@ class Trace:
     """Rows of the table; every id is below it."""
 
     def __post_init__(self) -> None:
-        for name in ("indptr", "ids"):
-            array = getattr(self, name)
-            if array.ndim != 1 or array.dtype != np.int64:
-                raise ValueError(f"Expected {name} to be int64 of one dimension, got {array.dtype}{list(array.shape)}.")
+        refuse_but_int64(indptr=self.indptr, ids=self.ids)
+        validate.whole(0, num_rows=self.num_rows)
         bounds = self.indptr
         if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(self.ids) or np.any(np.diff(bounds) < 0):
             raise ValueError(f"Expected indptr to rise from 0 to {len(self.ids)} lookups.")
@@ -49,9 +48,13 @@ class Trace:
 
     @classmethod
     def of(cls, queries: Sequence[Sequence[int]], num_rows: int) -> Self:
-        """A trace of lists of ids."""
-        indptr = np.cumsum([0, *map(len, queries)], dtype=np.int64)
-        return cls(indptr, np.array([i for query in queries for i in query], np.int64), num_rows)
+        """A trace of lists of ids, one a query."""
+        try:
+            lengths = [len(query) for query in queries]
+        except TypeError as error:
+            raise TypeError(f"Expected queries to be lists of ids, such as [[3, 1], [4]]: {error}.") from error
+        ids = integers_of([id for query in queries for id in query], "ids")
+        return cls(np.cumsum([0, *lengths], dtype=np.int64), ids, num_rows)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, num_rows: int | None = None) -> Self:

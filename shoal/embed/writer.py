@@ -24,10 +24,11 @@ from shoal.embed.epoch import commit_files, is_committed, sweep
 from shoal.embed.journal import Journal, Replay
 from shoal.embed.layout import Layout
 from shoal.embed.manifest import Manifest, TableRecord
+from shoal.embed.progress import Tell, nobody
 from shoal.embed.space import FREE
 from shoal.embed.stored import stored_rows
 from shoal.embed.table import Table
-from shoal.errors import StoreError
+from shoal.errors import StoreError, StoreUnavailable
 from shoal.tensors import Tensors
 
 _JOURNAL_BYTES: Final = 4 << 20
@@ -50,6 +51,7 @@ class Writer:
         self._tables, self._clock = tables, clock
         self.is_broken = False
         """Whether a write failed, or was interrupted, so that nobody knows what is on the disk: the store must be opened again."""
+        self.postponed = 0
         self.journal, replayed_bytes = self._replay(read_only)
         self.budget = WriteBudget(
             writes_per_day=manifest.writes_per_day,
@@ -107,18 +109,27 @@ class Writer:
             self.is_broken = True
             raise
 
-    def spend(self, num_bytes: int) -> None:
-        """Takes written bytes off the budget."""
+    def spend(self, num_bytes: int, *, is_first: bool = False) -> None:
+        """Takes written bytes off the budget, but those of a table's first rows."""
         self.budget.resize(self._capacity())
         self.budget.available(self._clock.wall_s())
-        self.budget.spend(num_bytes)
+        self.budget.spend(num_bytes, is_first=is_first)
 
     def spare_blocks(self, table: Table, needed_bytes: int) -> float:
         """What the budget leaves beside an update, in blocks; half of it, as more updates may come."""
         left = self.budget.available(self._clock.wall_s()) - 1.1 * needed_bytes
         return min(TIDY_BLOCKS, max(0.0, left / 2 / table.record.block_bytes))
 
-    def tidy(self, table: Table) -> None:
+    def follow_up(self, table: Table, *, tidy: bool) -> None:
+        """What an update brings with it. The update is committed: where the disk fails now, the next one follows up."""
+        try:
+            if tidy:
+                self._tidy(table)
+            self._fold_if_long()
+        except StoreUnavailable:
+            self.postponed += 1
+
+    def _tidy(self, table: Table) -> None:
         """One step of tidying, as far as the budget lets it."""
         room = self.budget.available(self._clock.wall_s()) / 2  # the rest is for what users change next
         most = min(TIDY_BLOCKS, int(room // table.record.block_bytes))
@@ -127,7 +138,7 @@ class Writer:
             if step is not None:
                 self.commit(table, step)
 
-    def fold_if_long(self) -> None:
+    def _fold_if_long(self) -> None:
         """Begins a new epoch where the journal has become long."""
         assert self.journal is not None
         states = sum(table.map_bytes for table in self._tables.values())
@@ -151,16 +162,18 @@ class Writer:
         settings: Mapping[str, Any] | None = None,
         *,
         is_new: bool = False,
+        tell: Tell = nobody,
     ) -> None:
-        """Writes a table anew as a layout says, and commits it with a new manifest."""
+        """Writes a table anew as a layout says, and commits it with a new manifest; `is_new`: with new values."""
         offers = np.zeros(layout.num_blocks, np.int16) if offered is None else offered
         record = replace(table.record, **(settings or {}))
         old = np.flatnonzero(table.space.kind != FREE)
-        state, blocks = rewriting.whole(table, layout, offers, rows_of)
-        self.spend(len(blocks) * record.block_bytes)
+        is_first = is_new and not len(old)
+        state, blocks = rewriting.whole(table, layout, offers, rows_of, tell)
+        self.spend(len(blocks) * record.block_bytes, is_first=is_first)
         with self._or_broken():
             try:
-                self.checkpoint({record.name: (record, state)})
+                self.checkpoint({record.name: (record, state)}, is_first=is_first)
             except StoreError:
                 deltas.undo(table, blocks)
                 raise
@@ -171,7 +184,7 @@ class Writer:
     def _record(self, name: str) -> TableRecord:
         return next(record for record in self.manifest.tables if record.name == name)
 
-    def checkpoint(self, new: Mapping[str, tuple[TableRecord, Tensors]]) -> None:
+    def checkpoint(self, new: Mapping[str, tuple[TableRecord, Tensors]], *, is_first: bool = False) -> None:
         """Writes the states of all tables (those of `new` as given) and an empty journal, and commits them."""
         records = tuple(new[name][0] if name in new else table.record for name, table in self._tables.items())
         states = {name: new[name][1] if name in new else table.state() for name, table in self._tables.items()}
@@ -198,7 +211,7 @@ class Writer:
             if record.name not in new:
                 self._tables[record.name].record = record
         self.budget.spent = 0
-        self.budget.spend(written)
+        self.budget.spend(written, is_first=is_first)
         sweep(self.folder, self.manifest)
 
     def configure(self, settings: Mapping[str, Mapping[str, Any]]) -> None:

@@ -57,7 +57,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 def test_ids_that_a_file_system_may_confuse_are_refused(tmp_path):
     held = Examples({"x": np.zeros(1)})
-    with pytest.raises(ValueError, match="'A' and 'a' differ only in case"):
+    with pytest.raises(ValueError, match="differ in more than case, got 'A' and 'a'"):
         write_population(Population.from_arrays({"A": held, "a": held}), tmp_path)
 
 

@@ -43,6 +43,8 @@ def test_the_order_stays_one_and_cold_swaps_never_lose(
         order,
         slot_of,
         per_block,
+        1,
+        500,
         500,
         1e-9,
         1e-9,

@@ -42,6 +42,23 @@ def test_inspect_tells_and_verifies(tmp_path: Path, run: Run) -> None:
     assert told["tables"]["items"]["rows"] == ROWS and told["damaged"] == {}
 
 
+def test_long_work_shows_how_far_it_is(tmp_path: Path, run: Run, trace: Path) -> None:
+    small_store(tmp_path / "store").close()
+    assert "items: checking: 63 blocks" in run("inspect", tmp_path / "store", "--verify").stderr
+    said = run("place", tmp_path / "store", trace, "--effort", "high", "--space", "0.2").stderr
+    for piece in (
+        "placing by 280 queries: 2,000 rows",
+        "annealing: 2,000 rows",
+        "trying caches by 120 queries",
+        "writing: 75 blocks",
+    ):
+        assert f"items: {piece}" in said
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        assert store.statistics().tables["items"].copies == 12 * 32
+    said = run("replay", trace, "--out", tmp_path / "curves.png").stderr
+    assert "placing by 200 queries: 2,000 rows" in said and "replaying: 54 caches" in said
+
+
 def test_inspect_of_a_damaged_store_ends_with_1(tmp_path: Path, run: Run) -> None:
     small_store(tmp_path / "store").close()
     with (tmp_path / "store" / "items.blocks").open("r+b") as file:
@@ -64,6 +81,11 @@ def test_place_learns_and_writes(tmp_path: Path, run: Run, trace: Path) -> None:
     assert "(replayed over the trace that it was learned from)" in said
 
 
+def test_efforts_are_named(tmp_path: Path, run: Run, trace: Path) -> None:
+    made = run("place", tmp_path, trace, "--effort", "most")
+    assert made.exit_code == 2 and "'normal', 'high'" in made.stderr
+
+
 def test_replay_draws(tmp_path: Path, run: Run, trace: Path) -> None:
     made = run("replay", trace, "--out", tmp_path / "curves.png")
     assert made.exit_code == 0 and f"wrote: {tmp_path / 'curves.png'}" in made.stdout
@@ -79,6 +101,9 @@ def test_ids_that_are_hashes_are_refused_before_they_take_memory(tmp_path: Path,
 
 def test_a_budget_that_is_overdrawn_is_called_so(tmp_path: Path, run: Run) -> None:
     small_store(tmp_path / "store", clock=SystemClock()).close()
+    assert "may be written on the store's own account now" in run("inspect", tmp_path / "store").stdout
+    with EmbeddingStore.open(tmp_path / "store") as store:
+        store.load("items", vectors())
     assert "write budget: overdrawn by" in run("inspect", tmp_path / "store").stdout
 
 
@@ -96,6 +121,7 @@ def test_tune_names_the_cheapest_mix(run: Run, trace: Path) -> None:
         (["tune", "TRACE", "--price", "dram=4,nvme=1", "--p99", "fast"], "Expected --p99 like 500us"),
         (["tune", "TRACE", "--price", "dram=4,nvme=1", "--device", "tape"], "Expected --device to be one of"),
         (["replay", "TRACE", "--dtype", "int4"], "Expected --dtype to be one of"),
+        (["replay", "TRACE", "--out", "curves"], "Expected --out to end in .png, .svg, .pdf, got 'curves'"),
         (["inspect", "nowhere"], "There is no embedding store in"),
         (["replay", "nowhere.npz"], "Expected a trace"),
     ],

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.embed import EmbeddingStore, Layout, TableSpec, Trace
+from shoal.embed import EmbeddingStore, Layout, TableSpec, Trace, training
 from shoal.embed.generator import TableKind, generate
 from shoal.embed.partition import Settings, partition
 from shoal.embed.placement import depth_above
@@ -15,7 +15,7 @@ from shoal.embed.recent import Recent
 from shoal.embed.replicate import replicate_residual
 from shoal.embed.simulate import replay
 
-from .builders import vectors
+from .builders import flip, vectors
 
 pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
 ROWS = 1200
@@ -117,6 +117,53 @@ def test_what_is_placed_well_stays(tmp_path: Path, trace: Trace) -> None:
         assert again["written_blocks"] == 0 and "stay" in again["reason"]
         assert store.statistics().epoch == epoch + 1
         assert ask(store, trace) > 0
+
+
+def test_as_many_copies_as_are_wanted(tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no placement is better: rows stay beside each other. What an update made stale is copied anew, but not for a few."""
+    monkeypatch.setattr(training, "LEAST_GAIN", 1.0)
+    with opened(tmp_path / "s") as store:
+        store.place("t", Layout.at_random(ROWS, 32, seed=0))
+        before = store.layout("t").block_of
+
+        def told(space: float) -> tuple[int, int]:
+            written = store.retrain({"t": trace}, space=space)["t"]["written_blocks"]
+            return store.statistics().tables["t"].copies, written
+
+        assert told(0.0) == (0, 0)
+        assert told(0.25) == (288, 38 + 9)
+        assert told(0.25) == (288, 0)
+        pairs = np.stack([before, store.layout("t").block_of])
+        assert len(np.unique(pairs, axis=1).T) == 38  # who were together still are
+        assert ask(store, trace) > 0
+        changed = store.layout("t").replica_ids[:100]
+        store.update("t", changed, np.ones((100, 32)))
+        assert store.statistics().tables["t"].copies == 188 and told(0.25)[0] == 288
+        store.update("t", changed[:5], np.ones((5, 32)))
+        copies, written = told(0.25)
+        assert copies < 288 and written == 0
+        assert told(1.0)[0] == ROWS
+        values = store.lookup("t", np.arange(ROWS))
+        np.testing.assert_array_equal(values[changed], np.ones((100, 32)))
+        block = int(store._table("t").view.where[7]) // 32
+    flip(tmp_path / "s" / "t.blocks", 4096 * block + 5)
+    with EmbeddingStore.open(tmp_path / "s") as store:  # where every row has a copy, no block is missed
+        np.testing.assert_array_equal(store.lookup("t", np.arange(ROWS)), values)
+        assert store.verify(repair=True) == {"t": []}
+
+
+def test_more_effort_finds_a_placement_that_reads_less(tmp_path: Path) -> None:
+    kind = TableKind(
+        name="t", rows=800, mean_bag=25, compulsory=0.03, cold=0.02, epochs=2, drift=0.0, births=0.0, seed=6
+    )
+    trace, foretold = generate(kind).permuted(), {}
+    for effort in ("normal", "high"):
+        with EmbeddingStore.create(
+            tmp_path / effort, {"t": TableSpec(rows=800, dim=32, tier="block")}, dram="12KB"
+        ) as store:
+            store.load("t", vectors(800))
+            foretold[effort] = store.retrain({"t": trace}, effort=effort)["t"]["reads_after"]  # type: ignore[arg-type]
+    assert foretold["high"] < 0.99 * foretold["normal"]
 
 
 def test_memory_follows_what_is_asked_and_stays_divided(tmp_path: Path, trace: Trace) -> None:

@@ -60,10 +60,11 @@ def test_a_fork_of_a_reader_reads(tmp_path: Path, engine: str) -> None:
 
 def test_a_fork_that_lives_on_keeps_no_lock(tmp_path: Path) -> None:
     store = small_store(tmp_path)
-    inherited = os.dup(store._lock._fd)  # what a fork has
+    inherited = [os.dup(descriptor) for descriptor in store._lock._held]  # what a fork has
     store.close()
     EmbeddingStore.open(tmp_path).close()
-    os.close(inherited)
+    for descriptor in inherited:
+        os.close(descriptor)
 
 
 def test_a_fork_that_closes_leaves_the_lock(tmp_path: Path) -> None:

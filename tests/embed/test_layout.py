@@ -42,7 +42,7 @@ def test_replicas_have_slots_of_their_own():
         ((np.array([-1, 0]), 2), "slots >= 0"),
         ((np.array([0.0]), 2), "int64"),
         ((np.array([], np.int64), 2), "at least one row"),
-        ((np.array([0]), 0), "vectors_per_block > 0"),
+        ((np.array([0]), 0), "vectors_per_block to be a whole number of at least 1"),
         ((np.array([0]), 2, np.array([1]), np.array([1])), "from 0 to 0"),
         ((np.array([0, 1]), 2, np.array([1, 0]), np.array([2, 3])), "sorted"),
         ((np.array([0, 1]), 2, np.array([1]), np.array([2, 3])), "one slot a replica"),

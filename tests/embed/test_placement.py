@@ -12,7 +12,7 @@ from shoal.embed.cache import Cache
 from shoal.embed.generator import TableKind, generate, patterns
 from shoal.embed.partition import Settings, fanout, partition
 from shoal.embed.placement import Plan, by_values, depth_above, is_patternless, place
-from shoal.embed.replicate import lonely, replicate_residual, replicate_seeds
+from shoal.embed.replicate import lonely, replicate_residual, replicate_seeds, with_copies
 from shoal.embed.simulate import misses, replay
 
 pytestmark = pytest.mark.timeout(240)  # the first test of a fresh checkout compiles
@@ -149,6 +149,36 @@ def test_residual_copies_cut_reads(made):
     assert 0 < len(copied.replica_ids) <= 0.2 * 1000
     before, after = (replay(made, x, Cache("lru", 50, 1000)).block_reads for x in (layout, copied))
     assert after < before
+
+
+@pytest.mark.parametrize("space", [0.0, 0.05, 0.2, 1.0])
+def test_copies_fill_the_space_and_those_that_save_reads_come_first(made, space):
+    layout = Layout.from_order(partition(made, 32, OURS), 32)
+    copied = with_copies(layout, made, made.counts(), space, OURS)
+    np.testing.assert_array_equal(copied.slot_of, layout.slot_of)
+    assert (
+        len(copied.replica_ids) == len(np.unique(copied.replica_ids)) == {0.0: 0, 0.05: 32, 0.2: 192, 1.0: 1000}[space]
+    )
+    assert set(replicate_residual(layout, made, space, OURS).replica_ids) <= set(copied.replica_ids)
+    assert np.all(copied.replica_slots // 32 >= layout.num_blocks)  # never beside the row itself
+    if space == 0.2:
+        assert (
+            made.counts()[copied.replica_ids].sum() > 2 * space * made.num_lookups
+        )  # of those that are asked for most
+
+
+def test_copies_of_neighbours_are_neighbours():
+    layout = Layout.from_order(np.random.default_rng(0).permutation(320), 32)
+    nothing = Trace.of([[0], [1]], 320)
+    copied = with_copies(layout, nothing, np.zeros(320, int), 1.0, OURS)
+    homes = layout.block_of[copied.replica_ids]
+    for block in range(10):
+        assert len(np.unique(copied.replica_slots[homes == block] // 32)) == 1
+
+
+def test_rows_that_stay_in_id_order_get_their_copies():
+    trace = patterns(600, 500, 10)["random"]
+    assert len(place(trace, 32, lru(30), Plan(space=0.5)).replica_ids) == 9 * 32
 
 
 def test_depths_follow_the_threshold():
