@@ -132,7 +132,7 @@ async def test_a_stream_that_breaks_in_a_group_is_gone_on_with(at: int, sending:
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 @in_loop
 async def test_members_that_go_away_in_a_group_are_left_out_or_counted(at: int) -> None:
-    async with toy.fleet(plan(rounds={"reporting_window_s": 5.0, "minimum_fraction": 0.5})) as fleet:
+    async with toy.fleet(plan(rounds={"reporting_window_s": 3.0, "minimum_fraction": 0.5})) as fleet:
         lost = [BreakingLink(fleet.host.edge, at=at, sending=False) for _ in range(2)]
         leaving = [toy.device(f"lost-{i}", link, value=5.0, num=2) for i, link in enumerate(lost)]
         fleet.start(*devices(fleet.link)[2:])
@@ -238,7 +238,9 @@ async def test_certified_members_only() -> None:
         )
 
     privacy = Privacy(delta_bound=8.0, clip_norm=1000.0, secure=secure)
-    async with toy.fleet(plan(privacy=privacy, rounds={"over_selection": 1.1, "reporting_window_s": 3.0})) as fleet:
+    async with toy.fleet(
+        plan(privacy=privacy, rounds={"over_selection": 1.1, "reporting_window_s": 2.0, "selection_window_s": 0.3})
+    ) as fleet:
         stranger = toy.device("stranger", fleet.link, value=7.0, host=host("stranger", "elsewhere"))
         members = [
             toy.device(f"device-{i}", fleet.link, value=0.25 * i - 1.0, num=1 + i % 4, host=host(f"device-{i}"))
@@ -261,7 +263,9 @@ def short_phases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forming, "SHORTEST_PHASE_S", 0.2)
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(says=st.lists(st.tuples(st.sampled_from(PHASES), STUFF), min_size=1, max_size=6), at=st.integers(0, 3))
 def test_hostile_members_bring_down_nobody(short_phases: None, says: list[tuple[str, bytes]], at: int) -> None:
     """Three of 27 are honest up to a message of the group, and then say anything."""
