@@ -25,7 +25,7 @@ DEVICES = 20
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     rounds = 100 if quick else 1000
     with tempfile.TemporaryDirectory() as folder:
-        seconds, start_s = _rounds(Path(folder), rounds)
+        seconds, start_s = live_rounds(Path(folder), "one_parameter.py:task", devices=DEVICES, rounds=rounds)
     warm = seconds[20:]  # the first rounds start processes, connect and compile
     p50, p50_low, p50_high = percentile_interval(warm, 50)
     p99, p99_low, p99_high = percentile_interval(warm, 99)
@@ -44,19 +44,26 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     return goals, {"rounds": len(warm), "start_s": round(start_s, 2)}
 
 
-def _rounds(folder: Path, rounds: int) -> tuple[list[float], float]:
+def live_rounds(folder: Path, task: str, *, devices: int, rounds: int) -> tuple[list[float], float]:
+    """Seconds of each round of a host and so many devices in another process, and from the start to the first commit.
+
+    Args:
+        folder: an empty one.
+        task: in this folder, as file.py:name; its examples have one field `x`.
+        devices: played by one process.
+        rounds: that the host commits.
+    """
     data, record, ready = folder / "data", folder / "run", folder / "ready"
     data.mkdir()
-    for number in range(DEVICES):
-        np.savez(data / f"device-{number:02d}.npz", x=np.full(4, number, np.float32))
-    task = str(Path(__file__).parent / "one_parameter.py") + ":task"
+    for number in range(devices):
+        np.savez(data / f"device-{number:03d}.npz", x=np.full(4, number, np.float32))
     shoal = [sys.executable, "-m", "shoal"]
     begun = time.time()
     host = subprocess.Popen(
         [
             *shoal,
             "host",
-            task,
+            str(Path(__file__).parent / task),
             "--rounds",
             str(rounds),
             "--port",
