@@ -59,6 +59,14 @@ class PlanError(ShoalError):
     """A plan is refused: signature, hash, size, operations or runtime are not right."""
 
 
+class TaskRefused(PlanError):
+    """A plan promises less than the device asks for; the device may serve others."""
+
+    def __init__(self, message: str, *, task: str) -> None:
+        super().__init__(message)
+        self.task = task
+
+
 class ProgramError(ShoalError):
     """A program of a plan failed; `program` names it."""
 

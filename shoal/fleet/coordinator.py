@@ -37,6 +37,7 @@ from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
+from shoal.plan.secure import grouping
 from shoal.privacy import spending
 from shoal.record.retention import Retention
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
@@ -114,7 +115,7 @@ class Coordinator:
         self.store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
-        self._policy, self._last_version = manifest.server.rounds, last_version
+        self._policy, self._last_version = grouping(manifest), last_version
         self._machine = RoundMachine(
             self._policy,
             last_version=last_version,
@@ -382,7 +383,7 @@ class Coordinator:
         self._look_back()
         taken, left = self._that_fit(groups)
         if not (taken or self._waiting):
-            return self._failed(RoundError("the Edges that held the round's groups are gone"))
+            return self._failed(RoundError("no sum came of the round's groups"))
         try:
             commit = await self._durably(lambda: self._write_commit(taken, round, reason))
             self._head, self._waiting = commit.row, []

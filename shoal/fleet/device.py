@@ -22,6 +22,7 @@ from shoal.errors import (
     PlanError,
     ProgramError,
     ProtocolError,
+    TaskRefused,
     UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
@@ -30,7 +31,7 @@ from shoal.fleet.secure_offer import MASKED, SecureOffer
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
-from shoal.plan.secure import purpose
+from shoal.plan.secure import update_of
 from shoal.plan.train import train
 from shoal.tensors import Index, Tensors, to_bytes
 
@@ -43,6 +44,8 @@ REFUSED_DELAY_S: Final = 0.5
 REFUSED_LONGEST_S: Final = 60.0
 PUSH_TRIES: Final = 6
 TRIES_ELSEWHERE: Final = 3
+SPENT: Final = "spent"
+"""Stage at which a device gives up what it may not offer again."""
 LONGEST_AWAY_S: Final = 86_400.0
 """Whatever an Edge says."""
 
@@ -130,8 +133,8 @@ class Device:
         """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._on_progress = stays, on_progress
         self._population, self._tasks = population, tuple(tasks)
-        self._unfit: dict[str, DataError] = {}
-        """Tasks that its examples do not fit, and why."""
+        self._unfit: dict[str, DataError | TaskRefused] = {}
+        """Tasks that its examples do not fit, or that promise too little, and why."""
         self._away_s: float | None = None
         """How long it is to be gone, once it was told so."""
         self._work: _Work | None = None
@@ -424,8 +427,12 @@ class Device:
         prepared = await host.prepare(assigned, self._link, spent)
         work.task = prepared.manifest.task
         is_secure = prepared.manifest.promises.group == "secure"
-        if is_secure and purpose(assigned.plan, assigned.model) in host.spent(self.device_id):
-            raise DeviceError("What it would train has been revealed in a secure group before.", stage="spent")
+        if is_secure and update_of(assigned.model) in host.spent(self.device_id):
+            raise DeviceError(
+                "An update from these tensors was revealed in a secure group before, and is never offered again: it waits for other tensors "
+                "(the next version, or a run with another --seed).",
+                stage=SPENT,
+            )
         await host.ensure_model(assigned, prepared, self._link, spent)
         self._say("queued")
         loop = asyncio.get_running_loop()
@@ -481,7 +488,9 @@ class Device:
                 identity=host.identity, wall_s=host.clock.wall_s,
             )  # fmt: skip
         except UpdateRefused as error:  # in a secure group nobody else would see it
-            raise DeviceError(f"The update is of no use: {error}", stage="train") from error
+            log.warning("%s: its update is of no use: %s", self.device_id, error)
+            # What the server is told holds no number of the update.
+            raise DeviceError(f"The update is of no use: {error.reason}.", stage="train") from None
 
     def _inline(self, update: Update) -> list[pb.PushSlice]:
         """A small update, which goes with its report."""
@@ -530,13 +539,20 @@ class Device:
         self.progress.last_error = str(error)
         gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
         await stream.send(pb.FromDevice(gave_up=gave_up))
-        if isinstance(error, DataError) and work.task:
-            self._unfit[work.task] = error
+        task = error.task if isinstance(error, TaskRefused) else work.task
+        if isinstance(error, DataError | TaskRefused) and task:
+            self._unfit[task] = error
             return await self._check_in(stream)
         if isinstance(error, DataError | PlanError | MissingExtra):
             raise error
         if self._is_leaving:
             return
+        if isinstance(error, DeviceError) and error.stage == SPENT:
+            if not self._refusals:
+                log.warning("%s: %s", self.device_id, error)
+            self._refusals += 1
+            await self._pause(min(REFUSED_LONGEST_S, REFUSED_DELAY_S * 2.0**self._refusals))
+            return await self._check_in(stream)
         log.warning("%s: %s", self.device_id, error)
         await self._pause(REFUSED_DELAY_S)
         await self._check_in(stream)

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from shoal import validate
-from shoal.errors import PlanError
+from shoal.errors import TaskRefused
 from shoal.plan.manifest import Manifest
+from shoal.plan.secure import LEAST_MINIMUM
 from shoal.privacy.identity import Trusted
 
 
@@ -26,26 +27,30 @@ class Floor:
         validate.not_negative(colluders=self.colluders)
 
     def check(self, manifest: Manifest) -> None:
-        """Raises PlanError: the plan promises less."""
+        """Raises TaskRefused: the plan promises less."""
+        if why := self._too_little(manifest):
+            raise TaskRefused(f"Task {manifest.task!r} {why}. It was not run.", task=manifest.task)
+
+    def _too_little(self, manifest: Manifest) -> str:
+        """What is wrong with it; empty: nothing."""
         promises, secure = manifest.promises, manifest.promises.privacy.secure
         if secure is None and (self.secure or self.authority is not None or self.colluders):
-            raise PlanError(
-                f"Task {manifest.task!r} lets the server see single updates; this device takes part in secure groups only. It was not run."
-            )
+            return "lets the server see single updates; this device takes part in secure groups only"
         if promises.minimum_group < self.minimum_group:
-            raise PlanError(
-                f"Task {manifest.task!r} promises sums over at least {promises.minimum_group} members, this device asks for "
-                f"{self.minimum_group}. It was not run."
-            )
+            return f"promises sums over at least {promises.minimum_group} members, this device asks for {self.minimum_group}"
         if secure is None:
-            return
-        if secure.authority and self.authority is None:
-            raise PlanError(
-                f"Task {manifest.task!r} is for members with a certificate of {secure.authority}; this device has been given none. It was "
-                "not run."
+            return ""
+        if promises.minimum_group < LEAST_MINIMUM:
+            return "has secure groups whose sums may be one member's own"
+        withstood = int(secure.colluders * secure.members)
+        if withstood < self.colluders:
+            return (
+                f"has secure groups of at most {secure.members} members that withstand {withstood} colluders, this device asks for "
+                f"{self.colluders}"
             )
+        if secure.authority and self.authority is None:
+            return f"is for members with a certificate of {secure.authority}; this device has been given none"
         if self.authority is not None and secure.authority != self.authority.key.public_bytes_raw().hex():
             other = f"certified by {secure.authority}" if secure.authority else "that nobody certifies"
-            raise PlanError(
-                f"Task {manifest.task!r} makes groups of members {other}, which this device does not trust. It was not run."
-            )
+            return f"makes groups of members {other}, which this device does not trust"
+        return ""

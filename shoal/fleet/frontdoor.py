@@ -201,12 +201,14 @@ class Frontdoor:
                 self._check_in(visit, message.check_in)
             case "report":
                 await self._to_run(visit, message.report.token, message)
+            case "group":
+                await self._to_run(visit, message.group.token, message)
             case "gave_up":
                 await self._to_run(visit, message.gave_up.token, message)
             case "ping":
                 visit.told.send(pb.FromEdge(ping=pb.Ping()))
             case _:
-                raise ProtocolError("Expected check_in, report, gave_up or ping.")
+                raise ProtocolError("Expected check_in, report, group, gave_up or ping.")
 
     def _check_in(self, visit: _Visit, check_in: pb.CheckIn) -> None:
         device = check_in.device_id

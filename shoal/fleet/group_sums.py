@@ -21,7 +21,7 @@ from shoal.fleet.costs import Costs
 from shoal.fleet.secure_groups import SecureGroups
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
-from shoal.plan.secure import fits, terms
+from shoal.plan.secure import fits, grouping, terms
 
 log = logging.getLogger("shoal.edge")
 
@@ -138,7 +138,8 @@ class GroupSums:
                 self._round.counted(nonce, self.configuration.base_version, staleness)
             case g.ReleaseMember(nonce):
                 self.analytics.gone(nonce)
-                self._staleness.pop(nonce, None)
+                if self._staleness.pop(nonce, None) is not None:
+                    self.num_counted -= 1  # its group came to nothing
                 self._round.released(nonce)
             case g.Closed(groups):
                 self._closed = groups
@@ -206,7 +207,7 @@ class GroupSums:
 
 
 def _machine(manifest: Manifest) -> g.Groups:
-    policy, secure = manifest.server.rounds, manifest.promises.privacy.secure
+    policy, secure = grouping(manifest), manifest.promises.privacy.secure
     if secure is None:
         return ClearGroups(policy, most=policy.max_members)
     made = terms(manifest, model="")  # of which only the numbers are asked for

@@ -30,6 +30,7 @@ from shoal.fleet.staging import Limits
 from shoal.fleet.wire import edges_pb2
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial_model
+from shoal.plan.secure import grouping
 from shoal.record.provenance import provenance
 from shoal.record.retention import Retention
 from shoal.record.run import new_run_id
@@ -145,7 +146,7 @@ class Host:
             limits=limits,
             population=found.row.population,
         )
-        self.edges = Edges(found.plan.manifest.server.rounds) if several_edges else None
+        self.edges = Edges(grouping(found.plan.manifest)) if several_edges else None
         self.coordinator = Coordinator(
             store=store,
             run=run_id,

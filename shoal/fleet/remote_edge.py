@@ -41,7 +41,11 @@ ALIVE_S: Final = 5.0
 SILENCE_S: Final = 60.0
 """An Edge that is asked for its sums and says nothing for so long hangs, whatever its link answers."""
 EDGE_OPTIONS: Final = [
-    *(option for option in OPTIONS if not option[0].startswith(("grpc.max_", "grpc.keepalive_time"))),
+    *(
+        option
+        for option in OPTIONS
+        if not option[0].startswith(("grpc.max_", "grpc.keepalive_time", "grpc.http2.min_"))
+    ),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", int(ALIVE_S * 1000)),

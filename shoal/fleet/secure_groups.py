@@ -1,8 +1,8 @@
 """Groups whose updates nobody sees: the machine of an Edge's secure groups for one task.
 
 It answers the same round as `ClearGroups` and keeps its invariants (group.py, cited by number); what differs is how members come into a sum.
-A member that has its update ready *waits*. When `size` of one version wait, or as many as the round still lacks, a secure group is made of
-them: `Form`. Its keys, shares and masks are the business of `forming.py`, outside of this machine, which is told how it ended: `Formed` (the
+A member that has its update ready *waits*, and counts for the round, which closes when enough do; then, or when `size` of one version wait
+before, a secure group is made of them: `Form`. Its keys, shares and masks are the business of `forming.py`, outside of this machine, which is told how it ended: `Formed` (the
 sum of the survivors is there, and counts whole) or `Broke` (there is none). So there is no check and no queue: a group is in the sum or not.
 
 Further invariants:
@@ -15,10 +15,14 @@ One member's way::
     Joined─> joined ─Offered─> waiting ─(enough wait)─> forming ─Formed─> added ─Stored/Committed─> counted
                                  ^                       └─Broke, lost: moved (may offer again), spent: refused
     joined, waiting ─Close / too late / Gone─> released
+
+So fewer may be in a version than the round has counted: those that were lost in forming are released.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 from shoal.fleet import group as g
 from shoal.fleet.group import Group, Groups, Member
@@ -47,6 +51,7 @@ class SecureGroups(Groups):
         super().__init__(policy, most=most)
         self._size, self._fits = size, fits
         self._waiting: list[bytes] = []
+        self._counted: set[bytes] = set()  # of those that wait or are forming: the round knows of them
 
     def _step(self, event: g.Event) -> list[g.Command] | None:
         match event:
@@ -58,12 +63,17 @@ class SecureGroups(Groups):
 
     def _offered(self, nonce: bytes) -> list[g.Command]:
         self._waiting.append(nonce)
-        return self._form()
+        return self._count() + self._form()
 
     # Rounds.
 
     def _after_open(self) -> list[g.Command]:
-        return self._form()
+        return self._count() + self._form()
+
+    def _fail(self, why: str) -> list[g.Command]:
+        if self._is_ending:
+            self._counted.clear()  # the round begins anew, and has forgotten them
+        return super()._fail(why)
 
     def _finish_closing(self) -> list[g.Command]:
         close = self._closing
@@ -93,13 +103,30 @@ class SecureGroups(Groups):
 
     def _forget(self, nonce: bytes) -> None:
         super()._forget(nonce)
+        self._counted.discard(nonce)
         if nonce in self._waiting:
             self._waiting.remove(nonce)
+
+    def _count(self) -> list[g.Command]:
+        """Tells the round of those that wait, so that it closes when enough do: a group is made of them then.
+
+        Those of the present version count at once, as their numbers grow together; of others, and where there is a buffer, only so many
+        of one version as can be a group.
+        """
+        told: list[g.Command] = []
+        together = Counter(self._versions[nonce] for nonce in self._waiting)
+        for nonce in self._waiting:
+            trained_on = self._versions[nonce]
+            is_present = trained_on == self._version and not self._policy.buffer
+            if nonce not in self._counted and (is_present or together[trained_on] >= self._policy.minimum_group):
+                self._counted.add(nonce)
+                told.append(g.CountMember(nonce, self._version - trained_on))
+        return told
 
     # Groups.
 
     def _form(self) -> list[g.Command]:
-        """Groups of those that wait: of `size`, of as many as the round lacks, and at its end of as many as there are."""
+        """Groups of those that wait: of `size`; at a round's end of as many as there are, about as many in each."""
         is_ending = self._closing is not None and self._closing.final
         if not self._is_open or (self._is_ending and not is_ending):
             return []
@@ -107,16 +134,20 @@ class SecureGroups(Groups):
         for trained_on in sorted({self._versions[nonce] for nonce in self._waiting}, reverse=True):
             version = self._sum_of(trained_on)
             waiting = [nonce for nonce in self._waiting if self._versions[nonce] == trained_on]
-            while waiting:
-                room = self._room.setdefault(version, self._most)
-                count = min(self._size, len(waiting), room)
-                lacking = self._policy.commit_at - (self._most - room)
-                is_enough = count >= self._size or 0 < lacking <= count or is_ending
-                if not is_enough or not self._fits(count):
-                    break
+            while count := self._next_size(
+                len(waiting), self._room.setdefault(version, self._most), is_ending=is_ending
+            ):
                 made.append(self._begin(tuple(waiting[:count]), trained_on, version))
                 waiting = waiting[count:]
         return made
+
+    def _next_size(self, waiting: int, room: int, *, is_ending: bool) -> int:
+        """Members of the next group of so many that wait; 0: there is none."""
+        most = min(waiting, room)
+        if not is_ending:
+            return self._size if most >= self._size else 0
+        even = ceil(most / max(1, ceil(most / self._size)))
+        return next((count for count in (even, min(most, self._size)) if count and self._fits(count)), 0)
 
     def _begin(self, nonces: tuple[bytes, ...], trained_on: int, version: int) -> g.Form:
         self._num_groups += 1
@@ -140,7 +171,9 @@ class SecureGroups(Groups):
         told: list[g.Command] = []
         for nonce in survivors:
             self._states[nonce] = Member.ADDED
-            told.append(g.CountMember(nonce, self._version - group.trained_on))
+            if nonce not in self._counted:
+                told.append(g.CountMember(nonce, self._version - group.trained_on))
+            self._counted.discard(nonce)
         return told + self._move(lost) + self._form() + self._finish_closing()
 
     def _broke(self, number: int, spent: tuple[bytes, ...], why: str) -> list[g.Command]:

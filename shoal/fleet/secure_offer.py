@@ -13,11 +13,11 @@ from typing import Final
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from shoal.errors import ProtocolError
+from shoal.errors import InvalidTransition, ProtocolError
 from shoal.fleet.floor import Floor
 from shoal.fleet.spent import SpentUpdates
 from shoal.plan.manifest import Manifest
-from shoal.plan.secure import layout, terms
+from shoal.plan.secure import layout, terms, update_of
 from shoal.privacy.identity import Identity
 from shoal.privacy.secure_member import SecureMember
 from shoal.privacy.wire import secure_pb2 as pb
@@ -57,7 +57,7 @@ class SecureOffer:
         Raises:
             UpdateRefused: the update is not finite, or out of bounds.
         """
-        self._terms = terms(manifest, model=model)
+        self._terms, self._update = terms(manifest, model=model), update_of(model)
         self._values: np.ndarray = layout(manifest).vector(sums, weight=weight)
         self._spent, self._floor, self._identity = spent, floor, identity
         self._wall_s, self._random = wall_s, random
@@ -68,7 +68,7 @@ class SecureOffer:
     @property
     def is_spent(self) -> bool:
         """Whether it has revealed shares: it is in a sum, or in none, and is offered no more."""
-        return self._terms.purpose in self._spent
+        return self._update in self._spent
 
     def hear(self, phase: str, data: bytes) -> tuple[str, bytes]:
         """The answer to a message of the group: its phase and bytes. One to leave the group by is a `complaint`, in words."""
@@ -77,7 +77,7 @@ class SecureOffer:
             return self._answers[asked]
         try:
             answer = self._answer(phase, data)
-        except (ProtocolError, DecodeError) as error:
+        except (ProtocolError, InvalidTransition, DecodeError, ValueError) as error:
             self._member = None
             answer = "complaint", str(error).encode()[:500]
         self._answers[asked] = answer
@@ -118,5 +118,5 @@ class SecureOffer:
         return self._member
 
     def _reveal(self, shares: pb.Unmask) -> tuple[str, bytes]:
-        self._spent.add(self._terms.purpose)
+        self._spent.add(self._update)
         return "unmask", shares.SerializeToString()

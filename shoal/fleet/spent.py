@@ -1,7 +1,7 @@
 """What a device has spent: updates of which it has revealed shares, and which it never offers again (docs/trust.md).
 
-An update is known by what it was trained from (`plan.secure.purpose`), as training again gives the same numbers; not by any number of the
-server's. It is written down before the shares leave the device.
+An update is known by the tensors that it was trained from (`plan.secure.update_of`), as training again gives the same numbers; not by the plan, or
+by any number of the server's. It is written down before the shares leave the device.
 """
 
 import os
@@ -22,30 +22,48 @@ class SpentUpdates:
             path: its file; None: in memory, so that a device that starts again has forgotten.
 
         Raises:
-            StoreError: the file is none of these, or cannot be read.
+            StoreError: the file cannot be read.
         """
         self._path = path
         self._all: set[bytes] = set()
         if path is None or not path.exists():
             return
-        data = path.read_bytes()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise StoreError(f"What this device has spent cannot be read from {path}: {error}") from error
         whole = len(data) // _BYTES * _BYTES  # what was being written when the device fell was not revealed
         self._all = {data[at : at + _BYTES] for at in range(0, whole, _BYTES)}
         if whole != len(data):
             os.truncate(path, whole)
 
-    def __contains__(self, purpose: bytes) -> bool:
-        return purpose in self._all
+    def __contains__(self, update: bytes) -> bool:
+        return update in self._all
 
-    def add(self, purpose: bytes) -> None:
+    def add(self, update: bytes) -> None:
         """Writes it down for good. Raises StoreError: it could not be; nothing may be revealed then."""
         if self._path is not None:
             try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                with self._path.open("ab") as file:
-                    file.write(purpose)
-                    file.flush()
-                    os.fsync(file.fileno())
+                self._append(self._path, update)
             except OSError as error:
                 raise StoreError(f"What this device has spent cannot be written to {self._path}: {error}") from error
-        self._all.add(purpose)
+        self._all.add(update)
+
+    def _append(self, path: Path, update: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not path.exists()
+        with path.open("ab") as file:
+            begun = file.tell()
+            try:
+                file.write(update)
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, begun)  # else what follows would stand askew
+                raise
+        if is_new:
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)

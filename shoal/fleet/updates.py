@@ -308,8 +308,8 @@ class Updates:
 
     async def _take(self, held: Held, nonce: bytes, root: str, name: str, part: pb.PushSlice) -> bool:
         async with held.lock:
-            if not self._awaits(nonce):
-                return False
+            if not self._awaits(nonce) or self._held.get(nonce) is not held:
+                return False  # what comes is late, or of a group before
             try:
                 self.sums.analytics.sending(nonce, self._clock.now_s())
                 await self._write(held, self._update(held, root), name, part.offset, part.data)

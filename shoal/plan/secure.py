@@ -4,14 +4,17 @@ All of it follows from the signed manifest, and from the tensors that are traine
 """
 
 import hashlib
+from dataclasses import replace
 from typing import Final
 
 from shoal.plan.manifest import Manifest
-from shoal.policy import Secure
+from shoal.policy import RoundPolicy, Secure
 from shoal.privacy.neighbours import Assumptions
 from shoal.privacy.secure_terms import Terms
 from shoal.privacy.vectors import VectorLayout
 
+LEAST_MINIMUM: Final = 2
+"""Honest members in a sum, so that it is nobody's own."""
 LEAST_STEPS: Final = 256
 """Units that the largest element of an update of weight 1 is to have: with fewer the rounding is most of what is summed."""
 
@@ -27,7 +30,7 @@ def terms(manifest: Manifest, *, model: str) -> Terms:
     """What a group is made on whose members trained by that manifest, from the tensors with that root."""
     secure = _secure(manifest)
     return Terms(
-        purpose=purpose(manifest.hash, model),
+        purpose=hashlib.sha256(f"shoal group v1\0{manifest.hash}\0{model}".encode()).digest(),
         segments=layout(manifest).segments,
         minimum=manifest.promises.minimum_group,
         assumptions=Assumptions(colluders=secure.colluders, dropouts=secure.dropouts),
@@ -35,9 +38,12 @@ def terms(manifest: Manifest, *, model: str) -> Terms:
     )
 
 
-def purpose(plan: str, model: str) -> bytes:
-    """What an update is known by on its device, and a group to its members: 32 bytes of the plan and of the tensors trained from."""
-    return hashlib.sha256(f"shoal update v1\0{plan}\0{model}".encode()).digest()
+def update_of(model: str) -> bytes:
+    """What an update is known by on its device, 32 bytes: by the tensors it was trained from, with that root, and nothing else.
+
+    Plans may differ in what does not change the numbers, or hardly: updates from the same tensors are one update.
+    """
+    return hashlib.sha256(f"shoal update v1\0{model}".encode()).digest()
 
 
 def fits(made: Terms, members: int) -> bool:
@@ -49,6 +55,19 @@ def fits(made: Terms, members: int) -> bool:
     return True
 
 
+def grouping(manifest: Manifest) -> RoundPolicy:
+    """The task's rounds, as those see them who put groups together: their minimum is what can be a group.
+
+    In clear mode that is what the task says. A secure group is larger, so that it can lose members and still have that many honest ones.
+    """
+    policy, secure = manifest.server.rounds, manifest.promises.privacy.secure
+    if secure is None:
+        return policy
+    made = terms(manifest, model="")
+    too_small = [count for count in range(1, secure.members + 1) if not fits(made, count)]
+    return replace(policy, minimum_group=max(too_small, default=0) + 1)
+
+
 def check_secure(manifest: Manifest) -> None:
     """Looks whether secure groups can be made as a task wants them; nothing to do for one that wants none.
 
@@ -58,11 +77,17 @@ def check_secure(manifest: Manifest) -> None:
     secure = manifest.promises.privacy.secure
     if secure is None:
         return
+    if manifest.promises.minimum_group < LEAST_MINIMUM:
+        raise ValueError(
+            f"Expected minimum_group >= {LEAST_MINIMUM} with secure groups, got {manifest.promises.minimum_group}: a sum over one member is that "
+            "member's."
+        )
     made = terms(manifest, model="")
     made.graph(secure.members)
     goal = manifest.server.rounds.commit_at
     if goal < secure.members and not fits(made, goal):
         made.graph(goal)  # says how many would do
+    grouping(manifest)
     coarse = {
         name: (fixed.unit, fixed.bound)
         for name, fixed in manifest.fixed_points(secure.members).items()

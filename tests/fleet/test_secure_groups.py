@@ -22,7 +22,7 @@ LEAST = 3
 
 
 def policy(late: Late, **changes: Any) -> RoundPolicy:
-    return RoundPolicy(**{"goal": 4, "minimum_group": 2, "over_selection": 1.0, "late": late, **changes})
+    return RoundPolicy(**{"goal": 4, "minimum_group": LEAST, "over_selection": 1.0, "late": late, **changes})
 
 
 def opened(late: Late | None = None, *, most: int = 8, size: int = 4, version: int = 0) -> SecureGroups:
@@ -32,11 +32,11 @@ def opened(late: Late | None = None, *, most: int = 8, size: int = 4, version: i
 
 
 def offer(groups: SecureGroups, *nonces: bytes, version: int = 0) -> list[Any]:
-    """Members that join and wait; returns what is said after they have joined."""
+    """Members that join and wait; returns what is said after they have joined, but for who counts."""
     said: list[Any] = []
     for nonce in nonces:
         groups.step(g.Joined(nonce, version), 0.0)
-        said += groups.step(g.Offered(nonce), 0.0)
+        said += [told for told in groups.step(g.Offered(nonce), 0.0) if not isinstance(told, g.CountMember)]
     return said
 
 
@@ -45,10 +45,44 @@ def test_a_group_forms_of_those_that_wait_and_counts_its_survivors() -> None:
     (form,) = offer(groups, A, B, C, D)
     assert form == Form(1, (A, B, C, D), 1.0)
     told = groups.step(Formed(1, (A, B, C)), 0.0)
-    assert told == [*(g.CountMember(nonce, 0) for nonce in (A, B, C)), g.Tell(D, "moved"), g.ReleaseMember(D)]
+    assert told == [g.Tell(D, "moved"), g.ReleaseMember(D)], "and the round no longer counts on D"
     assert groups.step(g.Close(), 0.0) == [g.Closed((1,))]
     assert groups.members(1) == (A, B, C)
     assert groups.step(g.Committed(1), 0.0) == [g.Tell(nonce, "counted", version=1) for nonce in (A, B, C)]
+
+
+def test_who_waits_counts_so_that_the_round_closes_when_enough_do() -> None:
+    groups = opened()
+    groups.step(g.Joined(A, 0), 0.0)
+    assert groups.step(g.Offered(A), 0.0) == [g.CountMember(A, 0)]
+    assert groups.step(g.Gone(A, "left"), 0.0) == [g.ReleaseMember(A)]
+
+
+def test_of_late_members_only_so_many_count_as_can_be_a_group() -> None:
+    groups = opened(LATE, version=1)
+    for nonce in (A, B, C):
+        groups.step(g.Joined(nonce, 0), 0.0)
+    assert groups.step(g.Offered(A), 0.0) == groups.step(g.Offered(B), 0.0) == []
+    assert groups.step(g.Offered(C), 0.0) == [g.CountMember(nonce, 1) for nonce in (A, B, C)]
+
+
+def test_at_a_round_s_end_groups_are_about_as_large() -> None:
+    groups = opened(most=20, size=6)
+    offer(groups, *(bytes([i]) for i in range(5)))
+    assert [len(form.nonces) for form in groups.step(g.Close(), 0.0)] == [5]
+    many = SecureGroups(policy(Late()), most=20, size=100, fits=lambda count: count >= LEAST)
+    many.step(g.Open(0), 0.0)
+    offer(many, *(bytes([i]) for i in range(8)))
+    many._size = 6
+    assert [len(form.nonces) for form in many.step(g.Close(), 0.0)] == [4, 4], "not 6, and 2 that are no group"
+
+
+def test_members_that_wait_count_again_in_a_round_that_begins_anew() -> None:
+    groups = opened(LATE)
+    offer(groups, A, B)
+    assert groups.step(g.Close(), 0.0) == [g.Closed(())]
+    groups.step(g.Failed("disk"), 0.0)
+    assert groups.step(g.Open(0), 0.0) == [g.CountMember(A, 0), g.CountMember(B, 0)]
 
 
 def test_fewer_than_a_group_wait_until_the_round_ends() -> None:
@@ -87,7 +121,8 @@ def test_late_members_are_a_group_of_their_own_with_their_discount() -> None:
     groups.step(g.Committed(2), 0.0)
     told = groups.step(g.Open(2), 0.0)
     assert {command.nonce for command in told if isinstance(command, g.Tell)} == {A, B}, "two versions late is too late"
-    (form,) = offer(groups, D, E, b"f", version=1)
+    assert offer(groups, D, E, version=1) == []
+    (form,) = offer(groups, b"f", version=1)
     assert form == Form(1, (C, D, E, b"f"), 0.5)
 
 
