@@ -31,7 +31,7 @@ from shoal.local import (
 )
 from shoal.lora import with_adapters
 from shoal.plan.manifest import HELD_OUT
-from shoal.policy import Late, RoundPolicy, ServerRule
+from shoal.policy import Late, Privacy, RoundPolicy, ServerRule
 from shoal.task import Task
 
 
@@ -66,6 +66,8 @@ def evaluation(
         raise ValueError(
             f"Expected a model that the server has whole; {private[0]} of task {task.name!r} stays on devices."
         )
+    # What is measured has bounds of its own; it is added up in the clear, and without noise (docs/privacy.md).
+    task = replace(task, privacy=Privacy(delta_bound=task.privacy.delta_bound))
     own = replace(task.rounds, late=Late(), buffer=0, concurrency=0, group_size=0)
     if steps:
         tuned = with_both_parts(task)

@@ -110,7 +110,11 @@ def device(
     if id and len(id.encode()) > 100:
         raise ValueError("Expected an --id of at most 100 bytes.")
 
-    enrolled = _enrolled(member, certificate, population)
+    if (secure or member is not None) and state is None:
+        screen.say(
+            "without --state this device forgets, when it ends, what it has revealed; updates may then be offered twice"
+        )
+    enrolled = _enrolled(member, certificate, population, key=key)
 
     from shoal.cli import data_argument, device_process
     from shoal.fleet.floor import Floor
@@ -133,11 +137,15 @@ def device(
     device_process.run(settings, examples, screen=screen, watch=watch, parent=parent)
 
 
-def _enrolled(member: Path | None, certificate: str, population: str) -> "Enrolled | None":
+def _enrolled(member: Path | None, certificate: str, population: str, *, key: str) -> "Enrolled | None":
     if (member is None) != (not certificate):
         raise ValueError("Expected --member FILE and --certificate together: a key, and the authority's word for it.")
     if member is None:
         return None
+    if not key:
+        raise ValueError(
+            "Expected --key with --member: against a server that may lie its word for whose plans are run is not enough."
+        )
     from shoal.fleet.enrolment import Enrolled, read_secret
 
     return Enrolled.of(read_secret(member), certificate, population=population, wall_s=time.time())

@@ -86,7 +86,12 @@ def host(
         list[str] | None,
         typer.Option("--population", metavar="NAME | TASK=NAME", help="The devices that serve; else `default`."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random in the run.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            "--seed", help="Of everything random in the run.", show_default="0; with secure groups another each time"
+        ),
+    ] = None,
     events_kept: Annotated[
         int | None,
         typer.Option("--events-kept", min=0, help="Newest rounds that `shoal replay` can show.", show_default="100"),

@@ -33,7 +33,7 @@ class Asked:
 
     tasks: tuple[str, ...]
     rounds: int | None
-    seed: int
+    seed: int | None
     order: bool
     policy: Mapping[str, Any]
     """Fields of `RoundPolicy` of all tasks that are not as the tasks say."""

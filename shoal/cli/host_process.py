@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store
+from shoal.tensors import Tensors
 
 LINGER_S: Final = 10.0
 """Longest wait, after the last version, for devices to hear that the run is over."""
@@ -88,6 +90,19 @@ class Settings:
         return command_line(["shoal", *self.again()])
 
 
+def _built(task: str, asked: Asked) -> tuple[Plan, Tensors, int]:
+    """A task's plan and initial model, and the seed that they were made by.
+
+    With secure groups devices never offer an update from the same tensors twice: another run is to begin with others.
+    """
+    seed = asked.seed or 0
+    plan, model = build_in_child(task, seed=seed, policy=asked.policy, each=asked.policies)
+    if asked.seed is None and plan.manifest.promises.group == "secure":
+        seed = secrets.randbits(31)
+        plan, model = build_in_child(task, seed=seed, policy=asked.policy, each=asked.policies)
+    return plan, model, seed
+
+
 def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tuple[str, ...]]:
     """Builds the plans of the tasks and begins a run of each; returns the runs' folder and ids."""
     if run is not None:
@@ -95,23 +110,23 @@ def begin(asked: Asked, *, run: Path | None, screen: Screen) -> tuple[Path, tupl
     built = []
     for task in asked.tasks:
         screen.say(f"building the plan of {task}")
-        built.append(build_in_child(task, seed=asked.seed, policy=asked.policy, each=asked.policies))
-    names = [plan.manifest.task for plan, _ in built]
+        built.append(_built(task, asked))
+    names = [plan.manifest.task for plan, _, _ in built]
     asked.refuse_strangers(names)
-    for plan, _ in built:
+    for plan, _, _ in built:
         _refuse_alone(plan, names)
-    refuse_evaluated_twice([plan.manifest for plan, _ in built])
+    refuse_evaluated_twice([plan.manifest for plan, _, _ in built])
     folder = run_folder.new_folder(run, names[0])
     signing = HostKeys.load_or_make(folder).signing
     store = open_store(folder)
     try:
         run_ids = [
             begin_run(
-                store, plan.sign(signing), model, kind="host", rounds=asked.rounds_of(name), seed=asked.seed,
+                store, plan.sign(signing), model, kind="host", rounds=asked.rounds_of(name), seed=seed,
                 population=asked.population_of(name),
                 config=asked.config_of(name),
             )
-            for name, (plan, model) in zip(names, built, strict=True)
+            for name, (plan, model, seed) in zip(names, built, strict=True)
         ]  # fmt: skip
     finally:
         store.close()

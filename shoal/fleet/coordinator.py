@@ -341,6 +341,16 @@ class Coordinator:
         if not self._edge.assign(device, self._token_key.sign(assignment), assignment):
             self.released(assignment.nonce)
 
+    @property
+    def is_committing(self) -> bool:
+        """A version is being made of the round's groups."""
+        return self._machine.snapshot().phase is r.Phase.COMMITTING
+
+    async def put_away(self) -> None:
+        """At the end, when nothing is stepped any more: writes down the sums that are there, but for those still to have their noise."""
+        if self._release is None and self._configuration is not None:
+            await self._store_group()
+
     async def _store_group(self) -> r.Event:
         try:
             groups = await self._edge.close_groups(final=False)

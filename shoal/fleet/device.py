@@ -427,7 +427,7 @@ class Device:
         prepared = await host.prepare(assigned, self._link, spent)
         work.task = prepared.manifest.task
         is_secure = prepared.manifest.promises.group == "secure"
-        if is_secure and update_of(assigned.model) in host.spent(self.device_id):
+        if is_secure and update_of(prepared.manifest, assigned.model) in host.spent(self.device_id):
             raise DeviceError(
                 "An update from these tensors was revealed in a secure group before, and is never offered again: it waits for other tensors "
                 "(the next version, or a run with another --seed).",

@@ -359,7 +359,8 @@ class Edge:
         low, high = self._again()
         match tell.outcome:
             case "moved":
-                later = pb.Later(delay_max_s=MOVING_S, why="too few devices are here", other_edge=self._other_edge)
+                why = tell.reason or "too few devices are here"
+                later = pb.Later(delay_max_s=MOVING_S, why=why, other_edge=self._other_edge)
                 session.send(pb.FromEdge(later=later))
                 return session.end()
             case "counted":

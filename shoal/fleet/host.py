@@ -16,7 +16,7 @@ import numpy as np
 from shoal.aggregate.choose import aggregator_of, noised
 from shoal.aggregate.commit import CallProgram
 from shoal.clock import Clock, SystemClock
-from shoal.errors import LeaseLost, StoreError, StoreUnavailable
+from shoal.errors import LeaseLost, ShoalError, StoreError, StoreUnavailable
 from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.durable import durably
 from shoal.fleet.edge import Edge
@@ -91,6 +91,10 @@ def begin_run(
     )  # fmt: skip
     write_initial_model(store, run_id, plan, model, time_s=now_s)
     return run_id
+
+
+PUT_AWAY_S: Final = 15.0
+"""For a host that is told to end, where members of secure groups have revealed what would be lost."""
 
 
 class Host:
@@ -214,9 +218,11 @@ class Host:
     async def _serve(self) -> None:
         keep_rounds(self.store, self.run_id, self.last_version)
         self.store.set_status(self.run_id, "running", time_s=None)
+        running = asyncio.ensure_future(self.coordinator.run())
         try:
-            await self.coordinator.run()
+            await asyncio.shield(running)
         except asyncio.CancelledError:
+            await self._end_in_order(running)
             self._say_ended("stopped")
             raise
         except LeaseLost:
@@ -232,6 +238,22 @@ class Host:
             self._clock,
             lambda: self.store.set_status(self.run_id, "finished" if done else "stopped", time_s=time_s),
         )
+
+    async def _end_in_order(self, running: "asyncio.Future[None]") -> None:
+        """Ends the rounds. What members have revealed in secure groups is committed or written down: they never offer it again."""
+        is_secure = self.plan.manifest.promises.privacy.secure is not None
+        try:
+            async with asyncio.timeout(PUT_AWAY_S):
+                while is_secure and not running.done() and self.coordinator.is_committing:
+                    await asyncio.sleep(0.02)
+                running.cancel()
+                await asyncio.gather(running, return_exceptions=True)
+                if is_secure:
+                    await self.coordinator.put_away()
+        except (TimeoutError, ShoalError) as error:
+            log.warning("what a secure group has summed up could not be kept: %s", str(error) or "it took too long")
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
     def _say_ended(self, status: RunStatus) -> None:
         """For a run that ends now, whatever the disk says: without it the run is shown as one whose process died."""

@@ -23,6 +23,7 @@ from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.edges import EdgeLost, Edges, Grants
+from shoal.fleet.forming import LONGEST_PHASE_S
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.grpc_server import OPTIONS, Tls, listen
 from shoal.fleet.wire import edges_pb2 as pb
@@ -102,11 +103,13 @@ class RemoteEdge:
         return self._until_closed(self._closing)
 
     async def _until_closed(self, closing: "asyncio.Future[list[GroupResult]]") -> list[GroupResult]:
+        # Members of secure groups may take so long, phase by phase, and nothing is to be said meanwhile.
+        silence_s = SILENCE_S if self._manifest.promises.privacy.secure is None else SILENCE_S + 5 * LONGEST_PHASE_S
         while not (closing.done() or self._lost):
             heard = self._num_heard
-            await asyncio.wait([closing], timeout=SILENCE_S)
+            await asyncio.wait([closing], timeout=silence_s)
             if not closing.done() and self._num_heard == heard:
-                raise EdgeLost(f"it was asked for its sums and has said nothing for {SILENCE_S:.0f} s")
+                raise EdgeLost(f"it was asked for its sums and has said nothing for {silence_s:.0f} s")
         if self._lost:  # also where the answer came just before: what it held has been given up
             raise EdgeLost(self._lost)
         return closing.result()

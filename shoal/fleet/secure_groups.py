@@ -174,7 +174,7 @@ class SecureGroups(Groups):
             if nonce not in self._counted:
                 told.append(g.CountMember(nonce, self._version - group.trained_on))
             self._counted.discard(nonce)
-        return told + self._move(lost) + self._form() + self._finish_closing()
+        return told + self._move(lost, "it was lost in its secure group") + self._form() + self._finish_closing()
 
     def _broke(self, number: int, spent: tuple[bytes, ...], why: str) -> list[g.Command]:
         group = self._groups.pop(number)
@@ -184,12 +184,14 @@ class SecureGroups(Groups):
             self._forget(nonce)
             told += [g.Tell(nonce, "refused", reason="spent", detail=why), g.ReleaseMember(nonce)]
         rest = [nonce for nonce in group.members if nonce not in set(spent)]
-        return told + self._move(rest) + self._form() + self._finish_closing()
+        return (
+            told + self._move(rest, f"its secure group came to nothing: {why}") + self._form() + self._finish_closing()
+        )
 
-    def _move(self, nonces: list[bytes]) -> list[g.Command]:
+    def _move(self, nonces: list[bytes], why: str) -> list[g.Command]:
         """They revealed nothing: they may offer the same update again, under fresh keys."""
         told: list[g.Command] = []
         for nonce in nonces:
             self._forget(nonce)
-            told += [g.Tell(nonce, "moved"), g.ReleaseMember(nonce)]
+            told += [g.Tell(nonce, "moved", reason=why), g.ReleaseMember(nonce)]
         return told

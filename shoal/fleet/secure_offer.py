@@ -57,7 +57,7 @@ class SecureOffer:
         Raises:
             UpdateRefused: the update is not finite, or out of bounds.
         """
-        self._terms, self._update = terms(manifest, model=model), update_of(model)
+        self._terms, self._update = terms(manifest, model=model), update_of(manifest, model)
         self._values: np.ndarray = layout(manifest).vector(sums, weight=weight)
         self._spent, self._floor, self._identity = spent, floor, identity
         self._wall_s, self._random = wall_s, random
@@ -105,6 +105,11 @@ class SecureOffer:
     def _begin(self, group: bytes) -> SecureMember:
         if self.is_spent:
             raise ProtocolError("The update has been revealed in a sum; it is offered no more.")
+        certificate = self._identity.certificate if self._identity is not None else None
+        if certificate is not None and certificate.until_s <= self._wall_s():
+            raise ProtocolError(
+                "This device's certificate has ended: have its key certified again (shoal enrol certify)."
+            )
         self._answers.clear()  # and with them goes the group before
         self._member = SecureMember(
             self._terms,

@@ -1,5 +1,6 @@
 """Updates of which an Edge sees sums only: their members say that they are ready, and are taken through a secure group."""
 
+import asyncio
 from functools import cached_property
 
 from shoal.fixed import FixedPoint
@@ -22,6 +23,11 @@ class SecureUpdates(Updates):
     @cached_property
     def _forming(self) -> FormingGroups:
         return FormingGroups(self._manifest, self, self._clock, population=self._population)
+
+    @cached_property
+    def _vectors(self) -> asyncio.Semaphore:
+        """Whole vectors in memory at once."""
+        return asyncio.Semaphore(2)
 
     @staticmethod
     def _sent(manifest: Manifest) -> tuple[TensorSpec, ...]:
@@ -64,11 +70,12 @@ class SecureUpdates(Updates):
         async with held.lock:
             if not self._awaits(nonce):
                 return
-            data = message.data or self._pushed(held)
+            async with self._vectors:
+                data = message.data or await asyncio.to_thread(self._pushed, held)
+                await self._forming.add(nonce, data) if data else None
             if not data:
                 return session.send(pb.FromEdge(incomplete=pb.Incomplete(token=message.token, missing=[MASKED])))
             self.up_bytes += len(message.data)
-            await self._forming.add(nonce, data)
         self._forget(held)
 
     def _pushed(self, held: Held) -> bytes:

@@ -1,7 +1,6 @@
 """What a device has spent: updates of which it has revealed shares, and which it never offers again (docs/trust.md).
 
-An update is known by the tensors that it was trained from (`plan.secure.update_of`), as training again gives the same numbers; not by the plan, or
-by any number of the server's. It is written down before the shares leave the device.
+An update is known by what makes its numbers (`plan.secure.update_of`), as training again gives the same ones; not by any number of the server's. It is written down before the shares leave the device.
 """
 
 import os

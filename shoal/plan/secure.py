@@ -7,11 +7,12 @@ import hashlib
 from dataclasses import replace
 from typing import Final
 
-from shoal.plan.manifest import Manifest
+from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest
 from shoal.policy import RoundPolicy, Secure
 from shoal.privacy.neighbours import Assumptions
 from shoal.privacy.secure_terms import Terms
 from shoal.privacy.vectors import VectorLayout
+from shoal.tensors import canonical_json
 
 LEAST_MINIMUM: Final = 2
 """Honest members in a sum, so that it is nobody's own."""
@@ -38,12 +39,15 @@ def terms(manifest: Manifest, *, model: str) -> Terms:
     )
 
 
-def update_of(model: str) -> bytes:
-    """What an update is known by on its device, 32 bytes: by the tensors it was trained from, with that root, and nothing else.
+def update_of(manifest: Manifest, model: str) -> bytes:
+    """What an update is known by on its device, 32 bytes: by what makes its numbers, and nothing else.
 
-    Plans may differ in what does not change the numbers, or hardly: updates from the same tensors are one update.
+    These are the tensors that it was trained from (their root is `model`), the programs that devices run, and how these are fed. Plans may
+    differ in all the rest, a goal, say: the updates are the same.
     """
-    return hashlib.sha256(f"shoal update v1\0{model}".encode()).digest()
+    programs = sorted(program.hash for program in manifest.programs if program.name in DEVICE_PROGRAMS)
+    made = canonical_json({"model": model, "programs": programs, "training": manifest.training.to_json()})
+    return hashlib.sha256(b"shoal update v1\0" + made).digest()
 
 
 def fits(made: Terms, members: int) -> bool:

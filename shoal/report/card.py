@@ -186,7 +186,8 @@ def _trust(secure: Secure) -> str:
     within = f"as long as of a group at most {secure.colluders:.0%} told it all they knew"
     if secure.is_certified:
         return (
-            f"{within}; it may have lied to them, as the devices were certified by another ({secure.authority[:16]}…)"
+            f"{within}, even if it did not follow the protocol, provided that who certified the devices ({secure.authority[:16]}…) and who signed "
+            "the plan did not help it"
         )
     return f"{within} and it **followed the protocol** (nobody but the server vouched for the devices)"
 

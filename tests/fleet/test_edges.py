@@ -19,7 +19,7 @@ from shoal.fleet.grpc_server import GrpcServer
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.remote_edge import EdgesServer, RemoteEdge
 from shoal.fleet.wire import edges_pb2
-from shoal.policy import Late, RoundPolicy
+from shoal.policy import Late, Privacy, RoundPolicy, Secure
 from shoal.record.blobs import FolderBlobs
 from shoal.record.memory import MemoryStore
 from shoal.record.store import Store
@@ -70,9 +70,11 @@ class ManyEdges:
 
 
 @asynccontextmanager
-async def many_edges(policy: RoundPolicy, folder: Path, *, rounds: int = 5) -> AsyncIterator[ManyEdges]:
+async def many_edges(
+    policy: RoundPolicy, folder: Path, *, rounds: int = 5, privacy: Privacy | None = None
+) -> AsyncIterator[ManyEdges]:
     """A running host that serves no devices itself."""
-    made = toy.plan(policy, SHAPES)
+    made = toy.plan(policy, SHAPES, privacy=privacy, max_weight=16 if privacy else 1 << 20)
     store = MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
     run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0)
@@ -183,6 +185,30 @@ async def test_groups_that_are_too_small_come_together(tmp_path: Path) -> None:
         devices = [toy.device(name, link) for name, link in zip("abc", links, strict=True)]
         await asyncio.gather(*(device.run() for device in devices))
         assert members(fleet) == [3, 3]
+        for link in links:
+            await link.close()
+        for node in nodes:
+            await node.end()
+
+
+@pytest.mark.parametrize(("edges", "each"), [(2, 8), (3, 3)])
+@toy.in_loop
+async def test_secure_groups_form_at_each_edge_or_come_together(tmp_path: Path, edges: int, each: int) -> None:
+    """Eight devices of an Edge are a group of their own; of three and three and three one is made."""
+    privacy = Privacy(delta_bound=8.0, clip_norm=1e4, secure=Secure(members=16, colluders=0.0, dropouts=0.3))
+    rules = policy(goal=edges * each, minimum_group=4, over_selection=1.0, reporting_window_s=2.0, minimum_fraction=0.5)
+    async with many_edges(rules, tmp_path, rounds=1, privacy=privacy) as fleet:
+        nodes = [await fleet.node(str(number)) for number in range(edges)]
+        links = [GrpcLink(node.address) for node in nodes]
+        host = toy.device_host()
+        devices = [toy.device(f"d{i}", links[i % edges], value=1.0, num=2, host=host) for i in range(edges * each)]
+        running = [asyncio.create_task(device.run()) for device in devices]
+        while not members(fleet):
+            await asyncio.sleep(0.02)
+        assert members(fleet) == [edges * each]
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
         for link in links:
             await link.close()
         for node in nodes:

@@ -20,10 +20,13 @@ from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.enrolment import Enrolled, certify, public_key
 from shoal.fleet.floor import Floor
 from shoal.fleet.forming import FormingGroups
+from shoal.fleet.host import Host
 from shoal.fleet.link import LocalLink, Stream
+from shoal.fleet.secure_offer import SecureOffer
 from shoal.fleet.spent import SpentUpdates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
+from shoal.plan.secure import update_of
 from shoal.policy import Privacy, RoundPolicy, Secure
 from shoal.privacy.identity import Trusted
 from tests.fleet import toy
@@ -59,6 +62,45 @@ async def test_a_round_in_a_secure_group_is_the_exact_mean_with_weights() -> Non
         await fleet.tasks[0]
         assert fleet.members == [0, NUM]
         assert fleet.model["params/w"] == pytest.approx(mean(), abs=1e-6)
+
+
+@in_loop
+async def test_a_round_commits_with_fewer_than_its_goal() -> None:
+    rounds = {"reporting_window_s": 1.0, "selection_window_s": 0.2, "minimum_fraction": 0.5}
+    async with toy.fleet(plan(rounds=rounds)) as fleet:
+        fleet.start(*devices(fleet.link)[1:])
+        await fleet.tasks[0]
+        assert fleet.members == [0, NUM - 1]
+        assert fleet.model["params/w"] == pytest.approx(mean(range(1, NUM)), abs=1e-6)
+
+
+@in_loop
+async def test_what_was_revealed_when_a_host_is_told_to_end_is_kept() -> None:
+    """Groups of six are formed before the round has its twelve; then the host ends, and another goes on."""
+    secure = Privacy(delta_bound=8.0, clip_norm=1000.0, secure=Secure(members=6, colluders=0.0, dropouts=0.2))
+    made = plan(privacy=secure, rounds={"selection_window_s": 0.3, "minimum_fraction": 0.5})
+    async with toy.fleet(made) as fleet:
+        fleet.start(*devices(fleet.link)[:8])
+        while (
+            sum(
+                len(group.members) for group in fleet.host.edge._updates.sums.groups._groups.values() if group.is_formed
+            )
+            < 6
+        ):  # type: ignore[attr-defined]
+            await asyncio.sleep(0.01)
+        fleet.tasks[0].cancel()
+        await asyncio.gather(fleet.tasks[0], return_exceptions=True)
+        (kept,) = fleet.store.groups(fleet.host.run_id, waiting=True)
+        assert kept.members == 6
+    host = Host(fleet.store, fleet.host.run_id, toy.KEYS, rng=np.random.default_rng(0))
+    running = asyncio.create_task(host.run())
+    others = [asyncio.create_task(device.run()) for device in devices(LocalLink(host.edge))[6:]]
+    await running
+    assert [commit.members for commit in fleet.store.commits(host.run_id)] == [0, NUM]
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await host.edge.close()
 
 
 @in_loop
@@ -175,6 +217,7 @@ async def test_the_edge_sees_nothing_of_a_vector(monkeypatch: pytest.MonkeyPatch
     [
         (Floor(secure=True), {"privacy": None}, "takes part in secure groups only"),
         (Floor(minimum_group=5), {}, "at least 4 members, this device asks for 5"),
+        (Floor(colluders=1), {}, "withstand 0 colluders, this device asks for 1"),
         (Floor(authority=Trusted(Ed25519PrivateKey.generate().public_key(), "default")), {}, "that nobody certifies"),
     ],
 )
@@ -185,6 +228,29 @@ async def test_a_device_asks_for_a_floor(floor: Floor, made: dict[str, Any], tex
         with pytest.raises(PlanError, match=text):
             fleet.start(*devices(fleet.link)[1:])
             await toy.device("device-0", fleet.link, host=host).run()
+
+
+def test_a_server_that_speaks_out_of_turn_hears_a_complaint() -> None:
+    made = plan()
+    offer = SecureOffer(
+        made.manifest,
+        "root",
+        toy.update(made),
+        3,
+        spent=SpentUpdates(None),
+        floor=Floor(),
+        identity=None,
+        wall_s=lambda: 0.0,
+    )
+    assert offer.hear("begin", bytes(16))[0] == "advert"
+    assert offer.hear("survivors", b"")[0] == "complaint"
+    assert offer.hear("begin", bytes(15))[0] == "complaint"
+
+
+def test_an_update_is_known_by_what_makes_its_numbers() -> None:
+    one, other = plan().manifest, plan(rounds={"goal": 11}).manifest
+    assert one.hash != other.hash and update_of(one, "root") == update_of(other, "root")
+    assert update_of(one, "root") != update_of(one, "another root")
 
 
 @in_loop

@@ -45,7 +45,9 @@ def test_a_group_forms_of_those_that_wait_and_counts_its_survivors() -> None:
     (form,) = offer(groups, A, B, C, D)
     assert form == Form(1, (A, B, C, D), 1.0)
     told = groups.step(Formed(1, (A, B, C)), 0.0)
-    assert told == [g.Tell(D, "moved"), g.ReleaseMember(D)], "and the round no longer counts on D"
+    assert told == [g.Tell(D, "moved", reason="it was lost in its secure group"), g.ReleaseMember(D)], (
+        "and the round no longer counts on D"
+    )
     assert groups.step(g.Close(), 0.0) == [g.Closed((1,))]
     assert groups.members(1) == (A, B, C)
     assert groups.step(g.Committed(1), 0.0) == [g.Tell(nonce, "counted", version=1) for nonce in (A, B, C)]

@@ -11,6 +11,8 @@ import pytest
 from shoal.data.store import Examples
 from shoal.errors import DataError, PlanError, StoreError
 from shoal.fleet.device import Device
+from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.floor import Floor
 from shoal.fleet.frontdoor import Frontdoor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.host import Host, begin_run
@@ -19,7 +21,7 @@ from shoal.fleet.pace import Pace
 from shoal.fleet.several import SeveralHosts
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
-from shoal.policy import Late, RoundPolicy
+from shoal.policy import Late, Privacy, RoundPolicy, Secure
 from shoal.record.memory import MemoryStore
 from tests.fleet import toy
 
@@ -141,6 +143,33 @@ class Quick:
 
     async def sleep_until(self, deadline_s: float) -> None:
         await asyncio.sleep(0.001)
+
+
+@toy.in_loop
+async def test_secure_groups_of_two_tasks() -> None:
+    privacy = Privacy(delta_bound=8.0, clip_norm=1e4, secure=Secure(members=8, colluders=0.0, dropouts=0.2))
+    rules = policy(8, minimum_group=4)
+    plans = [
+        toy.plan(rules, shapes, task=task, privacy=privacy, max_weight=16)
+        for task, shapes in (("one", {"params/w": (1,)}), ("two", {"params/w": (2,)}))
+    ]
+    async with fleet(plans) as running:
+        running.start(*devices(running.link, 10))
+        await running.running
+        assert running.version("one") == running.version("two") == 2
+
+
+@toy.in_loop
+async def test_a_device_with_a_floor_serves_the_tasks_that_keep_it() -> None:
+    privacy = Privacy(delta_bound=8.0, clip_norm=1e4, secure=Secure(members=8, colluders=0.0, dropouts=0.2))
+    secure = toy.plan(policy(6, minimum_group=4), {"params/w": (2,)}, task="two", privacy=privacy, max_weight=16)
+    async with fleet([toy.plan(policy(2), task="one"), secure]) as running:
+        shared = DeviceHost(make_runner=toy.ToyRunner, runtime=toy.RUNTIME, floor=Floor(secure=True))
+        careful = [toy.device(f"careful-{i}", running.link, host=shared) for i in range(6)]
+        running.start(*careful, *devices(running.link, 2))
+        await running.running
+        assert running.version("one") == running.version("two") == 2
+        assert all("one" in device._unfit for device in careful if device._unfit)
 
 
 @toy.in_loop

@@ -39,6 +39,12 @@ def test_groups_that_cannot_be_made_are_refused(changes: dict[str, object], text
         build(secure_task(**changes))
 
 
+def test_a_sum_that_may_be_one_member_s_own_is_refused() -> None:
+    task = secure_task(members=20).replace(rounds=shoal.RoundPolicy(goal=20, minimum_group=1))
+    with pytest.raises(ValueError, match="minimum_group >= 2 with secure groups, got 1"):
+        build(task)
+
+
 def test_a_goal_that_is_no_group_is_refused() -> None:
     task = secure_task(members=32).replace(rounds=shoal.RoundPolicy(goal=9, minimum_group=8))
     with pytest.raises(ValueError, match=r"A group of 9 .* members would do"):

@@ -39,7 +39,7 @@ def test_privacy_is_not_made_up(facts: Facts) -> None:
 
 
 @pytest.mark.parametrize(
-    ("authority", "text"), [("", "it **followed the protocol**"), ("ab" * 32, "it may have lied to them")]
+    ("authority", "text"), [("", "it **followed the protocol**"), ("ab" * 32, "even if it did not follow the protocol")]
 )
 def test_secure_groups_are_told_with_their_trust(facts: Facts, authority: str, text: str) -> None:
     assert facts.manifest is not None
