@@ -94,7 +94,8 @@ async def test_what_was_revealed_when_a_host_is_told_to_end_is_kept() -> None:
         assert kept.members == 6
     host = Host(fleet.store, fleet.host.run_id, toy.KEYS, rng=np.random.default_rng(0))
     running = asyncio.create_task(host.run())
-    others = [asyncio.create_task(device.run()) for device in devices(LocalLink(host.edge))[6:]]
+    link = LocalLink(host.edge)
+    others = [asyncio.create_task(toy.device(f"new-{i}", link).run()) for i in range(6)]
     await running
     assert [commit.members for commit in fleet.store.commits(host.run_id)] == [0, NUM]
     for task in others:
