@@ -23,6 +23,8 @@ from shoal.privacy.secure_member import SecureMember
 from shoal.privacy.wire import secure_pb2 as pb
 from shoal.tensors import Tensors
 
+MOST_ANSWERS: Final = 16
+"""That are kept of one group."""
 MASKED: Final = "masked"
 """Phase, and name of the tensor that is pushed: an update under its masks, packed."""
 
@@ -75,6 +77,8 @@ class SecureOffer:
         asked = hashlib.sha256(phase.encode() + b"\0" + data).digest()
         if asked in self._answers:
             return self._answers[asked]
+        if phase != "begin" and len(self._answers) >= MOST_ANSWERS:
+            return "complaint", b"more messages than a group has"
         try:
             answer = self._answer(phase, data)
         except (ProtocolError, InvalidTransition, DecodeError, ValueError) as error:

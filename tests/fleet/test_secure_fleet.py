@@ -248,6 +248,41 @@ def test_a_server_that_speaks_out_of_turn_hears_a_complaint() -> None:
     assert offer.hear("begin", bytes(15))[0] == "complaint"
 
 
+def test_what_a_server_sends_is_not_kept_without_end() -> None:
+    made = plan()
+    offer = SecureOffer(
+        made.manifest,
+        "root",
+        toy.update(made),
+        3,
+        spent=SpentUpdates(None),
+        floor=Floor(),
+        identity=None,
+        wall_s=lambda: 0.0,
+    )
+    for number in range(100):
+        offer.hear("roster", number.to_bytes(4, "big"))
+    assert len(offer._answers) <= 16
+    assert offer.hear("begin", bytes(16))[0] == "advert", "another group may begin all the same"
+
+
+@in_loop
+async def test_a_mistake_of_ours_ends_a_group_and_not_the_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*given: Any) -> Any:
+        raise RuntimeError("our bug")
+
+    async with toy.fleet(plan()) as fleet:
+        monkeypatch.setattr(FormingGroups, "_opened", fail)
+        first = devices(fleet.link)
+        fleet.start(*first)
+        while any(device.progress.refused == 0 for device in first):
+            await asyncio.sleep(0.01)
+        monkeypatch.undo()
+        fleet.start(*(toy.device(f"other-{i}", fleet.link, value=2.0) for i in range(NUM)))
+        await fleet.tasks[0]
+        assert fleet.model["params/w"] == pytest.approx(2.0)
+
+
 def test_an_update_is_known_by_what_makes_its_numbers() -> None:
     one, other = plan().manifest, plan(rounds={"goal": 11}).manifest
     assert one.hash != other.hash and update_of(one, "root") == update_of(other, "root")
