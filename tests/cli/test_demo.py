@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from io import StringIO
 from pathlib import Path
 
@@ -175,6 +176,19 @@ class Started:
         """The processes under it, runners' children included."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def until_started(self) -> list[psutil.Process]:
+        """Waits until a server and two processes of devices are there; all that is under it then."""
+        deadline = time.monotonic() + ROUNDS_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, self.process.communicate()[0]
+            family = self.family()
+            with suppress(psutil.NoSuchProcess):  # one has just ended
+                names = [" ".join(one.cmdline()) for one in family]
+                if [sum(part in name for name in names) for part in ("demo_server", "demo_device")] == [1, 2]:
+                    return family
+            time.sleep(0.05)
+        raise AssertionError(f"no server and two processes of devices in {ROUNDS_S} s")
+
     def until_version(self, version: int) -> None:
         """Waits until the record has that version."""
         deadline = time.monotonic() + ROUNDS_S
@@ -222,11 +236,8 @@ def test_a_quick_demo_trains_and_reports(started: list[Started], tmp_path: Path)
     _need_data()
     demonstration = Started(tmp_path / "run", "json")
     started.append(demonstration)
+    family = demonstration.until_started()
     demonstration.until_version(1)
-    family = demonstration.family()
-    names = [" ".join(one.cmdline()) for one in family]
-    assert sum("demo_server" in name for name in names) == 1
-    assert sum("demo_device" in name for name in names) == 2
     out = demonstration.process.communicate(timeout=120)[0]
     assert demonstration.process.returncode == 0, out
     found = json.loads(out.splitlines()[-1])
