@@ -11,6 +11,7 @@ One member's way::
 """
 
 from collections import deque
+from itertools import chain
 
 from shoal.fleet import group as g
 from shoal.fleet.group import Group, Groups, Member
@@ -20,8 +21,11 @@ from shoal.policy import RoundPolicy
 class ClearGroups(Groups):
     """See the module's text."""
 
-    def __init__(self, policy: RoundPolicy, *, most: int) -> None:
+    def __init__(self, policy: RoundPolicy, *, most: int, moves_on: bool = True) -> None:
+        """`moves_on`: what was added below the minimum counts for the next version; else it is released, as where a device must not be
+        in one sum twice."""
         super().__init__(policy, most=most)
+        self._moves_on = moves_on
         self._queue: deque[bytes] = deque()
         self._adding: bytes | None = None
         self._present = self._new_group(-1)
@@ -56,7 +60,9 @@ class ClearGroups(Groups):
         for number, group in old.items():
             if not group.members:
                 continue
-            if self._policy.late.kind == "patch" and self.takes(group.version) and group.version != self._version:
+            if group.version != self._version and not self._moves_on:
+                merged += [g.Drop(number), *chain.from_iterable(self._release(n, g.NO_NEED) for n in group.members)]
+            elif self._policy.late.kind == "patch" and self.takes(group.version) and group.version != self._version:
                 self._groups[number] = group
             else:
                 merged.append(g.Merge(number, self._present))

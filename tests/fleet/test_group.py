@@ -415,3 +415,14 @@ class AnyOrder(RuleBasedStateMachine):
 
 TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+def test_where_noise_counts_on_one_update_a_device_nothing_moves_on_to_the_next_version() -> None:
+    groups = ClearGroups(policy(Late(), minimum_group=2), most=4, moves_on=False)
+    groups.step(Open(0), 0.0)
+    add(groups, b"a")
+    assert groups.step(Close(), 0.0)[-1] == Closed(())
+    groups.step(Committed(1), 0.0)
+    told = groups.step(Open(1), 0.0)
+    assert [type(each).__name__ for each in told] == ["Drop", "Tell", "ReleaseMember"]
+    assert groups.state(b"a") is None
