@@ -38,7 +38,7 @@ def privacy(
         raise ValueError("Expected RUN or --epsilon, got both: --epsilon is for a run that is still to be made.")
     from shoal.errors import DataError
     from shoal.report.facts import read_facts
-    from shoal.report.privacy_spent import draw_spent, statement
+    from shoal.report.privacy_spent import statement
 
     facts = read_facts(run, run_id)
     spent = facts.spent
@@ -48,6 +48,8 @@ def privacy(
         )
     screen.line(statement(spent).replace("**", ""))
     if plot is not None:
+        from shoal.report.privacy_picture import draw_spent
+
         screen.line(f"picture: {draw_spent(spent, plot)}")
     screen.document({
         "run": spent.run, "epsilon": spent.epsilon, "delta": spent.privacy.delta, "budget": spent.privacy.epsilon,

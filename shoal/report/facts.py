@@ -8,7 +8,6 @@ the next one. A run without such events is one stretch from its creation.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shoal.errors import StoreError
 from shoal.plan.manifest import Manifest
@@ -18,9 +17,7 @@ from shoal.record.distribution import Distribution, read_distributions
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
 from shoal.record.store import CommitRow, EventRow, LedgerRow, RoundRow, RunRow, Store
-
-if TYPE_CHECKING:
-    from shoal.report.privacy_spent import Spent
+from shoal.report.privacy_spent import Spent
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +65,8 @@ class Facts:
     """Of the population's privacy budget."""
 
     @property
-    def spent(self) -> "Spent | None":
+    def spent(self) -> Spent | None:
         """What was spent of privacy; None where there is no noise."""
-        from shoal.report.privacy_spent import Spent
-
         privacy = self.manifest.promises.privacy if self.manifest is not None else None
         if privacy is None or not privacy.noise_multiplier:
             return None

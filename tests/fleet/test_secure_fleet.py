@@ -231,35 +231,22 @@ async def test_a_device_asks_for_a_floor(floor: Floor, made: dict[str, Any], tex
             await toy.device("device-0", fleet.link, host=host).run()
 
 
-def test_a_server_that_speaks_out_of_turn_hears_a_complaint() -> None:
+def an_offer() -> SecureOffer:
     made = plan()
-    offer = SecureOffer(
-        made.manifest,
-        "root",
-        toy.update(made),
-        3,
-        spent=SpentUpdates(None),
-        floor=Floor(),
-        identity=None,
-        wall_s=lambda: 0.0,
-    )
+    return SecureOffer(
+        made.manifest, "root", toy.update(made), 3, spent=SpentUpdates(None), floor=Floor(), identity=None, wall_s=lambda: 0.0
+    )  # fmt: skip
+
+
+def test_a_server_that_speaks_out_of_turn_hears_a_complaint() -> None:
+    offer = an_offer()
     assert offer.hear("begin", bytes(16))[0] == "advert"
     assert offer.hear("survivors", b"")[0] == "complaint"
     assert offer.hear("begin", bytes(15))[0] == "complaint"
 
 
 def test_what_a_server_sends_is_not_kept_without_end() -> None:
-    made = plan()
-    offer = SecureOffer(
-        made.manifest,
-        "root",
-        toy.update(made),
-        3,
-        spent=SpentUpdates(None),
-        floor=Floor(),
-        identity=None,
-        wall_s=lambda: 0.0,
-    )
+    offer = an_offer()
     for number in range(100):
         offer.hear("roster", number.to_bytes(4, "big"))
     assert len(offer._answers) <= 16
