@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import jax
 import numpy as np
@@ -49,7 +49,7 @@ from shoal.simulate.history import History
 from shoal.simulate.layout import cache, cached, choose, default, key_of, of_run
 from shoal.simulate.measuring import Measured, Measuring, left_out_config
 from shoal.simulate.outer_products import fused_outer_products
-from shoal.simulate.selection import select
+from shoal.simulate.selection import redrawn, select
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
 from shoal.simulate.stopping import Stopping
 from shoal.simulate.sweeping import Sweeping
@@ -58,6 +58,9 @@ from shoal.task import Task
 from shoal.tensors import Tensors
 
 log = logging.getLogger("shoal.simulate")
+
+REDRAWN: Final = 2.0**-40
+"""Chance of another draw that amplification by sampling bears: over 2^10 rounds far below any delta."""
 
 BackendName = Literal["fused", "sequential"]
 ATTEMPTS, ATTEMPTS_S = 5, 1.0
@@ -456,10 +459,14 @@ class _Engine:
 
 
 def _release(manifest: Manifest, members: int) -> Release:
-    """What one round releases. Cohorts by Poisson sampling are drawn here, by one who is trusted, and nobody sees who is in them."""
+    """What one round releases. Cohorts by Poisson sampling are drawn here, by one who is trusted, and nobody sees who is in them.
+
+    Nothing is claimed for them where a cohort may well be drawn again, as too small or too large: it is no Poisson sample then.
+    """
     privacy, rounds = manifest.promises.privacy, manifest.server.rounds
-    sampling = min(1.0, rounds.goal / members) if rounds.selection.kind == "poisson" else 1.0
-    return Release(noise_multiplier=privacy.noise_multiplier, sampling=sampling)
+    is_sampled = rounds.selection.kind == "poisson" and rounds.goal < members
+    is_sampled = is_sampled and redrawn(rounds, members) <= REDRAWN
+    return Release(noise_multiplier=privacy.noise_multiplier, sampling=rounds.goal / members if is_sampled else 1.0)
 
 
 def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:

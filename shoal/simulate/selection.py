@@ -13,6 +13,7 @@ poisson   each member on its own with chance goal / members (McMahan et al. 2018
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.stats import binom
 
 from shoal.policy import RoundPolicy
 
@@ -44,3 +45,9 @@ def _poisson(policy: RoundPolicy, members: int, rng: np.random.Generator) -> np.
         chosen = np.flatnonzero(rng.random(members) < policy.goal / members)
         if policy.minimum_group <= len(chosen) <= policy.max_members:
             return chosen
+
+
+def redrawn(policy: RoundPolicy, members: int) -> float:
+    """The chance that a Poisson cohort is drawn again, being too small or too large."""
+    size = binom(members, policy.goal / members)
+    return float(size.cdf(policy.minimum_group - 1) + size.sf(policy.max_members))

@@ -14,7 +14,7 @@ from shoal.record.memory import MemoryStore
 from shoal.simulate import engine, fused
 from shoal.simulate.engine import simulate
 from shoal.simulate.fused import Layout
-from shoal.simulate.selection import select
+from shoal.simulate.selection import redrawn, select
 from tests.fleet import toy
 from tests.simulate.test_engine import population, task
 
@@ -118,3 +118,10 @@ def test_a_host_says_what_it_cannot_do(kind: str, unknown: str) -> None:
     built = build(chosen)
     with pytest.raises(ValueError, match=f"is for simulation: a host does not know {unknown}"):
         begin_run(MemoryStore(), built.plan.sign(toy.KEYS.signing), built.model, kind="host", rounds=1, seed=0)
+
+
+def test_the_chance_of_another_poisson_draw() -> None:
+    few = RoundPolicy(goal=10, minimum_group=8, over_selection=1.0, selection=Selection.poisson())
+    many = RoundPolicy(goal=600, minimum_group=8, over_selection=1.0, selection=Selection.poisson())
+    assert redrawn(few, 100) > 0.1, "no Poisson sample: nothing may be claimed for it"
+    assert redrawn(many, 3000) < 2.0**-40
