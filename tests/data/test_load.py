@@ -50,7 +50,7 @@ class Failing:
 
 
 def members(name: str) -> dict[str, bytes]:
-    """Small files in the true format of a data set, by their true paths."""
+    """Small files in the true format of a data set, by their true paths: the same bytes at any time."""
     rng = np.random.Generator(np.random.Philox(key=0))
     labels = np.arange(20) % 10
     if name == "fashion-mnist":
@@ -61,14 +61,15 @@ def members(name: str) -> dict[str, bytes]:
                     if "images" in path
                     else labels.astype(np.uint8),
                     8,
-                )
+                ),
+                mtime=0,
             )
             for path in recipes.RECIPES[name].members
         }
     pixels, top = (784, 255) if name == "mnist-5k" else (64, 16)
     table = np.column_stack([rng.integers(0, top + 1, (20, pixels)), labels])
     lines = "".join(",".join(map(str, row)) + "\n" for row in table.tolist())
-    return {path: gzip.compress(lines.encode()) for path in recipes.RECIPES[name].members}
+    return {path: gzip.compress(lines.encode(), mtime=0) for path in recipes.RECIPES[name].members}
 
 
 @pytest.fixture
