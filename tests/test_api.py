@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -192,7 +193,15 @@ def test_what_is_of_the_wrong_kind_is_said_in_our_words() -> None:
     ]
 
 
-def test_ctrl_c_ends_a_simulation_though_a_library_swallowed_it() -> None:
+@pytest.fixture
+def hears_ctrl_c() -> Iterator[None]:
+    """As in a terminal, though a shell that runs the tests in its background had it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_simulation_though_a_library_swallowed_it(hears_ctrl_c: None) -> None:
     def swallow(result: object) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
