@@ -136,6 +136,8 @@ class RoundPolicy:
     """Devices that train at once in asynchronous mode; 0: `goal` times `over_selection`."""
     token_life_s: float = 86_400.0
     """How long an assignment may be reported on."""
+    min_separation: int = 1
+    """A device that was in a version is in none of the next ones until that many later; 1: it may be in each."""
 
     def __post_init__(self) -> None:
         validate.types(self)
@@ -153,6 +155,7 @@ class RoundPolicy:
                 f"Expected buffer=0 or buffer >= minimum_group={self.minimum_group}, got buffer={self.buffer}."
             )
         self._check_asynchronous()
+        self._check_separation()
         if self.goal < self.minimum_group:
             raise ValueError(
                 f"Expected goal >= minimum_group, got goal={self.goal} minimum_group={self.minimum_group}. A group below the "
@@ -181,6 +184,21 @@ class RoundPolicy:
             raise ValueError(
                 f"Expected concurrency >= buffer={self.buffer}, got {self.concurrency}: a version would wait for devices "
                 "that nobody has assigned."
+            )
+
+    def _check_separation(self) -> None:
+        validate.positive(min_separation=self.min_separation)
+        if self.min_separation == 1:
+            return
+        if self.buffer or self.group_size or self.late.kind != "discard":
+            raise ValueError(
+                f"Expected late=Late(), buffer=0 and group_size=0 with min_separation={self.min_separation}: which version an update is in "
+                "has to be known when its device is taken."
+            )
+        if self.selection.kind != "uniform":
+            raise ValueError(
+                f"Expected uniform selection with min_separation={self.min_separation}, got {self.selection.kind!r}: devices that rest cannot "
+                "be taken."
             )
 
     def check_on_fleet(self) -> None:
@@ -240,6 +258,8 @@ class RoundPolicy:
 
     def to_json(self) -> dict[str, Any]:
         flat = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.min_separation == 1:  # so that plans which ask for none stay as they were
+            del flat["min_separation"]
         return flat | {
             "selection": {"kind": self.selection.kind, "ids": list(self.selection.ids)},
             "late": self.late.to_json(),

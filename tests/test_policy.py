@@ -9,6 +9,7 @@ from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, S
 @pytest.mark.parametrize(
     "setting",
     [
+        RoundPolicy(goal=12, min_separation=7),
         RoundPolicy(goal=12, selection=Selection.exact([f"d{i}" for i in range(12)]), late=Late(kind="patch", max_staleness=3)),
         ServerRule(kind="yogi", learning_rate=0.1),
         Privacy(delta_bound=8),
@@ -43,6 +44,12 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: Late(kind="patch", factor=0.5, max_staleness=2), "factor=1 for kind='patch'"),
         (lambda: ServerRule(kind="sgd", learning_rate=-1.0), "learning_rate > 0"),
         (lambda: ServerRule(kind="sgd", momentum=1.0), "momentum < 1"),
+        (lambda: RoundPolicy(min_separation=0), "min_separation > 0"),
+        (lambda: RoundPolicy(min_separation=3, group_size=12), "group_size=0 with min_separation=3"),
+        (
+            lambda: RoundPolicy(min_separation=3, selection=Selection.poisson()),
+            "uniform selection with min_separation=3, got 'poisson'",
+        ),
         (lambda: Privacy(noise_multiplier=1.0), "a clip_norm with noise_multiplier=1, got None"),
         (lambda: Privacy(clip_norm=1.0, epsilon=1.0), "noise_multiplier > 0 with epsilon=1"),
         (lambda: Privacy(clip_norm=1.0, noise_multiplier=1.0, delta=0.0), "0 < delta < 1"),

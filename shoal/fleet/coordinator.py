@@ -223,7 +223,8 @@ class Coordinator:
                 await self._abandon(row, "the host stopped")
         await self._sweep(head.version)
         counted = await self._in_thread(self._load_groups)
-        await self.step(r.Started(head.version, rounds[-1].number if rounds else 0, frozenset(counted)))
+        recent = await self._in_thread(lambda: self._took_part(head.version))
+        await self.step(r.Started(head.version, rounds[-1].number if rounds else 0, frozenset(counted), recent))
 
     def _load_groups(self) -> Sequence[bytes]:
         """What earlier lives have left in groups; returns the nonces in those that wait for a commit."""
@@ -233,6 +234,13 @@ class Coordinator:
         for group in self.store.groups(self._run, since_version=oldest):
             self._taken[group.base_version] = self._taken.get(group.base_version, 0) + group.members
         return self.store.waiting_nonces(self._run)
+
+    def _took_part(self, head: int) -> Mapping[int, frozenset[bytes]]:
+        """Who is in the versions that `min_separation` still looks at, by the version that they trained from."""
+        if self._policy.min_separation == 1:
+            return {}
+        by_version = self.store.counted_nonces(self._run, since_version=head + 2 - self._policy.min_separation)
+        return {version - 1: frozenset(nonces) for version, nonces in by_version.items()}
 
     def pending(self) -> r.Event | None:
         """The next event that is there already, or that it is time for one."""
@@ -392,7 +400,7 @@ class Coordinator:
         await self._until_journaled()
         self._look_back()
         taken, left = self._that_fit(groups)
-        if left and self._release is not None:
+        if left and (self._release is not None or self._policy.min_separation > 1):
             return self._failed(RoundError("there are more updates than its sum has room for"))
         if not (taken or self._waiting):
             return self._failed(RoundError("no sum came of the round's groups"))
@@ -429,13 +437,12 @@ class Coordinator:
         """Rids the record of tokens that have expired, final forms that have served, and what retention does not keep."""
         kept = self._retention
         oldest = max(0, head - self._policy.max_staleness)  # that something may still be late for
+        forgotten = head - max(self._policy.max_staleness, self._policy.min_separation - 1)
         before = 0 if kept is None else max(0, min(head + 1 - kept.recent, oldest))
 
         def sweep() -> None:
             with self.store.settling:
-                self.store.forget_tokens(
-                    self._run, before_s=self._clock.wall_s(), to_version=head - self._policy.max_staleness
-                )
+                self.store.forget_tokens(self._run, before_s=self._clock.wall_s(), to_version=forgotten)
                 self.store.sweep(
                     self._run, since_version=self._swept, before_version=before, every=kept.every if kept else 0,
                     finals_before=oldest,

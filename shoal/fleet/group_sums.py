@@ -209,7 +209,8 @@ class GroupSums:
 def _machine(manifest: Manifest) -> g.Groups:
     policy, secure = grouping(manifest), manifest.promises.privacy.secure
     if secure is None:
-        moves_on = not manifest.promises.privacy.noise_multiplier  # each device is in a version's sum once
+        # Each device is in a version's sum once, and in that of no other until its time has come.
+        moves_on = not manifest.promises.privacy.noise_multiplier and policy.min_separation == 1
         return ClearGroups(policy, most=policy.max_members, moves_on=moves_on)
     made = terms(manifest, model="")  # of which only the numbers are asked for
     return SecureGroups(policy, most=policy.max_members, size=secure.members, fits=partial(fits, made))

@@ -18,6 +18,7 @@ Invariants (tests cite them by number):
         do not stand in its way; they may still report.
     (7) After `Stop` no round is opened, and the one that is open ends within its windows.
     (8) Asynchronous: never more than `policy.at_once` devices train.
+    (9) Who is counted in version v is assigned in none of the `policy.min_separation` - 1 after it, crashes or not.
 
 States and who moves them::
 
@@ -122,6 +123,8 @@ class RoundMachine:
         self._stopping = False
         self._story: deque[tuple[float, Phase, Event]] = deque(maxlen=30)
         self._nonces: dict[str, bytes] = {}  # of this version, as they are needed
+        self._recent: dict[int, frozenset[bytes]] = {}  # version -> who is in it, where that still matters
+        self._rests: dict[str, int] = {}  # device -> version from which it may be taken, as they are asked for
         self._times = ReportTimes()
         self._assigned_s: dict[bytes, float] = {}
         self._selected_s = self._closed_s = 0.0
@@ -196,7 +199,7 @@ class RoundMachine:
     def may_take(self, device: str) -> bool:
         """Whether the device could be assigned in this round, or in the next where this one is at its end."""
         exact = self.policy.selection.ids
-        if exact and device not in exact:
+        if (exact and device not in exact) or self._is_resting(device):
             return False
         return self._phase is Phase.COMMITTING or self._may_be_taken(device)
 
@@ -210,8 +213,8 @@ class RoundMachine:
         self._story.append((now_s, self._phase, event))
         commands: list[Command] = []
         match event:
-            case Started(version, round, counted) if self._phase is Phase.IDLE:
-                self._version, self._round = version, round
+            case Started(version, round, counted, recent) if self._phase is Phase.IDLE:
+                self._version, self._round, self._recent = version, round, dict(recent)
                 self._counted, self._safe = set(counted), set(counted)
                 commands += self._next_round(now_s)
             case Arrived(devices, edge):
@@ -351,9 +354,30 @@ class RoundMachine:
         if closed is not None and self.policy.late.kind != "patch":  # else they are patched in where they belong
             going_on = {nonce: edge for nonce, edge in self._open.items() if nonce not in closed}
         counted = self._counted & going_on.keys()
+        if self.policy.min_separation > 1:
+            self._let_rest(version - 1, self._counted if closed is None else closed | (self._safe & self._counted))
         self._forget_round()
         self._counted, self._open = counted, going_on
         self._assigned_s = kept
+
+    def _let_rest(self, version: int, nonces: Iterable[bytes]) -> None:
+        """Those that trained from the version and are in the next."""
+        separation = self.policy.min_separation
+        self._recent[version] = frozenset(nonces)
+        self._recent = {of: those for of, those in self._recent.items() if of + separation > version + 1}
+        kept = {device: free for device, free in self._rests.items() if free > version + 1 or device in self._waiting}
+        took_part = (device for device, nonce in self._nonces.items() if nonce in self._recent.get(version, ()))
+        self._rests = kept | dict.fromkeys(took_part, version + separation)
+
+    def _is_resting(self, device: str) -> bool:
+        separation = self.policy.min_separation
+        if separation == 1:
+            return False
+        self._nonce(device)  # known from here on, should it be counted by a token of before a crash
+        if device not in self._rests:
+            took_part = (of for of, nonces in self._recent.items() if self._nonce_of(of, device) in nonces)
+            self._rests[device] = max((of + separation for of in took_part), default=0)
+        return self._rests[device] > self._version
 
     def _abandon(self, reason: str, now_s: float) -> list[Command]:
         if self.policy.buffer:
@@ -489,8 +513,11 @@ class RoundMachine:
 
     def _able(self) -> list[str]:
         """Those that wait and are not out of the question, oldest arrival first."""
-        exact = set(self.policy.selection.ids)
-        return [device for device in self._waiting if device in exact] if exact else list(self._waiting)
+        if exact := set(self.policy.selection.ids):
+            return [device for device in self._waiting if device in exact]
+        if self.policy.min_separation > 1:
+            return [device for device in self._waiting if not self._is_resting(device)]
+        return list(self._waiting)
 
     def _at_few_edges(self, able: list[str], wanted: int) -> list[str]:
         """Those of so few Edges that each of them can be expected to have a group of its own."""

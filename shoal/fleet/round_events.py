@@ -1,6 +1,7 @@
 """What goes into and comes out of the round machine (`round.py`): what has happened, what is to be done, where it stands."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -21,6 +22,8 @@ class Started:
     round: int
     counted: frozenset[bytes] = frozenset()
     """Nonces in groups that wait for the next commit."""
+    recent: Mapping[int, frozenset[bytes]] = field(default_factory=dict)
+    """Version -> nonces of who trained from it and is in the next, as far back as `min_separation` looks."""
 
 
 @dataclass(frozen=True, slots=True)

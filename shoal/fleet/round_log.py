@@ -5,7 +5,7 @@ a machine from that, and holds each of its commands against what was noted.
 
 The log of a round begins with the event that opened it (the start of the run, or the end of the round before) and ends with
 the one that closed it. It names no device: those of a round are numbered as they appear, anew in every round, and a
-device's nonce has its number. It does hold times and the order of arrivals, and the generator's state: what a reader of
+device's nonce has its number; who rests is noted instead of the versions that it was in. It does hold times and the order of arrivals, and the generator's state: what a reader of
 the record could conclude from them stands in `docs/trust.md`.
 
 Form: zlib of canonical JSON, `{"format": "shoal-round-log/1", policy, last_version, state, rng, steps, left_out}`; a step is
@@ -43,6 +43,7 @@ _FIELDS: Final = {cls: tuple(f.name for f in fields(cls)) for cls in _CLASSES.va
 _OPENERS: Final = (r.Started, r.Committed, r.Abandoned)
 _NONCES: Final = frozenset({"_outstanding", "_counted", "_safe", "_gave_way"})
 _BY_NONCE: Final = frozenset({"_behind", "_assigned_s", "_open", "_edge_of"})
+_BY_DEVICE: Final = frozenset({"_waiting", "_rests"})
 _PLAIN: Final = (bool, int, float, str, type(None))
 
 
@@ -76,8 +77,10 @@ class RoundRecorder:
     def data(self) -> bytes:
         """The log of the round that is being closed; nothing steps the machine meanwhile."""
         assert self._saved is not None, "a round has begun"
-        names = _Names(self._nonces | self._machine.nonces())
-        state = _state_to_json(self._saved, names)
+        present = self._nonces | self._machine.nonces()
+        names = _Names(present)
+        rests = {device: free for device, free in self._machine.saved()["_rests"].items() if device in present}
+        state = _state_to_json({**self._saved, "_rests": rests, "_recent": {}}, names)
         policy = self._machine.policy.to_json()
         policy["selection"] = {**policy["selection"], "ids": names.some_devices(policy["selection"]["ids"])}
         steps = [
@@ -136,13 +139,14 @@ def _to_json(said: r.Event | r.Command, names: _Names) -> list[Any]:
 
 def _from_json(said: list[Any]) -> Any:
     cls = _CLASSES[said[0]]
-    told = zip(_FIELDS[cls], said[1:], strict=True)
+    told = zip(_FIELDS[cls], said[1:], strict=cls is not r.Started)  # older logs' say nothing of who rests
     return cls(**{n: v if v is None or n not in _FROM_JSON else _FROM_JSON[n](v) for n, v in told})
 
 
 _TO_JSON: Final[Mapping[str, Callable[[_Names, Any], Any]]] = {
     "device": _Names.device, "devices": _Names.some_devices, "nonce": _Names.nonce,
     **dict.fromkeys(("nonces", "counted", "closed"), _Names.some_nonces),
+    "recent": lambda names, value: {},
 }  # fmt: skip
 """Fields of events and commands that name somebody; the others are plain."""
 _FROM_JSON: Final[Mapping[str, Callable[[Any], Any]]] = {
@@ -156,8 +160,10 @@ def _state_to_json(saved: Mapping[str, Any], names: _Names) -> dict[str, Any]:
     for name, value in saved.items():
         if name == "_nonces":
             made[name] = names.some_devices(value)
-        elif name == "_waiting":
-            made[name] = [[names.device(device), edge] for device, edge in value.items()]
+        elif name in _BY_DEVICE:
+            made[name] = [[names.device(device), of] for device, of in value.items()]
+        elif name == "_recent":
+            made[name] = {}
         elif name == "_edges":
             made[name] = list(value)
         elif name in _NONCES:
@@ -183,7 +189,8 @@ def _plain(name: str, value: Any) -> Any:
 
 def _state_from_json(state: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(state)
-    made["_waiting"] = {str(number): edge for number, edge in state["_waiting"]}
+    made |= {name: {str(number): of for number, of in state.get(name, ())} for name in _BY_DEVICE}
+    made["_recent"] = {}
     made["_edges"] = dict.fromkeys(state["_edges"])
     made["_nonces"] = {str(number): _nonce(number) for number in state["_nonces"]}
     made |= {name: set(map(_nonce, state[name])) for name in _NONCES}

@@ -73,6 +73,9 @@ COUNTED_IN: Final = func.coalesce(
     .scalar_subquery(),
 )
 """The version that holds what a token counted; NULL while its group waits."""
+COUNTED_SINCE: Final = select(COUNTED_IN, TOKENS.c.nonce).where(
+    TOKENS.c.run_id == _RUN, bindparam("since") <= COUNTED_IN
+)
 TAKE_GROUP: Final = Prepared(
     update(GROUPS).where(GROUPS.c.run_id == _RUN, GROUPS.c.number == _NUMBER, GROUPS.c.version.is_(None)), ["version"]
 )

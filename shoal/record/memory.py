@@ -378,6 +378,15 @@ class MemoryStore:
             run = self._run(run_id)
             return [nonce for nonce, (_, group) in run.tokens.items() if group and run.groups[group].version is None]
 
+    def counted_nonces(self, run_id: str, *, since_version: int) -> dict[int, list[bytes]]:
+        with self._lock:
+            run, made = self._run(run_id), dict[int, list[bytes]]()
+            for nonce, (token, group) in run.tokens.items():
+                version = run.groups[group].version if group else token.version
+                if version is not None and version >= since_version:
+                    made.setdefault(version, []).append(nonce)
+            return made
+
     # Commits
 
     def commit(

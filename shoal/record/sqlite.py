@@ -303,6 +303,13 @@ class SqliteStore:
         with self._read(run_id) as connection:
             return list(connection.execute(sql.WAITING_NONCES, {"run": run_id}).scalars())
 
+    def counted_nonces(self, run_id: str, *, since_version: int) -> dict[int, list[bytes]]:
+        made: dict[int, list[bytes]] = {}
+        with self._read(run_id) as connection:
+            for version, nonce in connection.execute(sql.COUNTED_SINCE, {"run": run_id, "since": since_version}):
+                made.setdefault(version, []).append(nonce)
+        return made
+
     # Commits
 
     def commit(

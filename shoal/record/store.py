@@ -392,6 +392,10 @@ class Store(Protocol):
         """Nonces that were counted in groups that wait for a commit."""
         ...
 
+    def counted_nonces(self, run_id: str, *, since_version: int) -> Mapping[int, Sequence[bytes]]:
+        """Version -> nonces that it counted, as far as they are kept; from that version on."""
+        ...
+
     def commit(
         self,
         run_id: str,

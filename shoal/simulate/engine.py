@@ -412,7 +412,8 @@ class _Engine:
         configuration = configure(self.manifest, run_seed=self.seed, round=number, base_version=version)
         members, sizes = self.members
         seed = hashlib.sha256(self.drawn_by + configuration.seed).digest() if self.drawn_by else configuration.seed
-        return configuration, select(self.manifest.server.rounds, members, sizes, seed)
+        policy = self.manifest.server.rounds
+        return configuration, select(policy, members, sizes, seed, version=version, run_seed=self.seed)
 
     def measured_at_last(self, result: RoundResult) -> RoundResult:
         """The round, which turns out to be the last, with the head's metrics."""
@@ -496,6 +497,11 @@ def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
             f"Expected at least {policy.goal} members for rounds of goal={policy.goal}, the population has {len(members)}"
             f"{f' who can take part, and {len(gone)} who cannot' if gone else ''}. Lower RoundPolicy(goal=…), or bring more "
             "members."
+        )
+    if len(members) // policy.min_separation < policy.goal:
+        raise DataError(
+            f"Expected at least {policy.goal * policy.min_separation} members for goal={policy.goal} and "
+            f"min_separation={policy.min_separation}, got {len(members)}: so many rest at any time. Lower one of them, or bring more members."
         )
     return members
 

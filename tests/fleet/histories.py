@@ -29,15 +29,17 @@ ASYNCHRONOUS = replace(
 EXACT_STORED = toy.exact(
     "0", "1", "2", "3", "4", minimum_group=2, group_size=2, selection_window_s=20.0, reporting_window_s=30.0
 )
+RESTING = replace(UNIFORM, goal=2, minimum_fraction=1.0, min_separation=2)
 POLICIES = {
     "exact": EXACT, "uniform": UNIFORM, "surplus": SURPLUS, "late": LATE, "patched": PATCHED, "stored": STORED,
     "asynchronous": ASYNCHRONOUS, "exact_stored": EXACT_STORED,
+    "resting": RESTING,
 }  # fmt: skip
 NUM_DEVICES = 6
 
 
 def rounds(name: str) -> int:
-    return 3 if POLICIES[name].max_staleness else 2
+    return 3 if POLICIES[name].max_staleness or POLICIES[name].min_separation > 1 else 2
 
 
 @functools.cache
@@ -47,7 +49,7 @@ def plan(name: str) -> object:
 
 def history(name: str, seed: int, faults: Faults, *, num_edges: int = 1) -> World:
     """One history, run to its end and checked."""
-    devices = len(POLICIES[name].selection.ids) or NUM_DEVICES
+    devices = len(POLICIES[name].selection.ids) or NUM_DEVICES * POLICIES[name].min_separation  # else all might rest
     world = World(  # type: ignore[arg-type]
         seed, plan(name), rounds=rounds(name), num_devices=devices, faults=faults, num_edges=num_edges
     )

@@ -23,7 +23,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-LONG = {"late", "patched", "stored", "exact_stored", "asynchronous"}
+LONG = {"late", "patched", "stored", "exact_stored", "asynchronous", "resting"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in POLICIES])
@@ -50,7 +50,7 @@ def test_a_hundred_histories(name: str) -> None:
     apart(name, 30, 130)
 
 
-@pytest.mark.parametrize("name", ["exact", "stored", "patched", "asynchronous"])
+@pytest.mark.parametrize("name", ["exact", "stored", "patched", "asynchronous", "resting"])
 def test_dozens_of_histories_of_three_edges_that_die(name: str) -> None:
     apart(name, 0, 40, num_edges=3)
 

@@ -1,6 +1,7 @@
 """The round machine: its numbered invariants under any order of events, and the cases that a reader should know."""
 
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 import pytest
@@ -351,15 +352,17 @@ class AnyOrder(RuleBasedStateMachine):
 
     @initialize(
         goal=st.integers(1, 4), over=st.sampled_from([1.0, 1.5]), fraction=st.sampled_from([0.5, 1.0]),
-        exact=st.booleans(), seed=st.integers(0, 9),
+        exact=st.booleans(), seed=st.integers(0, 9), separation=st.sampled_from([1, 2, 3]),
     )  # fmt: skip
-    def start(self, goal: int, over: float, fraction: float, exact: bool, seed: int) -> None:
+    def start(self, goal: int, over: float, fraction: float, exact: bool, seed: int, separation: int) -> None:
         selection = Selection.exact(DEVICES[:goal]) if exact else Selection()
+        separation = 1 if exact else min(separation, len(DEVICES) // ceil(goal * over))
         self.policy = RoundPolicy(
             goal=goal, minimum_group=1, over_selection=over, minimum_fraction=fraction, selection=selection,
-            selection_window_s=10.0, reporting_window_s=50.0,
+            selection_window_s=10.0, reporting_window_s=50.0, min_separation=separation,
         )  # fmt: skip
         self.made = machine(self.policy, last_version=3, seed=seed)
+        self.recent: dict[int, set[str]] = {}  # who is in a version, by the one that they trained from
         self.now_s, self.version = 0.0, 0
         self.ask: r.Command | None = None  # what the shell has not answered yet
         self.taken: set[str] = set()  # in this version
@@ -381,6 +384,9 @@ class AnyOrder(RuleBasedStateMachine):
                     assert len(set(devices)) == len(devices)
                     if self.policy.selection.ids:
                         assert set(devices) <= set(self.policy.selection.ids), "invariant (4)"
+                    for version, members in self.recent.items():
+                        if version + self.policy.min_separation > self.version:
+                            assert not set(devices) & members, "invariant (9)"
                     self.taken |= set(devices)
                     self.waiting -= set(devices)
                 case r.CommitRound():
@@ -424,7 +430,9 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(device=st.sampled_from(DEVICES[:4]))
     def join_with_an_old_token(self, device: str) -> None:
         exact = self.policy.selection.ids
-        if not exact or device in exact:
+        separation = self.policy.min_separation
+        resting = any(device in self.recent.get(of, ()) for of in range(self.version - separation + 1, self.version))
+        if (not exact or device in exact) and not resting:
             self.taken.add(device)
             self.do(r.Joined(nonce(self.version, device), self.version))
 
@@ -432,6 +440,15 @@ class AnyOrder(RuleBasedStateMachine):
     def tick(self, seconds: float) -> None:
         self.now_s += seconds
         self.do(r.Tick())
+
+    @precondition(lambda self: self.ask is None and not self.finished)
+    @rule()
+    def crash(self) -> None:
+        """The record knows who is in versions; those who trained come back with their tokens."""
+        recent = {of: frozenset(nonce(of, device) for device in members) for of, members in self.recent.items()}
+        self.made = machine(self.policy, last_version=3, seed=0)
+        self.counted, self.waiting, self.stopped = set(), set(), False
+        self.do(r.Started(self.version, self.rounds, frozenset(), recent))
 
     @precondition(lambda self: self.ask is not None)
     @rule(good=st.booleans())
@@ -441,6 +458,8 @@ class AnyOrder(RuleBasedStateMachine):
             case r.AbandonRound():
                 self.do(r.Abandoned())
             case r.CommitRound():
+                if good:
+                    self.recent[self.version] = self.counted
                 self.taken, self.counted = set(), set()
                 self.version += good
                 self.do(r.Committed(self.version) if good else r.Failed("no"))

@@ -231,7 +231,9 @@ class TinyEdge:
         self.do(g.Committed(version))
 
     def failed(self, why: str) -> None:
-        assert self.world.edge_crashes, why
+        if self.world.plan.manifest.server.rounds.min_separation > 1 and "has room for" in why:
+            self.world.was_full = True
+        assert self.world.edge_crashes or self.world.was_full, why
         self.do(g.Failed(why))
 
     def finish(self, why: str) -> None:
@@ -562,6 +564,8 @@ class World:
         self.rng, self.plan, self.rounds, self.faults = random.Random(seed), plan, rounds, faults
         self.num_edges = num_edges
         self.time_s, self.count, self.points, self.num_streams, self.crashes = 0.0, 0, 0, 0, 0
+        self.was_full = False
+        """More was counted at several Edges together than a version has room for, and may be in no other."""
         self.edge_crashes = self.merges = self.shut_out = 0
         self.stale: list[Server] = []  # lives that another has followed, and that go on
         self.discounts: dict[bytes, float] = {}  # at which each update was last added
@@ -593,7 +597,9 @@ class World:
 
     def update(self, number: int, version: int) -> tuple[float, int]:
         """What a device makes of a version: value and weight; of a commit's weight can be told who is in it."""
-        spread = version % (1 + self.plan.manifest.server.rounds.max_staleness) if self.num_edges == 1 else version
+        policy = self.plan.manifest.server.rounds
+        has_own = self.num_edges == 1 or policy.min_separation > 1  # each version's members trained from the one before
+        spread = version % (1 + policy.max_staleness) if has_own else version
         return float((number + 1) * (version + 1)), 1 << (number + spread * len(self.devices))
 
     # Chance.
@@ -764,6 +770,10 @@ class World:
                 self.check_model(commit, commits[commit.version - 1], members)
             else:
                 self.check_patched(commit)
+        for commit in commits[1:]:
+            rested = {number for number, _ in self.counted(commit.version)}
+            for later in range(commit.version + 1, min(commit.version + policy.min_separation, self.rounds + 1)):
+                assert not rested & {number for number, _ in self.counted(later)}, "nobody comes again too soon"
         for device in self.devices.values():
             for nonce, version in device.told_counted:
                 row = self.store.token(RUN, nonce)

@@ -196,6 +196,21 @@ def test_who_is_in_a_group_that_waits_is_known_however_long_it_waits(store: Stor
     assert store.forget_tokens("run", before_s=9.0, to_version=99) == 1
 
 
+def test_who_is_in_versions_is_known_until_it_is_forgotten(store: Store) -> None:
+    with_initial(store)
+    number = store.add_group("run", group_row(), counted=[(b"a", 1.0)])
+    assert store.counted_nonces("run", since_version=0) == {}
+    store.refuse("run", b"r", reason="bad", expires_s=1.0)
+    first = [group_row(number=number), group_row()]
+    store.commit("run", commit_row(store, 1), round=round_row(), groups=first, counted=[(b"b", 1.0)])
+    store.commit("run", commit_row(store, 2), round=round_row(2), groups=[group_row()], counted=[(b"c", 1.0)])
+    known = store.counted_nonces("run", since_version=0)
+    assert {version: sorted(nonces) for version, nonces in known.items()} == {1: [b"a", b"b"], 2: [b"c"]}
+    assert store.counted_nonces("run", since_version=2) == {2: [b"c"]}
+    store.forget_tokens("run", before_s=9.0, to_version=1)
+    assert store.counted_nonces("run", since_version=0) == {2: [b"c"]}
+
+
 def test_sums_are_kept_while_they_may_be_wanted(store: Store) -> None:
     with_initial(store)
     kept = [store.blobs.put(data) for data in (b"one", b"two", b"three")]

@@ -46,6 +46,26 @@ def test_uniform_cohorts_have_no_one_twice_and_are_of_the_goal_s_size() -> None:
     assert {(len(cohort), len(set(cohort))) for cohort in drawn(policy("uniform"))} == {(9, 9)}
 
 
+def test_who_was_in_a_version_rests_and_everybody_has_a_turn() -> None:
+    chosen = policy("uniform", goal=7, min_separation=4)
+    cohorts = [
+        select(chosen, MEMBERS, SIZES, number.to_bytes(32, "little"), version=number, run_seed=b"one")
+        for number in range(200)
+    ]
+    for number, cohort in enumerate(cohorts):
+        assert len(set(cohort)) == 7
+        for other in cohorts[number + 1 : number + 4]:
+            assert not set(cohort) & set(other)
+    assert {member for cohort in cohorts for member in cohort} == set(MEMBERS)
+    assert cohorts[0] != select(chosen, MEMBERS, SIZES, (0).to_bytes(32, "little"), version=0, run_seed=b"other")
+
+
+def test_a_population_too_small_to_rest_is_refused() -> None:
+    rounds = policy("uniform", goal=3, min_separation=10)
+    with pytest.raises(shoal.errors.DataError, match=r"at least 30 members for goal=3 and min_separation=10"):
+        simulate(task(rounds=rounds), population(), rounds=1, store=MemoryStore())
+
+
 def test_sizes_of_poisson_cohorts_spread_as_they_should_and_keep_the_smallest_group() -> None:
     sizes = [len(cohort) for cohort in drawn(policy("poisson"))]
     assert np.var(sizes) == pytest.approx(9 * (1 - 9 / 30), rel=0.15)
