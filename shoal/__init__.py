@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shoal.algorithms.scaffold import scaffold
     from shoal.api import Model, load, read_statistics, simulate
     from shoal.local import LocalRule, Report
-    from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
+    from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
     from shoal.stop_when import StopWhen
     from shoal.task import Local, Loss, Sum, Task, Variables
     from shoal.task_evaluation import evaluation
@@ -39,6 +39,7 @@ _HOMES = {
     "Privacy": "shoal.policy",
     "Report": "shoal.local",
     "RoundPolicy": "shoal.policy",
+    "Correlated": "shoal.policy",
     "Secure": "shoal.policy",
     "Selection": "shoal.policy",
     "ServerRule": "shoal.policy",
@@ -65,6 +66,7 @@ _MODULES = ("data", "errors", "record", "server", "testing")
 
 __all__ = [
     "About",
+    "Correlated",
     "Late",
     "Local",
     "LocalRule",

@@ -354,6 +354,22 @@ class Secure:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Correlated:
+    """Noise that cancels from version to version (DP-FTRL): all rounds of a run are one release, and what is learned of all of them has
+    far less noise than rounds with noise of their own. `RoundPolicy.min_separation` says how often a device is in them."""
+
+    rounds: int
+    """That the noise is made for; a run has no more."""
+    kind: Literal["blt", "tree"] = "blt"
+    """`blt`: buffered linear Toeplitz, the least noise (McMahan et al. 2024); `tree`: binary tree (Kairouz et al. 2021)."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.between(1, 100_000, rounds=self.rounds)
+        validate.one_of(("blt", "tree"), kind=self.kind)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Privacy:
     """What a task promises its members: bounds, noise on the sums, and in what groups updates are added up."""
 
@@ -365,6 +381,8 @@ class Privacy:
     noise_multiplier: float = 0.0
     """Standard deviation of the noise on a round's sum, over the clip norm; 0: none. With noise the mean is over the round's goal, updates
     count alike, and no metrics of training are collected (docs/privacy.md)."""
+    correlated: Correlated | None = None
+    """Noise that cancels over the rounds. None: each round's is its own."""
     epsilon: float | None = None
     """Most that the population may spend, over all runs of one record; a round that would spend more is not opened. None: no limit."""
     delta: float = 1e-6
@@ -383,6 +401,8 @@ class Privacy:
                 f"Expected a clip_norm with noise_multiplier={self.noise_multiplier:g}, got None: noise hides what one device can change, "
                 "which has to be bounded. Privacy(clip_norm=0.1, noise_multiplier=1.0), say."
             )
+        if self.correlated is not None and not self.noise_multiplier:
+            raise ValueError("Expected noise_multiplier > 0 with correlated noise, got 0: there is none to correlate.")
         if self.epsilon is not None:
             validate.positive(epsilon=self.epsilon)
             if not self.noise_multiplier:
@@ -401,12 +421,13 @@ class Privacy:
         made = {name: getattr(self, name) for name in ("delta_bound", "clip_norm", "noise_multiplier")}
         # Plans without noise or secure groups stay as they were; a device that does not know of these refuses those that have them.
         made |= {"epsilon": self.epsilon, "delta": self.delta} if self.noise_multiplier else {}
+        made |= {"correlated": asdict(self.correlated)} if self.correlated is not None else {}
         return made | ({"secure": asdict(self.secure)} if self.secure is not None else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        secure = data.get("secure")
-        return cls(**{**data, "secure": Secure(**secure) if secure is not None else None})
+        parts = {"secure": Secure, "correlated": Correlated}
+        return cls(**{name: parts[name](**value) if name in parts else value for name, value in data.items()})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -190,3 +190,14 @@ def test_noise_is_the_same_in_simulation_and_on_a_fleet(secure: shoal.Secure | N
     noise = simulated["params/w"] - bare.simulated()["params/w"]
     expected = 0.05 * np.sqrt(ROUNDS) / 4  # of each round's mean over four
     assert np.std(noise) == pytest.approx(expected, rel=0.15)
+
+
+def test_correlated_noise_is_the_same_in_simulation_and_on_a_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.fleet.host.new_run_id", lambda *args, **kwargs: "one-run")
+    local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
+    privacy = shoal.Privacy(clip_norm=0.05, noise_multiplier=1.0, correlated=shoal.Correlated(rounds=ROUNDS))
+    ways = Ways(small_task(local=local, privacy=privacy))
+    simulated = ways.simulated()
+    same_bits(ways.on_a_fleet(in_one_process), simulated)
+    bare = Ways(small_task(local=local, privacy=shoal.Privacy(clip_norm=0.05))).simulated()
+    assert np.std(simulated["params/w"] - bare["params/w"]) > 0.05 / 4

@@ -3,7 +3,7 @@
 import pytest
 
 import shoal
-from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
+from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
 
 
 @pytest.mark.parametrize(
@@ -15,6 +15,7 @@ from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, S
         Privacy(delta_bound=8),
         Privacy(clip_norm=1.0, noise_multiplier=1.5, epsilon=8.0, delta=1e-7),
         Privacy(clip_norm=1.0, secure=Secure(members=20, colluders=0.2)),
+        Privacy(clip_norm=1.0, noise_multiplier=1.5, correlated=Correlated(rounds=9, kind="tree")),
         About(purpose="p", data="d"),
     ],
 )  # fmt: skip
@@ -53,6 +54,8 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: Privacy(noise_multiplier=1.0), "a clip_norm with noise_multiplier=1, got None"),
         (lambda: Privacy(clip_norm=1.0, epsilon=1.0), "noise_multiplier > 0 with epsilon=1"),
         (lambda: Privacy(clip_norm=1.0, noise_multiplier=1.0, delta=0.0), "0 < delta < 1"),
+        (lambda: Privacy(clip_norm=1.0, correlated=Correlated(rounds=2)), "there is none to correlate"),
+        (lambda: Correlated(rounds=0), "1 <= rounds"),
         (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
         (lambda: Privacy(secure=Secure()), "a clip_norm with secure groups, got None"),
         (lambda: Secure(members=1), "2 <= members <= 1000, got members=1"),

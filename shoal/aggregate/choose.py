@@ -4,22 +4,39 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.aggregate.commit import Aggregator, CallProgram, WeightedMean
+from shoal.aggregate.correlated_noise import CorrelatedNoised
 from shoal.aggregate.keep import Keep
 from shoal.aggregate.noised import Noised
 from shoal.aggregate.statistics import Statistics
 from shoal.policy import Privacy, RoundPolicy, ServerRule
+from shoal.privacy.masks import derive
 
 
-def noised(aggregator: Aggregator, privacy: Privacy, rounds: RoundPolicy, *, secret: bytes) -> Aggregator:
+def noised(
+    aggregator: Aggregator, privacy: Privacy, rounds: RoundPolicy, *, secret: bytes, run: str, last_version: int
+) -> Aggregator:
     """The rule, with the noise that the task's privacy asks for.
 
     Args:
         aggregator: sees the sums with their noise.
         privacy, rounds: of the task.
         secret: 32 bytes that the noise follows from.
+        run: that the sums are of: noise that goes on from version to version is its own.
+        last_version: of the run.
+
+    Raises:
+        ValueError: the noise is for fewer rounds than the run is to have.
     """
     if not privacy.noise_multiplier:
         return aggregator
+    if privacy.correlated is not None:
+        if last_version > privacy.correlated.rounds:
+            raise ValueError(
+                f"Expected a run of at most {privacy.correlated.rounds} rounds, for which its noise is correlated, got {last_version}. Begin "
+                "another run with Correlated(rounds=…) of what it is to have."
+            )
+        own = derive(secret, b"shoal correlated noise v1\0" + run.encode())
+        return CorrelatedNoised(aggregator, privacy, rounds.min_separation, rounds.goal, own)
     return Noised(aggregator, privacy, rounds.goal, secret)
 
 

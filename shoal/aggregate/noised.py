@@ -3,7 +3,8 @@
 Each device's part is clipped by its own signed program and rounded to the grid of the sum; the noise is integers of that grid, so that nothing
 of floating point is left to look at. What the mean is over is public: the round's goal, not the devices that came.
 
-The noise follows from a secret, the version and the sum itself: made again after a crash it is the same, and another sum never has it.
+`Noised` draws a round's noise from a secret, the version and the sum itself: made again after a crash it is the same, and another sum never
+has it. `correlated_noise.py` is the same with noise that cancels from version to version.
 """
 
 import hashlib
@@ -51,38 +52,55 @@ class Noised:
             base: root of the version that it changes.
         """
         stddev = noise_stddev(self.privacy, sums.specs, sums.fixed)
-        names = [spec.tensor.name for spec in sums.specs]
         digest = hashlib.sha256(base.encode())
-        for name in names:
-            digest.update(np.ascontiguousarray(sums.totals[name]).data)
-        made = sums.emptied()
-        for name in names:
-            total = sums.totals[name]
+        for total in sums.totals.values():
+            digest.update(np.ascontiguousarray(total).data)
+        noise = {}
+        for name, total in sums.totals.items():
             source = seeded(self.secret, digest.digest() + name.encode())
-            noise = discrete_gaussian(stddev / sums.fixed[name].unit, total.size, source=source)
-            made.totals[name] = total + noise.reshape(total.shape)
-        made.weight, made.members = self.divisor, sums.members
-        return made
+            noise[name] = discrete_gaussian(stddev / sums.fixed[name].unit, total.size, source=source)
+        return with_noise(sums, noise, divisor=self.divisor)
+
+
+def with_noise(sums: Accumulator, noise: Mapping[str, np.ndarray], *, divisor: int) -> Accumulator:
+    """Another sum: with the noise, (elements,) int64 for each tensor in units of its grid, and as if of `divisor` updates."""
+    made = sums.emptied()
+    for name, total in sums.totals.items():
+        made.totals[name] = total + noise[name].reshape(total.shape)
+    made.weight, made.members = divisor, sums.members
+    return made
 
 
 def noise_stddev(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]) -> float:
     """Standard deviation of the noise on each element, in the elements' own units.
 
-    The noise multiplier times the largest norm of one device's part: the clip norm, and what rounding to the grid can add to it.
+    The noise multiplier times the largest norm of one device's part.
 
     Raises:
         ValueError: there is a sum that is not clipped, or a grid that noise cannot be drawn on.
     """
+    stddev = privacy.noise_multiplier * largest_part(privacy, specs, fixed)
+    check_grid(stddev, fixed)
+    return stddev
+
+
+def largest_part(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]) -> float:
+    """The largest norm of one device's part in the sums: the clip norm, and what rounding to the grid can add to it.
+
+    Raises:
+        ValueError: there is a sum that is not clipped.
+    """
     assert privacy.clip_norm is not None
     if bare := [spec.tensor.name for spec in specs if not spec.tensor.name.startswith(DELTA)]:
         raise ValueError(f"Expected updates of a model only where there is noise, got {bare[:3]}, which nothing clips.")
-    rounding = sqrt(sum(prod(spec.tensor.shape) * fixed[spec.tensor.name].unit ** 2 for spec in specs)) / 2
-    stddev = privacy.noise_multiplier * (privacy.clip_norm + rounding)
-    for spec in specs:
-        name, unit = spec.tensor.name, fixed[spec.tensor.name].unit
-        if not MIN_STDDEV <= stddev / unit <= MAX_STDDEV:
+    return privacy.clip_norm + sqrt(sum(prod(s.tensor.shape) * fixed[s.tensor.name].unit ** 2 for s in specs)) / 2
+
+
+def check_grid(stddev: float, fixed: Mapping[str, FixedPoint]) -> None:
+    """Raises ValueError: noise of that standard deviation cannot be drawn on one of the grids."""
+    for name, point in fixed.items():
+        if not MIN_STDDEV <= stddev / point.unit <= MAX_STDDEV:
             raise ValueError(
-                f"Expected noise of {MIN_STDDEV:g} to {MAX_STDDEV:g} units of a sum's grid, got {stddev / unit:g} for {name}: give the noise "
-                "multiplier or the clip norm a usual size."
+                f"Expected noise of {MIN_STDDEV:g} to {MAX_STDDEV:g} units of a sum's grid, got {stddev / point.unit:g} for {name}: give the "
+                "noise multiplier or the clip norm a usual size."
             )
-    return stddev

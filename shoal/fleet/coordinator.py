@@ -143,8 +143,7 @@ class Coordinator:
         self._taken: dict[int, int] = {}
         self._retention, self._swept = retention, 0
         privacy = manifest.promises.privacy
-        noise = privacy.noise_multiplier
-        self._release = spending.Release(noise_multiplier=noise) if noise else None
+        self._release = spending.release_of(privacy, self._policy, run=run) if privacy.noise_multiplier else None
         self._spend = spending.spend_of(privacy, self._release) if self._release is not None else None
         self._has_looked = False
         """Something was made of the round's sum."""

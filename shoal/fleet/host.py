@@ -161,6 +161,8 @@ class Host:
                 found.plan.manifest.promises.privacy,
                 half.rounds,
                 secret=keys.noise_secret,
+                run=run_id,
+                last_version=self.last_version,
             ),
             token_key=keys.token,
             run_seed=run_seed(int(found.config["seed"])),

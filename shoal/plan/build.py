@@ -115,8 +115,8 @@ def refuse_other_task(task: Task, plan: Plan) -> list[str]:
     return [
         f"{part}.{name} is {kept!r} (the task has {other!r})"
         for part, (ours, theirs) in pairs.items()
-        for (name, kept), other in zip(ours.items(), theirs.values(), strict=True)
-        if kept != other
+        for name in sorted(ours | theirs)
+        if (kept := ours.get(name)) != (other := theirs.get(name))
     ]
 
 

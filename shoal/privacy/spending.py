@@ -1,20 +1,22 @@
 """What releases spend of a population's privacy budget: entries of the ledger, and the epsilon that they come to.
 
 The unit is a device. Every release may have every device in it, whatever runs it is of: they draw on one budget. Amplification by
-sampling is counted only where a simulation draws its cohorts by Poisson sampling; a fleet's devices come when they can.
+sampling is counted only where a simulation draws its cohorts by Poisson sampling; a fleet's devices come when they can. What does bound how
+often a device is in a run's releases is their separation; and rounds whose noise is correlated are one release together.
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 from typing import Any, Final, Self
 
 import numpy as np
 
 from shoal import validate
 from shoal.errors import BudgetSpent
-from shoal.policy import Privacy
+from shoal.policy import Privacy, RoundPolicy
 from shoal.privacy.accounting import epsilon_of_rdp, gaussian_rdp, sampled_gaussian_rdp
 from shoal.record.ledger import standing
 from shoal.record.store import LedgerRow, Spend
@@ -24,26 +26,45 @@ BUDGET: Final = "privacy"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
-    """One sum with discrete Gaussian noise."""
+    """A round's sum with discrete Gaussian noise."""
 
     noise_multiplier: float
     """Standard deviation over the largest norm of one device's part."""
     sampling: float = 1.0
     """Chance of a device to be in it, drawn by one who is trusted; 1: none is counted on."""
+    separation: int = 1
+    """Rounds of the run from one that has a device to the next that may."""
+    correlated: int = 0
+    """Rounds of the run that are one release together, with this noise multiplier; 0: each is one."""
+    run: str = ""
+    """Whose rounds those are; empty where that does not matter."""
 
     def __post_init__(self) -> None:
-        validate.positive(noise_multiplier=self.noise_multiplier)
+        validate.positive(noise_multiplier=self.noise_multiplier, separation=self.separation)
         validate.between(0.0, 1.0, sampling=self.sampling)
 
     @property
     def data(self) -> Mapping[str, Any]:
-        """As it stands in the ledger."""
-        return {"mechanism": "discrete gaussian", **asdict(self)}
+        """As it stands in the ledger, whose entries know their run."""
+        optional = {"separation": self.separation, "correlated": self.correlated}
+        kept = {name: value for name, value in optional.items() if value > (name == "separation")}
+        return {
+            "mechanism": "discrete gaussian",
+            "noise_multiplier": self.noise_multiplier,
+            "sampling": self.sampling,
+        } | kept
 
     @classmethod
-    def of(cls, data: Mapping[str, Any]) -> Self:
-        """What `data` was made of."""
-        return cls(noise_multiplier=data["noise_multiplier"], sampling=data["sampling"])
+    def of(cls, row: LedgerRow) -> Self:
+        """What the entry is of."""
+        settings = {name: value for name, value in row.data.items() if name != "mechanism"}
+        return cls(**settings, run=row.run_id if settings.keys() & {"separation", "correlated"} else "")
+
+    def times(self, rounds: float) -> float:
+        """How often one device is in so many of these rounds, at most; rounds of one release are one."""
+        if self.correlated:
+            return min(rounds, 1)
+        return rounds if self.separation == 1 else ceil(rounds / self.separation)
 
     def rdp(self) -> np.ndarray:
         """Its curve at `accounting.ORDERS`."""
@@ -59,13 +80,23 @@ def _rdp(release: Release) -> np.ndarray:
 
 def epsilon(releases: Mapping[Release, float], delta: float) -> float:
     """What so many of each release come to at delta, chosen one after the other; 0 of none."""
-    curves = [count * release.rdp() for release, count in releases.items() if count]
+    curves = [release.times(count) * release.rdp() for release, count in releases.items() if count]
     return epsilon_of_rdp(np.sum(curves, axis=0), delta) if curves else 0.0
 
 
 def counted(rows: Sequence[LedgerRow]) -> Counter[Release]:
     """The releases of a budget's reservations, but for those that were given back."""
-    return Counter(Release.of(row.data) for row in standing(rows))
+    return Counter(map(Release.of, standing(rows)))
+
+
+def release_of(privacy: Privacy, rounds: RoundPolicy, *, run: str, sampling: float = 1.0) -> Release:
+    """What one round of a task with noise releases."""
+    correlated = privacy.correlated.rounds if privacy.correlated is not None else 0
+    is_own = rounds.min_separation == 1 and not correlated
+    return Release(
+        noise_multiplier=privacy.noise_multiplier, sampling=sampling, separation=1 if correlated else rounds.min_separation,
+        correlated=correlated, run="" if is_own else run,
+    )  # fmt: skip
 
 
 def spend_of(privacy: Privacy, release: Release) -> Spend:

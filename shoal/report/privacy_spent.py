@@ -45,7 +45,7 @@ class Spent:
         made: list[float] = []
         so_far: Counter[Release] = Counter()
         for row in standing(self.ledger):
-            so_far[Release.of(row.data)] += 1
+            so_far[Release.of(row)] += 1
             made.append(epsilon(so_far, self.privacy.delta))
         return made
 

@@ -1,13 +1,14 @@
 """What releases come to, and that no more is spent than there is."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from shoal.errors import BudgetSpent
-from shoal.policy import Privacy
+from shoal.policy import Correlated, Privacy, RoundPolicy
 from shoal.privacy import accounting
-from shoal.privacy.spending import Release, counted, epsilon, refuse_overspending, spend_of
+from shoal.privacy.spending import Release, counted, epsilon, refuse_overspending, release_of, spend_of
 from shoal.record.store import LedgerRow
 
 PRIVACY = Privacy(clip_norm=1.0, noise_multiplier=2.0, epsilon=8.0, delta=1e-6)
@@ -32,7 +33,25 @@ def test_releases_add_up_as_one_with_less_noise() -> None:
 def test_sampling_amplifies() -> None:
     sampled = Release(noise_multiplier=2.0, sampling=0.01)
     assert epsilon({sampled: 100}, 1e-6) < epsilon({RELEASE: 1}, 1e-6)
-    assert Release.of(sampled.data) == sampled
+    assert Release.of(row(1, sampled)) == sampled
+
+
+def test_devices_that_rest_are_in_fewer_releases() -> None:
+    release = release_of(PRIVACY, RoundPolicy(min_separation=4), run="r")
+    assert Release.of(row(1, release)) == release
+    assert epsilon({release: 9}, 1e-6) == epsilon({RELEASE: 3}, 1e-6)
+    other = replace(release, run="another")
+    assert epsilon({release: 1, other: 1}, 1e-6) == epsilon({RELEASE: 2}, 1e-6), "a device may be in both"
+    assert counted([row(1, release), row(2, release, run_id="another")]) == Counter([release, other])
+
+
+def test_rounds_with_correlated_noise_are_one_release() -> None:
+    privacy = replace(PRIVACY, correlated=Correlated(rounds=100))
+    release = release_of(privacy, RoundPolicy(min_separation=4), run="r")
+    assert Release.of(row(1, release)) == release
+    assert epsilon({release: 1}, 1e-6) == epsilon({release: 100}, 1e-6) == epsilon({RELEASE: 1}, 1e-6)
+    refuse_overspending(privacy, counted([row(i, release) for i in range(60)]), release, rounds=40)
+    assert epsilon({release: 1, replace(release, run="another"): 1}, 1e-6) == epsilon({RELEASE: 2}, 1e-6)
 
 
 def test_what_was_given_back_is_not_counted() -> None:

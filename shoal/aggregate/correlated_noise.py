@@ -1,0 +1,148 @@
+"""Central differential privacy with noise that cancels from version to version (DP-FTRL, `privacy/correlated.py`).
+
+All versions of a run together are one release, of the noise multiplier that the task says; `RoundPolicy.min_separation` bounds how
+often one device is in them. Each summed tensor has a stream of noise, whose seed follows from the secret and the run.
+
+Where a stream stands is server state, written in the transaction of the version that has its noise: the steps taken, what its strategy is, and
+a fingerprint of its seed. So it goes on after a crash where it was, drawing what was drawn: never other noise for a step. Its
+buffers are kept in memory and, after a restart, drawn again; none of them is in the record.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Final
+
+import numpy as np
+
+from shoal.aggregate.accumulator import Accumulator
+from shoal.aggregate.commit import Aggregator
+from shoal.aggregate.noised import check_grid, largest_part, with_noise
+from shoal.errors import RoundError
+from shoal.policy import Correlated, Privacy
+from shoal.privacy.accounting import participations
+from shoal.privacy.correlated import Blt, BltNoise, Schedule, State, TreeNoise, fit_blt, tree_sensitivity
+from shoal.privacy.masks import derive
+from shoal.record.store import Blobs
+from shoal.tensors import Entry, Index, TensorSpec
+
+STEPS: Final = TensorSpec(name="noise/steps", shape=(), dtype="int64")
+SEED: Final = TensorSpec(name="noise/seed", shape=(16,), dtype="uint8")
+STRATEGY: Final = "noise/strategy"
+"""(2, buffers) float64, of a BLT: scales and decays. It is fitted once: another version of the search might find another."""
+
+
+def schedule_of(correlated: Correlated, min_separation: int) -> Schedule:
+    """How one device can take part, where all it may is made use of."""
+    most = participations(correlated.rounds, min_separation)
+    return Schedule(steps=correlated.rounds, min_separation=min_separation, participations=most)
+
+
+@dataclass(frozen=True)
+class CorrelatedNoised:
+    """An aggregator that sees sums with noise only. Its commits follow one another; they are not replayed."""
+
+    inner: Aggregator
+    privacy: Privacy
+    min_separation: int
+    divisor: int
+    """What the mean is over."""
+    secret: bytes = field(repr=False)
+    """32 bytes of this run alone; as secret as the noise."""
+    _reached: dict[str, State] = field(default_factory=dict, repr=False)
+    """Name of a sum -> the state after the last step that was drawn."""
+    _drawn: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    """That step's noise: a commit that could not be written is made again."""
+
+    @property
+    def needs(self) -> str:
+        return "sum"
+
+    @property
+    def _correlated(self) -> Correlated:
+        assert self.privacy.correlated is not None
+        return self.privacy.correlated
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return schedule_of(self._correlated, self.min_separation)
+
+    @cached_property
+    def _fingerprint(self) -> bytes:
+        return hashlib.sha256(b"shoal noise seed v1\0" + self.secret).digest()[:16]
+
+    def commit(self, sums: Accumulator, model: Index, server_state: Index, blobs: Blobs) -> tuple[Index, Index]:
+        ours = {entry.spec.name: blobs.view(entry.hash, entry.spec) for entry in server_state if _is_ours(entry)}
+        rest = Index(tuple(entry for entry in server_state if not _is_ours(entry)))
+        step = self._step(ours)
+        blt = self._strategy(ours)
+        noised = with_noise(sums, self._noise(sums, step, blt), divisor=self.divisor)
+        made, state = self.inner.commit(noised, model, rest, blobs)
+        entries = [
+            _entry(blobs, STEPS.name, np.array(step + 1, np.int64)),
+            _entry(blobs, SEED.name, np.frombuffer(self._fingerprint, np.uint8)),
+            *([_entry(blobs, STRATEGY, np.array([blt.scales, blt.decays]))] if blt is not None else []),
+        ]
+        return made, Index(tuple(sorted((*state, *entries), key=lambda entry: entry.spec.name)))
+
+    def _step(self, ours: Mapping[str, np.ndarray]) -> int:
+        """The one to take.
+
+        Raises:
+            RoundError: the stream has no more, or it is another.
+        """
+        step = int(ours[STEPS.name]) if ours else 0
+        if ours and ours[SEED.name].tobytes() != self._fingerprint:
+            raise RoundError(
+                "The run's correlated noise was begun under other keys: noise drawn now would not cancel it. Go on with the run's own "
+                "folder and host.key, or begin another run from its model."
+            )
+        if step >= self._correlated.rounds:
+            raise RoundError(
+                f"The noise of this run was made for {self._correlated.rounds} rounds, which it has had. Begin another run from its model; "
+                "privacy.correlated.rounds says for how many."
+            )
+        return step
+
+    def _strategy(self, ours: Mapping[str, np.ndarray]) -> Blt | None:
+        if self._correlated.kind == "tree":
+            return None
+        if STRATEGY in ours:
+            scales, decays = ours[STRATEGY].tolist()
+            return Blt(scales=tuple(scales), decays=tuple(decays))
+        return fit_blt(self._schedule)
+
+    def _noise(self, sums: Accumulator, step: int, blt: Blt | None) -> dict[str, np.ndarray]:
+        part = largest_part(self.privacy, sums.specs, sums.fixed)
+        elements = sum(prod(spec.tensor.shape) for spec in sums.specs)
+        coarsest = max(point.unit for point in sums.fixed.values())
+        if blt is None:
+            stddev = self.privacy.noise_multiplier * tree_sensitivity(self._schedule) * part
+        else:  # what rounding adds is counted for all tensors together, in the largest unit
+            in_units = blt.stddev(self.privacy.noise_multiplier, self._schedule, l2=part / coarsest, elements=elements)
+            stddev = coarsest * in_units
+        check_grid(stddev, sums.fixed)
+        for name, total in sums.totals.items():
+            stream = self._stream(name, stddev / sums.fixed[name].unit, total.size, blt)
+            reached = self._reached.get(name)
+            if reached is None or reached.step not in (step, step + 1):
+                reached = stream.at(step)
+            if reached.step == step:
+                self._drawn[name], self._reached[name] = stream.step(reached)
+        return self._drawn
+
+    def _stream(self, name: str, stddev: float, elements: int, blt: Blt | None) -> BltNoise | TreeNoise:
+        seed = derive(self.secret, b"shoal noise stream v1\0" + name.encode())
+        if blt is None:
+            return TreeNoise(stddev=stddev, elements=elements, steps=self._correlated.rounds, seed=seed)
+        return BltNoise(blt=blt, stddev=stddev, elements=elements, seed=seed)
+
+
+def _is_ours(entry: Entry) -> bool:
+    return entry.spec.name.startswith("noise/")
+
+
+def _entry(blobs: Blobs, name: str, value: np.ndarray) -> Entry:
+    return Entry(TensorSpec.of(name, value), blobs.put(value.tobytes()))
