@@ -12,6 +12,7 @@ EPILOG = options.examples(
     "shoal privacy runs/digits",
     "shoal privacy runs/digits --plot spent.png",
     "shoal privacy --epsilon 8 --delta 1e-6 --rounds 100",
+    "shoal privacy --epsilon 8 --rounds 512 --min-separation 64",
 )
 
 
@@ -24,16 +25,20 @@ def privacy(
         float | None, typer.Option("--epsilon", help="Without RUN: the budget that noise is to be found for.")
     ] = None,
     delta: Annotated[float, typer.Option("--delta", help="Without RUN: what it is stated at.")] = 1e-6,
-    rounds: Annotated[
-        int, typer.Option("--rounds", min=1, help="Without RUN: rounds that one device may be in.")
-    ] = 100,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Without RUN: of the training.")] = 100,
+    min_separation: Annotated[
+        int,
+        typer.Option(
+            "--min-separation", min=1, help="Without RUN: rounds from one that has a device to the next that may."
+        ),
+    ] = 1,
     run_id: options.RunId = None,
     json: options.AsJson = False,
 ) -> None:
     """Say what a run has spent of its population's privacy budget, in words and numbers; or how much noise a budget needs."""
     screen = Screen(json=json)
     if run is None:
-        return _calibrate(screen, epsilon, delta, rounds)
+        return _calibrate(screen, epsilon, delta, rounds, min_separation)
     if epsilon is not None:
         raise ValueError("Expected RUN or --epsilon, got both: --epsilon is for a run that is still to be made.")
     from shoal.errors import DataError
@@ -58,13 +63,33 @@ def privacy(
     })  # fmt: skip
 
 
-def _calibrate(screen: Screen, epsilon: float | None, delta: float, rounds: int) -> None:
+def _calibrate(screen: Screen, epsilon: float | None, delta: float, rounds: int, min_separation: int) -> None:
     if epsilon is None:
         raise ValueError("Expected a RUN, or --epsilon (with --delta and --rounds) to find the noise for.")
-    from shoal.privacy.accounting import calibrate
+    from shoal.privacy.accounting import calibrate, participations
+    from shoal.privacy.correlated import Schedule, fit_blt, tree_errors, tree_sensitivity
 
-    found = calibrate(epsilon, delta, releases=rounds)
+    most = participations(rounds, min_separation)
+    own, one = calibrate(epsilon, delta, releases=most), calibrate(epsilon, delta)
+    schedule = Schedule(steps=rounds, min_separation=min_separation, participations=most)
+    blt = fit_blt(schedule)
+    found = {
+        "independent": (own, own * rounds**0.5),
+        "blt": (one, float(one * blt.sensitivity(schedule) * blt.errors(rounds)[-1])),
+        "tree": (one, float(one * tree_sensitivity(schedule) * tree_errors(rounds).max())),
+    }
     screen.line(
-        f"noise_multiplier={found:.4f}: epsilon {epsilon:g} at delta {delta:g} for {rounds} rounds, each with every device"
+        f"epsilon {epsilon:g} at delta {delta:g} for {rounds} rounds, a device in {'each' if most == rounds else f'at most {most}'} of them:"
     )
-    screen.document({"noise_multiplier": found, "epsilon": epsilon, "delta": delta, "rounds": rounds})
+    for name, (multiplier, learned) in found.items():
+        how = (
+            "noise of each round's own"
+            if name == "independent"
+            else f'correlated=Correlated(rounds={rounds}, kind="{name}")'
+        )
+        screen.line(f"  noise_multiplier={multiplier:.4f}, {how}: {learned:.1f} clip norms of noise in all rounds' sum")
+    screen.document({
+        "epsilon": epsilon, "delta": delta, "rounds": rounds, "min_separation": min_separation, "participations": most,
+        "noise_multiplier": own,
+        **{name: {"noise_multiplier": multiplier, "noise_in_sum": learned} for name, (multiplier, learned) in found.items()},
+    })  # fmt: skip

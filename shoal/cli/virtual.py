@@ -61,6 +61,8 @@ def simulate_virtually(
         )
     folder = run_folder.new_folder(run, loaded.name)
     built = build(loaded, seed=seed)
+    correlated = loaded.privacy.correlated
+    last = rounds or (correlated.rounds if correlated is not None else 1 << 30)
     keys, clock = HostKeys.load_or_make(folder), VirtualClock(begins_s=_now_s())
     plan = built.plan.sign(keys.signing)
     watch.lap("plan")
@@ -73,7 +75,7 @@ def simulate_virtually(
                 plan,
                 built.model,
                 kind="simulate",
-                rounds=rounds or 1 << 30,
+                rounds=last,
                 seed=seed,
                 config=config,
                 clock=clock,
@@ -83,7 +85,7 @@ def simulate_virtually(
                 devices, plan.manifest, clock, update_of=training.update_of if training is not None else None,
                 blocks_of=training.partial if training is not None else None, model_bytes=_bytes(plan), update_bytes=plan.manifest.update_bytes,
             )  # fmt: skip
-            drive(fleet, store, run_id, rounds=rounds or 1 << 30, keys=keys, seed=seed)
+            drive(fleet, store, run_id, rounds=last, keys=keys, seed=seed)
             screen.say(f"{words.count(devices.devices, 'virtual device')} of {file}; run: {folder}")
             curve = _play(fleet, training, examples, store, run_id, evaluate_every, rounds, hours, screen)
             watch.lap("play")

@@ -50,23 +50,43 @@ class Spent:
         return made
 
 
+def _noise(privacy: Privacy) -> str:
+    size = f"{privacy.noise_multiplier:g} times"
+    if privacy.correlated is None:
+        return f"discrete Gaussian noise of {size} that norm (and of what rounding adds to it)"
+    name = {"blt": "a buffered linear Toeplitz matrix", "tree": "a binary tree"}[privacy.correlated.kind]
+    return (
+        f"noise that cancels over the rounds (DP-FTRL), made from discrete Gaussian noise by {name} for {privacy.correlated.rounds} rounds: "
+        f"{size} the most that one device's clipped updates can come to in all of them together"
+    )
+
+
+def _participation(releases: Counter[Release]) -> str:
+    """How often a device may have been in what was released."""
+    made = []
+    if any(release.sampling < 1 for release in releases):
+        made.append("amplified by Poisson sampling of cohorts that only the simulation knew.")
+    if any(release.correlated for release in releases):
+        made.append("all rounds of a run with correlated noise are one release.")
+    if resting := max((release.separation for release in releases), default=1) - 1:
+        made.append(f"a device that was in a version rested for the next {resting} at least; the server saw to it.")
+    if not made:
+        made.append("every device may have been in every round, no amplification by sampling is claimed.")
+    return " ".join([made[0], *(text[0].upper() + text[1:] for text in made[1:])])
+
+
 def statement(spent: Spent) -> str:
     """Mechanism, unit, assumptions, epsilon at delta, accountant: what somebody needs to judge the claim."""
     privacy, releases = spent.privacy, spent.here
-    sampled = [release for release in releases if release.sampling < 1]
     lines = [
         f"The model is differentially private: **epsilon {spent.epsilon:.3g} at delta {privacy.delta:g}**"
         + (f", of a budget of {privacy.epsilon:g}." if privacy.epsilon is not None else "; there was no limit."),
         "Unit: a device with all its examples. Neighbours differ in one device, whose updates are there or are zero.",
         f"Mechanism: each device clipped its update to a norm of {privacy.clip_norm:g}; the sum of each of "
-        f"{sum(releases.values())} rounds had discrete Gaussian noise of {privacy.noise_multiplier:g} times that norm (and of what rounding "
-        "adds to it); means were over a number fixed beforehand; no metrics of training were collected.",
-        "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order"
-        + (
-            "; amplified by Poisson sampling of cohorts that only the simulation knew."
-            if sampled
-            else "; every device may have been in every round, no amplification by sampling is claimed."
-        ),
+        f"{sum(releases.values())} rounds had {_noise(privacy)}; means were over a number fixed beforehand; no metrics of training were "
+        "collected.",
+        "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order; "
+        + _participation(releases),
         "Assumptions: devices run the signed program; whoever holds the server's memory and its keys saw sums without noise, and is trusted; "
         "what was measured on examples held out by the server is not covered, nor are times and counts of devices.",
     ]

@@ -19,7 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shoal.aggregate.choose import aggregator_of
+from shoal.aggregate.choose import aggregator_of, noised
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
 from shoal.fleet.configuration import Configuration
@@ -451,8 +451,12 @@ def bare_plan(policy: RoundPolicy) -> Plan:
 def drive(fleet: VirtualFleet, store: Store, run_id: str, *, rounds: int, keys: HostKeys, seed: int) -> None:
     """Gives a fleet its Coordinator, the one of a live host, which goes on from where the record stands."""
     commits, half = fleet.tally.commits, fleet.manifest.server
+    aggregator = noised(
+        aggregator_of(half.aggregator, half.rule, half.options), fleet.manifest.promises.privacy, half.rounds,
+        secret=keys.noise_secret, run=run_id, last_version=rounds,
+    )  # fmt: skip
     Coordinator(
-        store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=aggregator_of(half.aggregator, half.rule, half.options),
+        store=store, run=run_id, manifest=fleet.manifest, edge=fleet, aggregator=aggregator,
         token_key=keys.token, run_seed=run_seed(seed), last_version=rounds, clock=fleet.clock,
         rng=np.random.default_rng(seed), retention=Retention.of(store.run(run_id).config), in_thread=in_this_thread, beside=done_at_once,
         on_commit=lambda commit: commits.append((fleet.clock.time_s, commit.row.members, commit.late)),

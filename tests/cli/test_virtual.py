@@ -8,7 +8,7 @@ from shoal.cli.late_argument import parse_late
 from shoal.policy import Late
 from shoal.record.run import open_run
 
-from .conftest import Shoal
+from .conftest import LINE, Shoal
 
 POPULATION = "devices = 200\nwindow_hours = 12\ntrain_s = 30\n"
 
@@ -32,6 +32,27 @@ def test_it_trains_and_draws_and_keeps_a_record(place: Path, tmp_path: Path, pop
         assert run.row.status == "finished" and run.row.config["virtual"]["devices"] == 200
         errors = run.history("error")[1]
         assert errors[-1] < errors[0], "it learns"
+
+
+def test_a_task_with_noise_has_it_on_a_virtual_fleet_too(
+    place: Path, tmp_path: Path, population: Path, shoal: Shoal
+) -> None:
+    text = LINE.replace("epochs=2", 'epochs=2, weighting="uniform"').replace(
+        "over_selection=1.0),",
+        "over_selection=1.0),\n    privacy=shoal.Privacy(clip_norm=0.5, noise_multiplier=2.0, correlated=shoal.Correlated(rounds=2)),",
+    )
+    (place / "noisy.py").write_text(text)
+    models = []
+    for name in ("a", "b"):
+        made = shoal(
+            "simulate", place / "noisy.py", "--virtual", population, "--data", place / "users", "--seed", 3, "--hours", 20,
+            "--run", tmp_path / name,
+        )  # fmt: skip
+        assert made.code == 0, made
+        with open_run(tmp_path / name) as run:
+            assert run.store.last_version(run.id) == 2, "as many rounds as its noise is made for"
+            models.append(run.store.last_commit(run.id).model.root)
+    assert models[0] != models[1], "each run's keys are its own, and its noise"
 
 
 def test_without_data_only_who_and_when_is_played(place: Path, tmp_path: Path, population: Path, shoal: Shoal) -> None:
