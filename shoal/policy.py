@@ -383,6 +383,9 @@ class Privacy:
     count alike, and no metrics of training are collected (docs/privacy.md)."""
     correlated: Correlated | None = None
     """Noise that cancels over the rounds. None: each round's is its own."""
+    distributed: bool = False
+    """Whether devices add the noise, each a share of it, so that the server sees no sum without it; in secure groups only. Else the server
+    adds it."""
     epsilon: float | None = None
     """Most that the population may spend, over all runs of one record; a round that would spend more is not opened. None: no limit."""
     delta: float = 1e-6
@@ -403,6 +406,15 @@ class Privacy:
             )
         if self.correlated is not None and not self.noise_multiplier:
             raise ValueError("Expected noise_multiplier > 0 with correlated noise, got 0: there is none to correlate.")
+        if self.distributed and (not self.noise_multiplier or self.secure is None):
+            raise ValueError(
+                "Expected noise_multiplier > 0 and secure=Secure(…) with distributed=True: outside of secure groups a device's share of the noise "
+                "would not hide it."
+            )
+        if self.distributed and self.correlated is not None:
+            raise ValueError(
+                "Expected correlated=None with distributed=True: noise that cancels has to be drawn by one who keeps it."
+            )
         if self.epsilon is not None:
             validate.positive(epsilon=self.epsilon)
             if not self.noise_multiplier:
@@ -421,6 +433,7 @@ class Privacy:
         made = {name: getattr(self, name) for name in ("delta_bound", "clip_norm", "noise_multiplier")}
         # Plans without noise or secure groups stay as they were; a device that does not know of these refuses those that have them.
         made |= {"epsilon": self.epsilon, "delta": self.delta} if self.noise_multiplier else {}
+        made |= {"distributed": True} if self.distributed else {}
         made |= {"correlated": asdict(self.correlated)} if self.correlated is not None else {}
         return made | ({"secure": asdict(self.secure)} if self.secure is not None else {})
 

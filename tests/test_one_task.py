@@ -201,3 +201,20 @@ def test_correlated_noise_is_the_same_in_simulation_and_on_a_fleet(monkeypatch: 
     same_bits(ways.on_a_fleet(in_one_process), simulated)
     bare = Ways(small_task(local=local, privacy=shoal.Privacy(clip_norm=0.05))).simulated()
     assert np.std(simulated["params/w"] - bare["params/w"]) > 0.05 / 4
+
+
+def test_noise_that_devices_add_is_as_large_in_simulation_and_on_a_fleet() -> None:
+    local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
+    secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0)
+    bare = Ways(small_task(local=local, privacy=shoal.Privacy(clip_norm=0.05))).simulated()["params/w"]
+    ways = Ways(
+        small_task(
+            local=local, privacy=shoal.Privacy(clip_norm=0.05, noise_multiplier=1.0, distributed=True, secure=secure)
+        )
+    )
+    expected = 0.05 * np.sqrt(ROUNDS) / 4  # of each round's mean over four
+    made = [ways.simulated(), ways.on_a_fleet(in_one_process), ways.on_a_fleet(in_one_process)]
+    noises = [tensors["params/w"] - bare for tensors in made]
+    for noise in noises:
+        assert np.std(noise) == pytest.approx(expected, rel=0.15)
+    assert abs(np.corrcoef(noises[1].reshape(-1), noises[2].reshape(-1))[0, 1]) < 0.3, "of the devices' own randomness"

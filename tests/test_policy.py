@@ -16,6 +16,7 @@ from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, 
         Privacy(clip_norm=1.0, noise_multiplier=1.5, epsilon=8.0, delta=1e-7),
         Privacy(clip_norm=1.0, secure=Secure(members=20, colluders=0.2)),
         Privacy(clip_norm=1.0, noise_multiplier=1.5, correlated=Correlated(rounds=9, kind="tree")),
+        Privacy(clip_norm=1.0, noise_multiplier=1.5, distributed=True, secure=Secure()),
         About(purpose="p", data="d"),
     ],
 )  # fmt: skip
@@ -55,6 +56,16 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: Privacy(clip_norm=1.0, epsilon=1.0), "noise_multiplier > 0 with epsilon=1"),
         (lambda: Privacy(clip_norm=1.0, noise_multiplier=1.0, delta=0.0), "0 < delta < 1"),
         (lambda: Privacy(clip_norm=1.0, correlated=Correlated(rounds=2)), "there is none to correlate"),
+        (
+            lambda: Privacy(clip_norm=1.0, noise_multiplier=1.0, distributed=True),
+            "with distributed=True: outside of secure groups",
+        ),
+        (
+            lambda: Privacy(
+                clip_norm=1.0, noise_multiplier=1.0, distributed=True, secure=Secure(), correlated=Correlated(rounds=2)
+            ),
+            "drawn by one who keeps it",
+        ),
         (lambda: Correlated(rounds=0), "1 <= rounds"),
         (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
         (lambda: Privacy(secure=Secure()), "a clip_norm with secure groups, got None"),

@@ -1,19 +1,29 @@
 """Which aggregation rule a plan names."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from shoal.aggregate.commit import Aggregator, CallProgram, WeightedMean
 from shoal.aggregate.correlated_noise import CorrelatedNoised
 from shoal.aggregate.keep import Keep
-from shoal.aggregate.noised import Noised
+from shoal.aggregate.noised import Noised, NoisedByDevices
 from shoal.aggregate.statistics import Statistics
 from shoal.policy import Privacy, RoundPolicy, ServerRule
+from shoal.privacy.device_noise import DeviceNoise
 from shoal.privacy.masks import derive
+from shoal.privacy.neighbours import Assumptions, Graph, find
 
 
 def noised(
-    aggregator: Aggregator, privacy: Privacy, rounds: RoundPolicy, *, secret: bytes, run: str, last_version: int
+    aggregator: Aggregator,
+    privacy: Privacy,
+    rounds: RoundPolicy,
+    *,
+    secret: bytes,
+    run: str,
+    last_version: int,
+    simulated: DeviceNoise | None = None,
 ) -> Aggregator:
     """The rule, with the noise that the task's privacy asks for.
 
@@ -23,12 +33,15 @@ def noised(
         secret: 32 bytes that the noise follows from.
         run: that the sums are of: noise that goes on from version to version is its own.
         last_version: of the run.
+        simulated: what devices add, where there are none to do so.
 
     Raises:
         ValueError: the noise is for fewer rounds than the run is to have.
     """
     if not privacy.noise_multiplier:
         return aggregator
+    if privacy.distributed:
+        return NoisedByDevices(aggregator, rounds.goal, simulated, partial(_groups_of, privacy, rounds), secret)
     if privacy.correlated is not None:
         if last_version > privacy.correlated.rounds:
             raise ValueError(
@@ -62,3 +75,11 @@ def aggregator_of(
         case "statistics":
             return Statistics(options)
     raise ValueError(f"Expected an aggregation rule that this version has, got {name!r}.")
+
+
+def _groups_of(privacy: Privacy, rounds: RoundPolicy, members: int) -> Graph:
+    """The secure groups, of one size, that so many would have been in."""
+    secure = privacy.secure
+    assert secure is not None
+    assumptions = Assumptions(colluders=secure.colluders, dropouts=secure.dropouts)
+    return find(min(members, secure.members), assumptions, rounds.minimum_group, secure.is_certified)

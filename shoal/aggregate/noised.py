@@ -4,11 +4,12 @@ Each device's part is clipped by its own signed program and rounded to the grid 
 of floating point is left to look at. What the mean is over is public: the round's goal, not the devices that came.
 
 `Noised` draws a round's noise from a secret, the version and the sum itself: made again after a crash it is the same, and another sum never
-has it. `correlated_noise.py` is the same with noise that cancels from version to version.
+has it. `correlated_noise.py` is the same with noise that cancels from version to version. `NoisedByDevices` is for sums that have their noise
+from the devices.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod, sqrt
 from typing import Final
@@ -19,7 +20,9 @@ from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.policy import Privacy
-from shoal.privacy.noise import MAX_STDDEV, MIN_STDDEV, discrete_gaussian, seeded
+from shoal.privacy.device_noise import DeviceNoise
+from shoal.privacy.neighbours import Graph
+from shoal.privacy.noise import MAX_STDDEV, MIN_STDDEV, discrete_gaussian, seeded, skellam
 from shoal.record.store import Blobs
 from shoal.tensors import Index
 
@@ -52,21 +55,58 @@ class Noised:
             base: root of the version that it changes.
         """
         stddev = noise_stddev(self.privacy, sums.specs, sums.fixed)
-        digest = hashlib.sha256(base.encode())
-        for total in sums.totals.values():
-            digest.update(np.ascontiguousarray(total).data)
-        noise = {}
+        purpose, noise = _purpose(base, sums), {}
         for name, total in sums.totals.items():
-            source = seeded(self.secret, digest.digest() + name.encode())
+            source = seeded(self.secret, purpose + name.encode())
             noise[name] = discrete_gaussian(stddev / sums.fixed[name].unit, total.size, source=source)
         return with_noise(sums, noise, divisor=self.divisor)
 
 
+@dataclass(frozen=True)
+class NoisedByDevices:
+    """An aggregator of sums that devices have added their noise to. In a simulation nobody has: there it is added here."""
+
+    inner: Aggregator
+    divisor: int
+    """What the mean is over."""
+    simulated: DeviceNoise | None = None
+    """What the members of a simulation would have added."""
+    group: Callable[[int], Graph] | None = None
+    """Members of a simulated sum -> the groups that they would have been in, all of one size."""
+    secret: bytes = field(default=b"", repr=False)
+    """32 bytes that it follows from."""
+
+    @property
+    def needs(self) -> str:
+        return "sum"
+
+    def commit(self, sums: Accumulator, model: Index, server_state: Index, blobs: Blobs) -> tuple[Index, Index]:
+        made = with_noise(sums, self._noise(sums, model.root), divisor=self.divisor)
+        return self.inner.commit(made, model, server_state, blobs)
+
+    def _noise(self, sums: Accumulator, base: str) -> Mapping[str, np.ndarray]:
+        if self.simulated is None or self.group is None:
+            return {}
+        variance, purpose = sums.members * self.simulated.share(self.group(sums.members)), _purpose(base, sums)
+        return {
+            name: skellam(variance, total.size, source=seeded(self.secret, purpose + name.encode()))
+            for name, total in sums.totals.items()
+        }
+
+
+def _purpose(base: str, sums: Accumulator) -> bytes:
+    """What noise that follows from the version and the sum is for."""
+    digest = hashlib.sha256(base.encode())
+    for total in sums.totals.values():
+        digest.update(np.ascontiguousarray(total).data)
+    return digest.digest()
+
+
 def with_noise(sums: Accumulator, noise: Mapping[str, np.ndarray], *, divisor: int) -> Accumulator:
-    """Another sum: with the noise, (elements,) int64 for each tensor in units of its grid, and as if of `divisor` updates."""
+    """Another sum: with the noise, (elements,) int64 for tensors in units of their grid, and as if of `divisor` updates."""
     made = sums.emptied()
     for name, total in sums.totals.items():
-        made.totals[name] = total + noise[name].reshape(total.shape)
+        made.totals[name] = total + noise[name].reshape(total.shape) if name in noise else total
     made.weight, made.members = divisor, sums.members
     return made
 

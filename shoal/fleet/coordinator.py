@@ -37,7 +37,7 @@ from shoal.fleet.round_log import RoundRecorder
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
-from shoal.plan.secure import grouping
+from shoal.plan.secure import grouping, members_noise
 from shoal.privacy import spending
 from shoal.record.retention import Retention
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, Store, TokenRow, UsageRow
@@ -143,7 +143,9 @@ class Coordinator:
         self._taken: dict[int, int] = {}
         self._retention, self._swept = retention, 0
         privacy = manifest.promises.privacy
-        self._release = spending.release_of(privacy, self._policy, run=run) if privacy.noise_multiplier else None
+        self._release = None
+        if privacy.noise_multiplier:
+            self._release = spending.release_of(privacy, self._policy, run=run, devices=members_noise(manifest))
         self._spend = spending.spend_of(privacy, self._release) if self._release is not None else None
         self._has_looked = False
         """Something was made of the round's sum."""

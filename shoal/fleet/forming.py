@@ -21,7 +21,7 @@ from shoal.clock import Clock
 from shoal.errors import ProtocolError
 from shoal.fleet.group import Broke, Form, Formed
 from shoal.plan.manifest import Manifest
-from shoal.plan.secure import layout, terms
+from shoal.plan.secure import layout, members_noise, terms
 from shoal.privacy import masks
 from shoal.privacy import secure_server as server
 from shoal.privacy.identity import Trusted
@@ -96,6 +96,7 @@ class FormingGroups:
         """
         self._manifest, self._members, self._clock = manifest, members, clock
         self._layout: VectorLayout = layout(manifest)
+        self._noise = members_noise(manifest)
         secure = manifest.promises.privacy.secure
         assert secure is not None
         key = Ed25519PublicKey.from_public_bytes(bytes.fromhex(secure.authority)) if secure.authority else None
@@ -223,9 +224,12 @@ class FormingGroups:
         masks.add_masks(group.total, opening.masks())
         pieces, weight = self._layout.totals(group.machine.terms.reduced(group.total))
         sums = SecureSum(tuple(pieces), weight, group.form.discount)
+        graph, stddev = group.machine.graph, 0.0
+        if self._noise is not None and graph is not None:
+            stddev = self._noise.stddev(graph, survivors)
         self._layout.refuse_absurd(
-            sums.pieces, weight=weight, members=survivors, clip_norm=self._manifest.promises.privacy.clip_norm
-        )
+            sums.pieces, weight=weight, members=survivors, clip_norm=self._manifest.promises.privacy.clip_norm, noise_stddev=stddev,
+        )  # fmt: skip
         return sums
 
     def _end(self, group: _Forming, outcome: Formed | Broke, sums: SecureSum | None) -> None:

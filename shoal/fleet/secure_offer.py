@@ -17,7 +17,7 @@ from shoal.errors import InvalidTransition, ProtocolError
 from shoal.fleet.floor import Floor
 from shoal.fleet.spent import SpentUpdates
 from shoal.plan.manifest import Manifest
-from shoal.plan.secure import layout, terms, update_of
+from shoal.plan.secure import layout, members_noise, terms, update_of
 from shoal.privacy.identity import Identity
 from shoal.privacy.secure_member import SecureMember
 from shoal.privacy.wire import secure_pb2 as pb
@@ -60,7 +60,8 @@ class SecureOffer:
             UpdateRefused: the update is not finite, or out of bounds.
         """
         self._terms, self._update = terms(manifest, model=model), update_of(manifest, model)
-        self._values: np.ndarray = layout(manifest).vector(sums, weight=weight)
+        self._layout, self._noise = layout(manifest), members_noise(manifest)
+        self._values: np.ndarray = self._layout.vector(sums, weight=weight)
         self._spent, self._floor, self._identity = spent, floor, identity
         self._wall_s, self._random = wall_s, random
         self._member: SecureMember | None = None
@@ -96,7 +97,7 @@ class SecureOffer:
             case "roster":
                 return "shares", self._member.shares(pb.Roster.FromString(data)).SerializeToString()
             case "shares":
-                return MASKED, self._member.masked(pb.Shares.FromString(data), self._values)
+                return MASKED, self._member.masked(pb.Shares.FromString(data), self._with_noise(self._member))
             case "survivors":
                 self._survivors = pb.Survivors.FromString(data)
                 if self._terms.certified:
@@ -105,6 +106,12 @@ class SecureOffer:
             case "agreement":
                 return self._reveal(self._member.unmask(self._survivors, pb.Agreement.FromString(data)))
         raise ProtocolError(f"Expected begin, roster, shares, survivors or agreement, got {phase[:40]!r}.")
+
+    def _with_noise(self, member: SecureMember) -> np.ndarray:
+        """The update's vector, and where devices add the noise this one's share of it: drawn anew for each group."""
+        if self._noise is None:
+            return self._values
+        return self._layout.with_noise(self._values, self._noise.draw(member.graph, self._random))
 
     def _begin(self, group: bytes) -> SecureMember:
         if self.is_spent:

@@ -5,7 +5,7 @@ Programs are named by hash and travel apart, so that a device takes only the var
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import floor
 from typing import Any, Final, Literal, Self
@@ -14,6 +14,7 @@ from shoal import validate
 from shoal.errors import PlanError
 from shoal.fixed import STEPS, FixedPoint, SumSpec, fixed_points
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
+from shoal.privacy.device_noise import noise_room
 from shoal.tensors import PARSE_ERRORS, TensorSpec, canonical_json, check_hash, parse_json, sha256, total_bytes
 
 FORMAT: Final = "shoal-plan/1"
@@ -308,7 +309,9 @@ class Manifest:
         secure = self.promises.privacy.secure
         members = max_members if secure is None else secure.members
         bits, max_weight = self.promises.sum_bits, self.training.max_weight
-        return fixed_points(self.sums, bits=bits, max_weight=max_weight, max_members=members)
+        room = noise_room(self.promises.privacy, self.promises.minimum_group)
+        sums = [replace(spec, bound=spec.bound + room) for spec in self.sums] if room else self.sums
+        return fixed_points(sums, bits=bits, max_weight=max_weight, max_members=members)
 
     @property
     def server(self) -> ServerHalf:

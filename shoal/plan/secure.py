@@ -5,10 +5,12 @@ All of it follows from the signed manifest, and from the tensors that are traine
 
 import hashlib
 from dataclasses import replace
+from math import prod
 from typing import Final
 
 from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest
 from shoal.policy import RoundPolicy, Secure
+from shoal.privacy.device_noise import DeviceNoise, device_noise
 from shoal.privacy.neighbours import Assumptions
 from shoal.privacy.secure_terms import Terms
 from shoal.privacy.vectors import VectorLayout
@@ -37,6 +39,16 @@ def terms(manifest: Manifest, *, model: str) -> Terms:
         assumptions=Assumptions(colluders=secure.colluders, dropouts=secure.dropouts),
         certified=secure.is_certified,
     )
+
+
+def members_noise(manifest: Manifest) -> DeviceNoise | None:
+    """What each member of a secure group adds to its update; None: nothing. Raises ValueError: the sums' grids are not for it."""
+    privacy = manifest.promises.privacy
+    if not privacy.distributed:
+        return None
+    fixed = manifest.fixed_points(_secure(manifest).members)
+    elements = sum(prod(spec.tensor.shape) for spec in manifest.sums)
+    return device_noise(privacy, units={point.unit for point in fixed.values()}, elements=elements)
 
 
 def update_of(manifest: Manifest, model: str) -> bytes:
@@ -86,6 +98,7 @@ def check_secure(manifest: Manifest) -> None:
             f"Expected minimum_group >= {LEAST_MINIMUM} with secure groups, got {manifest.promises.minimum_group}: a sum over one member is that "
             "member's."
         )
+    members_noise(manifest)
     made = terms(manifest, model="")
     made.graph(secure.members)
     goal = manifest.server.rounds.commit_at

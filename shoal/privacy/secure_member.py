@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from shoal.errors import InvalidTransition, ProtocolError
 from shoal.privacy import masks, shamir
 from shoal.privacy.identity import Certificate, Identity, Trusted, is_signed
-from shoal.privacy.neighbours import neighbours
+from shoal.privacy.neighbours import Graph, neighbours
 from shoal.privacy.secure_terms import GROUP_BYTES, Terms, advert_text, of_bitmap, pair_purpose, survivors_text
 from shoal.privacy.wire import secure_pb2 as pb
 
@@ -117,6 +117,11 @@ class SecureMember:
         masks.add_masks(made, [(self_mask(self._seed, self._context), 1), *self._pair_masks()])
         self._phase = "survivors"
         return self._terms.pack(self._terms.reduced(made))
+
+    @property
+    def graph(self) -> Graph:
+        """The numbers of its group, once it has the roster."""
+        return self._graph
 
     def sign(self, survivors: pb.Survivors) -> pb.Signed:
         """Its signature of the survivors, of one set only."""

@@ -7,7 +7,7 @@ often a device is in a run's releases is their separation; and rounds whose nois
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any, Final, Self
@@ -17,7 +17,9 @@ import numpy as np
 from shoal import validate
 from shoal.errors import BudgetSpent
 from shoal.policy import Privacy, RoundPolicy
-from shoal.privacy.accounting import epsilon_of_rdp, gaussian_rdp, sampled_gaussian_rdp
+from shoal.privacy.accounting import epsilon_of_rdp, gaussian_rdp, sampled_gaussian_rdp, skellam_rdp
+from shoal.privacy.clipping import l1_bound
+from shoal.privacy.device_noise import DeviceNoise
 from shoal.record.ledger import standing
 from shoal.record.store import LedgerRow, Spend
 
@@ -26,7 +28,7 @@ BUDGET: Final = "privacy"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Release:
-    """A round's sum with discrete Gaussian noise."""
+    """A round's sum with discrete Gaussian noise, or with Skellam noise of the devices."""
 
     noise_multiplier: float
     """Standard deviation over the largest norm of one device's part."""
@@ -38,6 +40,10 @@ class Release:
     """Rounds of the run that are one release together, with this noise multiplier; 0: each is one."""
     run: str = ""
     """Whose rounds those are; empty where that does not matter."""
+    l2: float = 0.0
+    """Of Skellam noise: largest norm of one device's part, in units of the grid. 0: the noise is discrete Gaussian, of whatever grid."""
+    elements: int = 0
+    """Of the sum, where the noise is Skellam."""
 
     def __post_init__(self) -> None:
         validate.positive(noise_multiplier=self.noise_multiplier, separation=self.separation)
@@ -46,10 +52,16 @@ class Release:
     @property
     def data(self) -> Mapping[str, Any]:
         """As it stands in the ledger, whose entries know their run."""
-        optional = {"separation": self.separation, "correlated": self.correlated}
+        mechanism = "skellam" if self.l2 else "discrete gaussian"
+        optional = {
+            "separation": self.separation,
+            "correlated": self.correlated,
+            "l2": self.l2,
+            "elements": self.elements,
+        }
         kept = {name: value for name, value in optional.items() if value > (name == "separation")}
         return {
-            "mechanism": "discrete gaussian",
+            "mechanism": mechanism,
             "noise_multiplier": self.noise_multiplier,
             "sampling": self.sampling,
         } | kept
@@ -73,6 +85,9 @@ class Release:
 
 @lru_cache(64)
 def _rdp(release: Release) -> np.ndarray:
+    if release.l2:
+        variance = (release.noise_multiplier * release.l2) ** 2
+        return skellam_rdp(variance, l2=release.l2, l1=l1_bound(release.l2, release.elements))
     if release.sampling == 1.0:
         return gaussian_rdp(release.noise_multiplier)
     return sampled_gaussian_rdp(release.sampling, release.noise_multiplier)
@@ -89,14 +104,18 @@ def counted(rows: Sequence[LedgerRow]) -> Counter[Release]:
     return Counter(map(Release.of, standing(rows)))
 
 
-def release_of(privacy: Privacy, rounds: RoundPolicy, *, run: str, sampling: float = 1.0) -> Release:
-    """What one round of a task with noise releases."""
+def release_of(
+    privacy: Privacy, rounds: RoundPolicy, *, run: str, sampling: float = 1.0, devices: DeviceNoise | None = None
+) -> Release:
+    """What one round of a task with noise releases; `devices`: what these add, where it is they who do."""
     correlated = privacy.correlated.rounds if privacy.correlated is not None else 0
-    is_own = rounds.min_separation == 1 and not correlated
-    return Release(
+    made = Release(
         noise_multiplier=privacy.noise_multiplier, sampling=sampling, separation=1 if correlated else rounds.min_separation,
-        correlated=correlated, run="" if is_own else run,
+        correlated=correlated,
     )  # fmt: skip
+    if made.separation > 1 or correlated:
+        made = replace(made, run=run)
+    return made if devices is None else replace(made, l2=devices.l2, elements=devices.elements)
 
 
 def spend_of(privacy: Privacy, release: Release) -> Spend:

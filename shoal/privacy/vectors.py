@@ -11,6 +11,7 @@ import numpy as np
 
 from shoal.errors import ProtocolError, UpdateRefused
 from shoal.fixed import FixedPoint, SumSpec, add, refuse_bad_values, refuse_bad_weight
+from shoal.privacy.device_noise import REACH
 from shoal.privacy.packing import MAX_BITS
 from shoal.privacy.secure_terms import Segment
 from shoal.tensors import check
@@ -67,6 +68,15 @@ class VectorLayout:
             parts.append(_low_bits(contribution, segment.bits))
         return np.concatenate([*parts, _low_bits(np.array([weight]), self.segments[-1].bits)])
 
+    def with_noise(self, vector: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """The vector with noise, (elements of all sums,) int64, on its sums; the weight has none."""
+        parts, at = [], 0
+        for segment in self.segments[:-1]:
+            end = at + segment.size
+            parts.append(_low_bits(vector[at:end].astype(np.int64) + noise[at:end], segment.bits))
+            at = end
+        return np.concatenate([*parts, vector[at:]])
+
     def totals(self, vector: np.ndarray) -> tuple[Iterator[tuple[str, int, np.ndarray]], int]:
         """Pieces of a group's sum as `Accumulator.merge` takes them, (tensor, 0, int64 totals), and its weight.
 
@@ -80,9 +90,16 @@ class VectorLayout:
         return pieces, int(whole[-1][0])
 
     def refuse_absurd(
-        self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, clip_norm: float | None
+        self,
+        pieces: Iterable[tuple[str, int, np.ndarray]],
+        *,
+        weight: int,
+        members: int,
+        clip_norm: float | None,
+        noise_stddev: float = 0.0,
     ) -> None:
-        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/`.
+        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/`. Of noise, of
+        that standard deviation, they may have had up to `REACH` times as much in an element, and in the norm.
 
         Raises:
             ProtocolError: they cannot. Nobody can say who was not honest.
@@ -94,11 +111,11 @@ class VectorLayout:
         for name, _, totals in pieces:
             fixed, times = self.fixed[name], weight if weighted[name] else members
             largest = float(np.max(np.abs(totals), initial=0)) * fixed.unit
-            if largest > fixed.bound * times + members * fixed.unit:
+            if largest > fixed.bound * times + members * fixed.unit + REACH * noise_stddev:
                 raise ProtocolError(f"{members} members add up to {largest:g} in {name}, each at most {fixed.bound:g}.")
             if name.startswith("delta/"):
                 square += float(np.sum(np.square(totals * fixed.unit)))
-                slack += totals.size * (members * fixed.unit) ** 2
+                slack += totals.size * (members * fixed.unit + 2 * noise_stddev) ** 2 + (REACH * noise_stddev) ** 2
         if clip_norm is not None and square**0.5 > clip_norm * weight + slack**0.5:
             raise ProtocolError(
                 f"The updates of {members} members with weights of {weight} together, each clipped to {clip_norm:g}, add up to a norm "

@@ -52,12 +52,27 @@ class Spent:
 
 def _noise(privacy: Privacy) -> str:
     size = f"{privacy.noise_multiplier:g} times"
+    if privacy.distributed:
+        return (
+            f"Skellam noise of {size} that norm (and of what rounding adds to it), of which each device added a share before its masks: those who "
+            "neither colluded nor went away sufficed for it in each secure group"
+        )
     if privacy.correlated is None:
         return f"discrete Gaussian noise of {size} that norm (and of what rounding adds to it)"
     name = {"blt": "a buffered linear Toeplitz matrix", "tree": "a binary tree"}[privacy.correlated.kind]
     return (
         f"noise that cancels over the rounds (DP-FTRL), made from discrete Gaussian noise by {name} for {privacy.correlated.rounds} rounds: "
         f"{size} the most that one device's clipped updates can come to in all of them together"
+    )
+
+
+def _trusted(privacy: Privacy) -> str:
+    if not privacy.distributed or privacy.secure is None:
+        return "whoever holds the server's memory and its keys saw sums without noise, and is trusted"
+    secure = privacy.secure
+    server = "may lie" if secure.is_certified else "followed the protocol"
+    return (
+        f"at most {secure.colluders:.0%} of a group worked with the server, which {server} and saw no sum without noise"
     )
 
 
@@ -87,7 +102,7 @@ def statement(spent: Spent) -> str:
         "collected.",
         "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order; "
         + _participation(releases),
-        "Assumptions: devices run the signed program; whoever holds the server's memory and its keys saw sums without noise, and is trusted; "
+        f"Assumptions: devices run the signed program; {_trusted(privacy)}; "
         "what was measured on examples held out by the server is not covered, nor are times and counts of devices.",
     ]
     if spent.unsettled:

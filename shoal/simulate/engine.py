@@ -34,6 +34,7 @@ from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.runner import Runner
+from shoal.plan.secure import members_noise
 from shoal.privacy.spending import Release, counted, refuse_overspending, release_of, spend_of
 from shoal.record.resume import take_up
 from shoal.record.retention import SETTING, Retention
@@ -351,7 +352,10 @@ class _Engine:
         half = plan.manifest.server
         privacy = self.manifest.promises.privacy
         rule = aggregator_of(half.aggregator, half.rule, half.options, call=self.runner.call)
-        self.aggregator = noised(rule, privacy, half.rounds, secret=noise_secret, run=run_id, last_version=last)
+        devices = members_noise(self.manifest)
+        self.aggregator = noised(
+            rule, privacy, half.rounds, secret=noise_secret, run=run_id, last_version=last, simulated=devices
+        )
         self.spend, self.drawn_by = None, b""
         if privacy.noise_multiplier:
             release = _release(self.manifest, run_id, len(members[0]))
@@ -465,9 +469,11 @@ def _release(manifest: Manifest, run_id: str, members: int) -> Release:
     Nothing is claimed for them where a cohort may well be drawn again, as too small or too large: it is no Poisson sample then.
     """
     privacy, rounds = manifest.promises.privacy, manifest.server.rounds
-    is_sampled = rounds.selection.kind == "poisson" and rounds.goal < members and privacy.correlated is None
+    is_sampled = rounds.selection.kind == "poisson" and rounds.goal < members
+    is_sampled = is_sampled and privacy.correlated is None and not privacy.distributed
     is_sampled = is_sampled and redrawn(rounds, members) <= REDRAWN
-    return release_of(privacy, rounds, run=run_id, sampling=rounds.goal / members if is_sampled else 1.0)
+    sampling = rounds.goal / members if is_sampled else 1.0
+    return release_of(privacy, rounds, run=run_id, sampling=sampling, devices=members_noise(manifest))
 
 
 def _members(manifest: Manifest, population: Population) -> tuple[str, ...]:
