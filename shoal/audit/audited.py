@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from shoal.audit.canaries import Canaries, with_canaries
 from shoal.audit.one_run import Bound, bound
 from shoal.data import Population
-from shoal.policy import Selection
+from shoal.policy import RoundPolicy, Selection
 from shoal.record.memory import MemoryStore
 from shoal.record.tensor_blobs import view_tensors
 from shoal.report.facts import facts_of
@@ -54,10 +54,14 @@ def audited(
     tossed = Canaries.toss(canaries, seed=seed)
     population = tossed.among(users)
     chosen = with_canaries(task, seed=seed)
-    rounds_of = replace(task.rounds, goal=len(population), over_selection=1.0, selection=Selection())
     store = MemoryStore()
     found = simulate(
-        chosen.replace(rounds=rounds_of), population, rounds=rounds, store=store, seed=seed, on_round=on_round
+        chosen.replace(rounds=everybody(task.rounds, len(population))),
+        population,
+        rounds=rounds,
+        store=store,
+        seed=seed,
+        on_round=on_round,
     )
     models = [view_tensors(store.blobs, store.get_commit(found.run_id, version).model) for version in (0, rounds)]
     spent = facts_of(store, found.run_id).spent
@@ -68,3 +72,8 @@ def audited(
         claimed=spent.epsilon if spent is not None else None,
         rounds=rounds,
     )
+
+
+def everybody(rounds: RoundPolicy, users: int) -> RoundPolicy:
+    """Rounds that all users are in."""
+    return replace(rounds, goal=users, over_selection=1.0, selection=Selection(), min_separation=1)

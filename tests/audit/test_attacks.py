@@ -1,12 +1,22 @@
 """Attacks find what is there, and nothing where there is nothing."""
 
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.stats import binom
 
+import shoal
 from shoal.audit.inversion import best_similarity, dense_input, similarity
+from shoal.audit.learned import learned, losses_of
 from shoal.audit.membership import by_likelihood_ratio, by_loss, told_apart
 from shoal.audit.one_run import bound
+from shoal.audit.read_back import first_dense, read_back
+from shoal.errors import DataError
 
 
 def test_nothing_is_refuted_by_guessing() -> None:
@@ -79,3 +89,85 @@ def test_the_likelihood_ratio_finds_members_that_the_loss_does_not() -> None:
     ratio = told_apart(*(by_likelihood_ratio(own, theirs, shadow_in)[part] for part in (was_in, ~was_in)))
     loss = told_apart(*(by_loss(own)[part] for part in (was_in, ~was_in)))
     assert ratio.auc > 0.9 > loss.auc and ratio.found > 5 * loss.found
+
+
+def dense_task(**privacy: Any) -> shoal.Task:
+    """Two dense layers on 30 numbers."""
+
+    def init(key: jax.Array) -> Any:
+        one, two = jax.random.split(key)
+        return {
+            "first": {"kernel": jax.random.normal(one, (30, 16)) / 5, "bias": jnp.zeros(16)},
+            "last": {"kernel": jax.random.normal(two, (16, 3)) / 4, "bias": jnp.zeros(3)},
+        }
+
+    def loss(params: Any, state: Any, batch: Any, key: Any) -> Any:
+        hidden = jax.nn.relu(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"][None, :])
+        scores = hidden @ params["last"]["kernel"] + params["last"]["bias"][None, :]
+        return optax.softmax_cross_entropy_with_integer_labels(scores, batch["y"])
+
+    return shoal.Task(
+        name="dense", init=init, loss=loss, batch={"x": ((30,), "float32"), "y": ((), "int32")},
+        local=shoal.Local(optimizer=optax.sgd(0.5), batch_size=4, epochs=40, weighting="uniform", max_examples=400),
+        rounds=shoal.RoundPolicy(goal=4, minimum_group=4), privacy=shoal.Privacy(**privacy),
+    )  # fmt: skip
+
+
+def users_with(examples: int) -> shoal.data.Population:
+    rng = np.random.default_rng(0)
+    return shoal.data.Population.from_arrays({
+        f"u{i:02d}": {
+            "x": rng.standard_normal((examples, 30)).astype(np.float32), "y": rng.integers(0, 3, examples).astype(np.int32)
+        }
+        for i in range(16)
+    })  # fmt: skip
+
+
+def test_what_a_task_learned_by_heart_is_told_and_noise_ends_it() -> None:
+    by_heart = learned(dense_task(), users_with(8), rounds=6, shadows=0, wrong=0.05)
+    assert by_heart.examples == 128 and by_heart.claimed is None and not by_heart.refutes
+    assert by_heart.by_loss.auc > 0.7 and by_heart.by_likelihood is None
+    noisy = learned(dense_task(clip_norm=0.5, noise_multiplier=4.0), users_with(8), rounds=2, shadows=0, wrong=0.05)
+    assert noisy.claimed is not None and not noisy.refutes and abs(noisy.by_loss.auc - 0.5) < 0.2
+    broken = replace(by_heart, claimed=0.001, by_loss=replace(by_heart.by_loss, low=0.5))
+    assert broken.refutes
+
+
+@pytest.mark.slow
+def test_shadows_tell_it_too() -> None:
+    made = learned(dense_task(), users_with(8), rounds=6, shadows=4, wrong=0.05)
+    assert made.by_likelihood is not None and made.by_likelihood.auc > 0.7
+
+
+def test_losses_are_those_of_each_example_in_order() -> None:
+    task, examples = dense_task(), next(iter(users_with(300).items()))[1]
+    params = task.init(jax.random.key(0))
+    tensors = {f"params/{a}/{b}": np.asarray(params[a][b]) for a in params for b in params[a]}
+    batch = {**examples.fields, "mask": np.ones(300, bool)}
+    expected = task.losses(params, {}, batch, jax.random.key(0)).per_example
+    np.testing.assert_allclose(losses_of(task, tensors, examples), expected, rtol=1e-5)
+
+
+def test_users_and_shadows_that_cannot_be_halved_are_refused() -> None:
+    with pytest.raises(DataError, match="at least two examples of each user"):
+        learned(dense_task(), users_with(1), rounds=1)
+    with pytest.raises(ValueError, match="shadows to be even"):
+        learned(dense_task(), users_with(2), rounds=1, shadows=3)
+
+
+def test_an_update_is_read_back_and_noise_ends_it() -> None:
+    task = dense_task(clip_norm=1.0, noise_multiplier=2.0)
+    task = task.replace(local=replace(task.local, batch_size=1, epochs=1))
+    bare, group, noisy = read_back(task, users_with(1), trials=3)
+    assert (bare.devices, group.devices, noisy.noise) == (1, 4, 2.0)
+    assert bare.known[1] > 0.999 and bare.guessed[0] > 0.999, "one example, one step: the example itself"
+    assert noisy.known[0] < 0.8 and noisy.chance is not None and noisy.known[0] - noisy.chance[0] < 0.2
+    assert bare.chance is not None and bare.chance[0] < 0.8
+
+
+def test_a_task_without_such_a_layer_cannot_be_read_so() -> None:
+    other = dense_task().replace(batch={"x": ((31,), "float32"), "y": ((), "int32")})
+    with pytest.raises(DataError, match="no dense layer with a bias that reads a field"):
+        first_dense(other, {"params/first/kernel": np.zeros((30, 16)), "params/first/bias": np.zeros(16)})
+    layer = first_dense(dense_task(), {"params/first/bias": np.zeros(16), "params/first/kernel": np.zeros((30, 16))})
+    assert (layer.kernel, layer.bias, layer.field) == ("params/first/kernel", "params/first/bias", "x")

@@ -92,3 +92,16 @@ def test_an_audit_fails_where_the_noise_is_left_out(
     monkeypatch.setattr(Noised, "noised", lambda self, sums, base: sums)
     made = shoal("audit", f"{wide}:task", "--data", place / "users", "--rounds", 2, "--canaries", 200)
     assert made.code == 1 and "REFUTED" in made.out, made
+
+
+def test_other_attacks_are_asked_for_by_name_and_can_fail_a_run(noisy: Path, place: Path, shoal: Shoal) -> None:
+    made = shoal(
+        "audit", f"{noisy}:task", "--data", place / "users", "--rounds", 1, "--attack", "membership", "--shadows", 0, "--json",
+    )  # fmt: skip
+    assert made.code == 0 and set(made.json["loss"]) == {"found", "low", "high", "wrong", "auc"}, made
+    made = shoal("audit", f"{noisy}:task", "--data", place / "users", "--attack", "inversion")
+    assert made.code == 1 and "no dense layer with a bias" in made.err, made
+    made = shoal(
+        "audit", f"{noisy}:task", "--data", place / "users", "--rounds", 1, "--canaries", 20, "--at-most", -1, "--json"
+    )
+    assert made.code == 1 and made.json["exceeds"], made
