@@ -25,12 +25,14 @@ References:
     * Agarwal, Kairouz, Liu 2021, "The Skellam Mechanism for Differentially Private Federated Learning".
 """
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
-from functools import lru_cache, partial
-from itertools import accumulate
+from functools import cached_property, lru_cache, partial
+from itertools import accumulate, repeat
 from math import ceil, floor, log2, sqrt
 from typing import Final
 
@@ -47,7 +49,8 @@ MAX_STDDEV: Final = 2.0**40
 """Units of the grid. A sum with 64 bits has room for it; steps in the float64 arithmetic stay whole."""
 MIN_STDDEV: Final = 0.25
 _CHUNK: Final = 1 << 16
-"""Draws at a time: their arrays stay in a core's cache."""
+"""Draws at a time and of a source: their arrays stay in a core's cache."""
+_GUIDE: Final = 12
 _DIGITS: Final = 60
 _REACH: Final = 13.5
 """Standard deviations in the table: beyond are less than 2^-125 of a Gaussian."""
@@ -68,6 +71,19 @@ class _Law:
     fall: Callable[[np.ndarray, np.ndarray], np.ndarray]
     """(start, rest) -> log P(start) - log P(start + rest), float64, error below 2^-49."""
     fall_exactly: Callable[[int, int], Decimal]
+
+    @cached_property
+    def high(self) -> np.ndarray:
+        """The thresholds' first 64 bits, but for the last; uint64."""
+        return np.array([threshold >> 64 for threshold in self.thresholds[:-1]], np.uint64)
+
+    @cached_property
+    def guide(self) -> np.ndarray:
+        """The layer by the first bits of a word, (2^_GUIDE,) int64; -1: a threshold has these bits, too."""
+        first = np.arange(1 << _GUIDE, dtype=np.uint64) << np.uint64(64 - _GUIDE)
+        layers = np.searchsorted(self.high, first, side="right")
+        layers[(self.high >> np.uint64(64 - _GUIDE)).astype(np.int64)] = -1
+        return layers
 
 
 def seeded(seed: bytes, purpose: bytes) -> Source:
@@ -124,36 +140,56 @@ def share_variance(variance: float, *, members: int, dropouts: int) -> float:
 
 def _draw(law: _Law, size: int, source: Source) -> np.ndarray:
     validate.whole(0, size=size)
-    high = np.array([threshold >> 64 for threshold in law.thresholds[:-1]], np.uint64)
-    out, filled = np.empty(size, np.int64), 0
-    while filled < size:
-        drawn = _accepted(law, high, min(_CHUNK, (size - filled) * 5 // 4 + 16), source)[: size - filled]
-        out[filled : filled + drawn.size] = drawn
-        filled += drawn.size
+    out = np.empty(size, np.int64)
+    pieces = [out[start : start + _CHUNK] for start in range(0, size, _CHUNK)]
+    sources = [seeded(source(32), b"piece") for _ in pieces]  # each its own, so that they are drawn side by side
+    if len(pieces) < 2:
+        for piece, own in zip(pieces, sources, strict=True):
+            _fill(piece, law, own)
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            list(threads.map(_fill, pieces, repeat(law), sources))
     return out
 
 
-def _accepted(law: _Law, high: np.ndarray, count: int, source: Source) -> np.ndarray:
+def _fill(out: np.ndarray, law: _Law, source: Source) -> None:
+    filled = 0
+    while filled < out.size:
+        drawn = _accepted(law, (out.size - filled) * 5 // 4 + 16, source)[: out.size - filled]
+        out[filled : filled + drawn.size] = drawn
+        filled += drawn.size
+
+
+def _accepted(law: _Law, count: int, source: Source) -> np.ndarray:
     """Of `count` proposals those that are accepted, with their signs."""
     words = np.frombuffer(source(24 * count), "<u8").reshape(3, count)
     more = seeded(source(32), b"more bits")
-    layer = np.searchsorted(high, words[0], side="right")
-    edge = high[np.maximum(layer, 1) - 1] == words[0] if high.size else np.zeros(count, bool)
-    for at in np.flatnonzero(edge):
-        layer[at] = bisect_right(law.thresholds, _longer(words[0, at], more))
+    start = _layers(law, words[0], more)
+    start *= law.layer
     rest = (words[1] & np.uint64(law.layer - 1)).astype(np.int64)
-    start = layer * law.layer
     magnitude = start + rest
-    is_negative = words[1] >> np.uint64(63) == 1
+    is_negative = words[1].view(np.int64) < 0
     keep = (magnitude != 0) | ~is_negative  # one zero, not two
     if law.layer > 1:
-        chance = np.exp(-law.fall(start.astype(np.float64), rest.astype(np.float64)))
-        gap = chance - (words[2] >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        gap = np.exp(-law.fall(start.astype(np.float64), rest.astype(np.float64)))
+        gap -= (words[2] >> np.uint64(11)).astype(np.float64) * 2.0**-53
         accept = gap > 0
-        for at in np.flatnonzero(np.abs(gap) < _DOUBT):
+        for at in np.flatnonzero(np.abs(gap, out=gap) < _DOUBT):
             accept[at] = _accept_exactly(law, int(start[at]), int(rest[at]), _longer(words[2, at], more))
         keep &= accept
-    return np.asarray(np.where(is_negative, -magnitude, magnitude)[keep])
+    np.negative(magnitude, out=magnitude, where=is_negative)
+    return np.asarray(magnitude[keep])
+
+
+def _layers(law: _Law, words: np.ndarray, more: Source) -> np.ndarray:
+    """The layer that each word falls into, (words,) int64."""
+    layer = law.guide[(words >> np.uint64(64 - _GUIDE)).view(np.int64)]
+    near = np.flatnonzero(layer < 0)
+    found = np.searchsorted(law.high, words[near], side="right")
+    layer[near] = found
+    for at in near[law.high[np.maximum(found, 1) - 1] == words[near]] if near.size else ():
+        layer[at] = bisect_right(law.thresholds, _longer(words[at], more))
+    return np.asarray(layer)
 
 
 def _accept_exactly(law: _Law, start: int, rest: int, uniform: int) -> bool:
