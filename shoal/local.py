@@ -26,12 +26,14 @@ Guarantees:
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from shoal.clip_norm import ClipNorm, groups_of
+from shoal.clip_update import clip_update
 from shoal.fixed import STEPS, SumSpec
 from shoal.lora import with_adapters
 from shoal.task import LOSS_BOUND, Loss, Sum, Task, Tree, Variables, called, check_metrics
@@ -189,36 +191,32 @@ def without_metrics(rule: LocalRule) -> LocalRule:
     return replace(rule, finish=finish, sums=kept)
 
 
-def clipped(rule: LocalRule, clip_norm: float) -> LocalRule:
-    """The rule with `delta` scaled to an L2 norm of at most `clip_norm` over all its tensors (McMahan et al. 2018, "Learning
-    differentially private recurrent language models", equation 1, flat clipping), before its weight. The metric `clipped` is
-    the share of members whose update was scaled."""
+def clipped(rule: LocalRule, clip_norm: ClipNorm) -> LocalRule:
+    """The rule with `delta` scaled to an L2 norm of at most `clip_norm`, over all its tensors or over those of each group, before its
+    weight (McMahan et al. 2018, "Learning differentially private recurrent language models", equation 1 and per-layer clipping). The metric
+    `clipped` is the share of members of whose update something was scaled.
+
+    Raises:
+        ValueError: the rule sends no updates, or patterns and tensors do not match.
+    """
+    names = [spec.tensor.name.removeprefix("delta/") for spec in rule.sums if spec.tensor.name.startswith("delta/")]
+    if not names:
+        raise ValueError(
+            f"Expected privacy.clip_norm=None for a task that sends no updates of a model, got {clip_norm}."
+        )
+    groups = groups_of(names, clip_norm)
 
     def finish(carry: Named, broadcast: Named) -> Report:
         report = rule.finish(carry, broadcast)
         delta = report.sums["delta"]
-        # Divided by the largest element first, as squares of float32 overflow; by its power of two before, as its inverse may, too.
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values in delta.values()]))
-        shrink = jnp.where(largest > 2.0**60, 2.0**-70, 1.0).astype(jnp.float32)
-        unit = jnp.maximum(largest * shrink, 2.0**-126)
-        relative = {name: values * shrink / unit for name, values in delta.items()}
-        length = jnp.sqrt(sum(jnp.sum(jnp.square(values)) for values in relative.values()))
-        # A little less than the norm allows, so that float32, which rounds sums and the norm itself, does not go above it.
-        most = clip_norm * (1 - 2.0**-16)
-        is_over = unit / shrink * length > most
-        scale = most / jnp.where(is_over, length, 1.0)
-        made = {name: jnp.where(is_over, relative[name] * scale, values) for name, values in delta.items()}
+        parts = [clip_update({name: delta[name] for name in delta if name in group}, bound) for group, bound in groups]
+        made = {name: value for part, _ in parts for name, value in part.items()}
+        is_over = reduce(jnp.logical_or, [is_over for _, is_over in parts])
         counted = {"clipped/numerator": is_over.astype(jnp.float32), "clipped/denominator": jnp.ones((), jnp.float32)}
         return report._replace(sums={**report.sums, "delta": made}, metrics=_sorted({**report.metrics, **counted}))
 
-    if not any(spec.tensor.name.startswith("delta/") for spec in rule.sums):
-        raise ValueError(
-            f"Expected privacy.clip_norm=None for a task that sends no updates of a model, got {clip_norm}."
-        )
-    bounded = (
-        replace(spec, bound=min(spec.bound, clip_norm)) if spec.tensor.name.startswith("delta/") else spec
-        for spec in rule.sums
-    )
+    bounds = {f"delta/{name}": bound for group, bound in groups for name in group}
+    bounded = (replace(spec, bound=min(spec.bound, bounds.get(spec.tensor.name, spec.bound))) for spec in rule.sums)
     return replace(rule, finish=finish, sums=(*bounded, *metric_sums({"clipped": (0.0, 1.0)}, 1)))
 
 

@@ -10,6 +10,7 @@ from math import ceil, sqrt
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
+from shoal.clip_norm import ClipNorm, check_clip_norm, clip_norm_from_json, clip_norm_to_json, norm_bound
 
 MINIMUM_GROUP: Final = 8
 """Updates that must be added together before anybody sees the sum, unless a task asks for less."""
@@ -339,8 +340,9 @@ class Privacy:
 
     delta_bound: float = 256.0
     """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
-    clip_norm: float | None = None
-    """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. None: not
+    clip_norm: ClipNorm | None = None
+    """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. Or pattern of tensor
+    names (`params/*/bias`) -> largest norm of those tensors together, the first that matches; each group is scaled on its own. None: not
     clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
     noise_multiplier: float = 0.0
     """Standard deviation of the noise on a round's sum, over the clip norm; 0: none. With noise the mean is over the round's goal, updates
@@ -357,7 +359,7 @@ class Privacy:
         validate.positive(delta_bound=self.delta_bound)
         validate.not_negative(noise_multiplier=self.noise_multiplier)
         if self.clip_norm is not None:
-            validate.positive(clip_norm=self.clip_norm)
+            check_clip_norm(self.clip_norm)
         if self.noise_multiplier and self.clip_norm is None:
             raise ValueError(
                 f"Expected a clip_norm with noise_multiplier={self.noise_multiplier:g}, got None: noise hides what one device can change, "
@@ -377,8 +379,14 @@ class Privacy:
                 "size. Privacy(clip_norm=1.0, secure=Secure()), say; a task's updates have the norms that `shoal simulate` prints."
             )
 
+    @property
+    def norm_bound(self) -> float | None:
+        """What the norm of an update is at most, over all its tensors: what noise and sums go by. None: nothing is clipped."""
+        return None if self.clip_norm is None else norm_bound(self.clip_norm)
+
     def to_json(self) -> dict[str, Any]:
-        made = {name: getattr(self, name) for name in ("delta_bound", "clip_norm", "noise_multiplier")}
+        made: dict[str, Any] = {"delta_bound": self.delta_bound, "noise_multiplier": self.noise_multiplier}
+        made["clip_norm"] = None if self.clip_norm is None else clip_norm_to_json(self.clip_norm)
         # Plans without noise or secure groups stay as they were; a device that does not know of these refuses those that have them.
         made |= {"epsilon": self.epsilon, "delta": self.delta} if self.noise_multiplier else {}
         return made | ({"secure": asdict(self.secure)} if self.secure is not None else {})
@@ -386,7 +394,11 @@ class Privacy:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         secure = data.get("secure")
-        return cls(**{**data, "secure": Secure(**secure) if secure is not None else None})
+        parts = {
+            "secure": Secure(**secure) if secure is not None else None,
+            "clip_norm": clip_norm_from_json(data.get("clip_norm")),
+        }
+        return cls(**{**data, **parts})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,6 +4,7 @@ import pytest
 
 import shoal
 from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
+from shoal.tensors import canonical_json, parse_json
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,7 @@ from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, S
         Privacy(delta_bound=8),
         Privacy(clip_norm=1.0, noise_multiplier=1.5, epsilon=8.0, delta=1e-7),
         Privacy(clip_norm=1.0, secure=Secure(members=20, colluders=0.2)),
+        Privacy(clip_norm={"params/*bias": 0.1, "*": 1.0}),
         About(purpose="p", data="d"),
     ],
 )  # fmt: skip
@@ -47,6 +49,9 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: Privacy(clip_norm=1.0, epsilon=1.0), "noise_multiplier > 0 with epsilon=1"),
         (lambda: Privacy(clip_norm=1.0, noise_multiplier=1.0, delta=0.0), "0 < delta < 1"),
         (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
+        (lambda: Privacy(clip_norm=-1.0), "clip_norm > 0, got clip_norm=-1.0"),
+        (lambda: Privacy(clip_norm={}), "clip_norm to name tensors"),
+        (lambda: Privacy(clip_norm={"*": 0.0}), r"clip_norm\['\*'\] > 0"),
         (lambda: Privacy(secure=Secure()), "a clip_norm with secure groups, got None"),
         (lambda: Secure(members=1), "2 <= members <= 1000, got members=1"),
         (lambda: Secure(colluders=1.0), "0 <= colluders < 1"),
@@ -58,6 +63,13 @@ def test_wrong_ones_are_refused(make: object, text: str) -> None:
     assert callable(make)
     with pytest.raises((ValueError, TypeError), match=text.replace("(", r"\(")):
         make()
+
+
+def test_the_order_of_clip_norms_travels_and_their_bound_is_over_all() -> None:
+    by_tensor = Privacy(clip_norm={"z": 0.3, "a": 0.4})
+    read = Privacy.from_json(parse_json(canonical_json(by_tensor.to_json())))
+    assert list(dict(read.clip_norm or {})) == ["z", "a"]  # type: ignore[call-overload]
+    assert (by_tensor.norm_bound, Privacy(clip_norm=2.0).norm_bound, Privacy().norm_bound) == (0.5, 2.0, None)
 
 
 @pytest.mark.parametrize("value", [None, "x", 1.5, True, [], float("inf")])

@@ -73,11 +73,11 @@ def noise_stddev(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str,
     Raises:
         ValueError: there is a sum that is not clipped, or a grid that noise cannot be drawn on.
     """
-    assert privacy.clip_norm is not None
+    assert privacy.norm_bound is not None
     if bare := [spec.tensor.name for spec in specs if not spec.tensor.name.startswith(DELTA)]:
         raise ValueError(f"Expected updates of a model only where there is noise, got {bare[:3]}, which nothing clips.")
     rounding = sqrt(sum(prod(spec.tensor.shape) * fixed[spec.tensor.name].unit ** 2 for spec in specs)) / 2
-    stddev = privacy.noise_multiplier * (privacy.clip_norm + rounding)
+    stddev = privacy.noise_multiplier * (privacy.norm_bound + rounding)
     for spec in specs:
         name, unit = spec.tensor.name, fixed[spec.tensor.name].unit
         if not MIN_STDDEV <= stddev / unit <= MAX_STDDEV:

@@ -224,7 +224,7 @@ class FormingGroups:
         pieces, weight = self._layout.totals(group.machine.terms.reduced(group.total))
         sums = SecureSum(tuple(pieces), weight, group.form.discount)
         self._layout.refuse_absurd(
-            sums.pieces, weight=weight, members=survivors, clip_norm=self._manifest.promises.privacy.clip_norm
+            sums.pieces, weight=weight, members=survivors, norm_bound=self._manifest.promises.privacy.norm_bound
         )
         return sums
 

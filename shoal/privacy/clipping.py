@@ -9,7 +9,6 @@ References:
     * Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive Clipping", algorithm 1.
 """
 
-import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import exp, inf, isfinite, nextafter, sqrt
@@ -18,6 +17,7 @@ from typing import Final, Self
 import numpy as np
 
 from shoal import validate
+from shoal.clip_norm import check_clip_norm, groups_of
 from shoal.errors import UpdateRefused
 from shoal.fixed import CHUNK
 from shoal.privacy.noise import Source
@@ -55,24 +55,19 @@ def clip(tensors: Mapping[str, np.ndarray], bounds: Mapping[str, float]) -> tupl
         The tensors in their order, float32 or float64, and the norm that each group had.
 
     Raises:
-        ValueError: a tensor matches no pattern: it would not be bounded.
+        ValueError: a tensor matches no pattern, so that it would not be bounded; or a pattern is the first match of none.
         UpdateRefused: a value is not finite.
     """
-    validate.positive(**{f"bounds[{pattern!r}]": bound for pattern, bound in bounds.items()})
-    group_of = {name: next((p for p in bounds if fnmatch.fnmatchcase(name, p)), None) for name in tensors}
-    if missed := [name for name, pattern in group_of.items() if pattern is None]:
-        raise ValueError(
-            f"Expected every tensor to match a pattern of {list(bounds)}, got {missed[:5]}. Add '*' for the rest."
-        )
-    norms = {p: l2_norm({name: tensors[name] for name in tensors if group_of[name] == p}) for p in bounds}
-    scales = {p: min(1.0, bound * (1 - _MARGIN) / max(norms[p], 2.0**-1000)) for p, bound in bounds.items()}
-    clipped = {name: _times(values, scales[str(group_of[name])]) for name, values in tensors.items()}
-    return clipped, norms
-
-
-def total_bound(bounds: Mapping[str, float]) -> float:
-    """The bound on the norm of all groups together."""
-    return sqrt(sum(bound**2 for bound in bounds.values()))
+    check_clip_norm(bounds)
+    groups = groups_of(tensors, bounds)
+    norms = [l2_norm({name: tensors[name] for name in group}) for group, _ in groups]
+    scales = {
+        name: min(1.0, bound * (1 - _MARGIN) / max(norm, 2.0**-1000))
+        for (group, bound), norm in zip(groups, norms, strict=True)
+        for name in group
+    }
+    clipped = {name: _times(values, scales[name]) for name, values in tensors.items()}
+    return clipped, dict(zip(bounds, norms, strict=True))
 
 
 def rounded_bound(l2: float, *, unit: float, elements: int) -> float:

@@ -80,7 +80,7 @@ class VectorLayout:
         return pieces, int(whole[-1][0])
 
     def refuse_absurd(
-        self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, clip_norm: float | None
+        self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, norm_bound: float | None
     ) -> None:
         """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/`.
 
@@ -99,9 +99,9 @@ class VectorLayout:
             if name.startswith("delta/"):
                 square += float(np.sum(np.square(totals * fixed.unit)))
                 slack += totals.size * (members * fixed.unit) ** 2
-        if clip_norm is not None and square**0.5 > clip_norm * weight + slack**0.5:
+        if norm_bound is not None and square**0.5 > norm_bound * weight + slack**0.5:
             raise ProtocolError(
-                f"The updates of {members} members with weights of {weight} together, each clipped to {clip_norm:g}, add up to a norm "
+                f"The updates of {members} members with weights of {weight} together, each clipped to {norm_bound:g}, add up to a norm "
                 f"of {square**0.5:g}."
             )
 

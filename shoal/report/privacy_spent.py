@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.clip_norm import described
 from shoal.policy import Privacy
 from shoal.privacy.spending import Release, counted, epsilon
 from shoal.record.ledger import standing
@@ -53,12 +54,13 @@ class Spent:
 def statement(spent: Spent) -> str:
     """Mechanism, unit, assumptions, epsilon at delta, accountant: what somebody needs to judge the claim."""
     privacy, releases = spent.privacy, spent.here
+    assert privacy.clip_norm is not None
     sampled = [release for release in releases if release.sampling < 1]
     lines = [
         f"The model is differentially private: **epsilon {spent.epsilon:.3g} at delta {privacy.delta:g}**"
         + (f", of a budget of {privacy.epsilon:g}." if privacy.epsilon is not None else "; there was no limit."),
         "Unit: a device with all its examples. Neighbours differ in one device, whose updates are there or are zero.",
-        f"Mechanism: each device clipped its update to a norm of {privacy.clip_norm:g}; the sum of each of "
+        f"Mechanism: each device clipped its update to {described(privacy.clip_norm)}; the sum of each of "
         f"{sum(releases.values())} rounds had discrete Gaussian noise of {privacy.noise_multiplier:g} times that norm (and of what rounding "
         "adds to it); means were over a number fixed beforehand; no metrics of training were collected.",
         "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order"
