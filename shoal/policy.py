@@ -10,7 +10,7 @@ from math import ceil, sqrt
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
-from shoal.clip_norm import ClipNorm, check_clip_norm, clip_norm_from_json, clip_norm_to_json, norm_bound
+from shoal.clip_norm import AdaptiveClip, ClipNorm, check_clip_norm, clip_norm_from_json, clip_norm_to_json, norm_bound
 
 MINIMUM_GROUP: Final = 8
 """Updates that must be added together before anybody sees the sum, unless a task asks for less."""
@@ -342,8 +342,8 @@ class Privacy:
     """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
     clip_norm: ClipNorm | None = None
     """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. Or pattern of tensor
-    names (`params/*/bias`) -> largest norm of those tensors together, the first that matches; each group is scaled on its own. None: not
-    clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
+    names (`params/*/bias`) -> largest norm of those tensors together, the first that matches; each group is scaled on its own. Or an
+    `AdaptiveClip`, which follows a quantile of the norms. None: not clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
     noise_multiplier: float = 0.0
     """Standard deviation of the noise on a round's sum, over the clip norm; 0: none. With noise the mean is over the round's goal, updates
     count alike, and no metrics of training are collected (docs/privacy.md)."""
@@ -365,6 +365,7 @@ class Privacy:
                 f"Expected a clip_norm with noise_multiplier={self.noise_multiplier:g}, got None: noise hides what one device can change, "
                 "which has to be bounded. Privacy(clip_norm=0.1, noise_multiplier=1.0), say."
             )
+        self._check_bit()
         if self.epsilon is not None:
             validate.positive(epsilon=self.epsilon)
             if not self.noise_multiplier:
@@ -379,9 +380,23 @@ class Privacy:
                 "size. Privacy(clip_norm=1.0, secure=Secure()), say; a task's updates have the norms that `shoal simulate` prints."
             )
 
+    def _check_bit(self) -> None:
+        clip = self.adaptive_clip
+        least = 0.0 if clip is None else self.noise_multiplier * clip.largest_bit
+        if clip is not None and clip.bit_stddev is not None and clip.bit_stddev <= least:
+            raise ValueError(
+                f"Expected bit_stddev > {least:g} with noise_multiplier={self.noise_multiplier:g}, got bit_stddev={clip.bit_stddev:g}: the bit "
+                "alone would spend all of a release. Raise it, or leave it out."
+            )
+
+    @property
+    def adaptive_clip(self) -> AdaptiveClip | None:
+        """What the clip norm follows; None where it stays, or where nothing is clipped."""
+        return self.clip_norm if isinstance(self.clip_norm, AdaptiveClip) else None
+
     @property
     def norm_bound(self) -> float | None:
-        """What the norm of an update is at most, over all its tensors: what noise and sums go by. None: nothing is clipped."""
+        """What the norm of an update is at most as it is sent, over all its tensors: what noise and sums go by. None: nothing is clipped."""
         return None if self.clip_norm is None else norm_bound(self.clip_norm)
 
     def to_json(self) -> dict[str, Any]:

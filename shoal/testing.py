@@ -19,6 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shoal.api import Model
+from shoal.clip_norm import LOG_SCALE
 from shoal.data.batch import num_steps
 from shoal.data.store import Examples, Population
 from shoal.local import LocalRule, Named, local_rule
@@ -461,10 +462,14 @@ def _far(made: Named, expected: Named) -> str:
 
 def _stepped(model: Tensors, sums: Tensors) -> Tensors:
     """The model after one member's update."""
+    scale = np.exp(model.get(LOG_SCALE, np.zeros((), np.float32)))  # what the update was divided by
 
     def after(name: str, value: np.ndarray) -> np.ndarray:
         delta = sums.get(f"delta/{name}")
-        return value if delta is None else np.asarray(value + delta.astype(value.dtype), value.dtype)
+        if delta is None:
+            return value
+        step = delta if name == LOG_SCALE else delta * scale
+        return np.asarray(value + step.astype(value.dtype), value.dtype)
 
     return {name: after(name, value) for name, value in model.items()}
 

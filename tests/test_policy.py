@@ -3,6 +3,7 @@
 import pytest
 
 import shoal
+from shoal.clip_norm import AdaptiveClip
 from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
 from shoal.tensors import canonical_json, parse_json
 
@@ -16,6 +17,7 @@ from shoal.tensors import canonical_json, parse_json
         Privacy(clip_norm=1.0, noise_multiplier=1.5, epsilon=8.0, delta=1e-7),
         Privacy(clip_norm=1.0, secure=Secure(members=20, colluders=0.2)),
         Privacy(clip_norm={"params/*bias": 0.1, "*": 1.0}),
+        Privacy(clip_norm=AdaptiveClip(initial=0.1, quantile=0.7, bit_stddev=3.0), noise_multiplier=1.0),
         About(purpose="p", data="d"),
     ],
 )  # fmt: skip
@@ -50,6 +52,11 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
         (lambda: Privacy(clip_norm=1.0, noise_multiplier=1.0, delta=0.0), "0 < delta < 1"),
         (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
         (lambda: Privacy(clip_norm=-1.0), "clip_norm > 0, got clip_norm=-1.0"),
+        (lambda: AdaptiveClip(initial=0.0), "initial > 0"),
+        (lambda: AdaptiveClip(initial=1.0, quantile=1.0), "0 < quantile < 1, got quantile=1.0"),
+        (lambda: AdaptiveClip(initial=1.0, highest=0.5), "<= initial <= 0.5, got initial=1.0"),
+        (lambda: AdaptiveClip(initial=1e-6, lowest=1e-30), "within a factor of 2.60 of initial=1e-06"),
+        (lambda: AdaptiveClip(initial=1.0, bit_stddev=0.0), "bit_stddev > 0"),
         (lambda: Privacy(clip_norm={}), "clip_norm to name tensors"),
         (lambda: Privacy(clip_norm={"*": 0.0}), r"clip_norm\['\*'\] > 0"),
         (lambda: Privacy(secure=Secure()), "a clip_norm with secure groups, got None"),
@@ -70,6 +77,7 @@ def test_the_order_of_clip_norms_travels_and_their_bound_is_over_all() -> None:
     read = Privacy.from_json(parse_json(canonical_json(by_tensor.to_json())))
     assert list(dict(read.clip_norm or {})) == ["z", "a"]  # type: ignore[call-overload]
     assert (by_tensor.norm_bound, Privacy(clip_norm=2.0).norm_bound, Privacy().norm_bound) == (0.5, 2.0, None)
+    assert Privacy(clip_norm=AdaptiveClip(initial=0.3)).norm_bound == 0.3
 
 
 @pytest.mark.parametrize("value", [None, "x", 1.5, True, [], float("inf")])

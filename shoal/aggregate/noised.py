@@ -16,8 +16,10 @@ import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
+from shoal.clip_norm import LOG_SCALE
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.policy import Privacy
+from shoal.privacy.clipping import update_noise_multiplier
 from shoal.privacy.noise import MAX_STDDEV, MIN_STDDEV, discrete_gaussian, seeded
 from shoal.record.store import Blobs
 from shoal.tensors import Index
@@ -50,7 +52,7 @@ class Noised:
             sums: of a round; not changed.
             base: root of the version that it changes.
         """
-        stddev = noise_stddev(self.privacy, sums.specs, sums.fixed)
+        stddevs = noise_stddevs(self.privacy, sums.specs, sums.fixed, goal=self.divisor)
         names = [spec.tensor.name for spec in sums.specs]
         digest = hashlib.sha256(base.encode())
         for name in names:
@@ -59,16 +61,24 @@ class Noised:
         for name in names:
             total = sums.totals[name]
             source = seeded(self.secret, digest.digest() + name.encode())
-            noise = discrete_gaussian(stddev / sums.fixed[name].unit, total.size, source=source)
+            noise = discrete_gaussian(stddevs[name] / sums.fixed[name].unit, total.size, source=source)
             made.totals[name] = total + noise.reshape(total.shape)
         made.weight, made.members = self.divisor, sums.members
         return made
 
 
-def noise_stddev(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]) -> float:
-    """Standard deviation of the noise on each element, in the elements' own units.
+def noise_stddevs(
+    privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint], *, goal: int
+) -> dict[str, float]:
+    """Name of a sum -> standard deviation of the noise on each of its elements, in their own units.
 
-    The noise multiplier times the largest norm of one device's part: the clip norm, and what rounding to the grid can add to it.
+    The noise multiplier times the largest norm of one device's part: the clip norm, and what rounding to the grid can add to it. The step of an
+    adaptive clip norm has noise of its own; that of the update is a little larger, so that both are one release of the noise multiplier.
+
+    Args:
+        privacy: of the task.
+        specs, fixed: what is added up, and on what grid.
+        goal: of the rounds.
 
     Raises:
         ValueError: there is a sum that is not clipped, or a grid that noise cannot be drawn on.
@@ -76,8 +86,22 @@ def noise_stddev(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str,
     assert privacy.norm_bound is not None
     if bare := [spec.tensor.name for spec in specs if not spec.tensor.name.startswith(DELTA)]:
         raise ValueError(f"Expected updates of a model only where there is noise, got {bare[:3]}, which nothing clips.")
+    clip, multiplier = privacy.adaptive_clip, privacy.noise_multiplier
+    if clip is None:
+        return _stddevs(specs, fixed, multiplier, privacy.norm_bound)
+    of_bit = clip.bit_noise_multiplier(multiplier, goal=goal)
+    bit = [spec for spec in specs if spec.tensor.name == DELTA + LOG_SCALE]
+    update = [spec for spec in specs if spec not in bit]
+    rest = update_noise_multiplier(multiplier, bit=of_bit)
+    return _stddevs(update, fixed, rest, privacy.norm_bound) | _stddevs(bit, fixed, of_bit, clip.largest_step)
+
+
+def _stddevs(
+    specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint], noise_multiplier: float, norm: float
+) -> dict[str, float]:
+    """For sums of which one device's part has that norm, all together."""
     rounding = sqrt(sum(prod(spec.tensor.shape) * fixed[spec.tensor.name].unit ** 2 for spec in specs)) / 2
-    stddev = privacy.noise_multiplier * (privacy.norm_bound + rounding)
+    stddev = noise_multiplier * (norm + rounding)
     for spec in specs:
         name, unit = spec.tensor.name, fixed[spec.tensor.name].unit
         if not MIN_STDDEV <= stddev / unit <= MAX_STDDEV:
@@ -85,4 +109,4 @@ def noise_stddev(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str,
                 f"Expected noise of {MIN_STDDEV:g} to {MAX_STDDEV:g} units of a sum's grid, got {stddev / unit:g} for {name}: give the noise "
                 "multiplier or the clip norm a usual size."
             )
-    return stddev
+    return {spec.tensor.name: stddev for spec in specs}

@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from shoal.clip_norm import LOG_SCALE
 from shoal.errors import ProtocolError, UpdateRefused
 from shoal.fixed import FixedPoint, SumSpec, add, refuse_bad_values, refuse_bad_weight
 from shoal.privacy.packing import MAX_BITS
@@ -82,7 +83,8 @@ class VectorLayout:
     def refuse_absurd(
         self, pieces: Iterable[tuple[str, int, np.ndarray]], *, weight: int, members: int, norm_bound: float | None
     ) -> None:
-        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/`.
+        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/` (but for the
+        step of an adaptive clip norm, which has a bound of its own).
 
         Raises:
             ProtocolError: they cannot. Nobody can say who was not honest.
@@ -96,7 +98,7 @@ class VectorLayout:
             largest = float(np.max(np.abs(totals), initial=0)) * fixed.unit
             if largest > fixed.bound * times + members * fixed.unit:
                 raise ProtocolError(f"{members} members add up to {largest:g} in {name}, each at most {fixed.bound:g}.")
-            if name.startswith("delta/"):
+            if name.startswith("delta/") and name != f"delta/{LOG_SCALE}":
                 square += float(np.sum(np.square(totals * fixed.unit)))
                 slack += totals.size * (members * fixed.unit) ** 2
         if norm_bound is not None and square**0.5 > norm_bound * weight + slack**0.5:

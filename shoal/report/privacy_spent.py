@@ -61,8 +61,8 @@ def statement(spent: Spent) -> str:
         + (f", of a budget of {privacy.epsilon:g}." if privacy.epsilon is not None else "; there was no limit."),
         "Unit: a device with all its examples. Neighbours differ in one device, whose updates are there or are zero.",
         f"Mechanism: each device clipped its update to {described(privacy.clip_norm)}; the sum of each of "
-        f"{sum(releases.values())} rounds had discrete Gaussian noise of {privacy.noise_multiplier:g} times that norm (and of what rounding "
-        "adds to it); means were over a number fixed beforehand; no metrics of training were collected.",
+        f"{sum(releases.values())} rounds had {_noise(privacy)}; means were over a number fixed beforehand; no metrics of training were "
+        "collected.",
         "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order"
         + (
             "; amplified by Poisson sampling of cohorts that only the simulation knew."
@@ -79,3 +79,13 @@ def statement(spent: Spent) -> str:
     if spent.elsewhere:
         lines.append(f"{sum(spent.elsewhere.values())} of them are of other runs of the population.")
     return "\n\n".join(lines)
+
+
+def _noise(privacy: Privacy) -> str:
+    size = f"{privacy.noise_multiplier:g} times that norm (and of what rounding adds to it)"
+    if privacy.adaptive_clip is None:
+        return f"discrete Gaussian noise of {size}"
+    return (
+        "discrete Gaussian noise on the updates and on the count of devices within the norm, which it follows; both together are one release "
+        f"with noise of {size}"
+    )

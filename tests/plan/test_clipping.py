@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shoal.aggregate.accumulator import Accumulator
-from shoal.clip_norm import norm_bound
+from shoal.clip_norm import LOG_SCALE, AdaptiveClip, norm_bound
 from shoal.errors import UpdateRefused
 from shoal.fixed import SumSpec
 from shoal.local import LocalRule, Named, Report, clipped, local_rule
@@ -124,6 +124,60 @@ def test_each_group_is_scaled_on_its_own_to_its_own_bound(values: list[float], s
         np.testing.assert_allclose(made[name], value, rtol=1e-4, atol=1e-5)
     if all(abs(norms[pattern] / bound - 1) > 1e-4 for pattern, bound in BY_NAME.items()):
         assert bool(report.metrics["clipped/numerator"]) is any(norms[pattern] > BY_NAME[pattern] for pattern in norms)
+
+
+ADAPTIVE = AdaptiveClip(initial=0.5, quantile=0.3, learning_rate=0.2, lowest=1e-6, highest=1e3)
+
+
+@functools.cache
+def clips_adaptively() -> Callable[..., Report]:
+    def report(delta: dict[str, np.ndarray], log_scale: np.ndarray) -> Report:
+        return clipped(rule_of(delta), ADAPTIVE).finish({}, {LOG_SCALE: log_scale})
+
+    return jax.jit(report)
+
+
+def scale_and_step(delta: dict[str, np.ndarray], log_scale: float) -> tuple[dict[str, np.ndarray], float, bool]:
+    report = clips_adaptively()(delta, np.float32(log_scale))
+    made = {name: np.asarray(value, np.float64) for name, value in report.sums["delta"].items()}
+    return made, float(made.pop(LOG_SCALE)), bool(report.metrics["clipped/numerator"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=6, max_size=6), size=st.floats(1e-38, 1.0),
+    log_scale=st.floats(-20.0, 20.0, width=32),
+)  # fmt: skip
+@example(values=[0.0] * 6, size=1.0, log_scale=0.0)
+@example(values=[2.0**127] * 6, size=1.0, log_scale=-20.0)
+@example(values=[1e-38] * 6, size=1.0, log_scale=20.0)
+def test_whatever_a_device_has_what_it_sends_is_within_the_initial_norm(
+    values: list[float], size: float, log_scale: float
+) -> None:
+    delta = {"a": np.float32(values[:4]) * np.float32(size), "b": np.float32(values[4:]) * np.float32(size)}
+    made, step, is_over = scale_and_step(delta, log_scale)
+    assert norm(made) <= 0.5 and abs(step) <= ADAPTIVE.largest_step
+    limit = 0.5 * np.exp(np.float64(log_scale))
+    if abs(norm(delta) / limit - 1) > 1e-4:
+        assert is_over == (norm(delta) > limit)
+    factor = min(0.5 / max(norm(delta), 1e-300), np.exp(-np.float64(log_scale)))
+    for name, value in delta.items():
+        np.testing.assert_allclose(made[name], np.asarray(value, np.float64) * factor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("length", "step"), [(0.49, -0.2 * 0.7), (0.51, 0.2 * 0.3), (0.0, -0.2 * 0.7)])
+def test_a_device_says_whether_it_was_within_the_norm(length: float, step: float) -> None:
+    delta = {"a": np.float32([length, 0, 0, 0]), "b": np.zeros(2, np.float32)}
+    assert scale_and_step(delta, 0.0)[1] == pytest.approx(step)
+
+
+@pytest.mark.parametrize("outside", [-3.0, 3.0])
+def test_what_is_out_of_its_range_is_brought_back_by_all(outside: float) -> None:
+    low, high = ADAPTIVE.log_range
+    log_scale = low - 3.0 if outside < 0 else high + 3.0
+    for length in (0.0, 1e9):
+        delta = {"a": np.float32([length, 0, 0, 0]), "b": np.zeros(2, np.float32)}
+        assert scale_and_step(delta, log_scale)[1] == pytest.approx(np.sign(-outside) * ADAPTIVE.largest_step)
 
 
 def test_a_sum_s_bound_is_its_group_s() -> None:
