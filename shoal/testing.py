@@ -33,7 +33,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Update
 from shoal.plan.train import conform, evaluate, no_state, train
 from shoal.task import Task
-from shoal.tensors import Tensors
+from shoal.tensors import Tensors, is_of_model
 
 Status = Literal["pass", "fail", "skip"]
 Predicate = Callable[[Model, Mapping[str, float]], bool]
@@ -331,6 +331,10 @@ class _Checks:
             raise _Skips("no data were given")
         examples = self.trial_examples()
         runner, manifest = self.need_runner(), self.need_built().plan.manifest
+        if "loss" not in _metric_names(manifest):
+            raise _Skips(
+                "devices tell no loss, as where there is noise: train it with shoal simulate, and held-out examples"
+            )
         model, losses = dict(self.need_built().model), list[float]()
         state, begun_s = no_state(manifest), time.perf_counter()
         while len(losses) < TRIAL_ROUNDS and (len(losses) < 2 or time.perf_counter() - begun_s < TRIAL_S):
@@ -405,7 +409,8 @@ class _Checks:
     def as_model(self, tensors: Tensors) -> Model:
         runner = self.need_runner()
         runner.set_model("trained", tensors)
-        return Model(self.task.name, 0, tensors, self.need_built().plan, runner, "trained")
+        own = {name: value for name, value in tensors.items() if is_of_model(name)}
+        return Model(self.task.name, 0, own, self.need_built().plan, runner, "trained")
 
     def evaluated(self, examples: Examples) -> dict[str, float]:
         manifest = self.need_built().plan.manifest
