@@ -395,6 +395,12 @@ class Privacy:
         return self.clip_norm if isinstance(self.clip_norm, AdaptiveClip) else None
 
     @property
+    def binds_to_version(self) -> bool:
+        """Whether an update counts for the version after its own or not at all: with noise a device is in a version's sum once, and what an
+        adaptive clip norm has scaled can be multiplied by that version's norm alone."""
+        return bool(self.noise_multiplier) or self.adaptive_clip is not None
+
+    @property
     def norm_bound(self) -> float | None:
         """What the norm of an update is at most as it is sent, over all its tensors: what noise and sums go by. None: nothing is clipped."""
         return None if self.clip_norm is None else norm_bound(self.clip_norm)

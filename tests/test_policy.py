@@ -80,6 +80,13 @@ def test_the_order_of_clip_norms_travels_and_their_bound_is_over_all() -> None:
     assert Privacy(clip_norm=AdaptiveClip(initial=0.3)).norm_bound == 0.3
 
 
+def test_what_binds_an_update_to_its_version() -> None:
+    settings = (
+        Privacy(clip_norm=1.0), Privacy(clip_norm=1.0, noise_multiplier=1.0), Privacy(clip_norm=AdaptiveClip(initial=1.0)),
+    )  # fmt: skip
+    assert [privacy.binds_to_version for privacy in settings] == [False, True, True]
+
+
 @pytest.mark.parametrize("value", [None, "x", 1.5, True, [], float("inf")])
 def test_a_peer_s_nonsense_is_refused(value: object) -> None:
     with pytest.raises((ValueError, TypeError)):

@@ -393,7 +393,7 @@ class Coordinator:
         await self._until_journaled()
         self._look_back()
         taken, left = self._that_fit(groups)
-        if left and self._release is not None:
+        if left and self._manifest.promises.privacy.binds_to_version:
             return self._failed(RoundError("there are more updates than its sum has room for"))
         if not (taken or self._waiting):
             return self._failed(RoundError("no sum came of the round's groups"))

@@ -209,9 +209,7 @@ class GroupSums:
 def _machine(manifest: Manifest) -> g.Groups:
     policy, secure = grouping(manifest), manifest.promises.privacy.secure
     if secure is None:
-        privacy = manifest.promises.privacy
-        # With noise each device is in a version's sum once; with an adaptive clip norm an update is over its own version's.
-        moves_on = not privacy.noise_multiplier and privacy.adaptive_clip is None
+        moves_on = not manifest.promises.privacy.binds_to_version
         return ClearGroups(policy, most=policy.max_members, moves_on=moves_on)
     made = terms(manifest, model="")  # of which only the numbers are asked for
     return SecureGroups(policy, most=policy.max_members, size=secure.members, fits=partial(fits, made))
