@@ -20,6 +20,7 @@ from shoal.plan.build import build
 from shoal.policy import Late, Privacy, ServerRule
 from shoal.record.memory import MemoryStore
 from shoal.record.tensor_blobs import put_tensors, view_tensors
+from shoal.report.facts import read_facts
 from shoal.simulate.engine import simulate
 from shoal.task import Task
 from shoal.tensors import Index
@@ -113,6 +114,7 @@ def test_only_the_model_leaves_a_run(tmp_path: Path) -> None:
     done = shoal.simulate(chosen, users, rounds=2, folder=tmp_path / "run", held_out=users["u1"], progress=False)
     model = shoal.load(tmp_path / "run")
     assert set(done.model) == set(model.tensors) == {"params/w", "params/b"}
+    assert read_facts(tmp_path / "run").parameters == 8
     x = users["u2"]["x"]
     expected = x @ model.tensors["params/w"] + model.tensors["params/b"]
     np.testing.assert_allclose(model.predict({"x": x}), expected, rtol=1e-5)
