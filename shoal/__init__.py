@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from shoal.algorithms.reptile import reptile
     from shoal.algorithms.scaffold import scaffold
     from shoal.api import Model, load, read_statistics, simulate
+    from shoal.clip_norm import AdaptiveClip
     from shoal.local import LocalRule, Report
     from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
     from shoal.stop_when import StopWhen
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "About": "shoal.policy",
+    "AdaptiveClip": "shoal.clip_norm",
     "Late": "shoal.policy",
     "Local": "shoal.task",
     "LocalRule": "shoal.local",
@@ -66,6 +68,7 @@ _MODULES = ("data", "errors", "record", "server", "testing")
 
 __all__ = [
     "About",
+    "AdaptiveClip",
     "Correlated",
     "Late",
     "Local",

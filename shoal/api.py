@@ -33,7 +33,7 @@ from shoal.simulate.layout import use_all_cores
 from shoal.simulate.progress import progress_bar
 from shoal.stop_when import StopWhen
 from shoal.task import Task
-from shoal.tensors import Tensors
+from shoal.tensors import Tensors, is_of_model
 from shoal.told import Told
 from shoal.weights import to_safetensors
 
@@ -128,7 +128,7 @@ def simulate(
         finally:
             store.close()
         # Of an open store's files, or of a memory that goes; the model must not depend on them.
-        model = {name: np.array(value) for name, value in result.model.items()}
+        model = {name: np.array(value) for name, value in result.model.items() if is_of_model(name)}
         return replace(result, folder=chosen if is_kept else None, model=model)
 
 
@@ -217,7 +217,8 @@ class Model:
             store.close()
         runner = JaxRunner(plan)
         runner.set_model(commit.model.root, tensors)
-        return cls(found.run.name, commit.version, tensors, plan, runner, commit.model.root)
+        own = {name: value for name, value in tensors.items() if is_of_model(name)}
+        return cls(found.run.name, commit.version, own, plan, runner, commit.model.root)
 
 
 def read_statistics(run: Path | str, *, version: int | None = None, task: str = "") -> dict[str, dict[str, np.ndarray]]:

@@ -26,16 +26,18 @@ Guarantees:
 import fnmatch
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from shoal.clip_norm import LOG_SCALE, AdaptiveClip, ClipNorm, groups_of
+from shoal.clip_update import clip_update, log_scale_step
 from shoal.fixed import STEPS, SumSpec
 from shoal.lora import with_adapters
 from shoal.task import LOSS_BOUND, Loss, Sum, Task, Tree, Variables, called, check_metrics
-from shoal.tensors import TensorSpec, specs_of
+from shoal.tensors import TensorSpec, is_of_model, specs_of
 
 Named = dict[str, Any]
 """Name -> array or tracer, sorted by name."""
@@ -78,11 +80,6 @@ class LocalRule:
     def model(self) -> tuple[TensorSpec, ...]:
         """What is broadcast without what the rule adds to it."""
         return tuple(spec for spec in self.broadcast if is_of_model(spec.name))
-
-
-def is_of_model(name: str) -> bool:
-    """Whether a tensor of a line is the task's own, not one that its local rule added (`control/…`)."""
-    return name.split("/", 1)[0] in ("params", "state")
 
 
 def seed_key(key: Any) -> jax.Array:
@@ -189,37 +186,73 @@ def without_metrics(rule: LocalRule) -> LocalRule:
     return replace(rule, finish=finish, sums=kept)
 
 
-def clipped(rule: LocalRule, clip_norm: float) -> LocalRule:
-    """The rule with `delta` scaled to an L2 norm of at most `clip_norm` over all its tensors (McMahan et al. 2018, "Learning
-    differentially private recurrent language models", equation 1, flat clipping), before its weight. The metric `clipped` is
-    the share of members whose update was scaled."""
+def clipped(rule: LocalRule, clip_norm: ClipNorm) -> LocalRule:
+    """The rule with `delta` scaled to an L2 norm of at most `clip_norm`, over all its tensors or over those of each group, before its
+    weight (McMahan et al. 2018, "Learning differentially private recurrent language models", equation 1 and per-layer clipping). The metric
+    `clipped` is the share of members of whose update something was scaled.
 
-    def finish(carry: Named, broadcast: Named) -> Report:
-        report = rule.finish(carry, broadcast)
-        delta = report.sums["delta"]
-        # Divided by the largest element first, as squares of float32 overflow; by its power of two before, as its inverse may, too.
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values in delta.values()]))
-        shrink = jnp.where(largest > 2.0**60, 2.0**-70, 1.0).astype(jnp.float32)
-        unit = jnp.maximum(largest * shrink, 2.0**-126)
-        relative = {name: values * shrink / unit for name, values in delta.items()}
-        length = jnp.sqrt(sum(jnp.sum(jnp.square(values)) for values in relative.values()))
-        # A little less than the norm allows, so that float32, which rounds sums and the norm itself, does not go above it.
-        most = clip_norm * (1 - 2.0**-16)
-        is_over = unit / shrink * length > most
-        scale = most / jnp.where(is_over, length, 1.0)
-        made = {name: jnp.where(is_over, relative[name] * scale, values) for name, values in delta.items()}
-        counted = {"clipped/numerator": is_over.astype(jnp.float32), "clipped/denominator": jnp.ones((), jnp.float32)}
-        return report._replace(sums={**report.sums, "delta": made}, metrics=_sorted({**report.metrics, **counted}))
+    With an adaptive bound one more tensor is broadcast, `LOG_SCALE`. What is sent is divided by its exponential, so that its norm is at most
+    the initial one whatever the round: grids and noise stay as they are. The server's commit multiplies by it again.
 
-    if not any(spec.tensor.name.startswith("delta/") for spec in rule.sums):
+    Raises:
+        ValueError: the rule sends no updates, patterns and tensors do not match, or elements have a bound below an adaptive norm's.
+    """
+    names = [spec.tensor.name.removeprefix("delta/") for spec in rule.sums if spec.tensor.name.startswith("delta/")]
+    if not names:
         raise ValueError(
             f"Expected privacy.clip_norm=None for a task that sends no updates of a model, got {clip_norm}."
         )
-    bounded = (
-        replace(spec, bound=min(spec.bound, clip_norm)) if spec.tensor.name.startswith("delta/") else spec
-        for spec in rule.sums
-    )
-    return replace(rule, finish=finish, sums=(*bounded, *metric_sums({"clipped": (0.0, 1.0)}, 1)))
+    groups = groups_of(names, clip_norm)
+    adaptive = clip_norm if isinstance(clip_norm, AdaptiveClip) else None
+
+    def finish(carry: Named, broadcast: Named) -> Report:
+        report = rule.finish(carry, without_scale(broadcast))
+        delta, scale = report.sums["delta"], None if adaptive is None else jnp.exp(broadcast[LOG_SCALE])
+        parts = [
+            clip_update({name: delta[name] for name in delta if name in group}, bound, scale=scale)
+            for group, bound in groups
+        ]
+        made = {name: value for part, _ in parts for name, value in part.items()}
+        is_over = reduce(jnp.logical_or, [is_over for _, is_over in parts])
+        if adaptive is not None:
+            made[LOG_SCALE] = log_scale_step(adaptive, broadcast[LOG_SCALE], is_over)
+        counted = {"clipped/numerator": is_over.astype(jnp.float32), "clipped/denominator": jnp.ones((), jnp.float32)}
+        return report._replace(sums={**report.sums, "delta": made}, metrics=_sorted({**report.metrics, **counted}))
+
+    sums = _bounded(rule.sums, groups, adaptive)
+    made = replace(rule, finish=finish, sums=(*sums, *metric_sums({"clipped": (0.0, 1.0)}, 1)))
+    return made if adaptive is None else _with_log_scale(made, adaptive)
+
+
+def without_scale(broadcast: Named) -> Named:
+    """What is broadcast, less what clipping has added to it."""
+    return {name: value for name, value in broadcast.items() if name != LOG_SCALE}
+
+
+def _with_log_scale(rule: LocalRule, clip: AdaptiveClip) -> LocalRule:
+    """The rule, which is sent `LOG_SCALE` and reports a step of it."""
+    spec = TensorSpec(name=LOG_SCALE, shape=(), dtype="float32")
+    step = SumSpec(tensor=replace(spec, name=f"delta/{LOG_SCALE}"), bound=clip.largest_step, weighted=True)
+
+    def begin(broadcast: Named, device_state: Named) -> Named:
+        return rule.begin(without_scale(broadcast), device_state)
+
+    broadcast = tuple(sorted((*rule.broadcast, spec), key=lambda spec: spec.name))
+    return replace(rule, begin=begin, broadcast=broadcast, sums=(*rule.sums, step))
+
+
+def _bounded(
+    sums: tuple[SumSpec, ...], groups: list[tuple[tuple[str, ...], float]], adaptive: AdaptiveClip | None
+) -> tuple[SumSpec, ...]:
+    """The sums, no element of which is larger than the norm that it is a part of."""
+    bounds = {f"delta/{name}": bound for group, bound in groups for name in group}
+    low = [spec for spec in sums if spec.bound < bounds.get(spec.tensor.name, 0.0)]
+    if adaptive is not None and low:
+        raise ValueError(
+            f"Expected no element's bound below the initial norm of an adaptive clip, {adaptive.initial:g}, got {low[0].bound:g} for "
+            f"{low[0].tensor.name}: what is refused would change with the norm. Raise Privacy(delta_bound=…) or Task(bounds=…)."
+        )
+    return tuple(replace(spec, bound=min(spec.bound, bounds.get(spec.tensor.name, spec.bound))) for spec in sums)
 
 
 Objective = Callable[[Tree, Mapping[str, Any]], tuple[Any, Loss]]

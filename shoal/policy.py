@@ -10,6 +10,7 @@ from math import ceil, sqrt
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
+from shoal.clip_norm import AdaptiveClip, ClipNorm, check_clip_norm, clip_norm_from_json, clip_norm_to_json, norm_bound
 
 MINIMUM_GROUP: Final = 8
 """Updates that must be added together before anybody sees the sum, unless a task asks for less."""
@@ -375,9 +376,10 @@ class Privacy:
 
     delta_bound: float = 256.0
     """Largest absolute value of one element of an update; beyond it the update is refused as diverged."""
-    clip_norm: float | None = None
-    """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. None: not
-    clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
+    clip_norm: ClipNorm | None = None
+    """Largest L2 norm of an update, over all its tensors and before its weight; devices scale a longer one down to it. Or pattern of tensor
+    names (`params/*/bias`) -> largest norm of those tensors together, the first that matches; each group is scaled on its own. Or an
+    `AdaptiveClip`, which follows a quantile of the norms. None: not clipped. It bounds what one device can do to the model; alone it is no differential privacy."""
     noise_multiplier: float = 0.0
     """Standard deviation of the noise on a round's sum, over the clip norm; 0: none. With noise the mean is over the round's goal, updates
     count alike, and no metrics of training are collected (docs/privacy.md)."""
@@ -398,7 +400,7 @@ class Privacy:
         validate.positive(delta_bound=self.delta_bound)
         validate.not_negative(noise_multiplier=self.noise_multiplier)
         if self.clip_norm is not None:
-            validate.positive(clip_norm=self.clip_norm)
+            check_clip_norm(self.clip_norm)
         if self.noise_multiplier and self.clip_norm is None:
             raise ValueError(
                 f"Expected a clip_norm with noise_multiplier={self.noise_multiplier:g}, got None: noise hides what one device can change, "
@@ -411,10 +413,16 @@ class Privacy:
                 "Expected noise_multiplier > 0 and secure=Secure(…) with distributed=True: outside of secure groups a device's share of the noise "
                 "would not hide it."
             )
+        if self.adaptive_clip is not None and (self.distributed or self.correlated is not None):
+            raise ValueError(
+                "Expected a clip_norm that stays with correlated or distributed noise, got AdaptiveClip: its bit would need noise of its own there. "
+                "Find the norm by a run without noise on data that is not private, or take the server's independent noise."
+            )
         if self.distributed and self.correlated is not None:
             raise ValueError(
                 "Expected correlated=None with distributed=True: noise that cancels has to be drawn by one who keeps it."
             )
+        self._check_bit()
         if self.epsilon is not None:
             validate.positive(epsilon=self.epsilon)
             if not self.noise_multiplier:
@@ -429,8 +437,34 @@ class Privacy:
                 "size. Privacy(clip_norm=1.0, secure=Secure()), say; a task's updates have the norms that `shoal simulate` prints."
             )
 
+    def _check_bit(self) -> None:
+        clip = self.adaptive_clip
+        least = 0.0 if clip is None else self.noise_multiplier * clip.largest_bit
+        if clip is not None and clip.bit_stddev is not None and clip.bit_stddev <= least:
+            raise ValueError(
+                f"Expected bit_stddev > {least:g} with noise_multiplier={self.noise_multiplier:g}, got bit_stddev={clip.bit_stddev:g}: the bit "
+                "alone would spend all of a release. Raise it, or leave it out."
+            )
+
+    @property
+    def adaptive_clip(self) -> AdaptiveClip | None:
+        """What the clip norm follows; None where it stays, or where nothing is clipped."""
+        return self.clip_norm if isinstance(self.clip_norm, AdaptiveClip) else None
+
+    @property
+    def binds_to_version(self) -> bool:
+        """Whether an update counts for the version after its own or not at all: with noise a device is in a version's sum once, and what an
+        adaptive clip norm has scaled can be multiplied by that version's norm alone."""
+        return bool(self.noise_multiplier) or self.adaptive_clip is not None
+
+    @property
+    def norm_bound(self) -> float | None:
+        """What the norm of an update is at most as it is sent, over all its tensors: what noise and sums go by. None: nothing is clipped."""
+        return None if self.clip_norm is None else norm_bound(self.clip_norm)
+
     def to_json(self) -> dict[str, Any]:
-        made = {name: getattr(self, name) for name in ("delta_bound", "clip_norm", "noise_multiplier")}
+        made: dict[str, Any] = {"delta_bound": self.delta_bound, "noise_multiplier": self.noise_multiplier}
+        made["clip_norm"] = None if self.clip_norm is None else clip_norm_to_json(self.clip_norm)
         # Plans without noise or secure groups stay as they were; a device that does not know of these refuses those that have them.
         made |= {"epsilon": self.epsilon, "delta": self.delta} if self.noise_multiplier else {}
         made |= {"distributed": True} if self.distributed else {}
@@ -440,7 +474,8 @@ class Privacy:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         parts = {"secure": Secure, "correlated": Correlated}
-        return cls(**{name: parts[name](**value) if name in parts else value for name, value in data.items()})
+        made = {name: parts[name](**value) if name in parts else value for name, value in data.items()}
+        return cls(**{**made, "clip_norm": clip_norm_from_json(data.get("clip_norm"))})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

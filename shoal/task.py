@@ -202,6 +202,7 @@ class Task:
                 "the control variates twice, and its own once. Take uniform selection."
             )
         _check_noise(self)
+        _check_adaptive_clip(self)
         for pattern, rule in self.leaves.items():
             if not _LEAF_RULES.fullmatch(rule):
                 raise ValueError(
@@ -326,6 +327,21 @@ def _check_noise(task: Task) -> None:
         raise ValueError("Expected another selection than by size with noise: who is drawn twice counts twice.")
     if task.aggregator != "weighted_mean":
         raise ValueError(f"Expected a task that trains with noise, got aggregation by {task.aggregator!r}.")
+
+
+def _check_adaptive_clip(task: Task) -> None:
+    """Raises ValueError for rounds in which an update may be over another version's clip norm than the one it is multiplied by."""
+    if task.privacy.adaptive_clip is None:
+        return
+    if task.rounds.late.kind != "discard" or task.rounds.buffer:
+        raise ValueError(
+            "Expected late=Late() and buffer=0 with an adaptive clip norm: an update is divided by the norm of the version that it was made "
+            "from, and a later version has another."
+        )
+    if task.aggregator != "weighted_mean":
+        raise ValueError(
+            f"Expected a task that trains with an adaptive clip norm, got aggregation by {task.aggregator!r}."
+        )
 
 
 def _check_parts(task: Task) -> None:

@@ -66,6 +66,7 @@ def evaluation(
         raise ValueError(
             f"Expected a model that the server has whole; {private[0]} of task {task.name!r} stays on devices."
         )
+    trained = task
     # What is measured has bounds of its own; it is added up in the clear, and without noise (docs/privacy.md).
     task = replace(task, privacy=Privacy(delta_bound=task.privacy.delta_bound))
     own = replace(task.rounds, late=Late(), buffer=0, concurrency=0, group_size=0)
@@ -74,25 +75,25 @@ def evaluation(
         return replace(
             tuned, name=name or f"{task.name}-evaluate", local=replace(tuned.local, drop_remainder=False, partial="drop"),
             rounds=rounds or own, server=ServerRule(), predict=None,
-            rule=lambda made: _tuned_rule(task, made, steps), algorithms={},
+            rule=lambda made: _tuned_rule(trained, made, steps), algorithms={},
             aggregator="evaluation", options={"follows": task.name, "every": every},
         )  # fmt: skip
     return replace(
         task, name=name or f"{task.name}-evaluate", local=replace(task.local, epochs=1, part="held_out", drop_remainder=False, partial="drop"),
         rounds=rounds or own, server=ServerRule(), evaluate=None, predict=None, penalty=None, heeds_mask=True,
-        rule=lambda made: evaluation_rule(task, made.local.max_examples), algorithms={},
+        rule=lambda made: evaluation_rule(task, trained, made.local.max_examples), algorithms={},
         aggregator="evaluation", options={"follows": task.name, "every": every},
     )  # fmt: skip
 
 
-def _tuned_rule(task: Task, made: Task, steps: int) -> LocalRule:
+def _tuned_rule(trained: Task, made: Task, steps: int) -> LocalRule:
     """Plain local steps from the model as it was sent, and what came of them."""
     rule = measuring_rule(sgd_rule(made.replace(rule=None)), made, prefix="", learns=False, steps=steps)
-    return replace(rule, broadcast=local_rule(task).broadcast)
+    return replace(rule, broadcast=local_rule(trained).broadcast)
 
 
-def evaluation_rule(task: Task, max_examples: int) -> LocalRule:
-    """One pass over the examples, that adds up the metrics of the model as it was sent."""
+def evaluation_rule(task: Task, trained: Task, max_examples: int) -> LocalRule:
+    """One pass over the examples, that adds up the metrics of the model as it was sent: with all that `trained` has in its line."""
     evaluate, bounds = evaluator(task), evaluate_bounds(task)
     assert evaluate is not None
     sums = [f"{name}/{part}" for name in bounds for part in ("denominator", "numerator")]
@@ -115,6 +116,6 @@ def evaluation_rule(task: Task, max_examples: int) -> LocalRule:
         return Report({}, carry["weight"], {name: carry[f"metric/{name}"] for name in sums}, {})
 
     return LocalRule(
-        begin=begin, block=block, finish=finish, broadcast=local_rule(task).broadcast, device_state=(),
+        begin=begin, block=block, finish=finish, broadcast=local_rule(trained).broadcast, device_state=(),
         sums=metric_sums(bounds, max_examples),
     )  # fmt: skip

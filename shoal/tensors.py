@@ -119,6 +119,11 @@ class TensorSpec:
         return cls._of_fields(*map(int, array.shape), name=name, dtype=_DTYPE_NAMES.get(dtype) or dtype.name)
 
 
+def is_of_model(name: str) -> bool:
+    """Whether a tensor of a line is the task's own, not one that its local rule added (`control/…`, `clip/log_scale`)."""
+    return name.split("/", 1)[0] in ("params", "state")
+
+
 def specs_of(tensors: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
     """The specs of named arrays, in their order."""
     return tuple(TensorSpec.of(name, array) for name, array in tensors.items())

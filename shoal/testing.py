@@ -19,6 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shoal.api import Model
+from shoal.clip_norm import LOG_SCALE
 from shoal.data.batch import num_steps
 from shoal.data.store import Examples, Population
 from shoal.local import LocalRule, Named, local_rule
@@ -32,7 +33,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Update
 from shoal.plan.train import conform, evaluate, no_state, train
 from shoal.task import Task
-from shoal.tensors import Tensors
+from shoal.tensors import Tensors, is_of_model
 
 Status = Literal["pass", "fail", "skip"]
 Predicate = Callable[[Model, Mapping[str, float]], bool]
@@ -330,6 +331,10 @@ class _Checks:
             raise _Skips("no data were given")
         examples = self.trial_examples()
         runner, manifest = self.need_runner(), self.need_built().plan.manifest
+        if "loss" not in _metric_names(manifest):
+            raise _Skips(
+                "devices tell no loss, as where there is noise: train it with shoal simulate, and held-out examples"
+            )
         model, losses = dict(self.need_built().model), list[float]()
         state, begun_s = no_state(manifest), time.perf_counter()
         while len(losses) < TRIAL_ROUNDS and (len(losses) < 2 or time.perf_counter() - begun_s < TRIAL_S):
@@ -404,7 +409,8 @@ class _Checks:
     def as_model(self, tensors: Tensors) -> Model:
         runner = self.need_runner()
         runner.set_model("trained", tensors)
-        return Model(self.task.name, 0, tensors, self.need_built().plan, runner, "trained")
+        own = {name: value for name, value in tensors.items() if is_of_model(name)}
+        return Model(self.task.name, 0, own, self.need_built().plan, runner, "trained")
 
     def evaluated(self, examples: Examples) -> dict[str, float]:
         manifest = self.need_built().plan.manifest
@@ -461,10 +467,14 @@ def _far(made: Named, expected: Named) -> str:
 
 def _stepped(model: Tensors, sums: Tensors) -> Tensors:
     """The model after one member's update."""
+    scale = np.exp(model.get(LOG_SCALE, np.zeros((), np.float32)))  # what the update was divided by
 
     def after(name: str, value: np.ndarray) -> np.ndarray:
         delta = sums.get(f"delta/{name}")
-        return value if delta is None else np.asarray(value + delta.astype(value.dtype), value.dtype)
+        if delta is None:
+            return value
+        step = delta if name == LOG_SCALE else delta * scale
+        return np.asarray(value + step.astype(value.dtype), value.dtype)
 
     return {name: after(name, value) for name, value in model.items()}
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from shoal.errors import DataError
-from shoal.local import is_of_model, named, named_tree
+from shoal.local import named, named_tree
 from shoal.lora import merged_tensors
 from shoal.task import Variables
+from shoal.tensors import is_of_model
 
 PICKLED: Final = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 """How files that are, or may be, pickles are named."""

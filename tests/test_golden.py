@@ -16,6 +16,7 @@ from google.protobuf import json_format
 from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
 
+from shoal.clip_norm import AdaptiveClip
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
 from shoal.fleet.host import run_seed
@@ -96,6 +97,22 @@ def test_manifest_and_server_half() -> None:
 def test_manifest_of_secure_groups() -> None:
     manifest = small_manifest(Privacy(clip_norm=1.0, secure=Secure(members=20, authority="ab" * 32)))
     hold("manifest_secure.json", manifest.data)
+    assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "privacy"),
+    [
+        ("manifest_clip_by_tensor.json", Privacy(clip_norm={"params/w": 0.1, "*": 1.0})),
+        (
+            "manifest_clip_adaptive.json",
+            Privacy(clip_norm=AdaptiveClip(initial=0.1), noise_multiplier=2.0, epsilon=8.0),
+        ),
+    ],
+)
+def test_manifest_of_clip_norms(name: str, privacy: Privacy) -> None:
+    manifest = small_manifest(privacy)
+    hold(name, manifest.data)
     assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
 
 

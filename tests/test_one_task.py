@@ -218,3 +218,23 @@ def test_noise_that_devices_add_is_as_large_in_simulation_and_on_a_fleet() -> No
     for noise in noises:
         assert np.std(noise) == pytest.approx(expected, rel=0.15)
     assert abs(np.corrcoef(noises[1].reshape(-1), noises[2].reshape(-1))[0, 1]) < 0.3, "of the devices' own randomness"
+
+
+@pytest.mark.parametrize("noise", [0.0, 1.0], ids=["no noise", "noise"])
+@pytest.mark.parametrize(
+    "clip_norm",
+    [{"params/w": 0.05}, shoal.AdaptiveClip(initial=0.05, learning_rate=0.9)],
+    ids=["by tensor", "adaptive"],
+)
+def test_every_clip_norm_is_the_same_in_simulation_and_on_a_fleet_of_secure_groups(
+    clip_norm: Any, noise: float
+) -> None:
+    local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
+    secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0)
+    privacy = shoal.Privacy(clip_norm=clip_norm, noise_multiplier=noise, secure=secure)
+    ways = Ways(small_task(local=local, privacy=privacy))
+    simulated = ways.simulated()
+    same_bits(ways.on_a_fleet(in_one_process), simulated)
+    clear = Ways(small_task(local=local, privacy=replace(privacy, secure=None))).simulated()
+    np.testing.assert_allclose(simulated["params/w"], clear["params/w"], atol=1.0 if noise else 1e-6)
+    assert ("clip/log_scale" in simulated) is isinstance(clip_norm, shoal.AdaptiveClip)

@@ -3,7 +3,9 @@
 import pytest
 
 import shoal
+from shoal.clip_norm import AdaptiveClip
 from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
+from shoal.tensors import canonical_json, parse_json
 
 
 @pytest.mark.parametrize(
@@ -17,6 +19,8 @@ from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, 
         Privacy(clip_norm=1.0, secure=Secure(members=20, colluders=0.2)),
         Privacy(clip_norm=1.0, noise_multiplier=1.5, correlated=Correlated(rounds=9, kind="tree")),
         Privacy(clip_norm=1.0, noise_multiplier=1.5, distributed=True, secure=Secure()),
+        Privacy(clip_norm={"params/*bias": 0.1, "*": 1.0}),
+        Privacy(clip_norm=AdaptiveClip(initial=0.1, quantile=0.7, bit_stddev=3.0), noise_multiplier=1.0),
         About(purpose="p", data="d"),
     ],
 )  # fmt: skip
@@ -66,8 +70,20 @@ def test_they_travel(setting: RoundPolicy | ServerRule | Privacy | About) -> Non
             ),
             "drawn by one who keeps it",
         ),
+        (
+            lambda: Privacy(clip_norm=AdaptiveClip(initial=0.1), noise_multiplier=1.0, correlated=Correlated(rounds=2)),
+            "a clip_norm that stays with correlated or distributed noise",
+        ),
         (lambda: Correlated(rounds=0), "1 <= rounds"),
         (lambda: Privacy(delta_bound=float("nan")), "delta_bound"),
+        (lambda: Privacy(clip_norm=-1.0), "clip_norm > 0, got clip_norm=-1.0"),
+        (lambda: AdaptiveClip(initial=0.0), "initial > 0"),
+        (lambda: AdaptiveClip(initial=1.0, quantile=1.0), "0 < quantile < 1, got quantile=1.0"),
+        (lambda: AdaptiveClip(initial=1.0, highest=0.5), "<= initial <= 0.5, got initial=1.0"),
+        (lambda: AdaptiveClip(initial=1e-6, lowest=1e-30), "within a factor of 2.60 of initial=1e-06"),
+        (lambda: AdaptiveClip(initial=1.0, bit_stddev=0.0), "bit_stddev > 0"),
+        (lambda: Privacy(clip_norm={}), "clip_norm to name tensors"),
+        (lambda: Privacy(clip_norm={"*": 0.0}), r"clip_norm\['\*'\] > 0"),
         (lambda: Privacy(secure=Secure()), "a clip_norm with secure groups, got None"),
         (lambda: Secure(members=1), "2 <= members <= 1000, got members=1"),
         (lambda: Secure(colluders=1.0), "0 <= colluders < 1"),
@@ -79,6 +95,21 @@ def test_wrong_ones_are_refused(make: object, text: str) -> None:
     assert callable(make)
     with pytest.raises((ValueError, TypeError), match=text.replace("(", r"\(")):
         make()
+
+
+def test_the_order_of_clip_norms_travels_and_their_bound_is_over_all() -> None:
+    by_tensor = Privacy(clip_norm={"z": 0.3, "a": 0.4})
+    read = Privacy.from_json(parse_json(canonical_json(by_tensor.to_json())))
+    assert list(dict(read.clip_norm or {})) == ["z", "a"]  # type: ignore[call-overload]
+    assert (by_tensor.norm_bound, Privacy(clip_norm=2.0).norm_bound, Privacy().norm_bound) == (0.5, 2.0, None)
+    assert Privacy(clip_norm=AdaptiveClip(initial=0.3)).norm_bound == 0.3
+
+
+def test_what_binds_an_update_to_its_version() -> None:
+    settings = (
+        Privacy(clip_norm=1.0), Privacy(clip_norm=1.0, noise_multiplier=1.0), Privacy(clip_norm=AdaptiveClip(initial=1.0)),
+    )  # fmt: skip
+    assert [privacy.binds_to_version for privacy in settings] == [False, True, True]
 
 
 @pytest.mark.parametrize("value", [None, "x", 1.5, True, [], float("inf")])

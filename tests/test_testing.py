@@ -56,6 +56,23 @@ def test_a_good_task_passes_every_line() -> None:
         report["nothing"]
 
 
+def test_a_clip_norm_that_moves_is_followed_and_noise_leaves_no_loss_to_look_at() -> None:
+    clip = shoal.AdaptiveClip(initial=0.5, learning_rate=1.0)
+    seen: list[set[str]] = []
+
+    def look(model: Any, metrics: Any) -> bool:
+        seen.append(set(model.tensors))
+        return True
+
+    followed = check(line_task(privacy=shoal.Privacy(clip_norm=clip)), members(), predicates={"looked": look})
+    assert followed.ok and followed["learns"].detail.startswith("loss ") and seen == [{"params/w", "params/b"}], (
+        followed
+    )
+    local = shoal.Local(optimizer=optax.sgd(0.05), batch_size=4, weighting="uniform")
+    noisy = check(line_task(privacy=shoal.Privacy(clip_norm=clip, noise_multiplier=1.0), local=local), members())
+    assert noisy.ok and noisy["learns"].status == "skip" and "noise" in noisy["learns"].detail, noisy
+
+
 @pytest.mark.slow
 def test_the_task_with_one_of_each_passes() -> None:
     report = check(one_task, one_population())

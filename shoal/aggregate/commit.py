@@ -3,17 +3,22 @@
 A tensor takes a step along the *mean* of its updates; one whose sum is not weighted (`SumSpec.weighted`) has the *sum* of
 them added, whoever reported and however late, and no other rule: SCAFFOLD's control variate is such a sum.
 
+Where the clip norm is adaptive, updates come divided by the scale of the version that they were made from (`clip_norm.LOG_SCALE`); what is
+made of their sums is multiplied by it again.
+
 A tensor is read (memory-mapped), stepped and written in pieces of `fixed.CHUNK` elements; beyond the sums themselves a
 commit of any size holds a few megabytes. Tensors that are not averaged (frozen, private) keep their blob.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from decimal import Context, Decimal
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.server_rule import initial_slot, slots, step
+from shoal.clip_norm import LOG_SCALE
 from shoal.errors import QuorumNotReached
 from shoal.fixed import CHUNK, read
 from shoal.policy import ServerRule
@@ -55,6 +60,7 @@ class WeightedMean:
         if self._rule.kind == "program":
             return self._commit_program(sums, model, server_state, blobs)
         kept = {entry.spec.name: entry for entry in server_state}
+        scale = scale_of(model, blobs)
         entries: list[Entry] = []
         slot_entries: list[Entry] = []
         for entry in model:
@@ -62,7 +68,7 @@ class WeightedMean:
             if name not in sums.totals:
                 entries.append(entry)
                 continue
-            made = self._commit_tensor(entry, sums, kept, blobs)
+            made = self._commit_tensor(entry, sums, kept, blobs, scale=1.0 if entry.spec.name == LOG_SCALE else scale)
             entries.append(made.pop("value"))
             slot_entries += made.values()
         return Index(tuple(entries)), Index(tuple(sorted(slot_entries, key=lambda entry: entry.spec.name)))
@@ -73,12 +79,14 @@ class WeightedMean:
         sums: Accumulator,
         kept: Mapping[str, Entry],
         blobs: Blobs,
+        *,
+        scale: float,
     ) -> dict[str, Entry]:
         total, fixed = sums.totals[f"delta/{entry.spec.name}"], sums.fixed[f"delta/{entry.spec.name}"]
         is_mean = sums.is_weighted(f"delta/{entry.spec.name}")
         is_learned = _is_param(entry) and is_mean
         rule = self._rule if is_learned else ServerRule()  # statistics take the plain mean
-        times, divisor = sums.mean_steps() if is_learned else 1.0, sums.weight if is_mean else 1
+        times, divisor = scale * (sums.mean_steps() if is_learned else 1.0), sums.weight if is_mean else 1
         names = {slot: f"{slot}/{entry.spec.name}" for slot in slots(rule)}
         specs = {"value": entry.spec} | {
             slot: TensorSpec(name=name, shape=entry.spec.shape, dtype="float32") for slot, name in names.items()
@@ -105,7 +113,8 @@ class WeightedMean:
         plain = WeightedMean(ServerRule()).commit(_but_for(sums, "delta/params/"), model, Index(()), blobs)[0]
         learned = [entry for entry in plain if f"delta/{entry.spec.name}" in sums.totals and _is_param(entry)]
         values = {f"model/{entry.spec.name}": blobs.view(entry.hash, entry.spec) for entry in learned}
-        means = {f"mean/{entry.spec.name}": _mean(sums, entry.spec.name) for entry in learned}
+        times = scale_of(model, blobs) * sums.mean_steps()
+        means = {f"mean/{entry.spec.name}": _mean(sums, entry.spec.name, times) for entry in learned}
         kept = {entry.spec.name: blobs.view(entry.hash, entry.spec) for entry in state}
         kept = kept or self._call("server_begin", values)
         made = self._call("server_step", {**values, **means, **kept})
@@ -132,9 +141,18 @@ def _is_param(entry: Entry) -> bool:
     return entry.spec.name.startswith("params/")
 
 
-def _mean(sums: Accumulator, name: str) -> np.ndarray:
+def scale_of(model: Index, blobs: Blobs) -> float:
+    """What updates made from this version were divided by: the adaptive clip norm over the initial one; 1 where there is none."""
+    entry = next((entry for entry in model if entry.spec.name == LOG_SCALE), None)
+    if entry is None:
+        return 1.0
+    # In decimals, whose exponential is rounded alike on every machine; a C library's is not.
+    return float(Decimal(float(blobs.view(entry.hash, entry.spec))).exp(Context(prec=30)))
+
+
+def _mean(sums: Accumulator, name: str, times: float) -> np.ndarray:
     key = f"delta/{name}"
-    return (sums.mean_steps() * read(sums.totals[key], sums.fixed[key], divisor=sums.weight)).astype(np.float32)
+    return (times * read(sums.totals[key], sums.fixed[key], divisor=sums.weight)).astype(np.float32)
 
 
 def _but_for(sums: Accumulator, prefix: str) -> Accumulator:

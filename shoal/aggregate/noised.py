@@ -18,8 +18,10 @@ import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
+from shoal.clip_norm import LOG_SCALE
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.policy import Privacy
+from shoal.privacy.clipping import update_noise_multiplier
 from shoal.privacy.device_noise import DeviceNoise
 from shoal.privacy.neighbours import Graph
 from shoal.privacy.noise import MAX_STDDEV, MIN_STDDEV, discrete_gaussian, seeded, skellam
@@ -54,11 +56,11 @@ class Noised:
             sums: of a round; not changed.
             base: root of the version that it changes.
         """
-        stddev = noise_stddev(self.privacy, sums.specs, sums.fixed)
+        stddevs = noise_stddevs(self.privacy, sums.specs, sums.fixed, goal=self.divisor)
         purpose, noise = _purpose(base, sums), {}
         for name, total in sums.totals.items():
             source = seeded(self.secret, purpose + name.encode())
-            noise[name] = discrete_gaussian(stddev / sums.fixed[name].unit, total.size, source=source)
+            noise[name] = discrete_gaussian(stddevs[name] / sums.fixed[name].unit, total.size, source=source)
         return with_noise(sums, noise, divisor=self.divisor)
 
 
@@ -111,29 +113,54 @@ def with_noise(sums: Accumulator, noise: Mapping[str, np.ndarray], *, divisor: i
     return made
 
 
-def noise_stddev(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]) -> float:
-    """Standard deviation of the noise on each element, in the elements' own units.
+def noise_stddevs(
+    privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint], *, goal: int
+) -> dict[str, float]:
+    """Name of a sum -> standard deviation of the noise on each of its elements, in their own units.
 
-    The noise multiplier times the largest norm of one device's part.
+    The noise multiplier times the largest norm of one device's part. The step of an adaptive clip norm has noise of its own; that of the update is a
+    little larger, so that both are one release of the noise multiplier.
+
+    Args:
+        privacy: of the task.
+        specs, fixed: what is added up, and on what grid.
+        goal: of the rounds.
 
     Raises:
         ValueError: there is a sum that is not clipped, or a grid that noise cannot be drawn on.
     """
-    stddev = privacy.noise_multiplier * largest_part(privacy, specs, fixed)
-    check_grid(stddev, fixed)
-    return stddev
+    clip, multiplier = privacy.adaptive_clip, privacy.noise_multiplier
+    if clip is None:
+        return _stddevs(specs, fixed, multiplier * largest_part(privacy, specs, fixed))
+    of_bit = clip.bit_noise_multiplier(multiplier, goal=goal)
+    bit = [spec for spec in specs if spec.tensor.name == DELTA + LOG_SCALE]
+    update = [spec for spec in specs if spec not in bit]
+    rest = update_noise_multiplier(multiplier, bit=of_bit)
+    of_update = rest * largest_part(privacy, update, fixed)
+    return _stddevs(update, fixed, of_update) | _stddevs(
+        bit, fixed, of_bit * (clip.largest_step + _rounding(bit, fixed))
+    )
 
 
 def largest_part(privacy: Privacy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]) -> float:
-    """The largest norm of one device's part in the sums: the clip norm, and what rounding to the grid can add to it.
+    """The largest norm of one device's part in these sums: what its update is clipped to, and what rounding to the grid can add to it.
 
     Raises:
         ValueError: there is a sum that is not clipped.
     """
-    assert privacy.clip_norm is not None
+    assert privacy.norm_bound is not None
     if bare := [spec.tensor.name for spec in specs if not spec.tensor.name.startswith(DELTA)]:
         raise ValueError(f"Expected updates of a model only where there is noise, got {bare[:3]}, which nothing clips.")
-    return privacy.clip_norm + sqrt(sum(prod(s.tensor.shape) * fixed[s.tensor.name].unit ** 2 for s in specs)) / 2
+    return privacy.norm_bound + _rounding(specs, fixed)
+
+
+def _rounding(specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]) -> float:
+    return sqrt(sum(prod(spec.tensor.shape) * fixed[spec.tensor.name].unit ** 2 for spec in specs)) / 2
+
+
+def _stddevs(specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint], stddev: float) -> dict[str, float]:
+    check_grid(stddev, {spec.tensor.name: fixed[spec.tensor.name] for spec in specs})
+    return {spec.tensor.name: stddev for spec in specs}
 
 
 def check_grid(stddev: float, fixed: Mapping[str, FixedPoint]) -> None:

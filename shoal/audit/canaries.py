@@ -22,6 +22,8 @@ from shoal.tensors import Tensors
 FIELD: Final = "canary"
 """0 for ordinary examples."""
 _CARRIED: Final = "canary/number"
+_LONG: Final = 2.0**40
+"""Of a canary before it is clipped: beyond any bound, so that it comes out as long as that allows, group by group."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,7 @@ def with_canaries(task: Task, *, seed: int) -> Task:
     Raises:
         ValueError: nothing clips the task's updates, so that a canary's length would be anything.
     """
-    clip_norm = task.privacy.clip_norm
-    if clip_norm is None:
+    if task.privacy.clip_norm is None:
         raise ValueError("Expected a task with privacy.clip_norm, got None: a canary's update is as long as that.")
     bare = replace(task, privacy=replace(task.privacy, clip_norm=None, noise_multiplier=0.0, epsilon=None, secure=None))
 
@@ -106,7 +107,7 @@ def with_canaries(task: Task, *, seed: int) -> Task:
             learned = {name: values.shape for name, values in delta.items() if name.startswith("params/")}
             sung = direction(number, learned, seed)
             made = {
-                name: jnp.where(number > 0, clip_norm * sung[name] if name in sung else 0.0, values)
+                name: jnp.where(number > 0, _LONG * sung[name] if name in sung else 0.0, values)
                 for name, values in delta.items()
             }
             return report._replace(sums={**report.sums, "delta": made})

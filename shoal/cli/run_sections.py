@@ -7,6 +7,7 @@ from typing import Any, Final
 from shoal.cli import analytics_section, over_users_section, statistics_section, words
 from shoal.cli.run_summary import summarize
 from shoal.cli.screen import Screen
+from shoal.clip_norm import described
 from shoal.errors import StoreError
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -83,7 +84,7 @@ def _plan_facts(plan: Plan, kind: str) -> dict[str, Any]:
 
 def _protection(privacy: Privacy) -> dict[str, str]:
     """What keeps a device's part from being seen, in words; nothing where nothing does."""
-    made = {} if privacy.clip_norm is None else {"clipped": f"updates to a norm of {privacy.clip_norm:g}"}
+    made = {} if privacy.clip_norm is None else {"clipped": f"updates to {described(privacy.clip_norm)}"}
     if privacy.noise_multiplier:
         budget = (
             "no limit" if privacy.epsilon is None else f"epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}"

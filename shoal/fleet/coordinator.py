@@ -20,6 +20,7 @@ from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
+from shoal.aggregate.cohort_metrics import cohort_metrics
 from shoal.aggregate.commit import Aggregator
 from shoal.aggregate.sums import save_sums
 from shoal.clock import Clock
@@ -401,7 +402,7 @@ class Coordinator:
         await self._until_journaled()
         self._look_back()
         taken, left = self._that_fit(groups)
-        if left and (self._release is not None or self._policy.min_separation > 1):
+        if left and (self._manifest.promises.privacy.binds_to_version or self._policy.min_separation > 1):
             return self._failed(RoundError("there are more updates than its sum has room for"))
         if not (taken or self._waiting):
             return self._failed(RoundError("no sum came of the round's groups"))
@@ -477,7 +478,7 @@ class Coordinator:
             costs.merge(group.costs)
         following = self._following(head)
         present = following.sums(closed, self._waiting, head.version if keeps else None)
-        metrics = present.metrics()
+        metrics = cohort_metrics(present, self._manifest.promises.privacy, head.model, self.store.blobs)
         last = self.store.last_commit(self._run)
         if last is not None and last.version == head.version + 1 and last.round == round:
             # Written by the try before this one, which heard of a failure nonetheless.

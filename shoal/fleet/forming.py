@@ -228,7 +228,7 @@ class FormingGroups:
         if self._noise is not None and graph is not None:
             stddev = self._noise.stddev(graph, survivors)
         self._layout.refuse_absurd(
-            sums.pieces, weight=weight, members=survivors, clip_norm=self._manifest.promises.privacy.clip_norm, noise_stddev=stddev,
+            sums.pieces, weight=weight, members=survivors, norm_bound=self._manifest.promises.privacy.norm_bound, noise_stddev=stddev,
         )  # fmt: skip
         return sums
 

@@ -209,8 +209,8 @@ class GroupSums:
 def _machine(manifest: Manifest) -> g.Groups:
     policy, secure = grouping(manifest), manifest.promises.privacy.secure
     if secure is None:
-        # Each device is in a version's sum once, and in that of no other until its time has come.
-        moves_on = not manifest.promises.privacy.noise_multiplier and policy.min_separation == 1
+        # Some updates count for the version after their own or not at all, and so do those of devices that rest then.
+        moves_on = not manifest.promises.privacy.binds_to_version and policy.min_separation == 1
         return ClearGroups(policy, most=policy.max_members, moves_on=moves_on)
     made = terms(manifest, model="")  # of which only the numbers are asked for
     return SecureGroups(policy, most=policy.max_members, size=secure.members, fits=partial(fits, made))

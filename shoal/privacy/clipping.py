@@ -1,7 +1,7 @@
 """What one device can change in a sum: its update's norm, clipped, and still bounded once it is integers.
 
 A task's own clipping is in its programs, on the device (`local.py`); this is the same where tensors are put on the grid of a sum,
-with what rounding does to the norm; and a bound that follows the norms there are.
+with what rounding does to the norm; and what a bit beside an update costs.
 
 References:
     * McMahan et al. 2018, "Learning Differentially Private Recurrent Language Models": flat clipping and by layer.
@@ -9,15 +9,14 @@ References:
     * Andrew, Thakkar, McMahan, Ramaswamy 2021, "Differentially Private Learning with Adaptive Clipping", algorithm 1.
 """
 
-import fnmatch
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import exp, inf, isfinite, nextafter, sqrt
-from typing import Final, Self
+from math import inf, isfinite, nextafter, sqrt
+from typing import Final
 
 import numpy as np
 
 from shoal import validate
+from shoal.clip_norm import check_clip_norm, groups_of
 from shoal.errors import UpdateRefused
 from shoal.fixed import CHUNK
 from shoal.privacy.noise import Source
@@ -55,24 +54,19 @@ def clip(tensors: Mapping[str, np.ndarray], bounds: Mapping[str, float]) -> tupl
         The tensors in their order, float32 or float64, and the norm that each group had.
 
     Raises:
-        ValueError: a tensor matches no pattern: it would not be bounded.
+        ValueError: a tensor matches no pattern, so that it would not be bounded; or a pattern is the first match of none.
         UpdateRefused: a value is not finite.
     """
-    validate.positive(**{f"bounds[{pattern!r}]": bound for pattern, bound in bounds.items()})
-    group_of = {name: next((p for p in bounds if fnmatch.fnmatchcase(name, p)), None) for name in tensors}
-    if missed := [name for name, pattern in group_of.items() if pattern is None]:
-        raise ValueError(
-            f"Expected every tensor to match a pattern of {list(bounds)}, got {missed[:5]}. Add '*' for the rest."
-        )
-    norms = {p: l2_norm({name: tensors[name] for name in tensors if group_of[name] == p}) for p in bounds}
-    scales = {p: min(1.0, bound * (1 - _MARGIN) / max(norms[p], 2.0**-1000)) for p, bound in bounds.items()}
-    clipped = {name: _times(values, scales[str(group_of[name])]) for name, values in tensors.items()}
-    return clipped, norms
-
-
-def total_bound(bounds: Mapping[str, float]) -> float:
-    """The bound on the norm of all groups together."""
-    return sqrt(sum(bound**2 for bound in bounds.values()))
+    check_clip_norm(bounds)
+    groups = groups_of(tensors, bounds)
+    norms = [l2_norm({name: tensors[name] for name in group}) for group, _ in groups]
+    scales = {
+        name: min(1.0, bound * (1 - _MARGIN) / max(norm, 2.0**-1000))
+        for (group, bound), norm in zip(groups, norms, strict=True)
+        for name in group
+    }
+    clipped = {name: _times(values, scales[name]) for name, values in tensors.items()}
+    return clipped, dict(zip(bounds, norms, strict=True))
 
 
 def rounded_bound(l2: float, *, unit: float, elements: int) -> float:
@@ -125,54 +119,22 @@ def l1_bound(l2: float, elements: int) -> float:
     return min(l2**2, sqrt(elements) * l2)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuantileClip:
-    """A bound that follows a quantile of the devices' norms. Each device adds one bit, to a coordinate of the sum with noise of its own."""
+def update_noise_multiplier(noise_multiplier: float, *, bit: float) -> float:
+    """The noise multiplier of an update, with which it and a bit beside it are together one release of `noise_multiplier`.
 
-    bound: float
-    """For the round to come."""
-    quantile: float = 0.5
-    """Share of the devices that shall not be clipped."""
-    learning_rate: float = 0.2
-    """The bound changes by at most a factor of exp(learning_rate) a round."""
-    lowest: float = 1e-6
-    highest: float = 1e6
-    """Between these it stays: a round's fixed point holds no more."""
+    Args:
+        noise_multiplier: of the release.
+        bit: that of the bit alone, the larger one.
 
-    def __post_init__(self) -> None:
-        validate.types(self)
-        validate.positive(lowest=self.lowest, learning_rate=self.learning_rate)
-        validate.between(0, 1, quantile=self.quantile)
-        validate.between(self.lowest, self.highest, bound=self.bound)
-
-    def bit(self, norm: float) -> int:
-        """What a device with this norm adds: 1 if it is within the bound, else -1. Who is not there adds 0: so sensitivity is 1."""
-        return 1 if norm <= self.bound else -1
-
-    def update(self, total: float, *, members: float) -> Self:
-        """The rule for the next round.
-
-        Args:
-            total: the sum of the bits, with noise.
-            members: what it is divided by; public, as the update's denominator.
-        """
-        validate.positive(members=members)
-        share = min(1.0, max(0.0, (1 + total / members) / 2))
-        bound = self.bound * exp(-self.learning_rate * (share - self.quantile))
-        return replace(self, bound=min(self.highest, max(self.lowest, bound)))
-
-
-def update_noise_multiplier(noise_multiplier: float, *, bit_stddev: float) -> float:
-    """The noise multiplier of the update, with which it and the bit together are one release of `noise_multiplier`.
-
-    With `bit_stddev` a tenth of the members the bit costs next to nothing and the bound is still well known.
+    References:
+        Andrew et al. 2021, theorem 1.
     """
-    validate.positive(noise_multiplier=noise_multiplier, bit_stddev=bit_stddev)
-    if bit_stddev <= noise_multiplier:
+    validate.positive(noise_multiplier=noise_multiplier, bit=bit)
+    if bit <= noise_multiplier:
         raise ValueError(
-            f"Expected bit_stddev > noise_multiplier, got {bit_stddev} and {noise_multiplier}: the bit alone would spend all."
+            f"Expected bit > noise_multiplier, got bit={bit} and noise_multiplier={noise_multiplier}: the bit alone would spend all."
         )
-    return 1 / sqrt(noise_multiplier**-2 - bit_stddev**-2)
+    return 1 / sqrt(noise_multiplier**-2 - bit**-2)
 
 
 def _times(values: np.ndarray, scale: float) -> np.ndarray:

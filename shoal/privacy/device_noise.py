@@ -68,17 +68,18 @@ def device_noise(privacy: Privacy, *, units: set[float], elements: int) -> Devic
     """
     if not privacy.distributed:
         return None
-    assert privacy.clip_norm is not None
+    norm = privacy.norm_bound
+    assert norm is not None
     if len(units) != 1:
         raise ValueError(
             f"Expected one bound for all tensors where devices add the noise, got grids of {sorted(units)[:4]}: leave bounds={{}}."
         )
     (unit,) = units
-    l2 = rounded_bound(privacy.clip_norm, unit=unit, elements=elements)
-    if l2 * unit > 2 * privacy.clip_norm:
+    l2 = rounded_bound(norm, unit=unit, elements=elements)
+    if l2 * unit > 2 * norm:
         raise ValueError(
             f"Expected sums so fine that rounding an update of {elements} elements changes its norm by at most the clip norm, got units of "
-            f"{unit:g} for a clip norm of {privacy.clip_norm:g}. Raise Secure(bits=…), or lower Secure(members=…) or the noise multiplier."
+            f"{unit:g} for a clip norm of {norm:g}. Raise Secure(bits=…), or lower Secure(members=…) or the noise multiplier."
         )
     return DeviceNoise(noise_multiplier=privacy.noise_multiplier, unit=unit, l2=l2, elements=elements)
 
@@ -88,9 +89,9 @@ def noise_room(privacy: Privacy, minimum_group: int) -> float:
     """What a member's largest element has to be taken for, beyond its own, so that a group's sum has room for all members' noise."""
     if not privacy.distributed:
         return 0.0
-    assert privacy.clip_norm is not None and privacy.secure is not None
+    assert privacy.norm_bound is not None and privacy.secure is not None
     most = max((_surplus(graph) for graph in graphs(privacy.secure, minimum_group)), default=1.0)
-    stddev = privacy.noise_multiplier * 2 * privacy.clip_norm * sqrt(most)
+    stddev = privacy.noise_multiplier * 2 * privacy.norm_bound * sqrt(most)
     return REACH * stddev / privacy.secure.members
 
 

@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from shoal.clip_norm import LOG_SCALE
 from shoal.errors import ProtocolError, UpdateRefused
 from shoal.fixed import FixedPoint, SumSpec, add, refuse_bad_values, refuse_bad_weight
 from shoal.privacy.device_noise import REACH
@@ -95,11 +96,12 @@ class VectorLayout:
         *,
         weight: int,
         members: int,
-        clip_norm: float | None,
+        norm_bound: float | None,
         noise_stddev: float = 0.0,
     ) -> None:
-        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/`. Of noise, of
-        that standard deviation, they may have had up to `REACH` times as much in an element, and in the norm.
+        """Looks whether so many honest members can have such a sum: their weights, each element, the norm of all `delta/` (but for the
+        step of an adaptive clip norm, which has a bound of its own). Of noise, of that standard deviation, they may have had up to
+        `REACH` times as much in an element, and in the norm.
 
         Raises:
             ProtocolError: they cannot. Nobody can say who was not honest.
@@ -113,12 +115,12 @@ class VectorLayout:
             largest = float(np.max(np.abs(totals), initial=0)) * fixed.unit
             if largest > fixed.bound * times + members * fixed.unit + REACH * noise_stddev:
                 raise ProtocolError(f"{members} members add up to {largest:g} in {name}, each at most {fixed.bound:g}.")
-            if name.startswith("delta/"):
+            if name.startswith("delta/") and name != f"delta/{LOG_SCALE}":
                 square += float(np.sum(np.square(totals * fixed.unit)))
                 slack += totals.size * (members * fixed.unit + 2 * noise_stddev) ** 2 + (REACH * noise_stddev) ** 2
-        if clip_norm is not None and square**0.5 > clip_norm * weight + slack**0.5:
+        if norm_bound is not None and square**0.5 > norm_bound * weight + slack**0.5:
             raise ProtocolError(
-                f"The updates of {members} members with weights of {weight} together, each clipped to {clip_norm:g}, add up to a norm "
+                f"The updates of {members} members with weights of {weight} together, each clipped to {norm_bound:g}, add up to a norm "
                 f"of {square**0.5:g}."
             )
 

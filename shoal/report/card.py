@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from shoal.clip_norm import described
 from shoal.metric_names import LEFT_OUT, is_tail
 from shoal.plan.manifest import Manifest
 from shoal.policy import Secure
@@ -173,7 +174,7 @@ def _privacy(facts: Facts) -> str:
         bound = (
             f"an update with an element beyond ±{privacy.delta_bound:g} was refused."
             if privacy.clip_norm is None
-            else f"updates were clipped to a norm of {privacy.clip_norm:g} by the devices."
+            else f"updates were clipped to {described(privacy.clip_norm)} by the devices."
         )
         text.append(
             f"No sum of fewer than {facts.manifest.promises.minimum_group} updates was made into a version; {bound}"

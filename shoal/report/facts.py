@@ -18,6 +18,7 @@ from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
 from shoal.record.store import CommitRow, EventRow, LedgerRow, RoundRow, RunRow, Store
 from shoal.report.privacy_spent import Spent
+from shoal.tensors import is_of_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,9 @@ def facts_of(store: Store, run_id: str) -> Facts:
         run=row,
         manifest=_manifest(store, run_id),
         version=head.version if head is not None else None,
-        parameters=sum(_numbers(entry.spec.shape) for entry in head.model) if head is not None else 0,
+        parameters=sum(_numbers(e.spec.shape) for e in head.model if is_of_model(e.spec.name))
+        if head is not None
+        else 0,
         metrics=_metrics(store, run_id),
         seconds=seconds_at_work(commits, events, created_s=row.created_s),
         rounds=tuple(store.rounds(run_id)),

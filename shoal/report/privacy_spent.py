@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shoal.clip_norm import described
 from shoal.policy import Privacy
 from shoal.privacy.spending import Release, counted, epsilon
 from shoal.record.ledger import standing
@@ -57,6 +58,11 @@ def _noise(privacy: Privacy) -> str:
             f"Skellam noise of {size} that norm (and of what rounding adds to it), of which each device added a share before its masks: those who "
             "neither colluded nor went away sufficed for it in each secure group"
         )
+    if privacy.adaptive_clip is not None:
+        return (
+            "discrete Gaussian noise on the updates and on the count of devices within the norm, which it follows; both together are one release "
+            f"with noise of {size} that norm (and of what rounding adds to it)"
+        )
     if privacy.correlated is None:
         return f"discrete Gaussian noise of {size} that norm (and of what rounding adds to it)"
     name = {"blt": "a buffered linear Toeplitz matrix", "tree": "a binary tree"}[privacy.correlated.kind]
@@ -93,11 +99,12 @@ def _participation(releases: Counter[Release]) -> str:
 def statement(spent: Spent) -> str:
     """Mechanism, unit, assumptions, epsilon at delta, accountant: what somebody needs to judge the claim."""
     privacy, releases = spent.privacy, spent.here
+    assert privacy.clip_norm is not None
     lines = [
         f"The model is differentially private: **epsilon {spent.epsilon:.3g} at delta {privacy.delta:g}**"
         + (f", of a budget of {privacy.epsilon:g}." if privacy.epsilon is not None else "; there was no limit."),
         "Unit: a device with all its examples. Neighbours differ in one device, whose updates are there or are zero.",
-        f"Mechanism: each device clipped its update to a norm of {privacy.clip_norm:g}; the sum of each of "
+        f"Mechanism: each device clipped its update to {described(privacy.clip_norm)}; the sum of each of "
         f"{sum(releases.values())} rounds had {_noise(privacy)}; means were over a number fixed beforehand; no metrics of training were "
         "collected.",
         "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order; "

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from shoal.aggregate.choose import aggregator_of, noised
+from shoal.aggregate.cohort_metrics import cohort_metrics
 from shoal.data.fingerprint import CONFIG as POPULATION
 from shoal.data.fingerprint import difference, fingerprint
 from shoal.data.store import Examples, Population
@@ -403,7 +404,8 @@ class _Engine:
             weight=sums.weight, created_s=time.time(),
         )  # fmt: skip
         prefix = self.manifest.server.metrics_prefix
-        metrics = {f"{prefix}/{name}": value for name, value in sums.metrics().items()}
+        found = cohort_metrics(sums, self.manifest.promises.privacy, self.head.model, self.store.blobs)
+        metrics = {f"{prefix}/{name}": value for name, value in found.items()}
         self._write(row, configuration, metrics, seconds, opened_s=wall_s, commit_s=time.perf_counter() - commit_begun)
         self.head, self.next_round = row, number + 1
         metrics |= self.measure() if self.measuring.is_due(row.version, last=self.last) else {}

@@ -5,9 +5,11 @@ import pytest
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import WeightedMean
-from shoal.aggregate.noised import Noised, noise_stddev
+from shoal.aggregate.noised import Noised, noise_stddevs
+from shoal.clip_norm import AdaptiveClip
 from shoal.fixed import SumSpec
 from shoal.policy import Privacy, ServerRule
+from shoal.privacy.accounting import gaussian_zcdp
 from shoal.record.memory import MemoryStore
 from shoal.tensors import Entry, Index, TensorSpec
 
@@ -37,7 +39,9 @@ def test_the_noise_is_as_large_as_was_said() -> None:
     before = sums(0.001)
     kept = {name: total.copy() for name, total in before.totals.items()}
     after = noised().noised(before, "base")
-    stddev = noise_stddev(PRIVACY, SPECS, before.fixed)
+    stddevs = noise_stddevs(PRIVACY, SPECS, before.fixed, goal=8)
+    stddev = stddevs["delta/params/w"]
+    assert stddevs == {name: stddev for name in stddevs}
     rounding = (
         np.sqrt(SIZE * before.fixed["delta/params/w"].unit ** 2 + 3 * before.fixed["delta/params/c"].unit ** 2) / 2
     )
@@ -101,3 +105,42 @@ def test_a_grid_that_noise_cannot_be_drawn_on_is_refused() -> None:
     made = Accumulator.finest(SPECS, bits=64, max_weight=1, max_members=10)
     with pytest.raises(ValueError, match="units of a sum's grid"):
         noised().noised(made, "base")
+
+
+def followed(clip: AdaptiveClip) -> list[SumSpec]:
+    """Sums of an update and of the step of its clip norm."""
+    step = TensorSpec(name="delta/clip/log_scale", shape=(), dtype="float32")
+    return [SPECS[1], SumSpec(tensor=step, bound=clip.largest_step, weighted=True)]
+
+
+@pytest.mark.parametrize(
+    ("clip", "goal", "on_devices"),
+    [
+        (AdaptiveClip(initial=0.5, quantile=0.5), 200, 10.0),
+        (AdaptiveClip(initial=0.5, quantile=0.8), 20, 2.0 * 2.0 * 0.8),
+        (AdaptiveClip(initial=0.5, quantile=0.3, learning_rate=0.01, bit_stddev=5.0), 20, 5.0),
+    ],
+    ids=["a twentieth of the goal", "a quarter of the release", "as it is said"],
+)
+def test_update_and_bit_have_noise_of_their_own_and_are_one_release(
+    clip: AdaptiveClip, goal: int, on_devices: float
+) -> None:
+    specs, privacy = followed(clip), Privacy(clip_norm=clip, noise_multiplier=2.0)
+    fixed = Accumulator.finest(specs, bits=32, max_weight=1, max_members=100).fixed
+    made = noise_stddevs(privacy, specs, fixed, goal=goal)
+    assert made["delta/clip/log_scale"] == pytest.approx(clip.learning_rate * on_devices, rel=1e-6)
+    of_update, of_bit = made["delta/params/c"] / 0.5, on_devices / clip.largest_bit
+    assert gaussian_zcdp(of_update) + gaussian_zcdp(of_bit) == pytest.approx(gaussian_zcdp(2.0), rel=1e-5)
+    assert of_update <= 2.0 / np.sqrt(0.75) * (1 + 1e-6)
+
+
+def test_the_bit_s_noise_is_as_large_as_was_said() -> None:
+    clip = AdaptiveClip(initial=0.5, quantile=0.5, learning_rate=0.2)
+    specs, privacy = followed(clip), Privacy(clip_norm=clip, noise_multiplier=2.0)
+    sums = Accumulator.finest(specs, bits=32, max_weight=1, max_members=100)
+    unit, name = sums.fixed["delta/clip/log_scale"].unit, "delta/clip/log_scale"
+    found = [
+        Noised(WeightedMean(ServerRule()), privacy, 200, i.to_bytes(32)).noised(sums, "base").totals[name] * unit
+        for i in range(300)
+    ]
+    assert np.std(found) == pytest.approx(0.2 * 10, rel=0.15)

@@ -139,6 +139,46 @@ def fedopt(model: Model, cohorts: Cohorts, *, kind: str, rate: float) -> Model:
     return averaged(model, cohorts, lambda received, given, member, version: sgd(received, given), server=server)
 
 
+def norm(update: Model) -> float:
+    return float(np.sqrt(sum(np.sum(value**2) for value in update.values())))
+
+
+def shortened(update: Model, bound: float) -> Model:
+    return scaled(update, min(1.0, bound / norm(update)))
+
+
+def clipped_by_tensor(model: Model, cohorts: Cohorts, *, bounds: dict[str, float]) -> Model:
+    """McMahan et al. 2018, per-layer clipping, without noise: each tensor is a layer."""
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        update = minus(sgd(received, given), received)
+        parts = [shortened({name: update[name]}, bounds[name]) for name in update]
+        return plus(received, {name: value for part in parts for name, value in part.items()})
+
+    return averaged(model, cohorts, local)
+
+
+def clipped_adaptively(model: Model, cohorts: Cohorts, *, initial: float, quantile: float, rate: float) -> Model:
+    """Andrew et al. 2021, algorithm 1, without noise; bits weigh as updates do. And the logarithm of the last bound over the initial one."""
+    bound, within, weights = initial, list[bool](), list[int]()
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        update = minus(sgd(received, given), received)
+        within.append(norm(update) <= bound)
+        weights.append(sum(len(x) for x, _ in given))
+        return plus(received, shortened(update, bound))
+
+    def server(before: Model, mean: Model) -> Model:
+        nonlocal bound
+        bound *= np.exp(-rate * (np.average(within, weights=weights) - quantile))
+        within.clear()
+        weights.clear()
+        return plus(before, mean)
+
+    after = averaged(model, cohorts, local, server=server)
+    return {**after, "clip/log_scale": np.log(bound / initial)}
+
+
 def fednova(model: Model, cohorts: Cohorts) -> Model:
     """Wang et al. 2020, equation 7, with tau_eff the mean number of steps."""
     for version, cohort in enumerate(cohorts):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 import shoal
+from shoal.clip_norm import LOG_SCALE, AdaptiveClip
 from shoal.local import Objective, local_rule, plain_gradient, sgd_rule
-from shoal.policy import ServerRule
+from shoal.policy import Privacy, ServerRule
 from shoal.simulate import engine
 from shoal.simulate.fused import Layout
 from shoal.task import Task
@@ -70,6 +71,14 @@ CASES = {
     "lora": Case(lambda: task(leaves=LORA), lambda m, c: reference.lora(task(leaves=LORA), c)),
     "ditto": Case(lambda: shoal.ditto(task(), lam=0.5), reference.fedavg),
     "measured": Case(lambda: shoal.measured(task(local=held_out())), reference.fedavg_with_holdout),
+    "clipped by tensor": Case(
+        lambda: task(privacy=Privacy(clip_norm={"*/w": 0.6, "*": 0.3})),
+        lambda m, c: reference.clipped_by_tensor(m, c, bounds={"w": 0.6, "b": 0.3}),
+    ),
+    "clipped adaptively": Case(
+        lambda: task(privacy=Privacy(clip_norm=AdaptiveClip(initial=0.3, quantile=0.4, learning_rate=0.9))),
+        lambda m, c: reference.clipped_adaptively(m, c, initial=0.3, quantile=0.4, rate=0.9),
+    ),
     "top_k": Case(lambda: shoal.compressed(task(), "top_k", share=0.3), lambda m, c: reference.top_k(m, c, share=0.3)),
     "int8": Case(lambda: shoal.compressed(task(), "int8"), reference.int8),
 }
@@ -109,7 +118,9 @@ def test_it_agrees_with_its_reference(case: Case, ways: Ways) -> None:
 
 
 def _name(name: str) -> str:
-    """`params/w` for `w`, `control/params/w` for `control/w`."""
+    """`params/w` for `w`, `control/params/w` for `control/w`; `clip/log_scale` is that."""
+    if name == LOG_SCALE:
+        return name
     return name.replace("control/", "control/params/") if name.startswith("control/") else f"params/{name}"
 
 
@@ -148,7 +159,9 @@ class Training:
 
     def __init__(self, ways: Ways) -> None:
         self.runner, self.rule, self.k = ways.runner, local_rule(ways.task), ways.task.local.steps_per_block
-        self.model = {f"broadcast/{name}": value + np.float32(0.25) for name, value in ways.built.model.items()}
+        self.model = {
+            f"broadcast/{name}": np.asarray(value + np.float32(0.25)) for name, value in ways.built.model.items()
+        }
         self.state = {
             f"device_state/{spec.name}": np.full(spec.shape, 0.5 if "float" in spec.dtype else 1, spec.numpy_dtype)
             for spec in self.rule.device_state
@@ -228,6 +241,11 @@ NEUTRAL: dict[str, tuple[Callable[[], Task], Callable[[], Task], int]] = {
         lambda: task(leaves={"params/w": "lora(1)", "params/w/lora_?": "frozen"}),
         frozen_task,
         2,
+    ),
+    "a clip norm that nothing reaches is none": (
+        lambda: task(privacy=Privacy(clip_norm=AdaptiveClip(initial=200.0, quantile=0.5))),
+        task,
+        1,
     ),
     "measuring changes nothing": (lambda: shoal.measured(task(local=held_out())), task_with_holdout, 2),
     "top_k of all elements is no compression": (lambda: shoal.compressed(task(), "top_k", share=1.0), task, 2),

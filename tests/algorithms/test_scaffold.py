@@ -9,6 +9,9 @@ from safetensors.numpy import load_file
 import shoal
 from shoal.local import local_rule
 from shoal.plan.build import build
+from shoal.record.run import latest_run
+from shoal.record.sqlite import open_store
+from shoal.record.tensor_blobs import view_tensors
 from tests.algorithms.problem import MEMBERS, population, task
 
 
@@ -16,8 +19,13 @@ def test_the_controls_are_neither_evaluated_nor_exported(tmp_path: Path) -> None
     made = shoal.simulate(
         shoal.scaffold(task(), devices=5), population(), rounds=2, folder=tmp_path, held_out=population()[MEMBERS[0]]
     )
-    assert any(np.any(value) for name, value in made.model.items() if name.startswith("control/"))
+    found = latest_run(tmp_path)
+    store = open_store(found.path, read_only=True)
+    tensors = view_tensors(store.blobs, store.get_commit(found.run.id, 2).model)
+    assert any(np.any(value) for name, value in tensors.items() if name.startswith("control/"))
+    store.close()
     model = shoal.load(tmp_path)
+    assert sorted(made.model) == sorted(model.tensors) == ["params/b", "params/w"]
     model.save(tmp_path / "model.safetensors")
     assert sorted(load_file(tmp_path / "model.safetensors")) == ["params/b", "params/w"]
     x = np.ones((1, 3), np.float32)

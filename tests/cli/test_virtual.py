@@ -101,3 +101,20 @@ def test_late_as_people_write_it() -> None:
     for text in ("patch", "patch:0", "patch:x", "discount:2:1", "discount:0.5", "discard:1", ""):
         with pytest.raises(ValueError, match="late"):
             parse_late(text)
+
+
+def test_an_adaptive_clip_norm_moves_in_a_virtual_fleet_too(
+    place: Path, tmp_path: Path, population: Path, shoal: Shoal
+) -> None:
+    clipped = place / "clipped.py"
+    privacy = "    privacy=shoal.Privacy(clip_norm=shoal.AdaptiveClip(initial=0.01, learning_rate=1.0)),\n)\n"
+    clipped.write_text((place / "line.py").read_text().rstrip().removesuffix(")") + privacy)
+    made = shoal(
+        "simulate", clipped, "--virtual", population, "--data", place / "users", "--rounds", 4, "--run", tmp_path / "r"
+    )
+    assert made.code == 0, made
+    with open_run(tmp_path / "r") as run:
+        norms = run.history("train/clip_norm")[1]
+    assert norms[0] == 0.01 and norms[1] == pytest.approx(0.01 * 2.71828**0.5, rel=1e-4) and len(norms) == 4
+    shown = shoal("runs", "show", tmp_path / "r").out
+    assert "updates to a norm that followed their quantile 0.5, 0.01 at first" in shown and "train/clip_norm" in shown

@@ -1,5 +1,6 @@
 """The groups: their numbered invariants under any order of events, and the cases that a reader should know."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from shoal.clip_norm import AdaptiveClip
 from shoal.errors import InvalidTransition
+from shoal.fleet import group_sums
 from shoal.fleet.clear_groups import ClearGroups
 from shoal.fleet.group import (
     Add,
@@ -30,7 +33,9 @@ from shoal.fleet.group import (
     Stored,
     Tell,
 )
-from shoal.policy import Late, RoundPolicy
+from shoal.plan.manifest import Promises
+from shoal.policy import Late, Privacy, RoundPolicy
+from tests.fleet import toy
 
 A, B, C = b"a", b"b", b"c"
 DISCARD = Late()
@@ -426,3 +431,23 @@ def test_where_noise_counts_on_one_update_a_device_nothing_moves_on_to_the_next_
     told = groups.step(Open(1), 0.0)
     assert [type(each).__name__ for each in told] == ["Drop", "Tell", "ReleaseMember"]
     assert groups.state(b"a") is None
+
+
+@pytest.mark.parametrize(
+    ("privacy", "moves_on"),
+    [
+        (Privacy(clip_norm=1.0), True),
+        (Privacy(clip_norm=1.0, noise_multiplier=1.0), False),
+        (Privacy(clip_norm=AdaptiveClip(initial=1.0)), False),
+    ],
+    ids=["plain", "noise", "adaptive"],
+)
+def test_what_is_of_its_version_alone_does_not_move_on(privacy: Privacy, moves_on: bool) -> None:
+    manifest = replace(toy.plan(RoundPolicy(goal=8)).manifest, promises=Promises.of(privacy, minimum_group=8))
+    groups = group_sums._machine(manifest)
+    groups.step(Open(0), 0.0)
+    add(groups, b"a")  # type: ignore[arg-type]
+    for event in (Close(), Committed(1)):
+        groups.step(event, 0.0)
+    told = groups.step(Open(1), 0.0)
+    assert any(isinstance(each, Merge) for each in told) is moves_on

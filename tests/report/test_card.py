@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from shoal.clip_norm import AdaptiveClip
 from shoal.plan.manifest import Promises
 from shoal.policy import Privacy, Secure
 from shoal.report.card import card_text, write_card
@@ -48,6 +50,26 @@ def test_secure_groups_are_told_with_their_trust(facts: Facts, authority: str, t
     told = _section(card_text(replace(facts, manifest=manifest, run=replace(facts.run, kind="host"))), "Privacy")
     assert "sums over at least 8 honest devices" in told and "at most 20%" in told and text in told
     assert "in the clear" not in told and "clipped to a norm of 1" in told
+
+
+@pytest.mark.parametrize(
+    ("clip_norm", "text"),
+    [
+        ({"params/b": 0.3, "*": 0.4}, "clipped to norms by tensor (0.3 for params/b, 0.4 for *), 0.5 together by"),
+        (
+            AdaptiveClip(initial=0.1, quantile=0.6),
+            "clipped to a norm that followed their quantile 0.6, 0.1 at first by",
+        ),
+    ],
+)
+def test_the_clip_norm_is_told(facts: Facts, clip_norm: Any, text: str) -> None:
+    assert facts.manifest is not None
+    promises = [Promises.of(Privacy(clip_norm=clip_norm, noise_multiplier=n), minimum_group=8) for n in (0.0, 1.0)]
+    bare, noisy = (replace(facts, manifest=replace(facts.manifest, promises=made)) for made in promises)
+    assert text in _section(card_text(bare), "Privacy")
+    told = _section(card_text(noisy), "Privacy")
+    assert text.removesuffix(" by") in told
+    assert ("both together are one release" in told) is isinstance(clip_norm, AdaptiveClip)
 
 
 def test_results_and_notes_come_first(facts: Facts) -> None:
