@@ -84,14 +84,12 @@ def device_noise(privacy: Privacy, *, units: set[float], elements: int) -> Devic
     return DeviceNoise(noise_multiplier=privacy.noise_multiplier, unit=unit, l2=l2, elements=elements)
 
 
-@lru_cache(64)
 def noise_room(privacy: Privacy, minimum_group: int) -> float:
     """What a member's largest element has to be taken for, beyond its own, so that a group's sum has room for all members' noise."""
     if not privacy.distributed:
         return 0.0
     assert privacy.norm_bound is not None and privacy.secure is not None
-    most = max((_surplus(graph) for graph in graphs(privacy.secure, minimum_group)), default=1.0)
-    stddev = privacy.noise_multiplier * 2 * privacy.norm_bound * sqrt(most)
+    stddev = privacy.noise_multiplier * 2 * privacy.norm_bound * sqrt(_largest_surplus(privacy.secure, minimum_group))
     return REACH * stddev / privacy.secure.members
 
 
@@ -106,6 +104,8 @@ def graphs(secure: Secure, minimum_group: int) -> list[Graph]:
     return made
 
 
-def _surplus(graph: Graph) -> float:
-    """What a sum of all members has, over what is sure to be there."""
-    return graph.members / (graph.least_survivors - graph.colluders)
+@lru_cache(64)
+def _largest_surplus(secure: Secure, minimum_group: int) -> float:
+    """The variance that a sum of all members has over what is sure to be there, at most."""
+    found = graphs(secure, minimum_group)
+    return max((graph.members / (graph.least_survivors - graph.colluders) for graph in found), default=1.0)
