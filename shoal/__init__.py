@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from shoal.algorithms.scaffold import scaffold
     from shoal.api import Model, load, read_statistics, simulate
     from shoal.local import LocalRule, Report
-    from shoal.policy import About, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
+    from shoal.policy import About, ExamplePrivacy, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
     from shoal.stop_when import StopWhen
     from shoal.task import Local, Loss, Sum, Task, Variables
     from shoal.task_evaluation import evaluation
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "About": "shoal.policy",
+    "ExamplePrivacy": "shoal.policy",
     "Late": "shoal.policy",
     "Local": "shoal.task",
     "LocalRule": "shoal.local",
@@ -65,6 +66,7 @@ _MODULES = ("data", "errors", "record", "server", "testing")
 
 __all__ = [
     "About",
+    "ExamplePrivacy",
     "Late",
     "Local",
     "LocalRule",

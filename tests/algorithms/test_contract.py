@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 import shoal
-from shoal.local import Objective, local_rule, plain_gradient, sgd_rule
+from shoal.gradients import Objective, plain_gradient
+from shoal.local import local_rule, sgd_rule
 from shoal.policy import ServerRule
 from shoal.simulate import engine
 from shoal.simulate.fused import Layout

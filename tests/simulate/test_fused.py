@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -70,6 +71,10 @@ CASES: dict[str, dict[str, Any]] = {
     "uniform": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=3, weighting="uniform")},
     "whole batches": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, drop_remainder=True)},
     "held out": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, holdout=0.3)},
+    "noise on examples": {
+        "local": shoal.Local(optimizer=optax.adam(0.1), batch_size=4, epochs=2, weighting="uniform"),
+        "privacy": Privacy(examples=shoal.ExamplePrivacy(clip_norm=0.5, noise_multiplier=1.0)),
+    },
     "private": {"leaves": {"params/b": "private"}},
     "frozen": {"leaves": {"params/b": "frozen"}},
 }
@@ -111,6 +116,34 @@ def test_a_model_with_state_and_randomness(monkeypatch: pytest.MonkeyPatch) -> N
     for layout in (Layout(devices=1, together=1), Layout(devices=2, together=2)):
         use(layout, monkeypatch)
         same(slow, run(one_task.task, one_task.population(), "fused", rounds=2), atol=1e-5)
+
+
+def test_noise_on_examples_of_a_model_whose_convolutions_take_other_forms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Net(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+            self.dropout = nnx.Dropout(0.2, rngs=rngs)
+            self.head = nnx.Linear(2 * 2 * 8, 4, rngs=rngs)
+
+        def __call__(self, image: jax.Array) -> jax.Array:
+            pooled = nnx.max_pool(nnx.relu(self.conv(image)), (4, 4), (4, 4))
+            return self.head(self.dropout(pooled.reshape(image.shape[0], -1)))
+
+    chosen = shoal.Task.from_flax(
+        Net, name="forms", loss="softmax_cross_entropy", batch={"image": ((8, 8, 1), "float32"), "label": ((), "int32")},
+        local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, weighting="uniform"),
+        rounds=shoal.RoundPolicy(goal=3, minimum_group=3),
+        privacy=Privacy(examples=shoal.ExamplePrivacy(clip_norm=0.1, noise_multiplier=0.5)),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    members = Population.from_arrays({
+        f"member-{i}": {"image": rng.normal(size=(6, 8, 8, 1)).astype(np.float32), "label": rng.integers(0, 4, 6).astype(np.int32)}
+        for i in range(3)
+    })  # fmt: skip
+    use(Layout(devices=1, together=3), monkeypatch)
+    same(run(chosen, members, "sequential", rounds=2), run(chosen, members, "fused", rounds=2), atol=1e-5)
 
 
 def test_a_run_taken_up_has_the_bits_and_the_layout_of_one_that_was_not_interrupted(
