@@ -13,6 +13,7 @@ import pytest
 from scipy import stats
 
 import shoal
+from shoal.audit.inversion import dense_input
 from shoal.data.store import Examples
 from shoal.gradients import clipped_sum, noisy_gradient, normal
 from shoal.local import local_rule
@@ -292,6 +293,24 @@ def test_the_plan_says_so_and_the_program_s_key_is_made_of_the_secret_alone() ->
     public = member_randomness(bytes(32), "a").key
     made = program_key(manifest.promises.privacy, public, noise_seed=bytes(32), member="a")
     assert made.shape == (6,) and not np.array_equal(made[:2], public)
+
+
+def test_a_server_that_knows_the_key_reads_the_example_and_one_that_does_not_reads_noise() -> None:
+    round_seed, examples = bytes(range(32)), Examples({"x": np.float32([[0.3, -0.9, 0.6]]), "y": np.int32([1])})
+    built = build(hidden_task())
+    runner, manifest, privacy = JaxRunner(built.plan), built.plan.manifest, built.plan.manifest.promises.privacy
+    runner.set_model("root", built.model)
+    key = program_key(privacy, member_randomness(round_seed, "a").key, noise_seed=round_seed, member="a")
+    noise = 0.5 * np.asarray(normal(jnp.asarray(key[2:]), jnp.int32(0), C + D * C))
+
+    def missed(noise_seed: bytes) -> float:
+        sums = train(runner, manifest, "root", examples, None, seed=round_seed, member="a", noise_seed=noise_seed).sums
+        bias, kernel = (-sums[f"delta/params/{name}"] / 0.1 * B for name in ("b", "w"))
+        read = dense_input(kernel - noise[C:].reshape(D, C), bias - noise[:C])
+        return float(np.max(np.abs(read - examples.fields["x"][0])))
+
+    assert missed(round_seed) < 1e-3
+    assert min(missed(bytes([byte]) * 32) for byte in range(5)) > 0.3
 
 
 @pytest.mark.parametrize("short", [None, b"", b"short"])
