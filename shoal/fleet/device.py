@@ -463,10 +463,7 @@ class Device:
         if not prepared.runner.has_model(work.assigned.model):
             raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
         spends = cost(prepared.manifest)
-        if (budget := self._host.floor.examples) is not None:
-            self._host.example_ledger(self.device_id).refuse_overspending(
-                prepared.manifest, budget, device=self.device_id
-            )
+        self._refuse_overspending(prepared.manifest)
         work.takes_partial = prepared.manifest.takes_partial
         work.training = True
         self.progress.stage = "training"
@@ -489,6 +486,14 @@ class Device:
         if spends:
             self._host.example_ledger(self.device_id).add(spends)
         return _Trained(update, Index.of(update.sums, prepared.manifest.update).root, started_s, compile_s)
+
+    def _refuse_overspending(self, manifest: Manifest) -> None:
+        budget = self._host.floor.examples
+        if budget is None or not (why := self._host.example_ledger(self.device_id).overspent(manifest, budget)):
+            return
+        log.warning("%s: %s", self.device_id, why)
+        # What the server is told says nothing of what was spent elsewhere.
+        raise DataError(f"The examples' privacy budget does not allow another update of task {manifest.task!r}.")
 
     def _secure_offer(self, work: _Work, manifest: Manifest, update: Update) -> SecureOffer:
         host = self._host

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from shoal import validate
-from shoal.errors import DataError, StoreError
+from shoal.errors import StoreError
 from shoal.fleet.spent import append_for_good
 from shoal.plan.manifest import Manifest
 
@@ -69,15 +69,14 @@ class ExampleLedger:
         """The zCDP of all that was spent."""
         return fsum(self._entries)
 
-    def refuse_overspending(self, manifest: Manifest, budget: ExampleBudget, *, device: str) -> None:
-        """Raises DataError: an update of that plan would bring the device above its budget."""
+    def overspent(self, manifest: Manifest, budget: ExampleBudget) -> str:
+        """How an update of that plan would bring the device above its budget, in words; empty: it would not."""
         spent, after = self.rho, self.rho + cost(manifest)
         if budget.allows(after):
-            return
-        at = f"at delta {budget.delta:g}"
-        raise DataError(
-            f"The examples of {device!r} have spent epsilon {epsilon(spent, budget.delta):.3g} {at}; an update of task {manifest.task!r} would "
-            f"bring it to {epsilon(after, budget.delta):.3g}, allowed are {budget.epsilon:g} (--max-epsilon). It takes part no more."
+            return ""
+        return (
+            f"its examples have spent epsilon {epsilon(spent, budget.delta):.3g} at delta {budget.delta:g}; an update of task {manifest.task!r} would "
+            f"bring it to {epsilon(after, budget.delta):.3g}, allowed are {budget.epsilon:g} (--max-epsilon)"
         )
 
     def add(self, rho: float) -> None:

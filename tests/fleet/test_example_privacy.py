@@ -105,13 +105,15 @@ async def test_every_update_is_written_down_over_restarts_and_runs(tmp_path: Pat
 
 
 @in_loop
-async def test_a_device_stops_where_its_budget_does(tmp_path: Path) -> None:
+async def test_a_device_stops_where_its_budget_does(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     enough = ExampleBudget(epsilon=epsilon(2.5 * ROUND, 1e-6))
     async with toy.fleet(plan(), rounds=4) as fleet:
         device = toy.device("a", fleet.link, host=device_host(tmp_path, examples=enough))
-        with pytest.raises(DataError, match=r"have spent epsilon 3\.54 at delta 1e-06.*would bring it to 4\.44"):
+        with pytest.raises(DataError, match="does not allow another update of task 'toy'") as raised:
             await device.run()
         assert device.progress.counted == 2
+    assert "epsilon 3.54 at delta 1e-06; an update of task 'toy' would bring it to 4.44" in caplog.text
+    assert not set("0123456789") & set(str(raised.value)), "the server is told, but no number"
     assert device_host(tmp_path).example_ledger("a").rho == 2 * ROUND
 
 
