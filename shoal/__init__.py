@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from shoal.api import Model, load, read_statistics, simulate
     from shoal.clip_norm import AdaptiveClip
     from shoal.local import LocalRule, Report
-    from shoal.policy import About, Correlated, Late, Privacy, RoundPolicy, Secure, Selection, ServerRule
+    from shoal.policy import (
+        About,
+        Correlated,
+        ExamplePrivacy,
+        Late,
+        Privacy,
+        RoundPolicy,
+        Secure,
+        Selection,
+        ServerRule,
+    )
     from shoal.stop_when import StopWhen
     from shoal.task import Local, Loss, Sum, Task, Variables
     from shoal.task_evaluation import evaluation
@@ -32,6 +42,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "About": "shoal.policy",
     "AdaptiveClip": "shoal.clip_norm",
+    "ExamplePrivacy": "shoal.policy",
     "Late": "shoal.policy",
     "Local": "shoal.task",
     "LocalRule": "shoal.local",
@@ -70,6 +81,7 @@ __all__ = [
     "About",
     "AdaptiveClip",
     "Correlated",
+    "ExamplePrivacy",
     "Late",
     "Local",
     "LocalRule",

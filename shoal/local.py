@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from shoal.clip_norm import LOG_SCALE, AdaptiveClip, ClipNorm, groups_of
 from shoal.clip_update import clip_update, log_scale_step
 from shoal.fixed import STEPS, SumSpec
+from shoal.gradients import Gradient, noisy_gradient, plain_gradient
 from shoal.lora import with_adapters
 from shoal.task import LOSS_BOUND, Loss, Sum, Task, Tree, Variables, called, check_metrics
 from shoal.tensors import TensorSpec, is_of_model, specs_of
@@ -63,7 +64,8 @@ class LocalRule:
     begin: Callable[[Named, Named], Named]
     """(broadcast, device state) -> carry."""
     block: Callable[[Named, Named, Any, Any], Named]
-    """(carry, batches {field: (k, B, …)}, mask (k, B) bool, key (2,) uint32) -> carry."""
+    """(carry, batches {field: (k, B, …)}, mask (k, B) bool, key (2,) uint32) -> carry; with noise on examples the key is longer, as
+    `Privacy.key_words` says."""
     finish: Callable[[Named, Named], Report]
     """(carry, broadcast) -> report."""
     broadcast: tuple[TensorSpec, ...]
@@ -76,6 +78,9 @@ class LocalRule:
     reached: Callable[[Named], Named] | None = None
     """carry -> the model that the device holds by now, by name; None: the tensors of that name in the carry."""
 
+    hides_examples: bool = False
+    """Whether what leaves `block` follows from examples by the steps of `gradients.noisy_gradient` alone, metrics aside."""
+
     @property
     def model(self) -> tuple[TensorSpec, ...]:
         """What is broadcast without what the rule adds to it."""
@@ -86,6 +91,11 @@ def seed_key(key: Any) -> jax.Array:
     """A typed key from the two words that travel."""
     made: jax.Array = jax.random.wrap_key_data(key, impl="threefry2x32")
     return made
+
+
+def public_words(key: Any) -> Any:
+    """(2,): of a key of any length those that are not for the noise on examples."""
+    return key if key.shape[-1] == 2 else key[:2]
 
 
 def name_of(path: Any) -> str:
@@ -167,13 +177,23 @@ def model_specs(task: Task) -> tuple[TensorSpec, ...]:
 
 
 def local_rule(task: Task) -> LocalRule:
-    """The task's local rule: its own, or local SGD; its updates clipped where the task's privacy says so."""
+    """The task's local rule: its own, or local SGD; its updates clipped where the task's privacy says so.
+
+    Raises:
+        ValueError: noise on examples is asked for, and the rule has none.
+    """
     task = with_adapters(task)
     rule = task.rule(task) if task.rule is not None else sgd_rule(task)
-    if task.privacy.clip_norm is None:
-        return rule
-    rule = clipped(rule, task.privacy.clip_norm)
-    return without_metrics(rule) if task.privacy.noise_multiplier else rule
+    if task.privacy.examples is not None and not rule.hides_examples:
+        made = ", ".join(task.algorithms) or "a rule of its own"
+        raise ValueError(
+            f"Expected a local rule that hides examples with Privacy(examples=…), got {made} in task {task.name!r}, of which that is not known. "
+            "Train by plain local steps; fedprox, reptile, scaffold and compressed go with it."
+        )
+    if task.privacy.clip_norm is not None:
+        rule = clipped(rule, task.privacy.clip_norm)
+    is_noisy = task.privacy.noise_multiplier or task.privacy.examples is not None
+    return without_metrics(rule) if is_noisy else rule
 
 
 def without_metrics(rule: LocalRule) -> LocalRule:
@@ -255,19 +275,6 @@ def _bounded(
     return tuple(replace(spec, bound=min(spec.bound, bounds.get(spec.tensor.name, spec.bound))) for spec in sums)
 
 
-Objective = Callable[[Tree, Mapping[str, Any]], tuple[Any, Loss]]
-"""(learned parameters, batch with its mask) -> (mean loss over real examples, penalty included; what the loss returned)"""
-
-Gradient = Callable[[Objective, Tree, Mapping[str, Any]], tuple[Tree, Loss, Any]]
-"""(objective, learned parameters, batch) -> (gradient, what is reported, mask (n,) of the examples that is about)"""
-
-
-def plain_gradient(objective: Objective, params: Tree, batch: Mapping[str, Any]) -> tuple[Tree, Loss, Any]:
-    """The gradient of the batch's mean loss."""
-    gradient, result = jax.grad(objective, has_aux=True)(params, batch)
-    return gradient, result, batch["mask"]
-
-
 def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule:
     """Local training by the task's optax transformation, along the gradient that `gradient_of` takes of each batch."""
     task = with_adapters(task)
@@ -282,6 +289,9 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
             "frozen."
         )
     metric_bounds = _metric_bounds(task, like)
+    if (hidden := task.privacy.examples) is not None:
+        _refuse_what_tells_of_examples(task, state_shape, gradient_of)
+        metric_bounds = {}
 
     def learned_tree(values: Named) -> Tree:
         # Frozen leaves become None, which optax passes over: no gradient, no optimizer state.
@@ -306,17 +316,18 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
     def block(carry: Named, batches: Named, mask: Any, key: Any) -> Named:
         for k in range(mask.shape[0]):
             batch = {name: values[k] for name, values in batches.items()} | {"mask": mask[k]}
-            carry = step(carry, batch, seed_key(key))
+            carry = step(carry, batch, key)
         return carry
 
-    def step(carry: Named, batch: Named, key: jax.Array) -> Named:
+    def step(carry: Named, batch: Named, key: Any) -> Named:
         count = jnp.sum(batch["mask"], dtype=jnp.int32)
-        step_key = jax.random.fold_in(key, carry["step"])
+        step_key = jax.random.fold_in(seed_key(public_words(key)), carry["step"])
+
+        def params_of(chosen: Tree) -> Tree:
+            return params_shape.tree(carry | dict(zip(learned, _leaves(chosen), strict=True)))
 
         def objective(chosen: Tree, batch: Mapping[str, Any]) -> tuple[Any, Loss]:
-            mask = batch["mask"]
-            values = carry | {n: v for n, v in zip(learned, _leaves(chosen), strict=True)}
-            params = params_shape.tree(values)
+            mask, params = batch["mask"], params_of(chosen)
             result = task.losses(params, state_shape.tree(carry), batch, step_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
             mean = total / jnp.maximum(jnp.sum(mask, dtype=jnp.int32), 1).astype(total.dtype)
@@ -324,8 +335,19 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
                 mean = mean + task.penalty(params)
             return mean, result
 
+        def one_loss(chosen: Tree, alone: Mapping[str, Any], number: Any) -> Any:
+            own_key = jax.random.fold_in(step_key, number)
+            return task.losses(params_of(chosen), state_shape.tree(carry), alone, own_key).per_example[0]
+
         chosen = learned_tree(carry)
-        gradient, result, seen = gradient_of(objective, chosen, batch)
+        if hidden is None:
+            gradient, result, seen = gradient_of(objective, chosen, batch)
+        else:
+            gradient = noisy_gradient(one_loss, chosen, batch, hidden, key=key[2:], step=carry["step"])
+            if (penalty := task.penalty) is not None:  # it is about no example, so it is not clipped
+                pull = jax.grad(lambda chosen: penalty(params_of(chosen)))(chosen)
+                gradient = jax.tree.map(jnp.add, gradient, pull)
+            result, seen = Loss(jnp.zeros(()), state_shape.tree(carry), {}), batch["mask"]
         with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
             updates, opt = task.local.optimizer.update(gradient, opt_shape.tree(carry), chosen)
             reached = jax.tree.map(lambda p, u: (p + u).astype(p.dtype), chosen, updates)
@@ -365,7 +387,23 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
             *metric_sums(metric_bounds, task.local.max_examples),
             *(_steps_sums(task) if task.local.partial == "fednova" else ()),
         ),
+        hides_examples=hidden is not None,
     )
+
+
+def _refuse_what_tells_of_examples(task: Task, state: Shape, gradient_of: Gradient) -> None:
+    """Raises ValueError where more than a gradient of each example alone would reach what a device reports."""
+    if carried := [name for name in state.names if task.leaf_rule(name) != "frozen"]:
+        raise ValueError(
+            f"Expected a model without state with Privacy(examples=…), got {carried[0]} in task {task.name!r}: what examples do to it (statistics "
+            f"of a batch, say) has no noise. Take a layer without state (layer or group norm), or keep it as it is: leaves={{{carried[0]!r}: "
+            "'frozen'}."
+        )
+    if gradient_of is not plain_gradient:
+        made = ", ".join(task.algorithms) or "a gradient of its own"
+        raise ValueError(
+            f"Expected plain local steps with Privacy(examples=…), got {made} in task {task.name!r}: its gradients are not of one example each."
+        )
 
 
 _PARTS: Final = ("denominator", "numerator")
@@ -412,6 +450,8 @@ def _metric_bounds(task: Task, like: Variables) -> dict[str, tuple[float, float]
 
 
 def _with_loss(result: Loss, bounds: Mapping[str, tuple[float, float]]) -> dict[str, Sum]:
+    if not bounds:
+        return {}
     ones = jnp.ones_like(result.per_example)
     return {"loss": Sum(result.per_example, ones, bounds["loss"])} | result.metrics
 

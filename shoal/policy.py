@@ -371,6 +371,27 @@ class Correlated:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExamplePrivacy:
+    """Each local step hides single examples in noise of the device's own (Abadi et al. 2016, algorithm 1, "DP-SGD"; docs/privacy.md,
+    "Examples of one device").
+    """
+
+    clip_norm: float
+    """Largest L2 norm of one example's gradient, over all learned tensors; a longer one is scaled down. From 1e-6 to 1e6."""
+    noise_multiplier: float
+    """Standard deviation of the noise on each step's sum of gradients, over the clip norm."""
+    delta: float = 1e-6
+    """What epsilon is stated at; well below one in the number of a device's examples."""
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.between(1e-6, 1e6, clip_norm=self.clip_norm)
+        validate.positive(noise_multiplier=self.noise_multiplier)
+        if not 0.0 < self.delta < 1.0:
+            raise ValueError(f"Expected 0 < delta < 1, got delta={self.delta!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Privacy:
     """What a task promises its members: bounds, noise on the sums, and in what groups updates are added up."""
 
@@ -394,6 +415,8 @@ class Privacy:
     """What epsilon is stated at; well below one in the number of devices."""
     secure: Secure | None = None
     """Secure groups. None: the Edge sees each update on its way into the sum."""
+    examples: ExamplePrivacy | None = None
+    """Noise of the device's own in each local step, for its single examples. None: its update may give them away to who sees it."""
 
     def __post_init__(self) -> None:
         validate.types(self)
@@ -469,13 +492,20 @@ class Privacy:
         made |= {"epsilon": self.epsilon, "delta": self.delta} if self.noise_multiplier else {}
         made |= {"distributed": True} if self.distributed else {}
         made |= {"correlated": asdict(self.correlated)} if self.correlated is not None else {}
-        return made | ({"secure": asdict(self.secure)} if self.secure is not None else {})
+        made |= {"secure": asdict(self.secure)} if self.secure is not None else {}
+        return made | ({"examples": asdict(self.examples)} if self.examples is not None else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        parts = {"secure": Secure, "correlated": Correlated}
+        parts = {"secure": Secure, "correlated": Correlated, "examples": ExamplePrivacy}
         made = {name: parts[name](**value) if name in parts else value for name, value in data.items()}
         return cls(**{**made, "clip_norm": clip_norm_from_json(data.get("clip_norm"))})
+
+    @property
+    def key_words(self) -> int:
+        """Words of 32 bits in the key that a device feeds its programs: two, of the round's seed; with noise on examples these are followed by
+        four for the noise, and all are the device's own."""
+        return 2 if self.examples is None else 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

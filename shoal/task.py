@@ -203,6 +203,7 @@ class Task:
             )
         _check_noise(self)
         _check_adaptive_clip(self)
+        _check_examples(self)
         for pattern, rule in self.leaves.items():
             if not _LEAF_RULES.fullmatch(rule):
                 raise ValueError(
@@ -342,6 +343,31 @@ def _check_adaptive_clip(task: Task) -> None:
         raise ValueError(
             f"Expected a task that trains with an adaptive clip norm, got aggregation by {task.aggregator!r}."
         )
+
+
+def _check_examples(task: Task) -> None:
+    """Raises ValueError for what noise on examples cannot protect."""
+    if task.privacy.examples is None:
+        return
+    if task.local.weighting != "uniform":
+        raise ValueError(
+            "Expected Local(weighting='uniform') with noise on examples, got 'examples': how many a device has would be told, without noise."
+        )
+    if task.local.partial != "drop":
+        raise ValueError(
+            f"Expected Local(partial='drop') with noise on examples, got {task.local.partial!r}: steps have no noise."
+        )
+    if not task.heeds_mask:
+        raise ValueError(
+            "Expected a model that takes each example alone with noise on examples, got heeds_mask=False: one that mixes the examples of a batch "
+            "has no gradient of a single one."
+        )
+    if task.keys is not None:
+        raise ValueError(
+            "Expected keys=None with noise on examples, got a function: which rows of a table a device takes tells what it holds."
+        )
+    if task.aggregator != "weighted_mean":
+        raise ValueError(f"Expected a task that trains with noise on examples, got aggregation by {task.aggregator!r}.")
 
 
 def _check_parts(task: Task) -> None:

@@ -287,6 +287,8 @@ class _Checks:
         rule, size = self.need_rule(), self.task.local.batch_size
         if not self.task.heeds_mask:
             raise _Skips("the model mixes examples and does not take the mask, so partial batches are refused")
+        if self.task.privacy.examples is not None:
+            raise _Skips("each example's gradient is taken alone, and noise is as large in any batch")
         if size == 1:
             raise _Skips("batches of one example are never padded")
         num = min(len(self.need_examples()), max(1, size * 2 // 3))
@@ -340,7 +342,7 @@ class _Checks:
         while len(losses) < TRIAL_ROUNDS and (len(losses) < 2 or time.perf_counter() - begun_s < TRIAL_S):
             root = f"trial {len(losses)}"
             runner.set_model(root, model)
-            update = train(runner, manifest, root, examples, state, seed=_SEED, member=root)
+            update = train(runner, manifest, root, examples, state, seed=_SEED, member=root, noise_seed=_SEED)
             losses.append(_mean(update.sums, "loss"))
             state, model = update.device_state, _stepped(model, update.sums)
         self.trained = self.as_model(model)
@@ -404,7 +406,7 @@ class _Checks:
 
     def update(self, examples: Examples) -> Update:
         manifest = self.need_built().plan.manifest
-        return train(self.need_runner(), manifest, _ROOT, examples, None, seed=_SEED, member="check")
+        return train(self.need_runner(), manifest, _ROOT, examples, None, seed=_SEED, member="check", noise_seed=_SEED)
 
     def as_model(self, tensors: Tensors) -> Model:
         runner = self.need_runner()
@@ -443,7 +445,8 @@ def _carry(rule: LocalRule, model: Tensors, batch: Mapping[str, np.ndarray], mas
     broadcast = {name: jnp.asarray(value) for name, value in model.items()}
     before = jax.jit(rule.begin)(broadcast, kept)
     fields = {name: jnp.asarray(value)[None] for name, value in sorted(batch.items())}
-    return before, jax.jit(rule.block)(before, fields, jnp.asarray(mask)[None], jnp.asarray([3, 7], jnp.uint32))
+    key = jnp.arange(6 if rule.hides_examples else 2, dtype=jnp.uint32)
+    return before, jax.jit(rule.block)(before, fields, jnp.asarray(mask)[None], key)
 
 
 def _step(rule: LocalRule, model: Tensors, batch: Mapping[str, np.ndarray], mask: np.ndarray) -> Named:

@@ -26,7 +26,7 @@ from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
 from shoal.plan.train import member_randomness
-from shoal.policy import About, Privacy, RoundPolicy, Secure, ServerRule
+from shoal.policy import About, ExamplePrivacy, Privacy, RoundPolicy, Secure, ServerRule
 from shoal.record.schema import METADATA
 from shoal.tensors import Index, TensorSpec, pack, sha256, unpack
 
@@ -113,6 +113,12 @@ def test_manifest_of_secure_groups() -> None:
 def test_manifest_of_clip_norms(name: str, privacy: Privacy) -> None:
     manifest = small_manifest(privacy)
     hold(name, manifest.data)
+    assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
+
+
+def test_manifest_with_noise_on_examples() -> None:
+    manifest = small_manifest(Privacy(examples=ExamplePrivacy(clip_norm=0.5, noise_multiplier=2.0)))
+    hold("manifest_examples.json", manifest.data)
     assert Manifest.parse(manifest.data, server=manifest.server.data) == manifest
 
 

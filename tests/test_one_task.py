@@ -5,9 +5,11 @@ code. The plain loop shares nothing with them but the order of examples and the 
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ import pytest
 
 import shoal
 from examples.one_task import population, task
+from shoal.fleet.configuration import round_seed
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.grpc_link import GrpcLink
@@ -55,6 +58,8 @@ class Ways:
         self.built: Built = build(self.task, seed=SEED)
         self.plan: Plan = self.built.plan.sign(KEYS.signing)
         self.members = population()
+        self.random = os.urandom
+        """Of the devices."""
         self.runner = JaxRunner(self.plan)  # of the simulation, of the devices, of the server's programs: compiled once
 
     def plain_loop(self) -> dict[str, np.ndarray]:
@@ -79,7 +84,7 @@ class Ways:
     async def _serve(self, host: Host, linked: "Callable[[Host], AbstractAsyncContextManager[Link]]") -> None:
         running = asyncio.create_task(host.run())
         async with linked(host) as link:
-            shared = DeviceHost(make_runner=lambda plan: self.runner, runtime=this_runtime())
+            shared = DeviceHost(make_runner=lambda plan: self.runner, runtime=this_runtime(), random=self.random)
             devices = [
                 Device(name, lambda n=name: self.members[n], link=link, host=shared, rng=np.random.default_rng(0))
                 for name in MEMBERS
@@ -238,3 +243,50 @@ def test_every_clip_norm_is_the_same_in_simulation_and_on_a_fleet_of_secure_grou
     clear = Ways(small_task(local=local, privacy=replace(privacy, secure=None))).simulated()
     np.testing.assert_allclose(simulated["params/w"], clear["params/w"], atol=1.0 if noise else 1e-6)
     assert ("clip/log_scale" in simulated) is isinstance(clip_norm, shoal.AdaptiveClip)
+
+
+EXAMPLES = shoal.ExamplePrivacy(clip_norm=0.5, noise_multiplier=2.0)
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        shoal.Privacy(examples=EXAMPLES),
+        shoal.Privacy(examples=EXAMPLES, clip_norm=0.05, noise_multiplier=1.0),
+        shoal.Privacy(examples=EXAMPLES, clip_norm=0.05, secure=shoal.Secure(members=4, colluders=0.0, dropouts=0.0)),
+    ],
+    ids=["alone", "and noise on sums", "in secure groups"],
+)
+def test_noise_on_examples_is_the_device_s_own_and_the_same_with_the_same_keys(privacy: shoal.Privacy) -> None:
+    local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
+    ways = Ways(small_task(local=local, privacy=privacy))
+    simulated = ways.simulated()
+    drawn = count()
+
+    def as_in_simulation(size: int) -> bytes:
+        return round_seed(run_seed(SEED), next(drawn) // len(MEMBERS))[:size]
+
+    ways.random = as_in_simulation
+    same_bits(ways.on_a_fleet(in_one_process), simulated)
+    ways.random = os.urandom
+    assert not np.array_equal(ways.on_a_fleet(in_one_process)["params/w"], simulated["params/w"])
+
+
+def test_a_task_learns_with_a_little_noise_on_its_examples() -> None:
+    little = shoal.Privacy(examples=shoal.ExamplePrivacy(clip_norm=1.0, noise_multiplier=0.2))
+    local = shoal.Local(optimizer=optax.sgd(0.5), batch_size=8, epochs=2, steps_per_block=2, weighting="uniform")
+    chosen = small_task(local=local, privacy=little)
+    losses = [
+        float(np.mean(small_loss(model, {}, {name: jax.numpy.asarray(v) for name, v in everybody.items()}, None)))
+        for everybody in [examples_of_all()]
+        for model in (
+            {"w": build(chosen, seed=SEED).model["params/w"]},
+            {"w": shoal.simulate(chosen, population(), rounds=12, seed=SEED).model["params/w"]},
+        )
+    ]
+    assert losses[1] < 0.6 * losses[0], losses
+
+
+def examples_of_all() -> dict[str, np.ndarray]:
+    members = population()
+    return {name: np.concatenate([members[user].fields[name] for user in members]) for name in ("image", "label")}

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from shoal import validate
 from shoal.algorithms.compose import applied
-from shoal.local import LocalRule, Named, Report, metric_sums, seed_key, sgd_rule
+from shoal.local import LocalRule, Named, Report, metric_sums, public_words, seed_key, sgd_rule
 from shoal.task import Task
 from shoal.tensors import TensorSpec, total_bytes
 
@@ -112,7 +112,7 @@ def compressed_rule(inner: LocalRule, codec: Codec) -> LocalRule:
 
     def block(carry: Named, batches: Named, mask: Any, key: Any) -> Named:
         own, theirs = _parted(carry, own_names)
-        own[KEY] = jnp.where(jnp.any(mask), key, own[KEY])  # the same in every block of a round
+        own[KEY] = jnp.where(jnp.any(mask), public_words(key), own[KEY])  # the same in every block of a round
         return _sorted({**inner.block(theirs, batches, mask, key), **own})
 
     def finish(carry: Named, broadcast: Named) -> Report:
@@ -139,6 +139,7 @@ def compressed_rule(inner: LocalRule, codec: Codec) -> LocalRule:
         broadcast=inner.broadcast,
         device_state=tuple(sorted(inner.device_state + residuals, key=lambda spec: spec.name)),
         reached=inner.reached,
+        hides_examples=inner.hides_examples,
         sums=(*inner.sums, *metric_sums({BYTES: (0.0, float(total_bytes(deltas.values())) + 64.0)}, 1)),
     )
 

@@ -22,7 +22,8 @@ import jax
 
 from shoal import validate
 from shoal.algorithms.compose import applied, without_rule
-from shoal.local import Gradient, Objective, sgd_rule
+from shoal.gradients import Gradient, Objective
+from shoal.local import sgd_rule
 from shoal.task import Loss, Task, Tree
 
 

@@ -116,6 +116,7 @@ def scaffold_rule(task: Task, devices: int) -> LocalRule:
         broadcast=_by_name(inner.broadcast + controls),
         device_state=_by_name(inner.device_state + controls),
         sums=(*inner.sums, *changes),
+        hides_examples=inner.hides_examples,
     )
 
 

@@ -18,6 +18,7 @@ EPILOG = options.examples(
     "shoal device --server 127.0.0.1:8500 --data watches/ --population watches --task steps",
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
 )
 
 
@@ -66,6 +67,15 @@ def device(
             "--colluders", min=0, help="Join only secure groups that withstand so many members that help the host."
         ),
     ] = 0,
+    max_epsilon: Annotated[
+        float | None,
+        typer.Option(
+            "--max-epsilon",
+            help="Serve only tasks with noise on examples, until that is spent of each; needs --state (docs/privacy.md).",
+            show_default="no limit",
+        ),
+    ] = None,
+    delta: Annotated[float, typer.Option("--delta", help="What --max-epsilon is stated at.")] = 1e-6,
     member: Annotated[
         Path | None,
         typer.Option("--member", help="The device's key, by `shoal enrol device`: join certified groups only."),
@@ -110,6 +120,10 @@ def device(
     if id and len(id.encode()) > 100:
         raise ValueError("Expected an --id of at most 100 bytes.")
 
+    if max_epsilon is not None and state is None:
+        raise ValueError(
+            "Expected --state FOLDER with --max-epsilon: a device that forgets what it spent spends it again."
+        )
     if (secure or member is not None) and state is None:
         screen.say(
             "without --state this device forgets, when it ends, what it has revealed; updates may then be offered twice"
@@ -117,8 +131,10 @@ def device(
     enrolled = _enrolled(member, certificate, population, key=key)
 
     from shoal.cli import data_argument, device_process
+    from shoal.fleet.example_ledger import ExampleBudget
     from shoal.fleet.floor import Floor
 
+    budget = None if max_epsilon is None else ExampleBudget(epsilon=max_epsilon, delta=delta)
     examples = data_argument.open_data(data, split=split, users=users, user_column=user_column)
     chosen = device_process.choose(examples, first=first, count=count)
     if enrolled is not None and len(chosen) != 1:
@@ -131,7 +147,7 @@ def device(
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
         floor=Floor(
-            secure=secure, minimum_group=minimum, colluders=colluders, authority=enrolled.authority if enrolled else None
+            secure=secure, minimum_group=minimum, colluders=colluders, authority=enrolled.authority if enrolled else None, examples=budget
         ),
     )  # fmt: skip
     device_process.run(settings, examples, screen=screen, watch=watch, parent=parent)

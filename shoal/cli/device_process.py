@@ -21,6 +21,7 @@ from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
@@ -304,12 +305,17 @@ def _tell(settings: Settings, crew: _Crew, host: DeviceHost, screen: Screen, wat
     screen.line(f"where the time went: {words.phases(watch.seconds, total=watch.total)}")
     screen.line(f"and of the devices, added up: {words.phases(told)}")
     screen.line(f"came down {words.size(host.down_bytes)}, went up {words.size(up)}")
+    spent = max((ledger.rho for ledger in host.example_ledgers.values()), default=0.0)
+    delta = settings.floor.examples.delta if settings.floor.examples is not None else DELTA
+    if spent:
+        screen.line(f"spent of one device's examples, at most: epsilon {epsilon(spent, delta):.3g} at delta {delta:g}")
     if settings.state is not None:
         screen.line(f"kept between rounds: {settings.state}")
     document: dict[str, Any] = {
         "devices": len(progress), "counted": sum(p.counted for p in progress), "refused": sum(p.refused for p in progress),
         "released": sum(p.released for p in progress), "failures": sum(p.failures for p in progress),
         "bytes_down": host.down_bytes, "bytes_up": up, "seconds": dict(watch.seconds), "stage_seconds": told,
+        "epsilon_of_examples": epsilon(spent, delta) if spent else None,
         "total_seconds": watch.total, "state": None if settings.state is None else str(settings.state),
     }  # fmt: skip
     screen.document(document)

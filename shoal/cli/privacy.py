@@ -1,7 +1,7 @@
 """`shoal privacy`: what a run has spent of privacy, and how much noise a budget needs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,25 +42,36 @@ def privacy(
     if epsilon is not None:
         raise ValueError("Expected RUN or --epsilon, got both: --epsilon is for a run that is still to be made.")
     from shoal.errors import DataError
+    from shoal.report.examples_spent import statement_of_examples
     from shoal.report.facts import read_facts
     from shoal.report.privacy_spent import statement
 
     facts = read_facts(run, run_id)
-    spent = facts.spent
-    if spent is None:
+    spent, of_examples = facts.spent, facts.of_examples
+    if spent is None and of_examples is None:
         raise DataError(
-            f"Run {facts.run.id} has no noise, so it spends nothing and promises nothing: see docs/privacy.md for Privacy(noise_multiplier=…)."
+            f"Run {facts.run.id} has no noise, so it spends nothing and promises nothing: see docs/privacy.md for Privacy(noise_multiplier=…) and "
+            "Privacy(examples=…)."
         )
-    screen.line(statement(spent).replace("**", ""))
-    if plot is not None:
-        from shoal.report.privacy_picture import draw_spent
+    if spent is None and plot is not None:
+        raise ValueError(
+            "Expected no --plot for a run with noise on examples alone: each device has a budget of its own."
+        )
+    told = [statement(spent)] if spent is not None else []
+    told += [statement_of_examples(of_examples)] if of_examples is not None else []
+    screen.line("\n\n".join(told).replace("**", ""))
+    document: dict[str, Any] = {"run": facts.run.id}
+    if spent is not None:
+        if plot is not None:
+            from shoal.report.privacy_picture import draw_spent
 
-        screen.line(f"picture: {draw_spent(spent, plot)}")
-    screen.document({
-        "run": spent.run, "epsilon": spent.epsilon, "delta": spent.privacy.delta, "budget": spent.privacy.epsilon,
-        "releases": [{**release.data, "count": count} for release, count in (spent.here + spent.elsewhere).items()],
-        "unsettled": spent.unsettled,
-    })  # fmt: skip
+            screen.line(f"picture: {draw_spent(spent, plot)}")
+        document |= {
+            "epsilon": spent.epsilon, "delta": spent.privacy.delta, "budget": spent.privacy.epsilon,
+            "releases": [{**release.data, "count": count} for release, count in (spent.here + spent.elsewhere).items()],
+            "unsettled": spent.unsettled,
+        }  # fmt: skip
+    screen.document(document | ({"examples": of_examples.to_json()} if of_examples is not None else {}))
 
 
 def _calibrate(screen: Screen, epsilon: float | None, delta: float, rounds: int, min_separation: int) -> None:

@@ -92,6 +92,11 @@ def _protection(privacy: Privacy) -> dict[str, str]:
         made["noise"] = (
             f"{privacy.noise_multiplier:g} of that norm on each round's sum; {budget} (shoal privacy says what is spent)"
         )
+    if (hides := privacy.examples) is not None:
+        made["noise on examples"] = (
+            f"{hides.noise_multiplier:g} times {hides.clip_norm:g}, the norm of an example's gradient, in each local step (shoal privacy says what it is "
+            "worth)"
+        )
     if privacy.secure is None:
         return made
     trust = "the server may lie" if privacy.secure.is_certified else "the server follows the protocol"

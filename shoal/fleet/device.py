@@ -26,13 +26,14 @@ from shoal.errors import (
     UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
+from shoal.fleet.example_ledger import cost
 from shoal.fleet.link import Link, Stream
 from shoal.fleet.secure_offer import MASKED, SecureOffer
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
 from shoal.plan.secure import update_of
-from shoal.plan.train import train
+from shoal.plan.train import NOISE_SEED_BYTES, train
 from shoal.tensors import Index, Tensors, to_bytes
 
 log = logging.getLogger("shoal.device")
@@ -447,8 +448,9 @@ class Device:
             wait_s=trained.started_s - begun - spent.wire_s - spent.start_s,
             wire_s=spent.wire_s,
         )
-        if (
-            not is_secure and not prepared.manifest.promises.privacy.noise_multiplier
+        privacy = prepared.manifest.promises.privacy
+        if not (
+            is_secure or privacy.noise_multiplier or privacy.examples
         ):  # else they would say what nothing else does
             costs.padding, costs.examples = trained.update.padding, trained.update.weight
         return trained, costs
@@ -460,6 +462,8 @@ class Device:
             raise DeviceError("The training was stopped before it began.", stage="train")
         if not prepared.runner.has_model(work.assigned.model):
             raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
+        spends = cost(prepared.manifest)
+        self._refuse_overspending(prepared.manifest)
         work.takes_partial = prepared.manifest.takes_partial
         work.training = True
         self.progress.stage = "training"
@@ -473,12 +477,23 @@ class Device:
                 self._host.state(work.run, self.device_id, prepared.manifest),
                 seed=work.assigned.configuration.seed,
                 member=self.device_id,
+                noise_seed=self._host.random(NOISE_SEED_BYTES),
                 should_stop=lambda: work.stopped,
                 is_interrupted=lambda: self._is_leaving,
             )
         finally:
             work.training = False
+        if spends:
+            self._host.example_ledger(self.device_id).add(spends)
         return _Trained(update, Index.of(update.sums, prepared.manifest.update).root, started_s, compile_s)
+
+    def _refuse_overspending(self, manifest: Manifest) -> None:
+        budget = self._host.floor.examples
+        if budget is None or not (why := self._host.example_ledger(self.device_id).overspent(manifest, budget)):
+            return
+        log.warning("%s: %s", self.device_id, why)
+        # What the server is told says nothing of what was spent elsewhere.
+        raise DataError(f"The examples' privacy budget does not allow another update of task {manifest.task!r}.")
 
     def _secure_offer(self, work: _Work, manifest: Manifest, update: Update) -> SecureOffer:
         host = self._host

@@ -6,6 +6,7 @@ fetched once for each version. Trainings run one after another: a process is one
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Final, TypeVar
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import NetworkError, PlanError, ProtocolError
+from shoal.fleet.example_ledger import ExampleLedger
 from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link
 from shoal.fleet.spent import SpentUpdates
@@ -76,10 +78,14 @@ class DeviceHost:
     """With its certificate, for secure groups of certified members."""
     state_folder: Path | None = None
     """Where device state, and what was spent, is kept over restarts; None: in memory."""
+    random: Callable[[int], bytes] = os.urandom
+    """So many bytes that nobody can foretell, for noise on examples."""
     clock: Clock = field(default_factory=SystemClock)
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "shoal-training"))
     """What calls the runners: one training follows the other without waiting for the event loop."""
     down_bytes: int = 0
+    example_ledgers: dict[str, ExampleLedger] = field(default_factory=dict)
+    """Device -> what its examples have spent, of those that have trained with noise on them."""
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
     _unchanged: dict[str, Tensors] = field(default_factory=dict)
@@ -240,6 +246,13 @@ class DeviceHost:
             path = self.state_folder / f"{sha256(device.encode())[:32]}.spent" if self.state_folder else None
             self._spent[device] = SpentUpdates(path)
         return self._spent[device]
+
+    def example_ledger(self, device: str) -> ExampleLedger:
+        """What a device's examples have spent."""
+        if device not in self.example_ledgers:
+            path = self.state_folder / f"{sha256(device.encode())[:32]}.examples" if self.state_folder else None
+            self.example_ledgers[device] = ExampleLedger(path)
+        return self.example_ledgers[device]
 
     def _state_path(self, key: tuple[str, str]) -> Path:
         assert self.state_folder is not None

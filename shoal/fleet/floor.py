@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from shoal import validate
 from shoal.errors import TaskRefused
+from shoal.fleet.example_ledger import ExampleBudget, cost, epsilon
 from shoal.plan.manifest import Manifest
 from shoal.plan.secure import LEAST_MINIMUM
 from shoal.privacy.identity import Trusted
@@ -22,6 +23,9 @@ class Floor:
     authority: Trusted | None = None
     """Only secure groups of members that this authority certifies: for a server that may lie. None: also others."""
 
+    examples: ExampleBudget | None = None
+    """Only tasks with noise on examples, none of which is to spend more than that. None: also others."""
+
     def __post_init__(self) -> None:
         validate.positive(minimum_group=self.minimum_group)
         validate.not_negative(colluders=self.colluders)
@@ -33,6 +37,21 @@ class Floor:
 
     def _too_little(self, manifest: Manifest) -> str:
         """What is wrong with it; empty: nothing."""
+        return self._of_examples(manifest) or self._of_groups(manifest)
+
+    def _of_examples(self, manifest: Manifest) -> str:
+        if self.examples is None:
+            return ""
+        if manifest.promises.privacy.examples is None:
+            return "has no noise on single examples, which this device asks for"
+        if not self.examples.allows(cost(manifest)):
+            return (
+                f"spends epsilon {epsilon(cost(manifest), self.examples.delta):.3g} of an example in one round at delta "
+                f"{self.examples.delta:g}, this device allows {self.examples.epsilon:g} in all"
+            )
+        return ""
+
+    def _of_groups(self, manifest: Manifest) -> str:
         promises, secure = manifest.promises, manifest.promises.privacy.secure
         if secure is None and (self.secure or self.authority is not None or self.colluders):
             return "lets the server see single updates; this device takes part in secure groups only"

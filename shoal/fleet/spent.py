@@ -43,26 +43,28 @@ class SpentUpdates:
         """Writes it down for good. Raises StoreError: it could not be; nothing may be revealed then."""
         if self._path is not None:
             try:
-                self._append(self._path, update)
+                append_for_good(self._path, update)
             except OSError as error:
                 raise StoreError(f"What this device has spent cannot be written to {self._path}: {error}") from error
         self._all.add(update)
 
-    def _append(self, path: Path, update: bytes) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not path.exists()
-        with path.open("ab") as file:
-            begun = file.tell()
-            try:
-                file.write(update)
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.truncate(path, begun)  # else what follows would stand askew
-                raise
-        if is_new:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+
+def append_for_good(path: Path, data: bytes) -> None:
+    """Appends to a file, on disk when it returns; not at all where it fails. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    with path.open("ab") as file:
+        begun = file.tell()
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError:
+            os.truncate(path, begun)  # else what follows would stand askew
+            raise
+    if is_new:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

@@ -182,7 +182,7 @@ def _training_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes
     feed = {
         **fields,
         "mask": jax.ShapeDtypeStruct((k, size), jnp.bool_),
-        "key": jax.ShapeDtypeStruct((2,), jnp.uint32),
+        "key": jax.ShapeDtypeStruct((task.privacy.key_words,), jnp.uint32),
     }
     carry_like = jax.eval_shape(rule.begin, _strip(broadcast), _strip(kept))
     carry = _prefix(carry_like, "carry")

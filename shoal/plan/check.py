@@ -115,7 +115,7 @@ def _check_begin(manifest: Manifest, program: Program, carry: Signature) -> None
 
 def _check_block(manifest: Manifest, program: Program, carry: Signature) -> None:
     size = (manifest.training.steps_per_block, manifest.training.batch_size)
-    inputs = [*carry, *_batch(manifest, size), ("key", (2,), "uint32")]
+    inputs = [*carry, *_batch(manifest, size), ("key", (manifest.promises.privacy.key_words,), "uint32")]
     _expect(program, "inputs", _signature(program.inputs), inputs)
     _expect(program, "outputs", _signature(program.outputs), carry)
 

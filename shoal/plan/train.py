@@ -1,7 +1,8 @@
 """One member's part of a round: examples through begin, block…, finish. The same code on a device and in simulation.
 
 Everything random in it (order of examples, dropout) is made of the round's seed and the member's name, so that a
-simulated member and a real one do the same, and order and parallelism change nothing.
+simulated member and a real one do the same, and order and parallelism change nothing. Where a plan has noise on examples, what its programs
+draw from is the device's own: the server knows the round's seed, and could take the noise off.
 """
 
 import hashlib
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,7 +21,10 @@ from shoal.errors import DataError, DeviceError
 from shoal.plan.left_out import HEED_THE_MASK, obstacle
 from shoal.plan.manifest import HELD_OUT, Manifest, Training
 from shoal.plan.runner import Runner, Update
+from shoal.policy import Privacy
 from shoal.tensors import Tensors
+
+NOISE_SEED_BYTES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,32 @@ class MemberRandomness:
 def member_randomness(seed: bytes, member: str) -> MemberRandomness:
     """The randomness of a member in the round with that seed."""
     return Randomness().of(seed, member)
+
+
+def program_key(privacy: Privacy, public: np.ndarray, *, noise_seed: bytes | None, member: str) -> np.ndarray:
+    """What a member's programs draw from in one round.
+
+    Args:
+        privacy: what the plan promises.
+        public: the key of `member_randomness`, which the server knows.
+        noise_seed: what only the member knows; not needed without noise on examples.
+        member: its name.
+
+    Returns:
+        (privacy.key_words,) uint32.
+
+    Raises:
+        ValueError: it is needed and missing, or too short to be a secret.
+    """
+    if privacy.examples is None:
+        return public
+    if noise_seed is None or len(noise_seed) < NOISE_SEED_BYTES:
+        raise ValueError(
+            f"Expected a noise_seed of at least {NOISE_SEED_BYTES} bytes for a plan with noise on examples, got "
+            f"{None if noise_seed is None else len(noise_seed)}: on a device os.urandom(32), in a simulation the round's seed."
+        )
+    digest = hashlib.sha256(b"shoal noise on examples\0" + noise_seed + b"\0" + member.encode()).digest()
+    return np.frombuffer(digest[: 4 * privacy.key_words], "<u4").astype(np.uint32)
 
 
 class Randomness:
@@ -63,6 +93,7 @@ def train(
     *,
     seed: bytes,
     member: str,
+    noise_seed: bytes | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     is_interrupted: Callable[[], bool] = lambda: False,
 ) -> Update:
@@ -76,6 +107,7 @@ def train(
         device_state: what the member kept from its last counted round, None at first.
         seed: the round's, 32 bytes.
         member: the member's name.
+        noise_seed: what only the member knows, for plans with noise on examples; another for each training.
         should_stop: asked between two blocks: the result is not needed any more.
         is_interrupted: asked between two blocks: the device can go no further. What it did by then is its update, at the
             weight of the whole training, where the plan takes partial work and a block is done.
@@ -84,8 +116,10 @@ def train(
         DataError: the examples do not fit the task.
         DeviceError: `should_stop` said so; or it was interrupted, and there is nothing to report.
         ProgramError: a program failed.
+        ValueError: a noise_seed is needed.
     """
     randomness = member_randomness(seed, member)
+    key = program_key(manifest.promises.privacy, randomness.key, noise_seed=noise_seed, member=member)
     training = manifest.training
     conformed = conform(examples, manifest)
     where = chosen_examples(len(conformed), manifest, randomness.rng, member=member)
@@ -111,7 +145,7 @@ def train(
                 raise DeviceError("The training was interrupted, and has nothing to report.", stage="train")
             is_whole = False
             break
-        runner.block(batches, mask, randomness.key)
+        runner.block(batches, mask, key)
         begun = time.perf_counter()
     update = runner.finish()
     # FedNova: a device's weight is that of its data, however many steps it took.

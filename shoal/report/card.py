@@ -12,6 +12,7 @@ from shoal.clip_norm import described
 from shoal.metric_names import LEFT_OUT, is_tail
 from shoal.plan.manifest import Manifest
 from shoal.policy import Secure
+from shoal.report.examples_spent import statement_of_examples
 from shoal.report.facts import Facts
 from shoal.report.over_users import over_users
 from shoal.report.privacy_spent import statement
@@ -152,10 +153,10 @@ def _privacy(facts: Facts) -> str:
         return "The examples were in the hands of whoever trained. **No differential privacy was used.**"
     privacy = facts.manifest.promises.privacy if facts.manifest is not None else None
     secure = privacy.secure if privacy is not None else None
-    text = [
-        statement(facts.spent)
-        if facts.spent is not None
-        else "**No differential privacy was used.** Nothing bounds what the model, or one update, gives away about a single example; treat the "
+    promised = [statement(facts.spent)] if facts.spent is not None else []
+    promised += [statement_of_examples(facts.of_examples)] if facts.of_examples is not None else []
+    text = promised or [
+        "**No differential privacy was used.** Nothing bounds what the model, or one update, gives away about a single example; treat the "
         "model as if it could remember its examples."
     ]
     if facts.run.kind == "simulate":

@@ -17,6 +17,7 @@ from shoal.record.distribution import Distribution, read_distributions
 from shoal.record.run import latest_run
 from shoal.record.sqlite import open_store
 from shoal.record.store import CommitRow, EventRow, LedgerRow, RoundRow, RunRow, Store
+from shoal.report.examples_spent import ExamplesSpent
 from shoal.report.privacy_spent import Spent
 from shoal.tensors import is_of_model
 
@@ -72,6 +73,15 @@ class Facts:
         if privacy is None or not privacy.noise_multiplier:
             return None
         return Spent(run=self.run.id, privacy=privacy, ledger=self.ledger)
+
+    @property
+    def of_examples(self) -> ExamplesSpent | None:
+        """What noise on examples promises; None where there is none."""
+        if self.manifest is None or (hides := self.manifest.promises.privacy.examples) is None:
+            return None
+        return ExamplesSpent(
+            privacy=hides, epochs=self.manifest.training.epochs, rounds=self.version or 0, is_simulated=self.run.kind == "simulate"
+        )  # fmt: skip
 
     def last(self, name: str) -> float | None:
         """The newest value of a metric; None if it was never measured."""

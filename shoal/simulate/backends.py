@@ -80,7 +80,7 @@ class Sequential:
         try:
             update = train(
                 self._runner, self._manifest, root, self._population[member], self._states.read(member),
-                seed=round.configuration.seed, member=member,
+                seed=round.configuration.seed, member=member, noise_seed=round.configuration.seed,
             )  # fmt: skip
             sums.add(update.sums, weight=update.weight)
         except (DataError, UpdateRefused, ValueError) as error:

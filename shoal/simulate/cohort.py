@@ -24,7 +24,7 @@ from shoal.data.batch import num_steps, step_counts, step_indices
 from shoal.data.store import Population
 from shoal.errors import DataError
 from shoal.plan.manifest import Manifest
-from shoal.plan.train import Randomness, chosen_examples, conform, measured_examples
+from shoal.plan.train import Randomness, chosen_examples, conform, measured_examples, program_key
 from shoal.tensors import Tensors
 
 ALIGNMENT: Final = 64
@@ -51,7 +51,7 @@ class Cohort:
     counts: np.ndarray
     """(C, S) int32: so many of a step's examples count, its first; negative where they are held out."""
     keys: np.ndarray
-    """(C, 2) uint32: what the programs draw from."""
+    """(C, 2) uint32, or as many words as `Privacy.key_words` says: what the programs draw from."""
 
     @property
     def steps(self) -> np.ndarray:
@@ -131,7 +131,8 @@ class Stage:
         if (measured := measured_examples(len(where), training)) is not None:
             at = np.concatenate([at, where[measured][step_indices(len(measured), size, rng=None)]])
             counts = np.concatenate([counts, -step_counts(len(measured), size)])
-        return _Batches(at, counts, randomness.key, fields)
+        key = program_key(self._manifest.promises.privacy, randomness.key, noise_seed=seed, member=member)
+        return _Batches(at, counts, key, fields)
 
 
 @dataclass(frozen=True, eq=False)

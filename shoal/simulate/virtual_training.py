@@ -71,10 +71,10 @@ class VirtualTraining:
 
     def update_of(self, device: int, version: int, blocks: int = 1 << 30) -> tuple[Tensors, int]:
         """The update of a device that started from a version, and its weight; after so many blocks it is interrupted."""
-        asked = count()
+        asked, seed = count(), round_seed(self._seed, version)
         update = train(
             self._runner, self._manifest, self._hand_over(version), self._population[self._user(device)], None,
-            seed=round_seed(self._seed, version), member=str(device), is_interrupted=lambda: next(asked) >= blocks,
+            seed=seed, member=str(device), noise_seed=seed, is_interrupted=lambda: next(asked) >= blocks,
         )  # fmt: skip
         return update.sums, update.weight
 

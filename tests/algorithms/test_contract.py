@@ -17,7 +17,8 @@ import pytest
 
 import shoal
 from shoal.clip_norm import LOG_SCALE, AdaptiveClip
-from shoal.local import Objective, local_rule, plain_gradient, sgd_rule
+from shoal.gradients import Objective, plain_gradient
+from shoal.local import local_rule, sgd_rule
 from shoal.policy import Privacy, ServerRule
 from shoal.simulate import engine
 from shoal.simulate.fused import Layout

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from shoal.aggregate.noised import Noised
+from shoal.privacy.accounting import epsilon_of_zcdp
 
 from .conftest import LINE, Shoal
 
@@ -12,6 +13,8 @@ NOISY = LINE.replace("batch_size=4, epochs=2", 'batch_size=4, epochs=2, weightin
     "over_selection=1.0),",
     "over_selection=1.0),\n    privacy=shoal.Privacy(clip_norm=0.5, noise_multiplier=2.0, epsilon=6.0),",
 )
+
+EXAMPLES = "examples=shoal.ExamplePrivacy(clip_norm=0.5, noise_multiplier=2.0)"
 
 
 @pytest.fixture
@@ -105,3 +108,27 @@ def test_other_attacks_are_asked_for_by_name_and_can_fail_a_run(noisy: Path, pla
         "audit", f"{noisy}:task", "--data", place / "users", "--rounds", 1, "--canaries", 20, "--at-most", -1, "--json"
     )
     assert made.code == 1 and made.json["exceeds"], made
+
+
+def test_what_noise_on_examples_is_worth_is_said_and_on_the_card(place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    path, run = place / "examples.py", tmp_path / "run"
+    path.write_text(NOISY.replace("clip_norm=0.5, noise_multiplier=2.0, epsilon=6.0", EXAMPLES))
+    run_of(path, place, shoal, run)
+    told = shoal("privacy", run)
+    assert (
+        told.code == 0
+        and "epsilon 3.54 at delta 1e-06 for a device that was in one round, 6.58 for one that was in all 3" in told.out
+    ), told
+    assert "an example was in 2 steps of a round at most" in told.out and "follows from its seed" in told.out
+    found = shoal("privacy", run, "--json").json["examples"]
+    assert found["rounds"] == 3 and found["epsilon_of_all_rounds"] == pytest.approx(epsilon_of_zcdp(3 * 2 / 8, 1e-6))
+    card = shoal("report", run).out
+    assert "epsilon 3.54 at delta 1e-06" in card and "No differential privacy" not in card
+    shown = shoal("runs", "show", run).out
+    assert "2 times 0.5, the norm of an example's gradient" in shown and "train/loss" not in shown
+    assert "each device has a budget" in shoal("privacy", run, "--plot", tmp_path / "spent.png").err
+
+
+def test_a_device_that_would_forget_what_it_spent_has_no_budget(place: Path, shoal: Shoal) -> None:
+    made = shoal("device", "--server", "127.0.0.1:1", "--data", place / "users", "--max-epsilon", 8)
+    assert made.code != 0 and "Expected --state FOLDER with --max-epsilon" in made.err, made

@@ -71,7 +71,7 @@ def plan(
         deltas = (*deltas, TensorSpec(name=STEPS, shape=(), dtype="float32"))
     half = ServerHalf(rounds=policy, rule=rule or ServerRule(), about=About())
     batch = (TensorSpec(name=field, shape=(), dtype="float32"),)
-    programs = _programs(model, deltas, field)
+    programs = _programs(model, deltas, field, key_words=(privacy or Privacy()).key_words)
     manifest = Manifest(
         task=task,
         programs=tuple(programs),
@@ -91,14 +91,16 @@ def plan(
     return Plan(manifest, {program.hash: program.name.encode() for program in programs}).sign(KEYS.signing)
 
 
-def _programs(model: tuple[TensorSpec, ...], deltas: tuple[TensorSpec, ...], field: str) -> list[Program]:
+def _programs(
+    model: tuple[TensorSpec, ...], deltas: tuple[TensorSpec, ...], field: str, *, key_words: int
+) -> list[Program]:
     def renamed(prefix: str, specs: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(name=prefix + s.name, shape=s.shape, dtype=s.dtype) for s in specs)
 
     feed = (
         TensorSpec(name=f"batch/{field}", shape=(1, BATCH), dtype="float32"),
         TensorSpec(name="mask", shape=(1, BATCH), dtype="bool"),
-        TensorSpec(name="key", shape=(2,), dtype="uint32"),
+        TensorSpec(name="key", shape=(key_words,), dtype="uint32"),
     )
     report = sorted(
         (*renamed("sum/", deltas), TensorSpec(name="weight", shape=(), dtype="int32")), key=lambda s: s.name

@@ -70,6 +70,10 @@ CASES: dict[str, dict[str, Any]] = {
     "uniform": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=3, weighting="uniform")},
     "whole batches": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, drop_remainder=True)},
     "held out": {"local": shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, holdout=0.3)},
+    "noise on examples": {
+        "local": shoal.Local(optimizer=optax.adam(0.1), batch_size=4, epochs=2, weighting="uniform"),
+        "privacy": Privacy(examples=shoal.ExamplePrivacy(clip_norm=0.5, noise_multiplier=1.0)),
+    },
     "private": {"leaves": {"params/b": "private"}},
     "frozen": {"leaves": {"params/b": "frozen"}},
 }
@@ -111,6 +115,35 @@ def test_a_model_with_state_and_randomness(monkeypatch: pytest.MonkeyPatch) -> N
     for layout in (Layout(devices=1, together=1), Layout(devices=2, together=2)):
         use(layout, monkeypatch)
         same(slow, run(one_task.task, one_task.population(), "fused", rounds=2), atol=1e-5)
+
+
+def test_noise_on_examples_of_a_model_whose_convolutions_and_products_take_other_forms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        shapes = {"conv": (3, 3, 1, 8), "wide": (4 * 4 * 8, 128), "head": (128, 4)}
+        return {name: 0.2 * jax.random.normal(key, shape) for name, shape in shapes.items()}
+
+    def loss(params: Any, state: Any, batch: Any, key: Any) -> jax.Array:
+        layout = ("NHWC", "HWIO", "NHWC")
+        image = batch["image"] + 0.1 * jax.random.normal(key, batch["image"].shape)
+        seen = jax.lax.conv_general_dilated(image, params["conv"], (2, 2), "SAME", dimension_numbers=layout)
+        hidden = jax.nn.relu(jax.nn.relu(seen).reshape(seen.shape[0], -1) @ params["wide"])
+        return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["head"], batch["label"])
+
+    chosen = shoal.Task(
+        name="forms", init=init, loss=loss, batch={"image": ((8, 8, 1), "float32"), "label": ((), "int32")},
+        local=shoal.Local(optimizer=optax.sgd(0.1), batch_size=4, steps_per_block=1, weighting="uniform"),
+        rounds=shoal.RoundPolicy(goal=3, minimum_group=3),
+        privacy=Privacy(examples=shoal.ExamplePrivacy(clip_norm=0.1, noise_multiplier=0.5)),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    members = Population.from_arrays({
+        f"member-{i}": {"image": rng.normal(size=(6, 8, 8, 1)).astype(np.float32), "label": rng.integers(0, 4, 6).astype(np.int32)}
+        for i in range(3)
+    })  # fmt: skip
+    use(Layout(devices=1, together=3), monkeypatch)
+    same(run(chosen, members, "sequential", rounds=1), run(chosen, members, "fused", rounds=1), atol=1e-5)
 
 
 def test_a_run_taken_up_has_the_bits_and_the_layout_of_one_that_was_not_interrupted(
