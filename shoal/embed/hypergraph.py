@@ -81,6 +81,18 @@ def pairs_of(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, size: in
 
 
 @compiled
+def without_repeats(indptr: np.ndarray, pins: np.ndarray, size: int) -> np.ndarray:
+    """The pins; a vector's second one in a query becomes -1."""
+    last, made = np.full(size, -1, np.int64), np.empty(len(pins), np.int32)
+    for query in range(len(indptr) - 1):
+        for at in range(indptr[query], indptr[query + 1]):
+            vector = pins[at]
+            made[at] = vector if last[vector] != query else -1
+            last[vector] = query
+    return made
+
+
+@compiled
 def contracted(
     indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, pair_of: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
