@@ -40,7 +40,7 @@ def exchange(
     Returns:
         The swaps made, and the work that is left.
     """
-    sums = _sums(edges, slot_of, size)
+    sums = sums_of(edges, slot_of, size)
     _, whole, alone, near, _ = sums
     present, is_read = np.zeros(len(order) // size + 1), np.full(len(order) // size + 1, -1, np.int64)
     touched, both = np.empty(len(present), np.int64), np.zeros(size)
@@ -77,7 +77,7 @@ def exchange(
 
 
 @compiled
-def _sums(edges: _Edges, slot_of: np.ndarray, size: int) -> _Sums:
+def sums_of(edges: _Edges, slot_of: np.ndarray, size: int) -> _Sums:
     """The sums while no block is looked at."""
     indptr, pins, weights = edges
     block_of = (slot_of // size).astype(np.int32)

@@ -208,7 +208,7 @@ def _anneal(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: S
     for first in range(1, proposals + 1, together):
         last = min(first + together - 1, proposals)
         anneal(
-            *edges, *named, order, slot_of, vectors_per_block, first, last, proposals,
+            edges, named, order, slot_of, vectors_per_block, first, last, proposals,
             HOTTEST * scale, COLDEST * scale, rng,
         )  # fmt: skip
         progress(last / proposals)
