@@ -14,6 +14,7 @@ import numpy as np
 
 from shoal.embed._compiled import compiled
 from shoal.embed.exchange import sums_of
+from shoal.embed.hypergraph import Edges, Named
 
 HOTTEST: Final = 1.0
 COLDEST: Final = 0.1
@@ -22,15 +23,13 @@ SAME: Final = 1 << 12
 """Proposals at one temperature."""
 
 
-_Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
-_Named = tuple[np.ndarray, np.ndarray]
 _Reads = tuple[np.ndarray, np.ndarray, np.ndarray]
 """The blocks that each query reads, as long as its pins, and how many of its vectors are in each; how many blocks it reads."""
 
 
 @compiled
 def anneal(
-    edges: _Edges, named: _Named, order: np.ndarray, slot_of: np.ndarray, per_block: int,
+    edges: Edges, named: Named, order: np.ndarray, slot_of: np.ndarray, per_block: int,
     first: int, last: int, proposals: int, hottest: float, coldest: float, rng: np.random.Generator,
 ) -> None:  # fmt: skip
     """Improves `order` (n,), slot -> vector, and `slot_of` (n,) in place.
@@ -83,7 +82,7 @@ def anneal(
 
 
 @compiled
-def _reads(edges: _Edges, block_of: np.ndarray) -> _Reads:
+def _reads(edges: Edges, block_of: np.ndarray) -> _Reads:
     indptr, pins, _ = edges
     reads = np.zeros(len(pins), np.int32), np.zeros(len(pins), np.int32), np.zeros(len(indptr) - 1, np.int32)
     for query in range(len(indptr) - 1):
@@ -93,7 +92,7 @@ def _reads(edges: _Edges, block_of: np.ndarray) -> _Reads:
 
 
 @compiled
-def _beside(edges: _Edges, named: _Named, vector: int, rng: np.random.Generator) -> int:
+def _beside(edges: Edges, named: Named, vector: int, rng: np.random.Generator) -> int:
     """A random vector of a random query of the vector; itself if no query names it."""
     indptr, pins, _ = edges
     starts, queries = named
@@ -107,7 +106,7 @@ def _beside(edges: _Edges, named: _Named, vector: int, rng: np.random.Generator)
 
 @compiled
 def _loss_of(
-    edges: _Edges, named: _Named, reads: _Reads, vector: int, here: int, there: int, seen: np.ndarray, number: int
+    edges: Edges, named: Named, reads: _Reads, vector: int, here: int, there: int, seen: np.ndarray, number: int
 ) -> float:
     """Blocks that are read more, by weight, when the vector goes from here to there; its queries are marked as seen."""
     indptr, _, weights = edges
@@ -122,7 +121,7 @@ def _loss_of(
 
 @compiled
 def _loss_beside(
-    edges: _Edges, named: _Named, reads: _Reads, vector: int, here: int, there: int, seen: np.ndarray, number: int
+    edges: Edges, named: Named, reads: _Reads, vector: int, here: int, there: int, seen: np.ndarray, number: int
 ) -> float:
     """The same for the vector that comes in return. For queries seen nothing changes: they name both, and what they lost is taken back."""
     indptr, _, weights = edges
@@ -150,7 +149,7 @@ def _loss(reads: _Reads, begin: int, query: int, here: int, there: int) -> int:
 
 @compiled
 def _move(
-    edges: _Edges, named: _Named, reads: _Reads, vector: int, block_of: np.ndarray, to: int, alone: np.ndarray
+    edges: Edges, named: Named, reads: _Reads, vector: int, block_of: np.ndarray, to: int, alone: np.ndarray
 ) -> None:
     """Takes a vector to another block."""
     indptr, pins, weights = edges

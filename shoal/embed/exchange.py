@@ -14,12 +14,11 @@ from typing import Final
 import numpy as np
 
 from shoal.embed._compiled import compiled
+from shoal.embed.hypergraph import Edges, Named
 
 _LEAST: Final = 1e-4
 """Swaps that gain less are not made, against rounding."""
 
-_Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
-_Named = tuple[np.ndarray, np.ndarray]
 _Sums = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 """By vector: `block_of`, and the weights of its queries: the `whole`; where it is `alone` in its block; that are `near`, naming a
 vector of the block that is looked at. By query: how many it names `here`, in that block."""
@@ -27,7 +26,7 @@ vector of the block that is looked at. By query: how many it names `here`, in th
 
 @compiled
 def exchange(
-    edges: _Edges, named: _Named, order: np.ndarray, slot_of: np.ndarray, size: int, visits: np.ndarray, work: int
+    edges: Edges, named: Named, order: np.ndarray, slot_of: np.ndarray, size: int, visits: np.ndarray, work: int
 ) -> tuple[int, int]:
     """One pass: each vector goes to the block that gains most, for the vector there with which the swap gains most.
 
@@ -77,7 +76,7 @@ def exchange(
 
 
 @compiled
-def sums_of(edges: _Edges, slot_of: np.ndarray, size: int) -> _Sums:
+def sums_of(edges: Edges, slot_of: np.ndarray, size: int) -> _Sums:
     """The sums while no block is looked at."""
     indptr, pins, weights = edges
     block_of = (slot_of // size).astype(np.int32)
@@ -97,7 +96,7 @@ def sums_of(edges: _Edges, slot_of: np.ndarray, size: int) -> _Sums:
 
 
 @compiled
-def _look_at(edges: _Edges, named: _Named, members: np.ndarray, sums: _Sums) -> int:
+def _look_at(edges: Edges, named: Named, members: np.ndarray, sums: _Sums) -> int:
     """Fills `near` and `here` for the block with these members; returns the pins looked at."""
     indptr, pins, weights = edges
     starts, queries = named
@@ -114,7 +113,7 @@ def _look_at(edges: _Edges, named: _Named, members: np.ndarray, sums: _Sums) -> 
 
 
 @compiled
-def _look_away(edges: _Edges, named: _Named, members: np.ndarray, sums: _Sums) -> None:
+def _look_away(edges: Edges, named: Named, members: np.ndarray, sums: _Sums) -> None:
     """Empties `near` and `here` again."""
     indptr, pins, _ = edges
     starts, queries = named
@@ -129,7 +128,7 @@ def _look_away(edges: _Edges, named: _Named, members: np.ndarray, sums: _Sums) -
 
 @compiled
 def _best_block(
-    edges: _Edges, named: _Named, vector: int, sums: _Sums, full: int,
+    edges: Edges, named: Named, vector: int, sums: _Sums, full: int,
     present: np.ndarray, is_read: np.ndarray, touched: np.ndarray,
 ) -> tuple[int, float, int]:  # fmt: skip
     """The other full block that most of the vector's queries read, their weight, and the pins looked at.
@@ -160,7 +159,7 @@ def _best_block(
 
 @compiled
 def _count_both(
-    edges: _Edges, named: _Named, vector: int, block: int, sums: _Sums, slot_of: np.ndarray, both: np.ndarray
+    edges: Edges, named: Named, vector: int, block: int, sums: _Sums, slot_of: np.ndarray, both: np.ndarray
 ) -> None:
     """Adds to `both` (size,), by slot, what the sums gain by the queries that name the vector and one of the block."""
     indptr, pins, weights = edges
@@ -179,7 +178,7 @@ def _count_both(
 
 
 @compiled
-def _move(edges: _Edges, named: _Named, vector: int, to: int, looked_at: int, sums: _Sums) -> None:
+def _move(edges: Edges, named: Named, vector: int, to: int, looked_at: int, sums: _Sums) -> None:
     """Takes a vector to another block, and the sums with it."""
     indptr, pins, weights = edges
     starts, queries = named

@@ -15,10 +15,12 @@ MOST_LOOKED_AT: Final = 4096
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 """indptr, pins, weights."""
+Named = tuple[np.ndarray, np.ndarray]
+"""starts, queries: the same by vector, as `by_vector` gives them."""
 
 
 @compiled
-def by_vector(indptr: np.ndarray, pins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def by_vector(indptr: np.ndarray, pins: np.ndarray, size: int) -> Named:
     """By vector instead of by query: `queries[starts[v]:starts[v + 1]]` name vector v."""
     starts = np.zeros(size + 1, np.int64)
     for at in range(len(pins)):

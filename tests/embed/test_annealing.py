@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from shoal.embed.annealing import anneal
 from shoal.embed.generator import generate, tables
-from shoal.embed.hypergraph import Edges, by_vector
+from shoal.embed.hypergraph import Edges, Named, by_vector
 from shoal.embed.partition import Settings, fanout, partition
 from shoal.embed.trace import Trace
 
@@ -23,7 +23,7 @@ def total(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, slot_of: np
 
 
 def plainly(
-    edges: Edges, named: tuple[np.ndarray, np.ndarray], order: np.ndarray, per_block: int, proposals: int,
+    edges: Edges, named: Named, order: np.ndarray, per_block: int, proposals: int,
     temperature: float, rng: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
     """Each proposal counted anew: the order that it ends with."""
