@@ -1,7 +1,7 @@
 """How well and how fast vectors are put into blocks, against Mt-KaHyPar: fanout up to 100,000 vectors, time at a million.
 
 Both get the queries of training (hyperedges of two or more vectors) and blocks of 32 that may not overflow: Mt-KaHyPar
-with k = ceil(n / 32) and no imbalance (preset DEFAULT for quality; LARGE_K, its fastest for many blocks, for time), one thread each.
+with k = ceil(n / 32) and no imbalance (preset DEFAULT for quality, one thread each; LARGE_K, its fastest for many blocks, for time, two threads each).
 `paper` is SHP with the paper's settings, `ours` is `Settings(multilevel=True, passes=2)`, for quality annealed besides. A rival that does not end within its limit is stopped; where it
 was stopped, its time is at least that limit. It runs in an environment of its own (`benchmarks/peers/setup.sh mtkahypar`); without
 that the goals are not judged.
@@ -25,7 +25,7 @@ from shoal.errors import DataError
 
 PAPER, OURS = Settings(iterations=20), Settings(multilevel=True, passes=2)
 ANNEALED = Settings(multilevel=True, anneal=300, passes=4)
-QUALITY_LIMIT_S, SPEED_LIMIT_S = 150.0, 300.0
+QUALITY_LIMIT_S, SPEED_LIMIT_S = 150.0, 450.0
 PYTHON = PEERS / "mtkahypar" / "bin" / "python"
 
 
@@ -43,7 +43,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     goals = [
         Goal("N1", "fanout over mtkahypar's, worst trace up to 100,000 vectors", max(ratios, default=None), "<= 1.03",
              why or ("" if complete else "mtkahypar did not end within its limit on every trace")),
-        Goal("N2", "mtkahypar's time over ours, 1 M vectors and 10 M pins", speed["ratio"] if speed else None, ">= 1", why),
+        Goal("N2", "mtkahypar's time over ours, 1 M vectors and 10 M pins, two threads each", speed["ratio"] if speed else None, ">= 1", why),
     ]  # fmt: skip
     return goals, {"quality": quality, "speed": speed}
 
@@ -69,9 +69,9 @@ def _quality(name: str, trace: Trace) -> dict[str, Any]:
     return row
 
 
-def _timed(trace: Trace, settings: Settings) -> tuple[float, float]:
+def _timed(trace: Trace, settings: Settings, threads: int = 1) -> tuple[float, float]:
     begun = time.perf_counter()
-    order = partition(trace, PER_BLOCK, settings)
+    order = partition(trace, PER_BLOCK, settings, threads=threads)
     seconds = time.perf_counter() - begun
     block_of = np.empty(trace.num_rows, np.int64)
     block_of[order] = np.arange(trace.num_rows) // PER_BLOCK
@@ -81,8 +81,8 @@ def _timed(trace: Trace, settings: Settings) -> tuple[float, float]:
 def _speed() -> dict[str, Any]:
     kind = TableKind(name="million", rows=1_050_000, mean_bag=10, compulsory=0.095, cold=0.1, seed=4)
     trace = generate(kind).trace
-    ours, ours_s = _timed(trace, OURS)
-    block_of, seconds = _rival(trace, "LARGE_K", SPEED_LIMIT_S)
+    ours, ours_s = _timed(trace, OURS, threads=2)
+    block_of, seconds = _rival(trace, "LARGE_K", SPEED_LIMIT_S, threads=2)
     rival = None if block_of is None else fanout(trace, block_of)
     found = {
         "vectors": int((trace.counts() > 0).sum()), "pins": trace.num_lookups, "ours": ours, "ours s": ours_s,
@@ -92,14 +92,14 @@ def _speed() -> dict[str, Any]:
     return found
 
 
-def _rival(trace: Trace, preset: str, limit_s: float) -> tuple[np.ndarray | None, float]:
+def _rival(trace: Trace, preset: str, limit_s: float, threads: int = 1) -> tuple[np.ndarray | None, float]:
     """The rival's blocks, (rows,), and its seconds without building its input; None and the limit where it was stopped."""
     script = Path(__file__).parent / "peers" / "blocks.py"
     with tempfile.TemporaryDirectory() as folder:
         given, made = Path(folder) / "given.npz", Path(folder) / "made.npz"
         np.savez(given, indptr=trace.indptr, ids=trace.ids, rows=trace.num_rows, per_block=PER_BLOCK)
         with subprocess.Popen(
-            [str(PYTHON), str(script), str(given), preset, str(made)], stdout=subprocess.PIPE, text=True
+            [str(PYTHON), str(script), str(given), preset, str(made), str(threads)], stdout=subprocess.PIPE, text=True
         ) as child:
             assert child.stdout
             while (line := child.stdout.readline()) and line.strip() != "ready":  # what the rival itself says

@@ -1,4 +1,4 @@
-"""Mt-KaHyPar's blocks, in its own environment: blocks.py GIVEN PRESET MADE.
+"""Mt-KaHyPar's blocks, in its own environment: blocks.py GIVEN PRESET MADE THREADS.
 
 GIVEN: an .npz with `indptr`, `ids`, `rows` and `per_block`. Says `ready` when its input is built; MADE gets `block_of`, (rows,) int64, and
 `seconds` of the partitioning alone.
@@ -12,7 +12,7 @@ import mtkahypar
 import numpy as np
 
 
-def main(given: str, preset: str, made: str) -> None:
+def main(given: str, preset: str, made: str, threads: str) -> None:
     with np.load(given) as file:
         indptr, ids, rows, per_block = file["indptr"], file["ids"], int(file["rows"]), int(file["per_block"])
     seen = np.flatnonzero(np.bincount(ids, minlength=rows))
@@ -20,7 +20,7 @@ def main(given: str, preset: str, made: str) -> None:
     local[seen] = np.arange(len(seen))
     queries = [np.unique(local[ids[a:b]]).tolist() for a, b in pairwise(indptr)]
     edges = [query for query in queries if len(query) > 1]
-    machine = mtkahypar.initialize(1)
+    machine = mtkahypar.initialize(int(threads))
     mtkahypar.set_seed(0)
     settings = machine.context_from_preset(getattr(mtkahypar.PresetType, preset))
     settings.set_partitioning_parameters(-(-len(seen) // per_block), 0.0, mtkahypar.Objective.KM1)

@@ -15,10 +15,12 @@ MOST_LOOKED_AT: Final = 4096
 
 Edges = tuple[np.ndarray, np.ndarray, np.ndarray]
 """indptr, pins, weights."""
+Named = tuple[np.ndarray, np.ndarray]
+"""starts, queries: the same by vector, as `by_vector` gives them."""
 
 
 @compiled
-def by_vector(indptr: np.ndarray, pins: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def by_vector(indptr: np.ndarray, pins: np.ndarray, size: int) -> Named:
     """By vector instead of by query: `queries[starts[v]:starts[v + 1]]` name vector v."""
     starts = np.zeros(size + 1, np.int64)
     for at in range(len(pins)):
@@ -78,6 +80,18 @@ def pairs_of(indptr: np.ndarray, pins: np.ndarray, weights: np.ndarray, size: in
                 number += 1
                 waiting = -1
     return pair_of
+
+
+@compiled
+def without_repeats(indptr: np.ndarray, pins: np.ndarray, size: int) -> np.ndarray:
+    """The pins; a vector's second one in a query becomes -1."""
+    last, made = np.full(size, -1, np.int64), np.empty(len(pins), np.int32)
+    for query in range(len(indptr) - 1):
+        for at in range(indptr[query], indptr[query + 1]):
+            vector = pins[at]
+            made[at] = vector if last[vector] != query else -1
+            last[vector] = query
+    return made
 
 
 @compiled

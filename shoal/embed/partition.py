@@ -23,9 +23,10 @@ import numpy as np
 
 from shoal import validate
 from shoal.embed.annealing import COLDEST, HOTTEST, SAME, anneal
-from shoal.embed.hypergraph import Edges, by_vector, contracted, halves, pairs_of, without_small
+from shoal.embed.exchange import exchange
+from shoal.embed.hypergraph import Edges, by_vector, contracted, halves, pairs_of, without_repeats, without_small
 from shoal.embed.progress import Share, nobody, parts
-from shoal.embed.swaps import bisect, swap_anywhere
+from shoal.embed.swaps import bisect
 from shoal.embed.trace import Trace
 
 MOST_WORK: Final = 1500
@@ -62,7 +63,7 @@ class Settings:
     @property
     def costs(self) -> tuple[float, float, float]:
         """What splits, annealing and passes take, of the splits, roughly: for those who are told how far it is."""
-        return 1.0, self.anneal / 8, self.passes / 2
+        return 1.0, self.anneal / 8, self.passes / 10
 
 
 def partition(
@@ -98,7 +99,7 @@ def partition(
     local = np.full(trace.num_rows, -1, np.int32)
     local[order] = np.arange(len(order), dtype=np.int32)
     weight = np.ones(len(trace), np.float32) if weights is None else weights.astype(np.float32)
-    edges = without_small(trace.indptr, local[trace.ids], weight)
+    edges = without_small(trace.indptr, without_repeats(trace.indptr, local[trace.ids], len(order)), weight)
     full = -(-len(order) // vectors_per_block) * vectors_per_block
     splits, annealing, passes = parts(progress or nobody, settings.costs)
     found = _Search(settings, vectors_per_block, splits, size=full, is_warm=start is not None)
@@ -207,7 +208,7 @@ def _anneal(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: S
     for first in range(1, proposals + 1, together):
         last = min(first + together - 1, proposals)
         anneal(
-            *edges, *named, order, slot_of, vectors_per_block, first, last, proposals,
+            edges, named, order, slot_of, vectors_per_block, first, last, proposals,
             HOTTEST * scale, COLDEST * scale, rng,
         )  # fmt: skip
         progress(last / proposals)
@@ -221,8 +222,8 @@ def _swap_on(order: np.ndarray, edges: Edges, vectors_per_block: int, settings: 
     rng = np.random.default_rng([settings.seed, len(order)])
     work = MOST_WORK * len(edges[1])
     for number in range(settings.passes):
-        visits = rng.permutation(len(order))
-        swaps, work = swap_anywhere(*edges, *named, order, slot_of, vectors_per_block, visits, work)
+        visits = rng.permutation(len(order) // vectors_per_block)
+        swaps, work = exchange(edges, named, order, slot_of, vectors_per_block, visits, work)
         progress((number + 1) / settings.passes)
         if swaps < settings.stop * len(order) or work <= 0:
             break
