@@ -241,6 +241,11 @@ class RoundPolicy:
         return self.at_once if self.buffer else self.num_selected
 
     @property
+    def most_resting(self) -> int:
+        """Devices that rest at a time, but for what crashes do."""
+        return (self.min_separation - 1) * self.most_at_once
+
+    @property
     def max_members(self) -> int:
         """Most updates that the sum of one version holds: what the fixed points are made for."""
         return (2 + self.max_staleness) * self.most_at_once

@@ -3,9 +3,10 @@
 All versions of a run together are one release, of the noise multiplier that the task says; `RoundPolicy.min_separation` bounds how
 often one device is in them. Each summed tensor has a stream of noise, whose seed follows from the secret and the run.
 
-Where a stream stands is server state, written in the transaction of the version that has its noise: the steps taken, what its strategy is, and
-a fingerprint of its seed. So it goes on after a crash where it was, drawing what was drawn: never other noise for a step. Its
-buffers are kept in memory and, after a restart, drawn again; none of them is in the record.
+Where a stream stands is server state, written in the transaction of the version that has its noise: a tag of each step that was taken, what its
+strategy is, and a fingerprint of its seed. What is new in a step's noise follows from the seed and its tag, a digest of version and sum: made again
+after a crash it is the same, and another sum (after a commit that failed, in a copy of the folder) never has it. Buffers are kept in
+memory and, after a restart, drawn again; none of them is in the record.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
-from shoal.aggregate.noised import check_grid, largest_part, with_noise
+from shoal.aggregate.noised import check_grid, largest_part, purpose_of, with_noise
 from shoal.errors import RoundError
 from shoal.policy import Correlated, Privacy
 from shoal.privacy.accounting import participations
@@ -28,8 +29,11 @@ from shoal.privacy.masks import derive
 from shoal.record.store import Blobs
 from shoal.tensors import Entry, Index, TensorSpec
 
-STEPS: Final = TensorSpec(name="noise/steps", shape=(), dtype="int64")
-SEED: Final = TensorSpec(name="noise/seed", shape=(16,), dtype="uint8")
+TAGS: Final = "noise/tags"
+"""(steps, 16) uint8: of the steps that were taken."""
+SEED: Final = "noise/seed"
+"""(16,) uint8."""
+_TAG_BYTES: Final = 16
 STRATEGY: Final = "noise/strategy"
 """(2, buffers) float64, of a BLT: scales and decays. It is fitted once: another version of the search might find another."""
 
@@ -55,6 +59,8 @@ class CorrelatedNoised:
     """Name of a sum -> the state after the last step that was drawn."""
     _drawn: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
     """That step's noise: a commit that could not be written is made again."""
+    _tags: list[bytes] = field(default_factory=list, repr=False)
+    """Of the steps up to that one."""
 
     @property
     def needs(self) -> str:
@@ -76,35 +82,35 @@ class CorrelatedNoised:
     def commit(self, sums: Accumulator, model: Index, server_state: Index, blobs: Blobs) -> tuple[Index, Index]:
         ours = {entry.spec.name: blobs.view(entry.hash, entry.spec) for entry in server_state if _is_ours(entry)}
         rest = Index(tuple(entry for entry in server_state if not _is_ours(entry)))
-        step = self._step(ours)
+        tags = [*self._taken(ours), purpose_of(model.root, sums)[:_TAG_BYTES]]
         blt = self._strategy(ours)
-        noised = with_noise(sums, self._noise(sums, step, blt), divisor=self.divisor)
+        noised = with_noise(sums, self._noise(sums, tags, blt), divisor=self.divisor)
         made, state = self.inner.commit(noised, model, rest, blobs)
         entries = [
-            _entry(blobs, STEPS.name, np.array(step + 1, np.int64)),
-            _entry(blobs, SEED.name, np.frombuffer(self._fingerprint, np.uint8)),
+            _entry(blobs, TAGS, np.frombuffer(b"".join(tags), np.uint8).reshape(-1, _TAG_BYTES)),
+            _entry(blobs, SEED, np.frombuffer(self._fingerprint, np.uint8)),
             *([_entry(blobs, STRATEGY, np.array([blt.scales, blt.decays]))] if blt is not None else []),
         ]
         return made, Index(tuple(sorted((*state, *entries), key=lambda entry: entry.spec.name)))
 
-    def _step(self, ours: Mapping[str, np.ndarray]) -> int:
-        """The one to take.
+    def _taken(self, ours: Mapping[str, np.ndarray]) -> list[bytes]:
+        """The tags of the steps before this one.
 
         Raises:
             RoundError: the stream has no more, or it is another.
         """
-        step = int(ours[STEPS.name]) if ours else 0
-        if ours and ours[SEED.name].tobytes() != self._fingerprint:
+        tags = [tag.tobytes() for tag in ours[TAGS]] if ours else []
+        if ours and ours[SEED].tobytes() != self._fingerprint:
             raise RoundError(
                 "The run's correlated noise was begun under other keys: noise drawn now would not cancel it. Go on with the run's own "
                 "folder and host.key, or begin another run from its model."
             )
-        if step >= self._correlated.rounds:
+        if len(tags) >= self._correlated.rounds:
             raise RoundError(
                 f"The noise of this run was made for {self._correlated.rounds} rounds, which it has had. Begin another run from its model; "
                 "privacy.correlated.rounds says for how many."
             )
-        return step
+        return tags
 
     def _strategy(self, ours: Mapping[str, np.ndarray]) -> Blt | None:
         if self._correlated.kind == "tree":
@@ -114,7 +120,11 @@ class CorrelatedNoised:
             return Blt(scales=tuple(scales), decays=tuple(decays))
         return fit_blt(self._schedule)
 
-    def _noise(self, sums: Accumulator, step: int, blt: Blt | None) -> dict[str, np.ndarray]:
+    def _noise(self, sums: Accumulator, tags: list[bytes], blt: Blt | None) -> dict[str, np.ndarray]:
+        """Of the step with the last of the tags."""
+        step = len(tags) - 1
+        is_next = self._tags == tags[:-1]
+        is_again = self._tags == tags
         part = largest_part(self.privacy, sums.specs, sums.fixed)
         elements = sum(prod(spec.tensor.shape) for spec in sums.specs)
         coarsest = max(point.unit for point in sums.fixed.values())
@@ -126,11 +136,10 @@ class CorrelatedNoised:
         check_grid(stddev, sums.fixed)
         for name, total in sums.totals.items():
             stream = self._stream(name, stddev / sums.fixed[name].unit, total.size, blt)
-            reached = self._reached.get(name)
-            if reached is None or reached.step not in (step, step + 1):
-                reached = stream.at(step)
-            if reached.step == step:
-                self._drawn[name], self._reached[name] = stream.step(reached)
+            if not is_again:
+                before = self._reached[name] if is_next and step else stream.at(step, tags)
+                self._drawn[name], self._reached[name] = stream.step(before, tags[-1])
+        self._tags[:] = tags
         return self._drawn
 
     def _stream(self, name: str, stddev: float, elements: int, blt: Blt | None) -> BltNoise | TreeNoise:

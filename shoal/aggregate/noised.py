@@ -57,7 +57,7 @@ class Noised:
             base: root of the version that it changes.
         """
         stddevs = noise_stddevs(self.privacy, sums.specs, sums.fixed, goal=self.divisor)
-        purpose, noise = _purpose(base, sums), {}
+        purpose, noise = purpose_of(base, sums), {}
         for name, total in sums.totals.items():
             source = seeded(self.secret, purpose + name.encode())
             noise[name] = discrete_gaussian(stddevs[name] / sums.fixed[name].unit, total.size, source=source)
@@ -89,15 +89,15 @@ class NoisedByDevices:
     def _noise(self, sums: Accumulator, base: str) -> Mapping[str, np.ndarray]:
         if self.simulated is None or self.group is None:
             return {}
-        variance, purpose = sums.members * self.simulated.share(self.group(sums.members)), _purpose(base, sums)
+        variance, purpose = sums.members * self.simulated.share(self.group(sums.members)), purpose_of(base, sums)
         return {
             name: skellam(variance, total.size, source=seeded(self.secret, purpose + name.encode()))
             for name, total in sums.totals.items()
         }
 
 
-def _purpose(base: str, sums: Accumulator) -> bytes:
-    """What noise that follows from the version and the sum is for."""
+def purpose_of(base: str, sums: Accumulator) -> bytes:
+    """What noise that follows from the version and the sum is for, 32 bytes."""
     digest = hashlib.sha256(base.encode())
     for total in sums.totals.values():
         digest.update(np.ascontiguousarray(total).data)

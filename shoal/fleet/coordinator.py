@@ -148,6 +148,8 @@ class Coordinator:
         if privacy.noise_multiplier:
             self._release = spending.release_of(privacy, self._policy, run=run, devices=members_noise(manifest))
         self._spend = spending.spend_of(privacy, self._release) if self._release is not None else None
+        self._told_of_rest = 0
+        """The round that was last said to wait for those who rest."""
         self._has_looked = False
         """Something was made of the round's sum."""
         self.finished = asyncio.Event()
@@ -176,6 +178,8 @@ class Coordinator:
         self._events.put_nowait(r.Joined(nonce, version))
 
     def counted(self, nonce: bytes, version: int, staleness: int, *, edge: str = "") -> None:
+        if self._manifest.promises.privacy.distributed:
+            self._has_looked = True  # its group may open at any time, and the server sees the sum
         self._events.put_nowait(r.Counted(nonce, version, staleness, edge))
 
     def released(self, nonce: bytes) -> None:
@@ -272,6 +276,24 @@ class Coordinator:
                 if answer is not None:
                     pending.append(answer)
             self.on_step()
+        if self._policy.min_separation > 1:
+            self._tell_who_rests()
+
+    def _tell_who_rests(self) -> None:
+        """Says once a round that nothing happens because those who wait rest."""
+        seen = self._machine.snapshot()
+        is_stuck = (
+            seen.phase is r.Phase.SELECTING and seen.deadline_s is not None and self._clock.now_s() >= seen.deadline_s
+        )
+        if not is_stuck or not seen.resting or self._told_of_rest == seen.round:
+            return
+        self._told_of_rest = seen.round
+        wanted = self._policy.goal * self._policy.min_separation
+        log.warning(
+            "round %d waits for devices: %d of the %d that are there were in a version lately and rest (min_separation=%d takes %d devices "
+            "or more)",
+            seen.round, seen.resting, seen.waiting, self._policy.min_separation, wanted,
+        )  # fmt: skip
 
     async def _carry_out(self, command: r.Command) -> r.Event | None:
         match command:

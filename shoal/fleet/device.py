@@ -72,9 +72,9 @@ class _Work:
     """The update's way through secure groups, where the task has them."""
 
     @property
-    def is_spent(self) -> bool:
+    def has_revealed(self) -> bool:
         """Its update was revealed in a sum: it is offered no more, whatever is said of it."""
-        return self.secure is not None and self.secure.is_spent
+        return self.secure is not None and self.secure.has_revealed
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +302,7 @@ class Device:
                 self.progress.refused += 1
                 self.progress.last_error = status.reason
                 self._work = None
-            case pb.StatusReply.UNKNOWN if work.is_spent:
+            case pb.StatusReply.UNKNOWN if work.has_revealed:
                 self.progress.refused += 1
                 self.progress.last_error = "its secure group failed after the update was revealed in it"
                 self._work = None

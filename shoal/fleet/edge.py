@@ -92,7 +92,8 @@ class Edge:
         self._sessions: dict[str, Session] = {}
         self._streams = Streams(lambda kind: self._seen.error(kind, clock.now_s()))
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
-        self._pace = Pace(devices_a_round=self._manifest.server.rounds.most_at_once, now_s=clock.now_s())
+        policy = self._manifest.server.rounds
+        self._pace = Pace(devices_a_round=policy.most_at_once, resting=policy.most_resting, now_s=clock.now_s())
         self._num_waiting = 0
         self._offer = Offer(plan, Index(()), blobs)
         self._offers: dict[int, Offer] = {}

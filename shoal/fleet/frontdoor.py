@@ -126,8 +126,11 @@ class Frontdoor:
         run.coordinator.on_step = self._changed
         if not known:
             self._events.append(t.Opened(run.id, weight, run.patience_s))
-            takes = sum(each.manifest.server.rounds.most_at_once for each in self._runs.values())
-            self._pace = Pace(devices_a_round=takes, now_s=self._clock.now_s())
+            policies = [each.manifest.server.rounds for each in self._runs.values()]
+            takes, resting = (
+                sum(each) for each in zip(*((p.most_at_once, p.most_resting) for p in policies), strict=True)
+            )
+            self._pace = Pace(devices_a_round=takes, resting=resting, now_s=self._clock.now_s())
             self._versions = self._versions_now()
         self._changed()
 

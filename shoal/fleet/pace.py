@@ -29,11 +29,17 @@ FIRST_PERIOD_S: Final = 60.0
 class Pace:
     """See the module's text. Times are of one clock, in seconds; it never goes back."""
 
-    def __init__(self, *, devices_a_round: int, now_s: float, most_s: float = MOST_S) -> None:
-        """`most_s`: longest mean delay."""
+    def __init__(self, *, devices_a_round: int, now_s: float, resting: int = 0, most_s: float = MOST_S) -> None:
+        """
+        Args:
+            devices_a_round: that a round takes.
+            now_s: the time.
+            resting: devices beside them that may wait and cannot be taken.
+            most_s: longest mean delay.
+        """
         self._wanted, self._most_s = devices_a_round, most_s
-        self.pool = devices_a_round + max(devices_a_round, 10)
-        """How many of those that come and go are let in to wait."""
+        self.pool = devices_a_round + max(devices_a_round, 10) + resting
+        """How many of those that come and go are let in to wait: were all that rest among them, there is room for those that a round takes."""
         self._period_s, self._opened_s = FIRST_PERIOD_S, now_s
         self._rate, self._seen_s = 0.0, now_s
         self.delay_s = FIRST_PERIOD_S

@@ -143,6 +143,7 @@ class RoundMachine:
             deadline_s=self._deadline_s,
             selected=self._selected,
             released=self._released,
+            resting=len(self._waiting) - len(self._able()) if self.policy.min_separation > 1 else 0,
         )
 
     def saved(self) -> dict[str, Any]:

@@ -204,3 +204,5 @@ class Snapshot:
     selected: int
     """Devices that joined in this round."""
     released: int
+    resting: int = 0
+    """Of those that wait: who was in a version before, and may not be in the next."""

@@ -79,7 +79,11 @@ class RoundRecorder:
         assert self._saved is not None, "a round has begun"
         present = self._nonces | self._machine.nonces()
         names = _Names(present)
-        rests = {device: free for device, free in self._machine.saved()["_rests"].items() if device in present}
+        saved = self._machine.saved()
+        # Whether, not until when: that would say in which version somebody was.
+        rests = {
+            device: min(free, saved["_version"] + 1) for device, free in saved["_rests"].items() if device in present
+        }
         state = _state_to_json({**self._saved, "_rests": rests, "_recent": {}}, names)
         policy = self._machine.policy.to_json()
         policy["selection"] = {**policy["selection"], "ids": names.some_devices(policy["selection"]["ids"])}

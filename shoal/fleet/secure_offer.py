@@ -67,10 +67,12 @@ class SecureOffer:
         self._member: SecureMember | None = None
         self._survivors = pb.Survivors()
         self._answers: dict[bytes, tuple[str, bytes]] = {}
+        self.has_revealed = False
+        """Whether it has revealed shares: it is in a sum, or in none."""
 
     @property
     def is_spent(self) -> bool:
-        """Whether it has revealed shares: it is in a sum, or in none, and is offered no more."""
+        """Whether it may be in a sum, or has revealed shares: it is offered to no other group."""
         return self._update in self._spent
 
     def hear(self, phase: str, data: bytes) -> tuple[str, bytes]:
@@ -108,9 +110,14 @@ class SecureOffer:
         raise ProtocolError(f"Expected begin, roster, shares, survivors or agreement, got {phase[:40]!r}.")
 
     def _with_noise(self, member: SecureMember) -> np.ndarray:
-        """The update's vector, and where devices add the noise this one's share of it: drawn anew for each group."""
+        """The update's vector, and where devices add the noise this one's share of it.
+
+        Then the update is spent from here on, not only once shares are revealed: whoever is in the sum need not have been asked for shares, and
+        two sums of one update would have less noise together than the ledger counts.
+        """
         if self._noise is None:
             return self._values
+        self._spend()
         return self._layout.with_noise(self._values, self._noise.draw(member.graph, self._random))
 
     def _begin(self, group: bytes) -> SecureMember:
@@ -133,6 +140,11 @@ class SecureOffer:
         )
         return self._member
 
+    def _spend(self) -> None:
+        if not self.is_spent:
+            self._spent.add(self._update)
+
     def _reveal(self, shares: pb.Unmask) -> tuple[str, bytes]:
-        self._spent.add(self._update)
+        self._spend()
+        self.has_revealed = True
         return "unmask", shares.SerializeToString()

@@ -27,7 +27,7 @@ References:
       the sensitivity of decreasing Toeplitz coefficients; Fichtenberger, Henzinger, Upadhyay 2023: their square root.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import log, sqrt
@@ -214,9 +214,12 @@ class BltNoise:
     def begin(self) -> State:
         return State(step=0, arrays=tuple(np.zeros(self.elements) for _ in self.blt.decays))
 
-    def step(self, state: State) -> tuple[np.ndarray, State]:
-        """The noise to add to this step's sum, (elements,), and the state after it. One multiplication at a time: the same bits anywhere."""
-        source = seeded(self.seed, f"blt/{state.step}/{self.stddev.hex()}/{self.elements}".encode())
+    def step(self, state: State, tag: bytes = b"") -> tuple[np.ndarray, State]:
+        """The noise to add to this step's sum, (elements,), and the state after it. One multiplication at a time: the same bits anywhere.
+
+        What is new in it follows from `tag`, too: with a digest of the sum another sum never has the same.
+        """
+        source = seeded(self.seed, f"blt/{state.step}/{self.stddev.hex()}/{self.elements}/".encode() + tag)
         taken = np.zeros(self.elements)
         for scale, buffer in zip(self.blt.scales, state.arrays, strict=True):
             taken += scale * buffer
@@ -224,9 +227,9 @@ class BltNoise:
         arrays = tuple(decay * buffer + noise for decay, buffer in zip(self.blt.decays, state.arrays, strict=True))
         return noise, State(step=state.step + 1, arrays=arrays)
 
-    def at(self, step: int) -> State:
-        """The state before a step, drawn again from the seed: as long as all steps before it took."""
-        return _replayed(self.begin(), self.step, step)
+    def at(self, step: int, tags: Sequence[bytes] = ()) -> State:
+        """The state before a step, drawn again from the seed and the steps' tags: as long as all steps before it took."""
+        return _replayed(self.begin(), self.step, step, tags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,32 +259,32 @@ class TreeNoise:
     def begin(self) -> State:
         return State(step=0, arrays=())
 
-    def step(self, state: State) -> tuple[np.ndarray, State]:
-        """The noise to add to this step's sum, (elements,), and the state after it."""
+    def step(self, state: State, tag: bytes = b"") -> tuple[np.ndarray, State]:
+        """The noise to add to this step's sum, (elements,), and the state after it; `tag` as in `BltNoise.step`."""
         if state.step >= self.steps:
             raise ValueError(
                 f"Expected at most {self.steps} steps, got step {state.step}: its noise would not be accounted for."
             )
         nodes, after = list(state.arrays), state.step + 1
-        estimate, height = self._own(after, 0), 0
+        estimate, height = self._own(after, 0, tag), 0
         while after >> height & 1 == 0:
             height += 1
             own, halves = 1 << height, nodes.pop() + estimate
             weights = 2 * own - 1
-            estimate = (own * self._own(after, height) + (own - 1) * halves + weights // 2) // weights
+            estimate = (own * self._own(after, height, tag) + (own - 1) * halves + weights // 2) // weights
         before, now = (
             np.sum(part, axis=0, dtype=np.int64) if part else 0 for part in (state.arrays, [*nodes, estimate])
         )
         return np.asarray(now - before), State(step=after, arrays=(*nodes, estimate))
 
-    def _own(self, end: int, height: int) -> np.ndarray:
+    def _own(self, end: int, height: int, tag: bytes) -> np.ndarray:
         """The noise of the node over the 2^height steps before `end`."""
-        source = seeded(self.seed, f"tree/{height}/{end}/{self.stddev.hex()}/{self.elements}".encode())
+        source = seeded(self.seed, f"tree/{height}/{end}/{self.stddev.hex()}/{self.elements}/".encode() + tag)
         return discrete_gaussian(self.stddev, self.elements, source=source)
 
-    def at(self, step: int) -> State:
-        """The state before a step, drawn again from the seed: as long as all steps before it took."""
-        return _replayed(self.begin(), self.step, step)
+    def at(self, step: int, tags: Sequence[bytes] = ()) -> State:
+        """The state before a step, drawn again from the seed and the steps' tags: as long as all steps before it took."""
+        return _replayed(self.begin(), self.step, step, tags)
 
 
 def tree_sensitivity(schedule: Schedule) -> float:
@@ -312,8 +315,10 @@ def _check_stream(stddev: float, elements: int, seed: bytes) -> None:
         raise ValueError(f"Expected a seed of 32 bytes, got {len(seed)}.")
 
 
-def _replayed(state: State, step_fn: Callable[[State], tuple[np.ndarray, State]], step: int) -> State:
+def _replayed(
+    state: State, step_fn: Callable[[State, bytes], tuple[np.ndarray, State]], step: int, tags: Sequence[bytes]
+) -> State:
     validate.whole(0, step=step)
     while state.step < step:
-        state = step_fn(state)[1]
+        state = step_fn(state, tags[state.step] if tags else b"")[1]
     return state

@@ -72,6 +72,11 @@ class Release:
         settings = {name: value for name, value in row.data.items() if name != "mechanism"}
         return cls(**settings, run=row.run_id if settings.keys() & {"separation", "correlated"} else "")
 
+    @property
+    def alone(self) -> Self:
+        """That of a round which has no version."""
+        return self if self.correlated else replace(self, separation=1, run="")
+
     def times(self, rounds: float) -> float:
         """How often one device is in so many of these rounds, at most; rounds of one release are one."""
         if self.correlated:
@@ -99,9 +104,20 @@ def epsilon(releases: Mapping[Release, float], delta: float) -> float:
     return epsilon_of_rdp(np.sum(curves, axis=0), delta) if curves else 0.0
 
 
+def releases(rows: Sequence[LedgerRow]) -> list[Release]:
+    """What a budget's reservations were for, in their order, but for those that were given back.
+
+    A round without a version does not make its devices rest, so where it may have been seen it counts beside those that did. (One that is open counts so
+    for the time being.) With correlated noise it is a step of the stream, whose noise nobody but the host has seen.
+    """
+    settled = {row.reservation for row in rows if row.entry == "settlement"}
+    made = ((row.number in settled, Release.of(row)) for row in standing(rows))
+    return [release if has_version else release.alone for has_version, release in made]
+
+
 def counted(rows: Sequence[LedgerRow]) -> Counter[Release]:
-    """The releases of a budget's reservations, but for those that were given back."""
-    return Counter(map(Release.of, standing(rows)))
+    """How many there are of each of them."""
+    return Counter(releases(rows))
 
 
 def release_of(

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from shoal.clip_norm import described
 from shoal.policy import Privacy
-from shoal.privacy.spending import Release, counted, epsilon
-from shoal.record.ledger import standing
+from shoal.privacy.spending import Release, counted, epsilon, releases
 from shoal.record.store import LedgerRow
 
 
@@ -45,8 +44,8 @@ class Spent:
         """Epsilon after each release, all runs' in order."""
         made: list[float] = []
         so_far: Counter[Release] = Counter()
-        for row in standing(self.ledger):
-            so_far[Release.of(row)] += 1
+        for release in releases(self.ledger):
+            so_far[release] += 1
             made.append(epsilon(so_far, self.privacy.delta))
         return made
 
@@ -98,17 +97,17 @@ def _participation(releases: Counter[Release]) -> str:
 
 def statement(spent: Spent) -> str:
     """Mechanism, unit, assumptions, epsilon at delta, accountant: what somebody needs to judge the claim."""
-    privacy, releases = spent.privacy, spent.here
+    privacy, here = spent.privacy, spent.here
     assert privacy.clip_norm is not None
     lines = [
         f"The model is differentially private: **epsilon {spent.epsilon:.3g} at delta {privacy.delta:g}**"
         + (f", of a budget of {privacy.epsilon:g}." if privacy.epsilon is not None else "; there was no limit."),
         "Unit: a device with all its examples. Neighbours differ in one device, whose updates are there or are zero.",
         f"Mechanism: each device clipped its update to {described(privacy.clip_norm)}; the sum of each of "
-        f"{sum(releases.values())} rounds had {_noise(privacy)}; means were over a number fixed beforehand; no metrics of training were "
+        f"{sum(here.values())} rounds had {_noise(privacy)}; means were over a number fixed beforehand; no metrics of training were "
         "collected.",
         "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order; "
-        + _participation(releases),
+        + _participation(here),
         f"Assumptions: devices run the signed program; {_trusted(privacy)}; "
         "what was measured on examples held out by the server is not covered, nor are times and counts of devices.",
     ]

@@ -187,9 +187,13 @@ def go_on(
         )
     began_with = found.config.get(POPULATION) if taken.last.version else None
     if began_with and (why := difference(began_with, fingerprint(population))):
+        if found.plan.manifest.server.rounds.min_separation > 1:
+            raise StoreError(
+                f"Run {run_id} cannot be resumed on other data than it began with ({why}): who rests follows from who is there, and min_separation="
+                f"{found.plan.manifest.server.rounds.min_separation} would not hold. Give it the data as it was, or begin another run."
+            )
         log.warning("the data is not what the run began with: %s; later versions are trained on it", why)
     last = int(found.config["rounds"]) if rounds is None else rounds
-    keep_rounds(store, run_id, last)
     history = []
     try:
         measured = Measured(held_out=held_out, left_out=left_out, every=evaluate_every)
@@ -207,6 +211,7 @@ def go_on(
             measuring=Measuring(runner, found.plan.manifest, store, run_id, measured, task=task),
             sweeping=Sweeping(store, run_id, Retention.of(found.config), found.plan.manifest),
         )  # fmt: skip
+        keep_rounds(store, run_id, last)  # once nothing has refused them
         engine.next_round = taken.next_round
         engine.begin_session()
         stopping = Stopping(store, run_id, found.plan.manifest, measured)

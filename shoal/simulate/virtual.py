@@ -155,7 +155,7 @@ class VirtualFleet:
         self.coordinator: Coordinator
         self._begun = False
         takes = self._policy.most_at_once
-        self.pace = Pace(devices_a_round=takes, now_s=0.0, most_s=most_delay_s)
+        self.pace = Pace(devices_a_round=takes, resting=self._policy.most_resting, now_s=0.0, most_s=most_delay_s)
         self._waiting: dict[int, float] = {}  # device -> since when
         self._rng = np.random.default_rng(population.seed)
         self._draw_devices(model_bytes, update_bytes)

@@ -96,6 +96,24 @@ def test_a_commit_that_is_made_again_has_the_same_noise() -> None:
     assert rule.commit(nothing(), begun(blobs), Index(()), blobs)[0].root == first.root, "from the beginning, too"
 
 
+def test_another_sum_never_has_the_same_noise() -> None:
+    blobs, rule = MemoryStore().blobs, aggregator()
+    first, state = rule.commit(nothing(), begun(blobs), Index(()), blobs)
+    other = nothing()
+    other.totals["delta/params/w"][0, 0] += 1000
+    made = [rule.commit(sums, first, state, blobs)[0] for sums in (nothing(), other, nothing())]
+    assert made[0].root == made[2].root
+    one, two = (
+        (blobs.view(e.hash, e.spec) - blobs.view(f.hash, f.spec))
+        for model in made[:2]
+        for e, f in [(model.entries[1], first.entries[1])]
+    )
+    assert abs(np.corrcoef(one.reshape(-1), two.reshape(-1))[0, 1]) < 0.5, (
+        "what it takes back is the same, what is new is not"
+    )
+    assert np.std(one - two) > np.std(one) / 2
+
+
 def test_each_run_has_noise_of_its_own() -> None:
     blobs = MemoryStore().blobs
     roots = {
@@ -123,6 +141,6 @@ def test_the_rule_s_own_state_is_left_to_it() -> None:
     rule = replace(aggregator(), inner=WeightedMean(ServerRule(kind="adam", learning_rate=0.01)))
     model, state = rule.commit(nothing(), begun(blobs), Index(()), blobs)
     names = [entry.spec.name for entry in state]
-    assert names == sorted(names) and {"noise/seed", "noise/steps", "noise/strategy"} < set(names)
+    assert names == sorted(names) and {"noise/seed", "noise/tags", "noise/strategy"} < set(names)
     assert any(name.startswith("m/") or "params/w" in name for name in names)
     rule.commit(nothing(), model, state, blobs)

@@ -176,7 +176,7 @@ def test_a_tree_releases_what_follows_from_its_nodes() -> None:
 
     def estimate(height: int, end: int) -> np.ndarray:
         """From noisy nodes alone."""
-        own = discrete_gaussian(3.0, 50, source=seeded(SEED, f"tree/{height}/{end}/{(3.0).hex()}/50".encode()))
+        own = discrete_gaussian(3.0, 50, source=seeded(SEED, f"tree/{height}/{end}/{(3.0).hex()}/50/".encode()))
         node = x[end - (1 << height) : end].sum(axis=0) + own
         if height == 0:
             return np.asarray(node)

@@ -23,6 +23,10 @@ def row(number: int, release: Release = RELEASE, **changes: object) -> LedgerRow
     return LedgerRow(**values)  # type: ignore[arg-type]
 
 
+def settled(number: int, reservation: int) -> LedgerRow:
+    return row(number, entry="settlement", reservation=reservation)
+
+
 def test_releases_add_up_as_one_with_less_noise() -> None:
     four = epsilon({RELEASE: 4}, 1e-6)
     assert four == pytest.approx(accounting.epsilon_of_rdp(accounting.gaussian_rdp(1.0), 1e-6))
@@ -42,7 +46,17 @@ def test_devices_that_rest_are_in_fewer_releases() -> None:
     assert epsilon({release: 9}, 1e-6) == epsilon({RELEASE: 3}, 1e-6)
     other = replace(release, run="another")
     assert epsilon({release: 1, other: 1}, 1e-6) == epsilon({RELEASE: 2}, 1e-6), "a device may be in both"
-    assert counted([row(1, release), row(2, release, run_id="another")]) == Counter([release, other])
+    rows = [row(1, release), row(2, release, run_id="another"), settled(3, 1), settled(4, 2)]
+    assert counted(rows) == Counter([release, other])
+
+
+def test_rounds_without_a_version_count_beside_those_that_made_devices_rest() -> None:
+    release = release_of(PRIVACY, RoundPolicy(min_separation=64), run="r")
+    rows = [row(number, release) for number in range(1, 11)] + [settled(10 + number, number) for number in range(1, 6)]
+    assert counted(rows) == Counter({release: 5, RELEASE: 5})
+    assert epsilon(counted(rows), 1e-6) == epsilon({RELEASE: 6}, 1e-6)
+    stream = release_of(replace(PRIVACY, correlated=Correlated(rounds=100)), RoundPolicy(min_separation=64), run="r")
+    assert epsilon(counted([row(1, stream), row(2, stream), settled(3, 1)]), 1e-6) == epsilon({RELEASE: 1}, 1e-6)
 
 
 def test_rounds_with_correlated_noise_are_one_release() -> None:

@@ -83,7 +83,7 @@ def test_every_call_that_writes_is_refused_to_all_but_the_holder__invariant_6(st
 
 def test_the_list_of_calls_that_write_is_whole(stores: Opened) -> None:
     reads = {
-        "run", "runs", "rounds", "round_log", "ledger", "groups", "waiting_nonces", "final", "last_version", "last_commit", "get_commit",
+        "run", "runs", "rounds", "round_log", "ledger", "groups", "waiting_nonces", "counted_nonces", "final", "last_version", "last_commit", "get_commit",
         "commits", "token", "metrics", "usage", "events", "close", "blobs", "lease", "settling",
     }  # fmt: skip
     of_leases = {"take_lease", "renew_lease", "end_lease"}
