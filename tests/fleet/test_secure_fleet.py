@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -297,6 +298,25 @@ async def test_what_was_revealed_is_offered_no_more(monkeypatch: pytest.MonkeyPa
         await fleet.tasks[0]
         assert fleet.model["params/w"] == pytest.approx(2.0), "others train, those whose update is spent do not"
         assert sum(device.progress.counted for device in first) == 0
+
+
+@in_loop
+async def test_with_noise_of_its_own_an_update_is_spent_before_it_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    answer = SecureOffer._answer
+
+    def watched(self: SecureOffer, phase: str, data: bytes) -> tuple[str, bytes]:
+        made = answer(self, phase, data)
+        seen.append((made[0], self.is_spent))
+        return made
+
+    monkeypatch.setattr(SecureOffer, "_answer", watched)
+    noisy = replace(SECURE, distributed=True, noise_multiplier=1e-9)
+    async with toy.fleet(plan(privacy=noisy, max_weight=1)) as fleet:
+        fleet.start(*(toy.device(f"device-{i}", fleet.link, value=0.25 * i - 1.0, num=1) for i in range(NUM)))
+        await fleet.tasks[0]
+        assert fleet.model["params/w"] == pytest.approx(np.mean(0.25 * np.arange(NUM) - 1.0), abs=1e-4)
+    assert {said for said in seen if said[0] in ("shares", "masked")} == {("shares", False), ("masked", True)}
 
 
 def test_what_was_being_written_when_a_device_fell_was_not_revealed(tmp_path: Path) -> None:

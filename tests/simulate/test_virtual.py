@@ -140,3 +140,23 @@ def test_users_without_examples_can_play_no_device() -> None:
     plan = toy.plan(RoundPolicy(goal=8))
     with pytest.raises(DataError, match="got 1 with none"):
         VirtualTraining(plan, none, MemoryStore(), "run", seed=0, runner=toy.ToyRunner(plan))
+
+
+def test_devices_that_rest_keep_nobody_out() -> None:
+    policy = RoundPolicy(
+        goal=20, over_selection=1.0, selection_window_s=30.0, reporting_window_s=200.0, min_separation=8
+    )
+    fleet = virtual_fleet(VirtualPopulation(devices=200, window_hours=24.0), policy)
+    fleet.run(until_s=2 * 3600.0, commits=20)
+    assert len(fleet.tally.commits) >= 20, "160 are enough, as those who rest do not fill the places of those who wait"
+
+
+def test_too_few_devices_to_rest_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    policy = RoundPolicy(
+        goal=20, over_selection=1.0, selection_window_s=30.0, reporting_window_s=200.0, min_separation=8
+    )
+    fleet = virtual_fleet(VirtualPopulation(devices=100, window_hours=24.0), policy)
+    fleet.run(until_s=3600.0)
+    assert len(fleet.tally.commits) == 5
+    told = [record.getMessage() for record in caplog.records if "rest (min_separation=8" in record.getMessage()]
+    assert len(told) == 1 and "takes 160 devices or more" in told[0], told
