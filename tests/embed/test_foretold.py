@@ -125,6 +125,7 @@ def test_what_is_placed_well_stays(tmp_path: Path) -> None:
         assert ask(store, trace) > 0
 
 
+@pytest.mark.slow
 def test_as_many_copies_as_are_wanted(tmp_path: Path, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where no placement is better: rows stay beside each other. What an update made stale is copied anew, but not for a few."""
     monkeypatch.setattr(training, "LEAST_GAIN", 1.0)

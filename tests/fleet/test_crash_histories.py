@@ -26,14 +26,17 @@ def quiet() -> Iterator[None]:
 LONG = {"late", "patched", "stored", "exact_stored", "asynchronous", "resting"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in POLICIES])
+QUICK = [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in POLICIES]
+
+
+@pytest.mark.parametrize("name", QUICK)
 def test_a_crash_at_every_single_point(name: str) -> None:
     points = history(name, 1, Faults()).points
     for point in range(1, points + 1):
         assert history(name, 1, Faults(crash_at=point)).crashes == 1, f"point {point}"
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", QUICK)
 def test_histories_with_types_checked(name: str) -> None:
     many(name, range(8))
 

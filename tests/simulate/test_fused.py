@@ -110,6 +110,7 @@ def test_a_cohort_in_parts_has_the_bits_of_one_that_is_not(layout: Layout, monke
         np.testing.assert_array_equal(parts.model[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_model_with_state_and_randomness(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = run(one_task.task, one_task.population(), "sequential", rounds=2)
     for layout in (Layout(devices=1, together=1), Layout(devices=2, together=2)):
@@ -117,6 +118,7 @@ def test_a_model_with_state_and_randomness(monkeypatch: pytest.MonkeyPatch) -> N
         same(slow, run(one_task.task, one_task.population(), "fused", rounds=2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_noise_on_examples_of_a_model_whose_convolutions_and_products_take_other_forms(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

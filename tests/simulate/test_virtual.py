@@ -40,6 +40,7 @@ def test_rounds_follow_one_another_without_gap() -> None:
     assert sum(updates for _, updates, _ in fleet.tally.commits) == sum(commit.members for commit in commits)
 
 
+@pytest.mark.slow
 def test_static_windows_and_discarded_work_waste_what_the_paper_says_and_patching_does_not() -> None:
     wasted = {}
     for name, policy in {"paper": PAPER, "patched": PATCHED}.items():
