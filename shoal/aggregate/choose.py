@@ -1,14 +1,15 @@
-"""Which aggregation rule a plan names."""
+"""Which aggregation rule a plan names, and with what noise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from shoal.aggregate.commit import Aggregator, CallProgram, WeightedMean
-from shoal.aggregate.correlated_noise import CorrelatedNoised
+from shoal.aggregate.correlated_noise import CorrelatedNoised, schedule_of, strategy_of, streams
 from shoal.aggregate.keep import Keep
-from shoal.aggregate.noised import Noised, NoisedByDevices
+from shoal.aggregate.noised import Noised, NoisedByDevices, noise_stddevs
 from shoal.aggregate.statistics import Statistics
+from shoal.fixed import FixedPoint, SumSpec
 from shoal.policy import Privacy, RoundPolicy, ServerRule
 from shoal.privacy.device_noise import DeviceNoise
 from shoal.privacy.masks import derive
@@ -51,6 +52,28 @@ def noised(
         own = derive(secret, b"shoal correlated noise v1\0" + run.encode())
         return CorrelatedNoised(aggregator, privacy, rounds.min_separation, rounds.goal, own)
     return Noised(aggregator, privacy, rounds.goal, secret)
+
+
+def check_noise(
+    privacy: Privacy, rounds: RoundPolicy, specs: Sequence[SumSpec], fixed: Mapping[str, FixedPoint]
+) -> None:
+    """Looks, before anybody trains, whether the server can draw a task's noise; nothing to do where devices draw it.
+
+    Args:
+        privacy, rounds: of the task.
+        specs, fixed: what is added up, and on what grid.
+
+    Raises:
+        ValueError: there is a sum that is not clipped, or a grid that the noise cannot be drawn on.
+    """
+    if privacy.distributed:
+        return
+    if privacy.correlated is None:
+        noise_stddevs(privacy, specs, fixed, goal=rounds.goal)
+        return
+    schedule = schedule_of(privacy.correlated, rounds.min_separation)
+    blt = strategy_of(privacy.correlated, schedule)
+    streams(privacy, schedule, specs, fixed, blt=blt, secret=bytes(32))  # nothing is drawn from them
 
 
 def aggregator_of(

@@ -10,7 +10,7 @@ memory and, after a restart, drawn again; none of them is in the record.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -22,6 +22,7 @@ from shoal.aggregate.accumulator import Accumulator
 from shoal.aggregate.commit import Aggregator
 from shoal.aggregate.noised import check_grid, largest_part, purpose_of, with_noise
 from shoal.errors import RoundError
+from shoal.fixed import FixedPoint, SumSpec
 from shoal.policy import Correlated, Privacy
 from shoal.privacy.accounting import participations
 from shoal.privacy.correlated import Blt, BltNoise, Schedule, State, TreeNoise, fit_blt, tree_sensitivity
@@ -113,40 +114,66 @@ class CorrelatedNoised:
         return tags
 
     def _strategy(self, ours: Mapping[str, np.ndarray]) -> Blt | None:
-        if self._correlated.kind == "tree":
-            return None
         if STRATEGY in ours:
             scales, decays = ours[STRATEGY].tolist()
             return Blt(scales=tuple(scales), decays=tuple(decays))
-        return fit_blt(self._schedule)
+        return strategy_of(self._correlated, self._schedule)
 
     def _noise(self, sums: Accumulator, tags: list[bytes], blt: Blt | None) -> dict[str, np.ndarray]:
         """Of the step with the last of the tags."""
-        step = len(tags) - 1
-        is_next = self._tags == tags[:-1]
-        is_again = self._tags == tags
-        part = largest_part(self.privacy, sums.specs, sums.fixed)
-        elements = sum(prod(spec.tensor.shape) for spec in sums.specs)
-        coarsest = max(point.unit for point in sums.fixed.values())
-        if blt is None:
-            stddev = self.privacy.noise_multiplier * tree_sensitivity(self._schedule) * part
-        else:  # what rounding adds is counted for all tensors together, in the largest unit
-            in_units = blt.stddev(self.privacy.noise_multiplier, self._schedule, l2=part / coarsest, elements=elements)
-            stddev = coarsest * in_units
-        check_grid(stddev, sums.fixed)
-        for name, total in sums.totals.items():
-            stream = self._stream(name, stddev / sums.fixed[name].unit, total.size, blt)
-            if not is_again:
-                before = self._reached[name] if is_next and step else stream.at(step, tags)
-                self._drawn[name], self._reached[name] = stream.step(before, tags[-1])
+        step, is_next = len(tags) - 1, self._tags == tags[:-1]
+        if self._tags == tags:
+            return self._drawn
+        made = streams(self.privacy, self._schedule, sums.specs, sums.fixed, blt=blt, secret=self.secret)
+        for name, stream in made.items():
+            before = self._reached[name] if is_next and step else stream.at(step, tags)
+            self._drawn[name], self._reached[name] = stream.step(before, tags[-1])
         self._tags[:] = tags
         return self._drawn
 
-    def _stream(self, name: str, stddev: float, elements: int, blt: Blt | None) -> BltNoise | TreeNoise:
-        seed = derive(self.secret, b"shoal noise stream v1\0" + name.encode())
+
+def strategy_of(correlated: Correlated, schedule: Schedule) -> Blt | None:
+    """What a new stream of that kind is made by; None: the tree, which needs none."""
+    return None if correlated.kind == "tree" else fit_blt(schedule)
+
+
+def streams(
+    privacy: Privacy,
+    schedule: Schedule,
+    specs: Sequence[SumSpec],
+    fixed: Mapping[str, FixedPoint],
+    *,
+    blt: Blt | None,
+    secret: bytes,
+) -> dict[str, BltNoise | TreeNoise]:
+    """Name of a sum -> the noise of its steps.
+
+    Args:
+        privacy: of the task.
+        schedule: that is kept to.
+        specs, fixed: what is added up, and on what grid.
+        blt: the strategy; None: the tree.
+        secret: 32 bytes of the run alone.
+
+    Raises:
+        ValueError: there is a sum that is not clipped, a grid that noise cannot be drawn on, or a strategy that float64 cannot hold.
+    """
+    multiplier, part = privacy.noise_multiplier, largest_part(privacy, specs, fixed)
+    sizes = {spec.tensor.name: prod(spec.tensor.shape) for spec in specs}
+    if blt is None:
+        stddev = multiplier * tree_sensitivity(schedule) * part
+    else:  # what rounding adds is counted for all tensors together, in the largest unit
+        coarsest = max(point.unit for point in fixed.values())
+        stddev = coarsest * blt.stddev(multiplier, schedule, l2=part / coarsest, elements=sum(sizes.values()))
+    check_grid(stddev, fixed)
+    made: dict[str, BltNoise | TreeNoise] = {}
+    for name, elements in sizes.items():
+        seed, own = derive(secret, b"shoal noise stream v1\0" + name.encode()), stddev / fixed[name].unit
         if blt is None:
-            return TreeNoise(stddev=stddev, elements=elements, steps=self._correlated.rounds, seed=seed)
-        return BltNoise(blt=blt, stddev=stddev, elements=elements, seed=seed)
+            made[name] = TreeNoise(stddev=own, elements=elements, steps=schedule.steps, seed=seed)
+        else:
+            made[name] = BltNoise(blt=blt, stddev=own, elements=elements, seed=seed)
+    return made
 
 
 def _is_ours(entry: Entry) -> bool:

@@ -1,12 +1,16 @@
 """`shoal privacy`: what a run has spent of privacy, and how much noise a budget needs."""
 
+from math import ceil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli import options
 from shoal.cli.screen import Screen
+
+if TYPE_CHECKING:
+    import numpy as np
 
 EPILOG = options.examples(
     "shoal privacy runs/digits",
@@ -82,10 +86,12 @@ def _calibrate(screen: Screen, epsilon: float | None, delta: float, rounds: int,
 
     most = participations(rounds, min_separation)
     own, one = calibrate(epsilon, delta, releases=most), calibrate(epsilon, delta)
+    devices = calibrate(epsilon, delta, releases=most, rdp=_rdp_of_devices)
     schedule = Schedule(steps=rounds, min_separation=min_separation, participations=most)
     blt = fit_blt(schedule)
     found = {
         "independent": (own, own * rounds**0.5),
+        "distributed": (devices, devices * rounds**0.5),
         "blt": (one, float(one * blt.sensitivity(schedule) * blt.errors(rounds)[-1])),
         "tree": (one, float(one * tree_sensitivity(schedule) * tree_errors(rounds).max())),
     }
@@ -93,14 +99,24 @@ def _calibrate(screen: Screen, epsilon: float | None, delta: float, rounds: int,
         f"epsilon {epsilon:g} at delta {delta:g} for {rounds} rounds, a device in {'each' if most == rounds else f'at most {most}'} of them:"
     )
     for name, (multiplier, learned) in found.items():
-        how = (
-            "noise of each round's own"
-            if name == "independent"
-            else f'correlated=Correlated(rounds={rounds}, kind="{name}")'
+        how = {
+            "independent": "noise of each round's own",
+            "distributed": "distributed=True",
+        }.get(name, f'correlated=Correlated(rounds={rounds}, kind="{name}")')
+        enough = ceil(1e4 * multiplier) / 1e4  # what is printed keeps to the budget, too
+        least = "at least " if name == "distributed" else ""
+        screen.line(
+            f"  noise_multiplier={enough:.4f}, {how}: {least}{learned:.1f} clip norms of noise in all rounds' sum"
         )
-        screen.line(f"  noise_multiplier={multiplier:.4f}, {how}: {learned:.1f} clip norms of noise in all rounds' sum")
     screen.document({
         "epsilon": epsilon, "delta": delta, "rounds": rounds, "min_separation": min_separation, "participations": most,
         "noise_multiplier": own,
         **{name: {"noise_multiplier": multiplier, "noise_in_sum": learned} for name, (multiplier, learned) in found.items()},
     })  # fmt: skip
+
+
+def _rdp_of_devices(noise_multiplier: float) -> "np.ndarray":
+    """The curve of a release whose noise devices add, as the ledger has it, on sums as fine as 32 bits make them."""
+    from shoal.privacy.spending import Release
+
+    return Release(noise_multiplier=noise_multiplier, l2=2.0**20, elements=10**6).rdp()

@@ -11,7 +11,7 @@ from shoal.clip_norm import described
 from shoal.errors import StoreError
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
-from shoal.policy import Privacy
+from shoal.policy import Privacy, RoundPolicy
 from shoal.record.run import Run, shown_status
 from shoal.record.store import MetricRow, RoundRow, UsageRow
 
@@ -76,10 +76,16 @@ def _plan_facts(plan: Plan, kind: str) -> dict[str, Any]:
         "program size": words.size(sum(p.size_bytes for p in manifest.programs)),
         "down": words.size(manifest.model_bytes), "up": words.size(manifest.update_bytes),
         "server rule": f"{manifest.server.rule.kind}, rate {manifest.server.rule.learning_rate:g}",
-        "rounds": f"goal {rounds.goal}{selected}, smallest group {rounds.minimum_group}",
+        "rounds": f"goal {rounds.goal}{selected}, smallest group {rounds.minimum_group}{_resting(rounds)}",
         **_protection(manifest.promises.privacy),
         "purpose": manifest.server.about.purpose or "(not said)",
     }  # fmt: skip
+
+
+def _resting(rounds: RoundPolicy) -> str:
+    if rounds.min_separation == 1:
+        return ""
+    return f", min_separation {rounds.min_separation} (a device that was in a version is in none of the next {rounds.min_separation - 1})"
 
 
 def _protection(privacy: Privacy) -> dict[str, str]:
@@ -90,7 +96,7 @@ def _protection(privacy: Privacy) -> dict[str, str]:
             "no limit" if privacy.epsilon is None else f"epsilon at most {privacy.epsilon:g} at delta {privacy.delta:g}"
         )
         made["noise"] = (
-            f"{privacy.noise_multiplier:g} of that norm on each round's sum; {budget} (shoal privacy says what is spent)"
+            f"{privacy.noise_multiplier:g} times {_noised(privacy)}; {budget} (shoal privacy says what is spent)"
         )
     if (hides := privacy.examples) is not None:
         made["noise on examples"] = (
@@ -102,6 +108,18 @@ def _protection(privacy: Privacy) -> dict[str, str]:
     trust = "the server may lie" if privacy.secure.is_certified else "the server follows the protocol"
     secure = f"up to {privacy.secure.members} members, {privacy.secure.colluders:.0%} colluders, {privacy.secure.dropouts:.0%} drop-outs; {trust}"
     return made | {"secure groups": secure}
+
+
+def _noised(privacy: Privacy) -> str:
+    """What noise is in proportion to, and where it is."""
+    if privacy.distributed:
+        return "that norm on each secure group's sum, by the devices of a group together"
+    if privacy.correlated is None:
+        return "that norm on each round's sum"
+    rounds, kind = privacy.correlated.rounds, privacy.correlated.kind
+    return (
+        f"what a device's updates can come to in all {rounds} rounds together, cancelling from round to round ({kind})"
+    )
 
 
 def _pairs(screen: Screen, title: str, values: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from shoal.aggregate.choose import check_noise
 from shoal.errors import PlanError
 from shoal.local import (
     LocalRule,
@@ -84,6 +85,8 @@ def build(task: Task, *, seed: int = 0) -> Built:
         half=half,
     )
     check_secure(manifest)
+    if task.privacy.noise_multiplier:
+        check_noise(task.privacy, task.rounds, manifest.sums, manifest.fixed_points(task.rounds.max_members))
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
 
 

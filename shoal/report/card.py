@@ -102,6 +102,7 @@ def _settings(manifest: Manifest) -> list[str]:
         settings = ", ".join(f"{name} {value:g}" for name, value in _used(rule.kind, rule.to_json()).items())
         told.append(
             f"A round: {policy.goal} updates of {policy.num_selected} devices selected; it may close with {policy.minimum}."
+            + (f" Who was in one rested for the next {policy.min_separation - 1}." if policy.min_separation > 1 else "")
         )
         told.append(f"The server's rule: {rule.kind}{f' ({settings})' if settings else ''}.")
     return told

@@ -69,10 +69,10 @@ class Facts:
     @property
     def spent(self) -> Spent | None:
         """What was spent of privacy; None where there is no noise."""
-        privacy = self.manifest.promises.privacy if self.manifest is not None else None
-        if privacy is None or not privacy.noise_multiplier:
+        if self.manifest is None or not (privacy := self.manifest.promises.privacy).noise_multiplier:
             return None
-        return Spent(run=self.run.id, privacy=privacy, ledger=self.ledger)
+        separation = self.manifest.server.rounds.min_separation
+        return Spent(run=self.run.id, privacy=privacy, min_separation=separation, ledger=self.ledger)
 
     @property
     def of_examples(self) -> ExamplesSpent | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from shoal.clip_norm import described
 from shoal.policy import Privacy
+from shoal.privacy.accounting import participations
 from shoal.privacy.spending import Release, counted, epsilon, releases
 from shoal.record.store import LedgerRow
 
@@ -16,6 +17,8 @@ class Spent:
 
     run: str
     privacy: Privacy
+    min_separation: int
+    """Of the run's rounds: see `RoundPolicy`."""
     ledger: Sequence[LedgerRow]
     """Of the population, all runs."""
 
@@ -71,26 +74,36 @@ def _noise(privacy: Privacy) -> str:
     )
 
 
-def _trusted(privacy: Privacy) -> str:
+def _trusted(spent: Spent) -> str:
+    privacy = spent.privacy
     if not privacy.distributed or privacy.secure is None:
         return "whoever holds the server's memory and its keys saw sums without noise, and is trusted"
     secure = privacy.secure
-    server = "may lie" if secure.is_certified else "followed the protocol"
-    return (
-        f"at most {secure.colluders:.0%} of a group worked with the server, which {server} and saw no sum without noise"
+    resting = " and kept them resting" if spent.min_separation > 1 else ""
+    told = (
+        f"in each secure group the server, which {'may lie there' if secure.is_certified else 'followed the protocol'}, worked with at most "
+        f"{secure.colluders:.0%} of the members and saw no sum without noise; epsilon holds if it counted truly, in a ledger of its own, which devices "
+        f"were in how many versions{resting}"
     )
+    if not secure.is_certified:
+        return told
+    return f"{told}: against a server that lies about that, the noise of each sum holds, and no more"
 
 
-def _participation(releases: Counter[Release]) -> str:
+def _participation(spent: Spent) -> str:
     """How often a device may have been in what was released."""
-    made = []
-    if any(release.sampling < 1 for release in releases):
+    correlated, made = spent.privacy.correlated, []
+    rounds = spent.here.total() if correlated is None else correlated.rounds
+    if any(release.sampling < 1 for release in spent.here):
         made.append("amplified by Poisson sampling of cohorts that only the simulation knew.")
-    if any(release.correlated for release in releases):
-        made.append("all rounds of a run with correlated noise are one release.")
-    if resting := max((release.separation for release in releases), default=1) - 1:
-        made.append(f"a device that was in a version rested for the next {resting} at least; the server saw to it.")
-    if not made:
+    if correlated is not None:
+        made.append(f"all rounds of the run, {rounds} at most, are one release.")
+    if spent.min_separation > 1:
+        made.append(
+            f"a device that was in a version rested for the next {spent.min_separation - 1} at least, so one device was in at most "
+            f"{participations(rounds, spent.min_separation)} of {rounds} rounds: epsilon rests on that, and the server saw to it."
+        )
+    elif not any(release.sampling < 1 for release in spent.here):
         made.append("every device may have been in every round, no amplification by sampling is claimed.")
     return " ".join([made[0], *(text[0].upper() + text[1:] for text in made[1:])])
 
@@ -107,8 +120,8 @@ def statement(spent: Spent) -> str:
         f"{sum(here.values())} rounds had {_noise(privacy)}; means were over a number fixed beforehand; no metrics of training were "
         "collected.",
         "Accountant: Rényi divergences of all releases added up (adaptive composition), converted at the best order; "
-        + _participation(here),
-        f"Assumptions: devices run the signed program; {_trusted(privacy)}; "
+        + _participation(spent),
+        f"Assumptions: devices run the signed program; {_trusted(spent)}; "
         "what was measured on examples held out by the server is not covered, nor are times and counts of devices.",
     ]
     if spent.unsettled:

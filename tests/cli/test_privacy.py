@@ -1,11 +1,18 @@
 """`shoal privacy`, and what a user meets who asks for noise."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from shoal.aggregate.noised import Noised
+from shoal.cli.run_sections import _protection
+from shoal.policy import Correlated, Privacy, Secure
 from shoal.privacy.accounting import epsilon_of_zcdp
+from shoal.privacy.spending import Release
+from shoal.privacy.spending import epsilon as epsilon_of
 
 from .conftest import LINE, Shoal
 
@@ -65,7 +72,53 @@ def test_a_resumed_run_draws_on_the_same_budget(noisy: Path, place: Path, tmp_pa
 
 def test_noise_for_a_budget(shoal: Shoal) -> None:
     assert "noise_multiplier=6.893" in shoal("privacy", "--epsilon", 8, "--rounds", 100).out
-    assert shoal("privacy", "--epsilon", 8, "--json").json["noise_multiplier"] == pytest.approx(6.893, abs=1e-3)
+    found = shoal("privacy", "--epsilon", 8, "--json").json
+    assert found["noise_multiplier"] == pytest.approx(6.893, abs=1e-3)
+    assert found["distributed"] == pytest.approx({"noise_multiplier": 6.9467, "noise_in_sum": 69.467}, abs=1e-3)
+
+
+def test_the_noise_that_is_printed_keeps_to_the_budget(shoal: Shoal) -> None:
+    ways: dict[str, Callable[..., Release]] = {
+        "each round's own": Release,
+        "distributed": partial(Release, l2=2.0**22, elements=1000),
+    }
+    told = shoal("privacy", "--epsilon", 8, "--rounds", 100).out
+    for way, release in ways.items():
+        (line,) = (line for line in told.splitlines() if way in line)
+        multiplier = float(line.split("noise_multiplier=")[1].split(",")[0])
+        assert 7.999 < epsilon_of({release(noise_multiplier=multiplier): 100}, 1e-6) <= 8.0, line
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({}, "2 times that norm on each round's sum; no limit"),
+        (
+            {"distributed": True, "secure": Secure(members=40)},
+            "2 times that norm on each secure group's sum, by the devices of a group together; no limit",
+        ),
+        (
+            {"correlated": Correlated(rounds=9)},
+            "2 times what a device's updates can come to in all 9 rounds together, cancelling from round to round (blt); no limit",
+        ),
+    ],
+    ids=["server", "devices", "correlated"],
+)
+def test_noise_is_shown_for_what_it_is(settings: dict[str, Any], text: str) -> None:
+    shown = _protection(Privacy(clip_norm=1.0, noise_multiplier=2.0, **settings))
+    assert shown["noise"].startswith(text)
+
+
+def test_devices_that_rest_are_shown(place: Path, tmp_path: Path, shoal: Shoal) -> None:
+    path, run = place / "resting.py", tmp_path / "run"
+    path.write_text(NOISY.replace("over_selection=1.0", "over_selection=1.0, min_separation=2"))
+    run_of(path, place, shoal, run)
+    assert (
+        "min_separation 2 (a device that was in a version is in none of the next 1)" in shoal("runs", "show", run).out
+    )
+    assert "Who was in one rested for the next 1." in shoal("report", run).out
+    told = shoal("privacy", run).out
+    assert "rested for the next 1 at least, so one device was in at most 2 of 3 rounds: epsilon rests on that" in told
 
 
 def test_what_is_wrong_is_said(trained: Path, shoal: Shoal) -> None:
