@@ -162,7 +162,8 @@ def test_users_and_shadows_that_cannot_be_halved_are_refused() -> None:
 def test_an_update_is_read_back_and_noise_ends_it_just_that_of_the_task(drawn: list[float]) -> None:
     task = dense_task(clip_norm=1.0, noise_multiplier=2.0, correlated=shoal.Correlated(rounds=8, kind="tree"))
     task = task.replace(
-        local=replace(task.local, batch_size=1, epochs=1), rounds=replace(task.rounds, min_separation=8)
+        local=replace(task.local, batch_size=1, steps_per_block=1, epochs=1),
+        rounds=replace(task.rounds, min_separation=8),
     )
     bare, group, noisy = read_back(task, users_with(1), trials=3)
     assert (bare.devices, group.devices, noisy.noise) == (1, 4, 2.0)
