@@ -95,10 +95,9 @@ def with_canaries(task: Task, *, seed: int) -> Task:
     """
     if task.privacy.clip_norm is None:
         raise ValueError("Expected a task with privacy.clip_norm, got None: a canary's update is as long as that.")
+    # Clipped, added up and noised is what the canaries' rule makes, not what the task's own does.
     of_examples = Privacy(delta_bound=task.privacy.delta_bound, examples=task.privacy.examples)
-    bare = replace(
-        task, privacy=of_examples
-    )  # clipped, added up and noised is what the canaries' rule makes, not what this does
+    bare = replace(task, privacy=of_examples)
 
     def rule(changed: Task) -> LocalRule:
         inner = local_rule(bare)
