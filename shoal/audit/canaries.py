@@ -3,7 +3,8 @@
 `with_canaries` changes a task so that a device whose examples carry a canary's number sends that canary's direction; all others train as they
 would. It is an ordinary task: it is simulated, or goes to a fleet, and whatever clips, adds up and has noise does so as ever. Directions
 are random, so that in many dimensions no two are alike, and a model that has moved along one tells (Andrew et al. 2024, "One-shot Empirical Privacy
-Estimation for Federated Learning").
+Estimation for Federated Learning"). A canary that is out takes part and sends zeros, which is what a ledger calls not to be there: who is in which
+round does not hang on the coins. (Where the clip norm adapts it tells a bit as well; only how many are in can be seen of those.)
 """
 
 from collections.abc import Mapping
@@ -16,11 +17,13 @@ import numpy as np
 
 from shoal.data import Examples, Population
 from shoal.local import LocalRule, Report, local_rule
+from shoal.policy import Privacy
 from shoal.task import Task
 from shoal.tensors import Tensors
 
 FIELD: Final = "canary"
-"""0 for ordinary examples."""
+"""0 for ordinary examples, `OUT` for those of a canary that is out."""
+OUT: Final = 2**31 - 1
 _CARRIED: Final = "canary/number"
 _LONG: Final = 2.0**40
 """Of a canary before it is clipped: beyond any bound, so that it comes out as long as that allows, group by group."""
@@ -41,12 +44,18 @@ class Canaries:
         rng = np.random.default_rng([seed, 1])
         return cls(rng.random(count) < 0.5, seed)
 
+    @property
+    def ids(self) -> list[str]:
+        """Of the devices, (canaries,)."""
+        return [f"canary-{number:05d}" for number in range(1, len(self.was_in) + 1)]
+
     def among(self, users: Population) -> Population:
-        """The users, and the canaries that are in, each with one example."""
+        """The users and the canaries, each of these with one example."""
         first = next(iter(users.items()))[1]
         blank = {name: values[:1] for name, values in first.fields.items()}
         made = {user: _marked(examples.fields, 0) for user, examples in users.items()}
-        made |= {f"canary-{number:05d}": _marked(blank, int(number)) for number in 1 + np.flatnonzero(self.was_in)}
+        numbers = np.where(self.was_in, np.arange(1, len(self.was_in) + 1), OUT)
+        made |= {name: _marked(blank, int(number)) for name, number in zip(self.ids, numbers, strict=True)}
         return Population.from_arrays(made)
 
     def scores(self, before: Tensors, after: Tensors) -> np.ndarray:
@@ -86,7 +95,9 @@ def with_canaries(task: Task, *, seed: int) -> Task:
     """
     if task.privacy.clip_norm is None:
         raise ValueError("Expected a task with privacy.clip_norm, got None: a canary's update is as long as that.")
-    bare = replace(task, privacy=replace(task.privacy, clip_norm=None, noise_multiplier=0.0, epsilon=None, secure=None))
+    # Clipped, added up and noised is what the canaries' rule makes, not what the task's own does.
+    of_examples = Privacy(delta_bound=task.privacy.delta_bound, examples=task.privacy.examples)
+    bare = replace(task, privacy=of_examples)
 
     def rule(changed: Task) -> LocalRule:
         inner = local_rule(bare)
@@ -106,8 +117,9 @@ def with_canaries(task: Task, *, seed: int) -> Task:
             delta, number = report.sums["delta"], carry[_CARRIED]
             learned = {name: values.shape for name, values in delta.items() if name.startswith("params/")}
             sung = direction(number, learned, seed)
+            length = jnp.where(number == OUT, 0.0, _LONG)
             made = {
-                name: jnp.where(number > 0, _LONG * sung[name] if name in sung else 0.0, values)
+                name: jnp.where(number > 0, length * sung[name] if name in sung else 0.0, values)
                 for name, values in delta.items()
             }
             return report._replace(sums={**report.sums, "delta": made})

@@ -7,7 +7,6 @@ knows the task and other halves of the same data: more than most do.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
 from typing import Any, Final
 
 import jax
@@ -41,21 +40,10 @@ class Learned:
     examples: int
     shadows: int
     claimed: float | None
-    """The epsilon of the ledger; None: nothing is claimed."""
+    """The epsilon of the ledger, for a device with all its examples; None: nothing is claimed. These numbers cannot refute it: thresholds are
+    chosen on the examples that they are judged by, and examples of one user are not independent. `audited` can."""
     delta: float
-
-    @property
-    def refutes(self) -> bool:
-        """Whether more members are found, with confidence, than the claim allows.
-
-        The claim is about a device that is there or is not. One that lacks an example is two such steps away: of epsilon, delta that is
-        2 epsilon, (1 + exp(epsilon)) delta.
-        """
-        if self.claimed is None:
-            return False
-        factor = exp(min(self.claimed, 300.0))
-        tests = [test for test in (self.by_loss, self.by_likelihood) if test is not None]
-        return any(test.low > factor**2 * test.wrong + (1 + factor) * self.delta for test in tests)
+    """That it is stated at."""
 
 
 def learned(
@@ -81,13 +69,17 @@ def learned(
 
     Raises:
         DataError: a user has one example, which cannot be half in.
-        ValueError: the number of shadows is odd.
+        ValueError: the number of shadows is odd, or the rounds are so few that they do not take every user.
     """
-    if shadows % 2 or shadows < 0:
-        raise ValueError(f"Expected shadows to be even, 0 or more, got {shadows}: they come in pairs.")
+    check_shadows(shadows)
     if few := [user for user, size in users.sizes().items() if size < 2]:
         raise DataError(f"Expected at least two examples of each user, got fewer of {few[:3]}: a half is trained on.")
-    chosen = task.replace(rounds=everybody(task.rounds, len(users)))
+    chosen = task.replace(rounds=everybody(task, len(users)))
+    if rounds < chosen.rounds.min_separation:
+        raise ValueError(
+            f"Expected rounds >= {chosen.rounds.min_separation}, got {rounds}: the noise is made for min_separation="
+            f"{chosen.rounds.min_separation}, and with fewer rounds there are users whom none takes. Take more."
+        )
     whole = Examples.concatenate([examples for _, examples in users.items()])
     halves = _halves(users, shadows, seed)
     losses, claimed = [], None
@@ -110,6 +102,12 @@ def learned(
         by_loss=tests[0], by_likelihood=tests[1] if shadows else None, examples=len(whole), shadows=shadows, claimed=claimed,
         delta=task.privacy.delta,
     )  # fmt: skip
+
+
+def check_shadows(shadows: int) -> None:
+    """Raises ValueError unless so many models can be trained in pairs."""
+    if shadows % 2 or shadows < 0:
+        raise ValueError(f"Expected shadows to be even, 0 or more, got {shadows}: they come in pairs.")
 
 
 def losses_of(task: Task, model: Tensors, examples: Examples) -> np.ndarray:

@@ -20,7 +20,7 @@ class Membership:
     """Share of the members that are found where `wrong` of the others are accused."""
     low: float
     high: float
-    """95 % interval of `found` (Clopper and Pearson)."""
+    """95 % interval of `found` (Clopper and Pearson), as if examples were independent."""
     wrong: float
 
 

@@ -14,16 +14,17 @@ from math import prod
 import numpy as np
 
 from shoal.audit.inversion import dense_input
-from shoal.data import Population
+from shoal.data import Examples, Population
 from shoal.errors import DataError
-from shoal.fleet.host import begin_run
+from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
-from shoal.plan.build import build
+from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.policy import Privacy, RoundPolicy
 from shoal.record.memory import MemoryStore
 from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.engine import go_on
+from shoal.simulate.selection import select
 from shoal.task import Task
 from shoal.tensors import Tensors
 
@@ -41,6 +42,15 @@ class ReadBack:
     """Of what the best neuron gives."""
     chance: tuple[float, float, float] | None
     """Of that with examples of others; None: there are too few others."""
+
+    @property
+    def beyond_chance(self) -> float:
+        """What the best neuron gives, medians, from 0, no more than chance does, to 1, the example itself. Where chance is not known: what the
+        neuron gives whose bias moved most."""
+        if self.chance is None:
+            return self.guessed[0]
+        known, chance = self.known[0], self.chance[0]
+        return max(0.0, (known - chance) / (1 - chance)) if chance < 1 else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,31 +108,38 @@ def read_back(task: Task, users: Population, *, trials: int = 10, seed: int = 0)
 
 
 def _read(task: Task, users: Population, what: str, devices: int, privacy: Privacy, trials: int, seed: int) -> ReadBack:
-    rounds = RoundPolicy(goal=devices, minimum_group=devices, over_selection=1.0)
+    hands = 1 if privacy.correlated is None else task.rounds.min_separation  # what correlated noise is made for
+    rounds = RoundPolicy(goal=devices, minimum_group=devices, over_selection=1.0, min_separation=hands)
     built = build(task.replace(rounds=rounds, privacy=privacy), seed=seed)
     runner, found = JaxRunner(built.plan), []
     for trial in range(trials):
         rng = np.random.default_rng([seed, devices, trial])
         order = [users.ids[at] for at in rng.permutation(len(users))]
         who, others = order[:devices], order[devices : 2 * devices]
-        store, keys = MemoryStore(), HostKeys.make()
-        run = begin_run(store, built.plan.sign(keys.signing), built.model, kind="simulate", rounds=1, seed=trial)
-        trained = Population.from_arrays({user: users[user] for user in who})
-        go_on(store, run, trained, runner=runner, keys=keys)
-        before, after = (view_tensors(store.blobs, store.get_commit(run, version).model) for version in (0, 1))
+        before, after = _round(built, runner, [users[user] for user in who], hands, seed=trial)
         guess, best = _correlations(task, before, after, [users[user].fields for user in who])
-        found.append(
-            (
-                guess,
-                best,
-                _correlations(task, before, after, [users[user].fields for user in others])[1] if others else 0.0,
-            )
-        )
+        by_chance = _correlations(task, before, after, [users[user].fields for user in others])[1] if others else 0.0
+        found.append((guess, best, by_chance))
     guessed, known, chance = np.array(found).T
     return ReadBack(
         what=what, devices=devices, noise=privacy.noise_multiplier, guessed=_spread(guessed), known=_spread(known),
         chance=_spread(chance) if len(users) >= 2 * devices else None,
     )  # fmt: skip
+
+
+def _round(
+    built: Built, runner: JaxRunner, trained_on: Sequence[Examples], hands: int, *, seed: int
+) -> tuple[Tensors, Tensors]:
+    """The model before and after a round of devices with these examples. Those of the other hands rest; what they hold nobody looks at."""
+    store, keys = MemoryStore(), HostKeys.make()
+    run = begin_run(store, built.plan.sign(keys.signing), built.model, kind="simulate", rounds=1, seed=seed)
+    ids = [f"{number:06d}" for number in range(len(trained_on) * hands)]
+    policy = built.plan.manifest.server.rounds
+    taken = select(policy, ids, np.ones(len(ids)), bytes(32), version=0, run_seed=run_seed(seed))  # the whole hand
+    holds = dict.fromkeys(ids, trained_on[0]) | dict(zip(taken, trained_on, strict=True))
+    go_on(store, run, Population.from_arrays(holds), runner=runner, keys=keys)
+    before, after = (view_tensors(store.blobs, store.get_commit(run, version).model) for version in (0, 1))
+    return before, after
 
 
 def _correlations(

@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 
 from shoal.aggregate.noised import Noised
+from shoal.audit.read_back import ReadBack
+from shoal.cli.audit import ModelLines
 from shoal.cli.run_sections import _protection
+from shoal.cli.screen import Screen
 from shoal.policy import Correlated, Privacy, Secure
 from shoal.privacy.accounting import epsilon_of_zcdp
 from shoal.privacy.spending import Release
@@ -153,14 +156,41 @@ def test_an_audit_fails_where_the_noise_is_left_out(
 def test_other_attacks_are_asked_for_by_name_and_can_fail_a_run(noisy: Path, place: Path, shoal: Shoal) -> None:
     made = shoal(
         "audit", f"{noisy}:task", "--data", place / "users", "--rounds", 1, "--attack", "membership", "--shadows", 0, "--json",
+        "--at-most", -1,
     )  # fmt: skip
-    assert made.code == 0 and set(made.json["loss"]) == {"found", "low", "high", "wrong", "auc"}, made
+    assert made.code == 1 and made.json["exceeds"], made
+    assert set(made.json["loss"]) == {"found", "low", "high", "wrong", "auc"}, made
+    assert made.json["claimed"] > 0 and "refuted" not in made.json and "model 1/1" in made.err
+    assert made.json["found"] == made.json["loss"]["low"]
     made = shoal("audit", f"{noisy}:task", "--data", place / "users", "--attack", "inversion")
     assert made.code == 1 and "no dense layer with a bias" in made.err, made
-    made = shoal(
-        "audit", f"{noisy}:task", "--data", place / "users", "--rounds", 1, "--canaries", 20, "--at-most", -1, "--json"
-    )
-    assert made.code == 1 and made.json["exceeds"], made
+
+
+def test_shadows_that_make_no_pairs_are_refused_before_anything_is_read(noisy: Path, place: Path, shoal: Shoal) -> None:
+    made = shoal("audit", f"{noisy}:task", "--data", place / "nowhere", "--attack", "membership", "--shadows", 3)
+    assert made.code == 1 and "Expected shadows to be even" in made.err, made
+
+
+def test_trainings_one_after_the_other_say_a_line_each_with_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter(range(0, 60, 2))
+    told = ModelLines(3, 2, Screen(json=False), now_s=lambda: next(seconds))
+    for _ in range(6):
+        told(None)
+    assert [line.split() for line in capsys.readouterr().err.splitlines()] == [
+        ["model", "1/3", "4.0", "s", "8.0", "s", "left"], ["model", "2/3", "8.0", "s", "4.0", "s", "left"],
+        ["model", "3/3", "12.0", "s", "0", "ms", "left"],
+    ]  # fmt: skip
+
+
+def test_what_is_read_of_noise_does_not_exceed_what_is_allowed_by_chance_s_part(
+    noisy: Path, place: Path, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_chance = ReadBack(what="", devices=8, noise=1.0, guessed=(0.3,) * 3, known=(0.7,) * 3, chance=(0.68,) * 3)
+    monkeypatch.setattr("shoal.audit.read_back.read_back", lambda *_, **__: [by_chance])
+    given = ("audit", f"{noisy}:task", "--data", place / "users", "--attack", "inversion", "--json", "--at-most")
+    made = shoal(*given, 0.5)
+    assert made.code == 0 and made.json["found"] == pytest.approx(0.0625), made
+    assert shoal(*given, 0.05).code == 1
 
 
 def test_what_noise_on_examples_is_worth_is_said_and_on_the_card(place: Path, tmp_path: Path, shoal: Shoal) -> None:
