@@ -272,6 +272,7 @@ def test_noise_on_examples_is_the_device_s_own_and_the_same_with_the_same_keys(p
     assert not np.array_equal(ways.on_a_fleet(in_one_process)["params/w"], simulated["params/w"])
 
 
+@pytest.mark.slow
 def test_a_task_learns_with_a_little_noise_on_its_examples() -> None:
     little = shoal.Privacy(examples=shoal.ExamplePrivacy(clip_norm=1.0, noise_multiplier=0.2))
     local = shoal.Local(optimizer=optax.sgd(0.5), batch_size=8, epochs=2, steps_per_block=2, weighting="uniform")

@@ -73,8 +73,13 @@ def of_norms(norms: np.ndarray, clip: shoal.AdaptiveClip, *, goal: int, noise: f
 
 
 @pytest.mark.parametrize(
-    ("initial", "quantile", "noise"), [(0.1, 0.5, 0.0), (60.0, 0.2, 0.0), (2.0, 0.8, 1.0)], ids=["from below", "from above", "through noise"]
-)  # fmt: skip
+    ("initial", "quantile", "noise"),
+    [
+        pytest.param(0.1, 0.5, 0.0, id="from below", marks=pytest.mark.slow),
+        pytest.param(60.0, 0.2, 0.0, id="from above", marks=pytest.mark.slow),
+        pytest.param(2.0, 0.8, 1.0, id="through noise"),
+    ],
+)
 def test_the_norm_finds_its_quantile(initial: float, quantile: float, noise: float) -> None:
     norms = np.random.default_rng(0).lognormal(1.0, 0.5, 120)
     chosen, users = of_norms(norms, shoal.AdaptiveClip(initial=initial, quantile=quantile), goal=60, noise=noise)

@@ -85,6 +85,19 @@ def test_an_edge_attaches_and_the_run_ends_for_all(start: Start, place: Path, tm
     with open_run(run_folder) as run:
         assert [commit.version for commit in run.store.commits(run.id)] == list(range(6))
 
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_a_run_of_edges_that_is_over_is_resumed_and_ends(
+    start: Start, place: Path, tmp_path: Path, run_folder: Path
+) -> None:
+    write_users(tmp_path / "users", 6)
+    host = start("host", place / "line.py", "--rounds", 2, "--port", 0, "--edges", 1, "--run", run_folder)
+    host.until(lambda: "listening on" in host.text)
+    device = start(
+        "device", "--server", host.text.partition("listening on ")[2].split()[0], "--data", tmp_path / "users"
+    )
+    assert host.wait() == 0 and device.wait() == 0, host.text
     again = start("host", "--resume", "--run", run_folder, "--port", 0, "--edges", 1)
     assert again.wait() == 0, again.text
 

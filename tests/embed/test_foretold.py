@@ -159,6 +159,7 @@ def test_as_many_copies_as_are_wanted(tmp_path: Path, trace: Trace, monkeypatch:
         assert store.verify(repair=True) == {"t": []}
 
 
+@pytest.mark.slow
 def test_more_effort_finds_a_placement_that_reads_less(tmp_path: Path) -> None:
     kind = TableKind(
         name="t", rows=800, mean_bag=25, compulsory=0.03, cold=0.02, epochs=2, drift=0.0, births=0.0, seed=6

@@ -23,7 +23,10 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-LONG = {"late", "patched", "stored", "exact_stored", "asynchronous", "resting"}
+LONG = {"exact", "late", "patched", "stored", "exact_stored", "surplus", "asynchronous", "resting"}
+"""For which each point, types checked, is for the whole gate."""
+FEW = {"uniform", "stored", "asynchronous", "resting"}
+"""Which meet most rules between them."""
 
 
 QUICK = [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in POLICIES]
@@ -48,12 +51,15 @@ def apart(name: str, first: int, last: int, *, num_edges: int = 1) -> None:
     assert made.returncode == 0, made.stderr[-4000:]
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.slow]) for n in POLICIES])
 def test_a_hundred_histories(name: str) -> None:
     apart(name, 30, 130)
 
 
-@pytest.mark.parametrize("name", ["exact", "stored", "patched", "asynchronous", "resting"])
+@pytest.mark.parametrize(
+    "name",
+    ["patched", "resting", *(pytest.param(n, marks=pytest.mark.slow) for n in ("exact", "stored", "asynchronous"))],
+)
 def test_dozens_of_histories_of_three_edges_that_die(name: str) -> None:
     apart(name, 0, 40, num_edges=3)
 

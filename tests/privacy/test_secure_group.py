@@ -52,7 +52,7 @@ def certified(members: int) -> tuple[list[Identity], Trusted]:
     return made, Trusted(authority.key.public_key(), "fleet")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(data=st.data(), members=st.integers(8, 24), is_certified=st.booleans())
 def test_the_sum_is_that_of_the_survivors_whoever_is_lost_wherever(
     data: st.DataObject, members: int, is_certified: bool
@@ -81,6 +81,7 @@ def test_beyond_what_is_assumed_the_group_fails_with_its_reason(phase: str) -> N
         play(given_terms, vector, 12, random=seeded(1), lost=lost, identities=who, trusted=trusted)
 
 
+@pytest.mark.slow
 def test_a_group_of_many_has_few_neighbours_each() -> None:
     given_terms = terms(minimum=8, dropouts=0.1, colluders=0.05)
     graph = given_terms.graph(150)
