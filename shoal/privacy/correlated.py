@@ -16,8 +16,8 @@ largest norm of C x where a device's parts have norm at most 1; z has standard d
 Guarantees:
     * What is released follows from a discrete Gaussian release of stated sensitivity, rounding included: for the tree exactly, for
       BLT by `Blt.stddev`, which counts what rounding and float64 in the buffers can do.
-    * A state follows from seed and step: after a crash the same noise is drawn again, never other noise for the same step.
-      A seed serves one stream. (Draws of another width under the same seed are independent of these: two releases.)
+    * A state follows from the seed and the tags of its steps: after a crash the same noise is drawn again. A tag that is a digest of
+      what a step adds up keeps its noise from any other sum. A seed serves one stream. (Draws of another width under the same seed are independent of these: two releases.)
 
 References:
     * Kairouz, McMahan, Song et al. 2021, "Practical and Private (Deep) Learning without Sampling or Shuffling".
