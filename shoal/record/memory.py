@@ -20,7 +20,7 @@ from shoal.record._checks import Counted
 from shoal.record._rows import plain
 from shoal.record._sweep import swept_versions
 from shoal.record.blobs import check_hash, check_piece, check_size, missing, shaped
-from shoal.record.ledger import answers, reserved, standing
+from shoal.record.ledger import answers, reserved
 from shoal.record.store import (
     CommitRow,
     EventRow,
@@ -282,7 +282,7 @@ class MemoryStore:
                 raise _checks.round_exists(row.number, run.rounds[row.number].state)
             if spend is not None:
                 population = run.row.population
-                spend.allows(standing(self.ledger(population, spend.budget)))
+                spend.allows(self.ledger(population, spend.budget))
                 self._enter(
                     reserved(spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s)
                 )

@@ -24,7 +24,7 @@ from shoal.record import _statements as sql
 from shoal.record._checks import Counted
 from shoal.record._database import Database
 from shoal.record.blobs import FolderBlobs, disk, make_folder, missing
-from shoal.record.ledger import answers, reserved, standing
+from shoal.record.ledger import answers, reserved
 from shoal.record.schema import (
     COMMITS,
     EVENTS,
@@ -228,8 +228,7 @@ class SqliteStore:
                 raise _checks.round_exists(row.number, state)
             sql.ADD[ROUNDS].run(connection, values)
             if spend is not None:
-                before = _ledger_of(connection, population, spend.budget)
-                spend.allows(standing(before))
+                spend.allows(_ledger_of(connection, population, spend.budget))
                 taken = reserved(spend, run_id=run_id, population=population, round=row.number, time_s=row.opened_s)
                 sql.ADD[LEDGER].run(connection, _rows.ledger_values(taken))
 

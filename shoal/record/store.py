@@ -140,7 +140,7 @@ class Spend:
     data: Mapping[str, Any]
     """What it is taken for, as JSON."""
     allows: Callable[[Sequence[LedgerRow]], None]
-    """Looks at the reservations that stand, in the transaction that is to add this one. Raises BudgetSpent: it may not."""
+    """Looks at all entries of the budget, in the transaction that is to add this one. Raises BudgetSpent: it may not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

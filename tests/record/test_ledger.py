@@ -26,7 +26,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
 
 def at_most(limit: float) -> Callable[[Sequence[LedgerRow]], None]:
     def allows(before: Sequence[LedgerRow]) -> None:
-        if sum(row.amount for row in before) + 1.0 > limit:
+        if sum(row.amount for row in standing(before)) + 1.0 > limit:
             raise BudgetSpent("no more")
 
     return allows
@@ -48,6 +48,14 @@ def test_a_commit_settles_what_its_round_has_taken(store: Store) -> None:
     store.commit("run", commit_row(store, 1, round=1), round=round_row(1))
     assert entries(store) == [("reservation", 1, None), ("settlement", 1, 1)]
     assert len(standing(store.ledger("default", NAME))) == 1
+
+
+def test_who_allows_a_round_sees_what_became_of_those_before(store: Store) -> None:
+    store.open_round("run", open_row(1), spend=spend())
+    store.commit("run", commit_row(store, 1, round=1), round=round_row(1))
+    seen: list[Sequence[LedgerRow]] = []
+    store.open_round("run", open_row(2, base_version=1), spend=replace(spend(), allows=seen.append))
+    assert [[row.entry for row in rows] for rows in seen] == [["reservation", "settlement"]]
 
 
 def test_a_budget_that_is_spent_opens_no_round(store: Store) -> None:

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 import shoal
+from shoal.errors import BudgetSpent
 from shoal.fleet.host import begin_run
 from shoal.plan.build import build
 from shoal.policy import RoundPolicy, Selection
+from shoal.privacy import accounting
 from shoal.record.memory import MemoryStore
 from shoal.simulate import engine, fused
 from shoal.simulate.engine import simulate
@@ -58,6 +60,18 @@ def test_who_was_in_a_version_rests_and_everybody_has_a_turn() -> None:
             assert not set(cohort) & set(other)
     assert {member for cohort in cohorts for member in cohort} == set(MEMBERS)
     assert cohorts[0] != select(chosen, MEMBERS, SIZES, (0).to_bytes(32, "little"), version=0, run_seed=b"other")
+
+
+def test_noise_for_devices_that_rest_lasts_for_all_rounds() -> None:
+    rounds, goal = 6, 2
+    resting = RoundPolicy(goal=goal, over_selection=1.0, minimum_group=2, min_separation=3)
+    noise = accounting.calibrate(8.0, 1e-6, releases=accounting.participations(rounds, 3))
+    local = replace(task().local, weighting="uniform")
+    private = shoal.Privacy(clip_norm=1.0, noise_multiplier=noise, epsilon=8.0, delta=1e-6)
+    chosen = task(rounds=resting, privacy=private, local=local)
+    assert shoal.simulate(chosen, population(), rounds=rounds, seed=1).model
+    with pytest.raises(BudgetSpent):
+        shoal.simulate(chosen, population(), rounds=rounds + 1, seed=1)
 
 
 def test_a_population_too_small_to_rest_is_refused() -> None:
