@@ -17,6 +17,9 @@ from sqlalchemy.dialects import sqlite
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from shoal.clip_norm import AdaptiveClip
+from shoal.codec.packed import pack as pack_slice
+from shoal.codec.packed import unpack as unpack_slice
+from shoal.codec.rounding import rounded
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
 from shoal.fleet.host import run_seed
@@ -148,6 +151,31 @@ def test_round_configuration_and_randomness() -> None:
         "order": randomness.rng.permutation(8).tolist(),
     }
     hold("round_configuration.json", json.dumps(told, indent=1, sort_keys=True).encode())
+
+
+def test_packed_slices_are_read_for_ever() -> None:
+    """What was packed once; packing anew may find another way."""
+    path = GOLDEN / "packed_slices.json"
+    if os.environ.get("SHOAL_GOLDEN") == "write":
+        values = np.random.default_rng(0).normal(size=300).astype(np.float32)
+        few = np.where(np.arange(300) % 7 == 0, values, np.float32(0))
+        cases: list[tuple[np.ndarray, np.ndarray | None]] = [
+            (values, None), (rounded(values, "int8"), None), (rounded(values, "bfloat16"), None), (few, None),
+            (values + np.float32(1e-4), values), (rounded(values + np.float32(1e-2), "bfloat16"), rounded(values, "bfloat16")),
+            (np.frombuffer(b"programs are bytes " * 9, np.uint8), None), (values.astype(np.float16), None),
+        ]  # fmt: skip
+        made = [
+            {
+                "dtype": value.dtype.name, "data": value.tobytes().hex(), "base": None if base is None else base.tobytes().hex(),
+                "packed": pack_slice(value.tobytes(), value.dtype.name, None if base is None else base.tobytes()).hex(),
+            }
+            for value, base in cases
+        ]  # fmt: skip
+        path.write_text(json.dumps(made, indent=1))
+    for case in json.loads(path.read_text()):
+        data, base = bytes.fromhex(case["data"]), case["base"]
+        held = None if base is None else bytes.fromhex(base)
+        assert unpack_slice(bytes.fromhex(case["packed"]), case["dtype"], len(data), held) == data
 
 
 def test_wire() -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.aggregate.accumulator import Accumulator
+from shoal.codec.packed import PACKED
 from shoal.fixed import FixedPoint
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
@@ -42,8 +43,8 @@ class Configuration:
             base_version=self.base_version,
             seed=self.seed,
             reporting_window_s=self.reporting_window_s,
-            codec_down="float32",
-            codec_up="float32",
+            codec_down=PACKED,
+            codec_up=PACKED,
         )
 
     def to_json(self) -> Mapping[str, Any]:

@@ -324,42 +324,52 @@ class FromEdge(_message.Message):
     def __init__(self, assigned: _Optional[_Union[Assigned, _Mapping]] = ..., later: _Optional[_Union[Later, _Mapping]] = ..., incompatible: _Optional[_Union[Incompatible, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., incomplete: _Optional[_Union[Incomplete, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., group: _Optional[_Union[GroupMessage, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("token", "hash", "offset", "credit", "ids")
+    __slots__ = ("token", "hash", "offset", "credit", "ids", "packed", "base")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     CREDIT_FIELD_NUMBER: _ClassVar[int]
     IDS_FIELD_NUMBER: _ClassVar[int]
+    PACKED_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
     token: Token
     hash: str
     offset: int
     credit: int
     ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., hash: _Optional[str] = ..., offset: _Optional[int] = ..., credit: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    packed: bool
+    base: str
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., hash: _Optional[str] = ..., offset: _Optional[int] = ..., credit: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., packed: _Optional[bool] = ..., base: _Optional[str] = ...) -> None: ...
 
 class Slice(_message.Message):
-    __slots__ = ("offset", "data", "total")
+    __slots__ = ("offset", "data", "total", "unpacked", "is_delta")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
+    UNPACKED_FIELD_NUMBER: _ClassVar[int]
+    IS_DELTA_FIELD_NUMBER: _ClassVar[int]
     offset: int
     data: bytes
     total: int
-    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total: _Optional[int] = ...) -> None: ...
+    unpacked: int
+    is_delta: bool
+    def __init__(self, offset: _Optional[int] = ..., data: _Optional[bytes] = ..., total: _Optional[int] = ..., unpacked: _Optional[int] = ..., is_delta: _Optional[bool] = ...) -> None: ...
 
 class PushSlice(_message.Message):
-    __slots__ = ("token", "tensor", "offset", "data", "root")
+    __slots__ = ("token", "tensor", "offset", "data", "root", "unpacked")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     ROOT_FIELD_NUMBER: _ClassVar[int]
+    UNPACKED_FIELD_NUMBER: _ClassVar[int]
     token: Token
     tensor: str
     offset: int
     data: bytes
     root: str
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., tensor: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., root: _Optional[str] = ...) -> None: ...
+    unpacked: int
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., tensor: _Optional[str] = ..., offset: _Optional[int] = ..., data: _Optional[bytes] = ..., root: _Optional[str] = ..., unpacked: _Optional[int] = ...) -> None: ...
 
 class PushReply(_message.Message):
     __slots__ = ("received", "credit")
