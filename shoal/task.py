@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from shoal import validate
+from shoal.codec.rounding import Rounding
 from shoal.errors import ShoalError
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
 
@@ -170,6 +171,8 @@ class Task:
     """What people are told of it."""
     heeds_mask: bool = True
     """False: the model mixes examples without looking at the mask, so a partial batch is refused."""
+    down: Rounding = "float32"
+    """What versions are rounded to before they are sent: see `shoal.compressed`."""
     aggregator: Literal["weighted_mean", "evaluation", "statistics"] = "weighted_mean"
     """What the server makes of the sums; the others are set by `shoal.evaluation` and `shoal.statistics`."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -115,8 +115,12 @@ class TensorSpec:
     @classmethod
     def of(cls, name: str, array: Any) -> Self:
         """The spec of an array, or of anything with `shape` and `dtype`."""
-        dtype = np.dtype(array.dtype)
-        return cls._of_fields(*map(int, array.shape), name=name, dtype=_DTYPE_NAMES.get(dtype) or dtype.name)
+        return cls._of_fields(*map(int, array.shape), name=name, dtype=dtype_name(np.dtype(array.dtype)))
+
+
+def dtype_name(dtype: "np.dtype[Any]") -> str:
+    """The key of `DTYPES` for a type; the type's own name where there is none."""
+    return _DTYPE_NAMES.get(dtype) or dtype.name
 
 
 def is_of_model(name: str) -> bool:

@@ -208,6 +208,18 @@ def test_correlated_noise_is_the_same_in_simulation_and_on_a_fleet(monkeypatch: 
     assert np.std(simulated["params/w"] - bare["params/w"]) > 0.05 / 4
 
 
+@pytest.mark.parametrize(
+    ("up", "down"), [("bfloat16", "int8"), ("int8", "bfloat16"), ("top_k", "bfloat16"), ("float32", "int8")]
+)
+def test_what_is_sent_in_fewer_bytes_is_the_same_in_simulation_and_on_a_fleet(up: Any, down: Any) -> None:
+    ways = Ways(shoal.compressed(small_task(), up, down=down))
+    simulated = ways.simulated()
+    same_bits(ways.on_a_fleet(over_sockets), simulated)
+    exact = Ways(small_task()).simulated()
+    assert not np.array_equal(simulated["params/w"], exact["params/w"])
+    np.testing.assert_allclose(simulated["params/w"], exact["params/w"], atol=0.5 if up == "top_k" else 0.02)
+
+
 def test_noise_that_devices_add_is_as_large_in_simulation_and_on_a_fleet() -> None:
     local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
     secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0)

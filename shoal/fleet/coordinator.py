@@ -105,6 +105,7 @@ class Coordinator:
         population: str = "default",
         events_kept: int = EVENTS_KEPT,
         retention: Retention | None = None,
+        sent: Callable[[Index], Index] = lambda model: model,
         on_commit: Callable[[Commit], None] = lambda commit: None,
         in_thread: Callable[[Callable[[], Any]], Awaitable[Any]] = asyncio.to_thread,
         beside: Callable[[Coroutine[Any, Any, None]], Awaitable[None]] = asyncio.ensure_future,
@@ -112,7 +113,7 @@ class Coordinator:
         """`events_kept`: rounds whose events stay in the record, to be run again; 0: none. `retention`: None keeps all versions.
 
         `in_thread` runs what blocks, `beside` starts what is awaited later; the rest is the Edge's and the clock's."""
-        self._in_thread, self._beside = in_thread, beside
+        self._in_thread, self._beside, self._sent = in_thread, beside, sent
         self.store, self._run, self._manifest, self._edge = store, run, manifest, edge
         self._aggregator, self._token_key, self._run_seed, self._clock = aggregator, token_key, run_seed, clock
         self._population, self._on_commit = population, on_commit
@@ -214,6 +215,7 @@ class Coordinator:
         head = await self._in_thread(lambda: self.store.last_commit(self._run))
         if head is None:
             raise StoreError(f"Run {self._run} has no initial model; it was never begun.")
+        await self._in_thread(lambda: self._sent(head.model))
         self._head = head
         if self._release is not None:
             entries = await self._in_thread(lambda: self.store.ledger(self._population, spending.BUDGET))
@@ -335,7 +337,7 @@ class Coordinator:
             self._configuration.to_proto().SerializeToString(deterministic=True)
         ).digest()
         self._journaled = self._beside(self._journal(self._round_row(round)))
-        self._edge.open_groups(self._configuration, self._head.model, taken=self._taken)
+        self._edge.open_groups(self._configuration, self._sent(self._head.model), taken=self._taken)
         self._taken = {}
 
     async def _journal(self, row: RoundRow) -> None:
@@ -367,7 +369,7 @@ class Coordinator:
             expires_s=self._clock.wall_s() + self._policy.token_life_s,
             round=self._configuration.round,
             plan=self._manifest.hash,
-            model=self._head.model.root,
+            model=self._sent(self._head.model).root,
             configuration=self._signed_configuration,
         )
         if not self._edge.assign(device, self._token_key.sign(assignment), assignment):
@@ -508,6 +510,7 @@ class Coordinator:
         final = following.final(rows) if keeps else None
         self._has_looked = True
         model, server_state = following.model(present, rows, final if late else None)
+        self._sent(model)  # a large model is rounded here, where nobody waits for it
         now = self._clock.wall_s()
         time_s = now - self.store.run(self._run).created_s
         row = CommitRow(

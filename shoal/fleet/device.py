@@ -13,6 +13,7 @@ from typing import Final
 
 import numpy as np
 
+from shoal.codec.packed import PACKED, pack
 from shoal.data.store import Examples
 from shoal.errors import (
     DataError,
@@ -34,7 +35,7 @@ from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
 from shoal.plan.secure import update_of
 from shoal.plan.train import NOISE_SEED_BYTES, train
-from shoal.tensors import Index, Tensors, to_bytes
+from shoal.tensors import Index, Tensors, dtype_name, to_bytes
 
 log = logging.getLogger("shoal.device")
 
@@ -333,7 +334,7 @@ class Device:
             device_id=self.device_id,
             runtime=_runtime_info(self._host.runtime),
             software="shoal",
-            codecs=["float32"],
+            codecs=["float32", PACKED],
             memory_bytes=self._host.limits.memory_bytes,
             stay=self._stays,
         )
@@ -532,14 +533,21 @@ class Device:
     async def _slices(self, work: _Work, received: dict[str, int]) -> AsyncIterator[pb.PushSlice]:
         assert work.report is not None
         token: pb.Token | None = work.assigned.token
+        # What is under a mask is as random as can be.
+        is_packed = work.assigned.configuration.codec_up == PACKED and MASKED not in work.sends
         for name, value in work.sends.items():
             data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
             for offset in range(received.get(name, 0), data.size, SLICE_BYTES):
                 if work.stopped:
                     return
                 piece = data[offset : offset + SLICE_BYTES].tobytes()
-                yield pb.PushSlice(token=token, tensor=name, offset=offset, data=piece, root=work.report.root)
-                self.progress.up_bytes += len(piece)
+                part = pb.PushSlice(token=token, tensor=name, offset=offset, root=work.report.root)
+                if is_packed:
+                    part.data, part.unpacked = pack(piece, dtype_name(value.dtype)), len(piece)
+                else:
+                    part.data = piece
+                yield part
+                self.progress.up_bytes += len(part.data)
                 token = None
 
     def _settle(self) -> None:

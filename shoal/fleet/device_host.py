@@ -14,7 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
 
+import numpy as np
+
 from shoal.clock import Clock, SystemClock
+from shoal.codec.packed import PACKED
+from shoal.codec.packed import unpack as unpacked
 from shoal.errors import NetworkError, PlanError, ProtocolError
 from shoal.fleet.example_ledger import ExampleLedger
 from shoal.fleet.floor import Floor
@@ -88,8 +92,9 @@ class DeviceHost:
     """Device -> what its examples have spent, of those that have trained with noise on them."""
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
-    _unchanged: dict[str, Tensors] = field(default_factory=dict)
-    """Plan -> hash -> a tensor that its rounds do not change: it is fetched once."""
+    _latest: dict[str, dict[str, tuple[str, np.ndarray]]] = field(default_factory=dict)
+    """Plan -> name -> hash and values of the model that was fetched last: what rounds do not change is fetched once, and of what they do
+    change the difference may be enough."""
     _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
     _spent: "dict[str, SpentUpdates]" = field(default_factory=dict)
 
@@ -161,16 +166,17 @@ class DeviceHost:
         index = Index.parse(await self.fetch(assigned, assigned.model, link, most=MAX_INDEX_BYTES))
         if index.specs != prepared.manifest.broadcast:
             raise ProtocolError("The model's tensors are not those that the plan names.")
-        tensors: Tensors = {}
-        changing = {spec.tensor.name.removeprefix("delta/") for spec in prepared.manifest.sums}
-        unchanged = self._unchanged.get(assigned.plan, {})
+        held, now = self._latest.get(assigned.plan, {}), dict[str, tuple[str, np.ndarray]]()
         for entry in index:
-            value = unchanged.get(entry.hash)
-            if value is None:
-                data = await self.fetch(assigned, entry.hash, link, most=entry.spec.size_bytes)
-                value = from_bytes(data, entry.spec)
-            tensors[entry.spec.name] = value
-        self._unchanged[assigned.plan] = {e.hash: tensors[e.spec.name] for e in index if e.spec.name not in changing}
+            name, value = entry.spec.name, held.get(entry.spec.name)
+            if value is None or value[0] != entry.hash:
+                data = await self.fetch(
+                    assigned, entry.hash, link, most=entry.spec.size_bytes, dtype=entry.spec.dtype, base=value
+                )
+                value = entry.hash, from_bytes(data, entry.spec)
+            now[name] = value
+        self._latest[assigned.plan] = now
+        tensors = {name: value for name, (_, value) in now.items()}
         spent.wire_s += time.perf_counter() - begun_s
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)
@@ -185,8 +191,25 @@ class DeviceHost:
                 del futures[key]
             raise
 
-    async def fetch(self, assigned: pb.Assigned, hash: str, link: Link, *, most: int) -> bytes:
+    async def fetch(
+        self,
+        assigned: pb.Assigned,
+        hash: str,
+        link: Link,
+        *,
+        most: int,
+        dtype: str = "uint8",
+        base: tuple[str, np.ndarray] | None = None,
+    ) -> bytes:
         """One blob, inline or pulled; a broken pull goes on where it broke.
+
+        Args:
+            assigned: gives the right to it.
+            hash: its name.
+            link: to the Edge.
+            most: bytes that it may have.
+            dtype: of its elements, where it is a tensor.
+            base: hash and values of a tensor that is here, of the same size and type: the difference may come instead.
 
         Raises:
             ProtocolError: it is larger than `most`, or has not its hash.
@@ -197,14 +220,18 @@ class DeviceHost:
         data = bytearray()
         total, tries = -1, 0
         while total < 0 or len(data) < total:
-            request = pb.PullRequest(token=assigned.token, hash=hash, offset=len(data), credit=PULL_CREDIT)
+            request = pb.PullRequest(
+                token=assigned.token, hash=hash, offset=len(data), credit=PULL_CREDIT, base=base[0] if base is not None else "",
+                packed=assigned.configuration.codec_down == PACKED,
+            )  # fmt: skip
             before = len(data)
             try:
                 async for piece in link.pull(request):
-                    total = piece.total
-                    if piece.offset != len(data) or len(data) + len(piece.data) > total or total > most:
+                    total, size = piece.total, piece.unpacked or len(piece.data)
+                    if piece.offset != len(data) or len(data) + size > total or total > most:
                         raise _OtherBytes(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
-                    data += piece.data
+                    self.down_bytes += len(piece.data)
+                    data += _unpacked(piece, dtype, base) if piece.unpacked else piece.data
             except NetworkError:
                 tries = tries + 1 if len(data) == before else 0
                 if tries > 5:
@@ -213,7 +240,6 @@ class DeviceHost:
             else:
                 if len(data) == before and len(data) != total:
                     raise ProtocolError(f"Expected more of {hash[:12]}… after byte {before}, got nothing.")
-        self.down_bytes += len(data)
         return _checked(bytes(data), hash)
 
     def state(self, run: str, device: str, manifest: Manifest) -> Tensors | None:
@@ -274,6 +300,15 @@ def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> Non
     runner.set_model(root, tensors)
     spent.start_s += started_s - begun_s
     spent.wire_s += time.perf_counter() - started_s
+
+
+def _unpacked(piece: pb.Slice, dtype: str, base: tuple[str, np.ndarray] | None) -> bytes:
+    if not piece.is_delta:
+        return unpacked(piece.data, dtype, piece.unpacked)
+    held = (
+        b"" if base is None else base[1].reshape(-1).view(np.uint8)[piece.offset : piece.offset + piece.unpacked].data
+    )
+    return unpacked(piece.data, dtype, piece.unpacked, held)
 
 
 def _checked(data: bytes, hash: str) -> bytes:

@@ -8,6 +8,7 @@ every hash recomputed, and whatever a device sends ends in an answer to that dev
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from shoal.fleet.configuration import Configuration
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.offer import Offer
 from shoal.fleet.pace import Pace
+from shoal.fleet.packed_slices import PackedSlices, Readable
 from shoal.fleet.secure_updates import SecureUpdates
 from shoal.fleet.session import Session, Stream, piped
 from shoal.fleet.staging import Limits
@@ -31,11 +33,13 @@ from shoal.fleet.streams import Streams, busy
 from shoal.fleet.updates import Held, Updates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
-from shoal.record.store import Blobs, TokenRow
+from shoal.record.store import TokenRow
 from shoal.tensors import Index
 
 log = logging.getLogger("shoal.edge")
 
+BASES: Final = 8
+"""Versions that a device may hold, to be sent the difference alone."""
 MOVING_S: Final = 1.0
 
 
@@ -75,7 +79,7 @@ class Edge:
         plan: Plan,
         run: str,
         token_key: Ed25519PublicKey,
-        blobs: Blobs,
+        blobs: Readable,
         clock: Clock,
         limits: Limits | None = None,
         population: str = "default",
@@ -95,7 +99,10 @@ class Edge:
         policy = self._manifest.server.rounds
         self._pace = Pace(devices_a_round=policy.most_at_once, resting=policy.most_resting, now_s=clock.now_s())
         self._num_waiting = 0
-        self._offer = Offer(plan, Index(()), blobs)
+        self._packed = PackedSlices(blobs)
+        self._bases: OrderedDict[str, Mapping[str, int]] = OrderedDict()
+        """Root -> hash -> bytes of its tensors, of the latest versions."""
+        self._offer = self._offering(Index(()))
         self._offers: dict[int, Offer] = {}
         """Of the versions that something may still be late for: who is late fetches the model, too."""
         self._assigned = pb.Assigned()
@@ -138,13 +145,20 @@ class Edge:
         present = self._updates.configuration
         if present is None or present.base_version != configuration.base_version:
             self._pace.opened(self._clock.now_s())
-            self._offer = Offer(self._plan, model, self._blobs)
+            self._offer = self._offering(model)
             oldest = configuration.base_version - self._manifest.server.rounds.max_staleness
             self._offers = {version: offer for version, offer in self._offers.items() if version >= oldest}
             self._offers[configuration.base_version] = self._offer
         self._assigned = self._offer.assigned(configuration, run=self._run)
         self._updates.open(configuration, taken=taken)
         self._nonces = {device: nonce for device, nonce in self._nonces.items() if self._updates.held(nonce)}
+
+    def _offering(self, model: Index) -> Offer:
+        bases = {hash: size for version in self._bases.values() for hash, size in version.items()}
+        self._bases[model.root] = {entry.hash: entry.spec.size_bytes for entry in model}
+        while len(self._bases) > BASES:
+            self._bases.popitem(last=False)
+        return Offer(self._plan, model, self._blobs, self._packed, bases=bases)
 
     def assign(self, device: str, token: pb.Token, assignment: pb.Assignment) -> bool:
         """Sends a device its assignment; False where it has gone, and nothing of it is here."""

@@ -26,6 +26,7 @@ from shoal.fleet.keys import HostKeys
 from shoal.fleet.lease import LIFE_S
 from shoal.fleet.lease_keeper import LeaseKeeper
 from shoal.fleet.remote_edge import EdgesServer
+from shoal.fleet.sent import SentBlobs
 from shoal.fleet.staging import Limits
 from shoal.fleet.wire import edges_pb2
 from shoal.plan.plan import Plan
@@ -141,11 +142,12 @@ class Host:
         clock, half = clock or SystemClock(), found.plan.manifest.server
         self.listeners: list[Callable[[Commit], None]] = [on_commit]
         """Told of each version once it is durable."""
+        self._blobs = SentBlobs(store.blobs, found.plan.manifest)
         self.edge = Edge(
             plan=found.plan,
             run=run_id,
             token_key=keys.signing.public_key(),
-            blobs=store.blobs,
+            blobs=self._blobs,
             clock=clock,
             limits=limits,
             population=found.row.population,
@@ -172,6 +174,7 @@ class Host:
             events_kept=int(found.config.get("events_kept", EVENTS_KEPT)),
             population=found.row.population,
             retention=Retention.of(found.config),
+            sent=self._blobs.index,
             on_commit=self._committed,
         )
         self._clock, self._keys = clock, keys
@@ -201,7 +204,7 @@ class Host:
             self.edges,
             welcome=welcome,
             manifest=self.plan.manifest,
-            blobs=self.store.blobs,
+            blobs=self._blobs,
             credential=self._keys.edge_credential,
             address=address,
             clock=self._clock,

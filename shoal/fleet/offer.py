@@ -1,30 +1,39 @@
 """What an Edge sends in a round: the plan and one version's model, by hash; and the part of an assignment that all share."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Final
 
+from shoal.codec.packed import pack
 from shoal.errors import ProtocolError
 from shoal.fleet.configuration import Configuration
+from shoal.fleet.packed_slices import SLICE_BYTES, PackedSlices, Readable
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
-from shoal.record.store import Blobs
 from shoal.tensors import Index
 
 MAX_INLINE_BYTES: Final = 32 << 10
 """A model up to this size travels inside the assignment and saves a call for each tensor."""
-SLICE_BYTES: Final = 256 << 10
 
 
 class Offer:
     """One version's model and the plan. Nothing else of the record can be pulled."""
 
-    def __init__(self, plan: Plan, model: Index, blobs: Blobs) -> None:
-        self._plan, self._model, self._blobs = plan, model, blobs
+    def __init__(
+        self, plan: Plan, model: Index, blobs: Readable, packed: PackedSlices, *, bases: Mapping[str, int]
+    ) -> None:
+        """
+        Args:
+            plan, model: what is offered.
+            blobs, packed: where their bytes are.
+            bases: hash -> bytes of tensors of the versions before, that a device may hold.
+        """
+        self._plan, self._model, self._blobs, self._packed, self._bases = plan, model, blobs, packed, bases
         manifest = plan.manifest
         self._sizes = {manifest.hash: len(manifest.data), model.root: len(model.data)}
         self._sizes |= {program.hash: program.size_bytes for program in manifest.programs}
         self._sizes |= {entry.hash: entry.spec.size_bytes for entry in model}
+        self._dtypes = {entry.hash: entry.spec.dtype for entry in model}
         self._inline: list[pb.Blob] = []
         if len(model.data) + model.size_bytes <= MAX_INLINE_BYTES:
             whole = {model.root: model.data} | {entry.hash: blobs.get(entry.hash) for entry in model}
@@ -56,11 +65,25 @@ class Offer:
         end = min(total, request.offset + request.credit) if request.credit else total
         offset = request.offset
         while offset < end or offset == request.offset:
-            data = await self._read(request.hash, offset, min(SLICE_BYTES, end - offset))
-            yield pb.Slice(offset=offset, data=data, total=total)
-            offset += len(data)
-            if not data:
+            size = min(SLICE_BYTES, end - offset)
+            # Slices that begin and end where another's would are the same for all who ask.
+            if request.packed and size and not offset % SLICE_BYTES and (size == SLICE_BYTES or offset + size == total):
+                yield await self._packed_slice(request, offset, size, total)
+            else:
+                size = len(data := await self._read(request.hash, offset, size))
+                yield pb.Slice(offset=offset, data=data, total=total)
+            offset += size
+            if not size:
                 break
+
+    async def _packed_slice(self, request: pb.PullRequest, offset: int, size: int, total: int) -> pb.Slice:
+        if request.hash == self._model.root:
+            data, is_delta = pack(self._model.data[offset : offset + size], "uint8"), False
+        else:
+            base = request.base if self._bases.get(request.base) == total else ""
+            dtype = self._dtypes.get(request.hash, "uint8")
+            data, is_delta = await self._packed.get(request.hash, dtype, offset, size, base=base)
+        return pb.Slice(offset=offset, data=data, total=total, unpacked=size, is_delta=is_delta)
 
     async def _read(self, hash: str, offset: int, size: int) -> bytes:
         if hash == self._model.root:  # an index is a row of the record, not a blob

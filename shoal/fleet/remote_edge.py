@@ -26,10 +26,10 @@ from shoal.fleet.edges import EdgeLost, Edges, Grants
 from shoal.fleet.forming import LONGEST_PHASE_S
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.grpc_server import OPTIONS, Tls, listen
+from shoal.fleet.packed_slices import Readable
 from shoal.fleet.wire import edges_pb2 as pb
 from shoal.fleet.wire import fleet_pb2 as fleet
 from shoal.plan.manifest import Manifest
-from shoal.record.store import Blobs
 from shoal.tensors import PARSE_ERRORS, Index, parse_json
 
 log = logging.getLogger("shoal.coordinator")
@@ -305,7 +305,7 @@ class EdgesServer:
         *,
         welcome: pb.Welcome,
         manifest: Manifest,
-        blobs: Blobs,
+        blobs: Readable,
         credential: bytes,
         address: str,
         clock: Clock,

@@ -96,6 +96,16 @@ class StagedUpdate:
         """Tensors that are not whole."""
         return [name for name, part in self._parts.items() if part.received < part.spec.size_bytes]
 
+    def dtype(self, name: str) -> str:
+        """Of the elements of a tensor. Raises ProtocolError for one that is unknown."""
+        return self._part(name).spec.dtype
+
+    def _part(self, name: str) -> _Part:
+        part = self._parts.get(name)
+        if part is None:
+            raise ProtocolError(f"Expected a tensor of the update, got {name[:80]!r}.")
+        return part
+
     def write(self, name: str, offset: int, data: bytes) -> None:
         """Takes one slice; of one that begins before what is here, only what is new.
 
@@ -103,9 +113,7 @@ class StagedUpdate:
             ProtocolError: an unknown tensor, a slice that leaves a gap, or more bytes than the tensor has.
             StoreError: the disk is full; what came before is still there.
         """
-        part = self._parts.get(name)
-        if part is None:
-            raise ProtocolError(f"Expected a tensor of the update, got {name[:80]!r}.")
+        part = self._part(name)
         if offset > part.received:
             raise ProtocolError(f"Expected {name} to go on at byte {part.received}, got a slice at {offset}.")
         if offset + len(data) > part.spec.size_bytes:

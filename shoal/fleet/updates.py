@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from google.protobuf.message import DecodeError
 
 from shoal.clock import Clock
+from shoal.codec.packed import unpack
 from shoal.errors import NetworkError, ProtocolError, UpdateRefused
 from shoal.fixed import FixedPoint, refuse_bad_weight
 from shoal.fleet import group as g
@@ -249,7 +250,7 @@ class Updates:
                 self.sums.analytics.sending(nonce, self._clock.now_s())
                 update = self._update(held, report.root)
                 for part in report.slices:
-                    await self._write(held, update, part.tensor, part.offset, part.data)
+                    await self._write(held, update, part.tensor, part)
             except (ProtocolError, UpdateRefused) as error:
                 return self._refuse(nonce, error)
             if self.state(nonce) is not g.Member.JOINED:
@@ -312,7 +313,7 @@ class Updates:
                 return False  # what comes is late, or of a group before
             try:
                 self.sums.analytics.sending(nonce, self._clock.now_s())
-                await self._write(held, self._update(held, root), name, part.offset, part.data)
+                await self._write(held, self._update(held, root), name, part)
             except (ProtocolError, UpdateRefused) as error:
                 self._refuse(nonce, error)
                 raise ProtocolError(str(error)) from error
@@ -343,14 +344,15 @@ class Updates:
             self.num_staged += 1
         return held.update
 
-    async def _write(self, held: Held, update: StagedUpdate, name: str, offset: int, data: bytes) -> None:
-        if len(data) > MAX_SLICE_BYTES:
-            raise ProtocolError(f"Expected slices of at most {MAX_SLICE_BYTES} bytes, got {len(data)}.")
-        self.up_bytes += len(data)
-        if len(data) > MAX_INLINE_BYTES:
-            await _in_thread(update.write, name, offset, data)
+    async def _write(self, held: Held, update: StagedUpdate, name: str, part: pb.PushSlice) -> None:
+        size = max(len(part.data), part.unpacked)
+        if size > MAX_SLICE_BYTES:
+            raise ProtocolError(f"Expected slices of at most {MAX_SLICE_BYTES} bytes, got {size}.")
+        self.up_bytes += len(part.data)
+        if size > MAX_INLINE_BYTES:
+            await _in_thread(_take_in, update, name, part)
         else:
-            update.write(name, offset, data)
+            _take_in(update, name, part)
         if update.refusal is not None:
             raise update.refusal  # nothing that follows can make it good
 
@@ -416,6 +418,13 @@ class Updates:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _take_in(update: StagedUpdate, name: str, part: pb.PushSlice) -> None:
+    data = part.data
+    if part.unpacked:
+        data = unpack(data, update.dtype(name), part.unpacked)
+    update.write(name, part.offset, data)
 
 
 async def _in_thread(work: Callable[..., None], *args: object) -> None:

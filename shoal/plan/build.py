@@ -69,7 +69,7 @@ def build(task: Task, *, seed: int = 0) -> Built:
     )
     half = ServerHalf(
         rounds=task.rounds, rule=server_rule(task), about=task.about, aggregator=task.aggregator, options=task.options,
-        algorithms=task.algorithms,
+        algorithms=task.algorithms, down=task.down,
     )  # fmt: skip
     manifest = Manifest(
         task=task.name,

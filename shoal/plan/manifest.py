@@ -11,11 +11,21 @@ from math import floor
 from typing import Any, Final, Literal, Self
 
 from shoal import validate
+from shoal.codec.rounding import ROUNDINGS, Rounding
 from shoal.errors import PlanError
 from shoal.fixed import STEPS, FixedPoint, SumSpec, fixed_points
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
 from shoal.privacy.device_noise import noise_room
-from shoal.tensors import PARSE_ERRORS, TensorSpec, canonical_json, check_hash, parse_json, sha256, total_bytes
+from shoal.tensors import (
+    PARSE_ERRORS,
+    TensorSpec,
+    canonical_json,
+    check_hash,
+    is_of_model,
+    parse_json,
+    sha256,
+    total_bytes,
+)
 
 FORMAT: Final = "shoal-plan/1"
 SERVER_FORMAT: Final = "shoal-server-half/1"
@@ -221,6 +231,8 @@ class ServerHalf:
     """The aggregation rule, one of `AGGREGATORS`."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the aggregation rule, as JSON."""
+    down: Rounding = "float32"
+    """What the model's numbers are rounded to before devices are sent them; the line itself is not rounded."""
     algorithms: Mapping[str, Any] = field(default_factory=dict)
     """What the task has been made by: name -> arguments, for people to read."""
 
@@ -233,6 +245,7 @@ class ServerHalf:
             "about": self.about.to_json(), "needs": self.needs, "aggregator": self.aggregator,
         }  # fmt: skip
         made |= {"options": dict(self.options)} if self.options else {}
+        made |= {"down": self.down} if self.down != "float32" else {}
         return made | ({"algorithms": dict(self.algorithms)} if self.algorithms else {})
 
     @property
@@ -254,6 +267,7 @@ class ServerHalf:
                 raise ValueError(f"this version reads {SERVER_FORMAT!r}")
             validate.one_of(("sum",), needs=value["needs"])
             validate.one_of(tuple(AGGREGATORS), aggregator=value["aggregator"])
+            validate.one_of(ROUNDINGS, down=value.get("down", "float32"))
             parts = {
                 "rounds": RoundPolicy.from_json(value["rounds"]),
                 "rule": ServerRule.from_json(value["rule"]),
@@ -376,6 +390,16 @@ class Manifest:
         except PARSE_ERRORS as error:
             raise PlanError(f"Expected the manifest of a plan, got {data[:40]!r}…: {error}.") from error
         return manifest
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """The tensors that are rounded before they are sent: those of the model that rounds change, if they are float32. On a server."""
+        if self.server.down == "float32":
+            return ()
+        changed = {spec.tensor.name.removeprefix("delta/") for spec in self.sums}
+        return tuple(
+            s.name for s in self.broadcast if s.name in changed and is_of_model(s.name) and s.dtype == "float32"
+        )
 
     @property
     def update(self) -> tuple[TensorSpec, ...]:

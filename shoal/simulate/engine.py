@@ -52,6 +52,7 @@ from shoal.simulate.layout import cache, cached, choose, default, key_of, of_run
 from shoal.simulate.measuring import Measured, Measuring, left_out_config
 from shoal.simulate.outer_products import fused_outer_products
 from shoal.simulate.selection import redrawn, select
+from shoal.simulate.sent import model_as_sent
 from shoal.simulate.stopping import CONFIG as STOP_WHEN
 from shoal.simulate.stopping import Stopping
 from shoal.simulate.sweeping import Sweeping
@@ -400,7 +401,7 @@ class _Engine:
         cohorts = Cohorts(configuration, members)
         if self.following is not None:
             cohorts = replace(cohorts, next_seed=self.following[0].seed, next_members=self.following[1])
-        trained = self.backend.train(cohorts, self.head.model.root, view_tensors(self.store.blobs, self.head.model))
+        trained = self.backend.train(cohorts, *model_as_sent(self.store.blobs, self.head.model, self.manifest))
         sums, seconds = trained.sums, trained.seconds
         commit_begun = time.perf_counter()
         model, server_state = self.aggregator.commit(sums, self.head.model, self.head.server_state, self.store.blobs)

@@ -20,6 +20,7 @@ from shoal.plan.runner import Runner
 from shoal.plan.train import evaluate, train
 from shoal.record.store import Store
 from shoal.record.tensor_blobs import view_tensors
+from shoal.simulate.sent import model_as_sent
 from shoal.tensors import Tensors
 
 
@@ -73,7 +74,7 @@ class VirtualTraining:
         """The update of a device that started from a version, and its weight; after so many blocks it is interrupted."""
         asked, seed = count(), round_seed(self._seed, version)
         update = train(
-            self._runner, self._manifest, self._hand_over(version), self._population[self._user(device)], None,
+            self._runner, self._manifest, self._hand_over(version, as_sent=True), self._population[self._user(device)], None,
             seed=seed, member=str(device), noise_seed=seed, is_interrupted=lambda: next(asked) >= blocks,
         )  # fmt: skip
         return update.sums, update.weight
@@ -99,9 +100,11 @@ class VirtualTraining:
         """The task's metrics of a version."""
         return dict(evaluate(self._runner, self._manifest, self._hand_over(version), examples))
 
-    def _hand_over(self, version: int) -> str:
-        model = self._store.get_commit(self._run, version).model
-        if not self._runner.has_model(model.root):
-            tensors = {name: np.asarray(value) for name, value in view_tensors(self._store.blobs, model).items()}
-            self._runner.set_model(model.root, tensors)
-        return model.root
+    def _hand_over(self, version: int, *, as_sent: bool = False) -> str:
+        model, blobs = self._store.get_commit(self._run, version).model, self._store.blobs
+        root, tensors = (
+            model_as_sent(blobs, model, self._manifest) if as_sent else (model.root, view_tensors(blobs, model))
+        )
+        if not self._runner.has_model(root):
+            self._runner.set_model(root, {name: np.asarray(value) for name, value in tensors.items()})
+        return root

@@ -294,14 +294,15 @@ def top_k(model: Model, cohorts: Cohorts, *, share: float) -> Model:
 
 
 def int8(model: Model, cohorts: Cohorts) -> Model:
-    """Alistarh et al. 2017, section 3.1, with 127 levels and the largest element for the norm."""
+    """Alistarh et al. 2017, section 3.1, with 127 levels and the largest element for the norm, levels in steps of 8 significant bits."""
 
     def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
         key = seed_key(member_randomness(round_seed(run_seed(SEED), version), member).key)
         sent = {}
         for number, (name, value) in enumerate(sorted(minus(sgd(received, given), received).items())):
             u = np.asarray(jax.random.uniform(jax.random.fold_in(key, number), value.shape))
-            unit = np.abs(value).max() / 127
+            mantissa, exponent = np.frexp(np.abs(value).max() / 127)
+            unit = np.ldexp(np.ceil(mantissa * 256) / 256, exponent)
             sent[name] = np.floor(value / unit + u) * unit
         return plus(received, sent)
 

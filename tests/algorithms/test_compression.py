@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 import shoal
-from shoal.algorithms.compression import INT8, top_k
+from shoal.algorithms.compression import BFLOAT16, INT8, top_k
+from shoal.codec.packed import pack
+from shoal.codec.rounding import BLOCK
 from shoal.local import local_rule
 from tests.algorithms.problem import task
 
@@ -18,15 +21,35 @@ def values(size: int = 40) -> jax.Array:
 def test_int8_is_right_in_the_mean_and_off_by_less_than_a_level() -> None:
     given = values()
     made = jax.vmap(lambda number: INT8.apply(given, jax.random.key(number)))(jnp.arange(2000))
-    level = float(jnp.max(jnp.abs(given))) / 127
+    level = float(jnp.max(jnp.abs(given))) / 127 * (1 + 2**-7)
     assert float(jnp.max(jnp.abs(made - given[None]))) <= level * 1.001
     spread = level / 2 / np.sqrt(2000)
     assert float(jnp.max(jnp.abs(made.mean(axis=0) - given))) < 5 * spread
 
 
-@pytest.mark.parametrize("given", [np.zeros(5, np.float32), np.full(3, -2.0, np.float32), np.zeros((0, 2), np.float32)])
+@pytest.mark.parametrize(
+    "given", [np.zeros(5, np.float32), np.array([-127.0, 64.0], np.float32), np.zeros((0, 2), np.float32)]
+)
 def test_int8_keeps_what_it_can_say_exactly(given: np.ndarray) -> None:
-    np.testing.assert_allclose(INT8.apply(jnp.asarray(given), jax.random.key(0)), given, rtol=1e-6)
+    np.testing.assert_array_equal(INT8.apply(jnp.asarray(given), jax.random.key(0)), given)
+
+
+@pytest.mark.parametrize("size", [1, BLOCK - 1, BLOCK, 3 * BLOCK + 5])
+def test_each_block_has_levels_of_its_own(size: int) -> None:
+    rng = np.random.default_rng(size)
+    given = rng.normal(size=size).astype(np.float32) * np.repeat([1e-6, 1.0, 1e4, 1.0], BLOCK)[:size].astype(np.float32)
+    made = np.asarray(INT8.apply(jnp.asarray(given), jax.random.key(0)))
+    for start in range(0, size, BLOCK):
+        block = slice(start, start + BLOCK)
+        assert np.max(np.abs(made[block] - given[block])) <= np.max(np.abs(given[block])) / 127 * (1 + 2**-7)
+    assert np.array_equal(BFLOAT16.apply(jnp.asarray(given), None), given.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("up", "most"), [("int8", 0.25), ("bfloat16", 0.5), ("top_k", 0.1)])
+def test_what_comes_out_takes_few_bytes(up: str, most: float) -> None:
+    codec = {"int8": INT8, "bfloat16": BFLOAT16, "top_k": top_k(0.02)}[up]
+    made = np.asarray(jax.jit(codec.apply)(values(5 * BLOCK + 77), jax.random.key(3)))
+    assert len(pack(made.tobytes(), "float32")) <= min(codec.size_bytes(made.size) + 64, most * made.nbytes)
 
 
 def test_top_k_keeps_the_largest() -> None:
@@ -37,7 +60,10 @@ def test_top_k_keeps_the_largest() -> None:
     assert top_k(0.01).apply(jnp.zeros((0,), jnp.float32), jax.random.key(0)).size == 0
 
 
-@pytest.mark.parametrize(("kind", "share", "expected"), [("int8", None, 6 + 4 + 2 + 4), ("top_k", 0.3, 2 * 8 + 8)])
+@pytest.mark.parametrize(
+    ("kind", "share", "expected"),
+    [("int8", None, 6 + 4 + 2 + 4), ("bfloat16", None, 2 * (6 + 2)), ("top_k", 0.3, 2 * 4 + 4)],
+)
 def test_what_the_message_would_take_is_a_metric(kind: str, share: float | None, expected: int) -> None:
     chosen = shoal.compressed(task(), kind, share=share)  # type: ignore[arg-type]
     rule = local_rule(chosen)
@@ -57,6 +83,11 @@ def test_what_cannot_be_is_refused() -> None:
         shoal.scaffold(shoal.compressed(task(), "int8"), devices=5)
 
 
+def test_nothing_to_compress_is_refused() -> None:
+    with pytest.raises(ValueError, match="Expected something to compress"):
+        shoal.compressed(task())
+
+
 def test_a_share_of_int8_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"share only with kind='top_k', got share=0\.5"):
+    with pytest.raises(ValueError, match=r"share only with up='top_k', got share=0\.5"):
         shoal.compressed(task(), "int8", share=0.5)

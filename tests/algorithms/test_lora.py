@@ -138,4 +138,5 @@ def test_a_frozen_base_travels_to_a_device_once() -> None:
 
     asyncio.run(serve())
     base, programs = 4 * WIDE * WIDE, sum(program.size_bytes for program in plan.manifest.programs)
-    assert base < shared.down_bytes - programs - len(plan.manifest.data) < base + rounds * (4 * 2 * 2 * WIDE + 2000)
+    most = base + programs + len(plan.manifest.data) + rounds * (4 * 2 * 2 * WIDE + 2000)
+    assert 0.7 * base < shared.down_bytes < most

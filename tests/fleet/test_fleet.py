@@ -417,7 +417,7 @@ class BreakingLink(LocalLink):
             if most == 0:
                 return
             most -= 1
-            self.sent += len(part.data)
+            self.sent += part.unpacked or len(part.data)
             yield part
 
 
@@ -437,7 +437,8 @@ async def test_a_broken_push_goes_on_where_it_broke() -> None:
         link = BreakingLink(fleet, after=3, times=3)
         fleet.start(toy.device("a", link))
         await asyncio.gather(*fleet.tasks)
-        assert link.sent == made.manifest.update_bytes == fleet.host.edge.statistics().up_bytes
+        assert link.sent == made.manifest.update_bytes
+        assert fleet.host.edge.statistics().up_bytes < link.sent / 100, "all elements are alike"
 
 
 @toy.in_loop

@@ -166,6 +166,17 @@ class ToyRunner:
         self.models.clear()
 
 
+class RandomRunner(ToyRunner):
+    """Its updates take on the wire what they take in memory."""
+
+    def finish(self) -> Update:
+        rng, update = np.random.default_rng(0), super().finish()
+        for name, value in update.sums.items():
+            if name.startswith("delta/"):
+                update.sums[name] = rng.normal(size=value.shape).clip(-3, 3).astype(value.dtype)
+        return update
+
+
 def examples(value: float = 1.0, num: int = 3) -> Examples:
     return Examples({"x": np.full(num, value, np.float32)})
 

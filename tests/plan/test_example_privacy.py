@@ -248,7 +248,7 @@ def test_algorithms_with_gradients_of_several_examples_or_rules_of_their_own_are
     [
         lambda task: shoal.fedprox(task, mu=0.1),
         lambda task: shoal.scaffold(task, devices=20),
-        lambda task: shoal.compressed(task, kind="int8"),
+        lambda task: shoal.compressed(task, "int8"),
         shoal.reptile,
     ],
 )
