@@ -9,18 +9,22 @@ Both are held by `tests/plan/test_clipping.py`.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from shoal.clip_norm import AdaptiveClip
 
 
-def clip_update(delta: Mapping[str, Any], bound: float, *, scale: Any = None) -> tuple[dict[str, Any], Any]:
+def clip_update(
+    delta: Mapping[str, Any], bound: float, *, scale: Any = None, on_grid: bool = False
+) -> tuple[dict[str, Any], Any]:
     """The tensors with an L2 norm of at most `bound` together, and whether they were longer, a bool scalar.
 
     Args:
         delta: by name, float32.
         bound: of what is returned.
         scale: float32 scalar above 0: clipped to `bound * scale`, then divided by `scale`. None: 1.
+        on_grid: the tensors are levels times steps of few bits: scaled down by a factor of few bits, at most 1 in 128 too far, they are so still.
     """
     # Divided by the largest element first, as squares of float32 overflow; by its power of two before, as its inverse may, too.
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(values), initial=0.0) for values in delta.values()]))
@@ -32,6 +36,12 @@ def clip_update(delta: Mapping[str, Any], bound: float, *, scale: Any = None) ->
     most = bound * (1 - 2.0**-16)
     is_over = unit / shrink * length > (most if scale is None else most * scale)
     factor = most / jnp.where(is_over, length, 1.0)
+    if on_grid:
+        by = factor / unit * shrink
+        by = jax.lax.bitcast_convert_type(
+            jax.lax.bitcast_convert_type(by, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
+        )
+        relative, factor = dict(delta), by
     within = delta if scale is None else {name: values / scale for name, values in delta.items()}
     return {name: jnp.where(is_over, relative[name] * factor, within[name]) for name in delta}, is_over
 

@@ -111,10 +111,17 @@ class SumSpec:
     weighted: bool
     """Whether a member's contribution is multiplied by its weight. The mean of a weighted `delta/…` is given to the server's
     rule; the sum of one that is not is added to its tensor."""
+    rotated: int = 0
+    """Elements of the blocks that an update is rotated in (`codec/linear.py`), which is undone when its sum is committed; 0: it is not."""
+    one_of: int = 1
+    """Of so many elements of the tensor one is sent, another for each version."""
 
     def __post_init__(self) -> None:
         validate.types(self)
         validate.positive(bound=self.bound)
+        for name, value in (("rotated", self.rotated), ("one_of", self.one_of)):
+            if value < (name == "one_of") or value & (value - 1):
+                raise ValueError(f"Expected {name} of {self.tensor.name} to be a power of two, got {value}.")
 
     def fixed(self, *, bits: int, max_weight: int, max_members: int) -> FixedPoint:
         """The finest fixed point for a round of at most `max_members`."""
@@ -122,7 +129,9 @@ class SumSpec:
         return FixedPoint.finest(bits=bits, bound=self.bound, max_weight=weight, max_members=max_members)
 
     def to_json(self) -> dict[str, Any]:
-        return {"tensor": self.tensor.to_json(), "bound": self.bound, "weighted": self.weighted}
+        made = {"tensor": self.tensor.to_json(), "bound": self.bound, "weighted": self.weighted}
+        made |= {"rotated": self.rotated} if self.rotated else {}
+        return made | ({"one_of": self.one_of} if self.one_of > 1 else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:

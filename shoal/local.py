@@ -31,9 +31,11 @@ from typing import Any, Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shoal.clip_norm import LOG_SCALE, AdaptiveClip, ClipNorm, groups_of
 from shoal.clip_update import clip_update, log_scale_step
+from shoal.codec.linear import SPREAD
 from shoal.fixed import STEPS, SumSpec
 from shoal.gradients import Gradient, noisy_gradient, plain_gradient
 from shoal.lora import with_adapters
@@ -78,6 +80,8 @@ class LocalRule:
     reached: Callable[[Named], Named] | None = None
     """carry -> the model that the device holds by now, by name; None: the tensors of that name in the carry."""
 
+    on_grid: bool = False
+    """Whether updates have been rounded to few significant bits: what scales them later has few, too."""
     hides_examples: bool = False
     """Whether what leaves `block` follows from examples by the steps of `gradients.noisy_gradient` alone, metrics aside."""
 
@@ -223,23 +227,27 @@ def clipped(rule: LocalRule, clip_norm: ClipNorm) -> LocalRule:
             f"Expected privacy.clip_norm=None for a task that sends no updates of a model, got {clip_norm}."
         )
     groups = groups_of(names, clip_norm)
+    sums = _bounded(rule.sums, groups, clip_norm if isinstance(clip_norm, AdaptiveClip) else None)
+    held = {spec.tensor.name.removeprefix("delta/"): spec.bound for spec in sums if spec.rotated}
     adaptive = clip_norm if isinstance(clip_norm, AdaptiveClip) else None
 
     def finish(carry: Named, broadcast: Named) -> Report:
         report = rule.finish(carry, without_scale(broadcast))
         delta, scale = report.sums["delta"], None if adaptive is None else jnp.exp(broadcast[LOG_SCALE])
         parts = [
-            clip_update({name: delta[name] for name in delta if name in group}, bound, scale=scale)
+            clip_update(
+                {name: delta[name] for name in delta if name in group}, bound, scale=scale, on_grid=rule.on_grid
+            )
             for group, bound in groups
         ]
         made = {name: value for part, _ in parts for name, value in part.items()}
+        made |= {name: jnp.clip(made[name], -bound, bound) for name, bound in held.items()}
         is_over = reduce(jnp.logical_or, [is_over for _, is_over in parts])
         if adaptive is not None:
             made[LOG_SCALE] = log_scale_step(adaptive, broadcast[LOG_SCALE], is_over)
         counted = {"clipped/numerator": is_over.astype(jnp.float32), "clipped/denominator": jnp.ones((), jnp.float32)}
         return report._replace(sums={**report.sums, "delta": made}, metrics=_sorted({**report.metrics, **counted}))
 
-    sums = _bounded(rule.sums, groups, adaptive)
     made = replace(rule, finish=finish, sums=(*sums, *metric_sums({"clipped": (0.0, 1.0)}, 1)))
     return made if adaptive is None else _with_log_scale(made, adaptive)
 
@@ -272,7 +280,14 @@ def _bounded(
             f"Expected no element's bound below the initial norm of an adaptive clip, {adaptive.initial:g}, got {low[0].bound:g} for "
             f"{low[0].tensor.name}: what is refused would change with the norm. Raise Privacy(delta_bound=…) or Task(bounds=…)."
         )
-    return tuple(replace(spec, bound=min(spec.bound, bounds.get(spec.tensor.name, spec.bound))) for spec in sums)
+    return tuple(replace(spec, bound=_bound_of(spec, bounds.get(spec.tensor.name, spec.bound))) for spec in sums)
+
+
+def _bound_of(spec: SumSpec, norm: float) -> float:
+    """Of an element, where the norm of all is bounded: no larger than that; in a rotated block as large as chance makes it."""
+    if not spec.rotated:
+        return min(spec.bound, norm)
+    return min(spec.bound, float(np.float32(norm * min(1.0, SPREAD * spec.rotated**-0.5))))
 
 
 def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule:

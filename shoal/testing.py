@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from shoal.aggregate.linear import Linear
 from shoal.api import Model
 from shoal.clip_norm import LOG_SCALE
 from shoal.data.batch import num_steps
@@ -344,7 +345,7 @@ class _Checks:
             runner.set_model(root, model)
             update = train(runner, manifest, root, examples, state, seed=_SEED, member=root, noise_seed=_SEED)
             losses.append(_mean(update.sums, "loss"))
-            state, model = update.device_state, _stepped(model, update.sums)
+            state, model = update.device_state, _stepped(model, update.sums, manifest)
         self.trained = self.as_model(model)
         self.metrics = {n: _mean(update.sums, n) for n in _metric_names(manifest)} | self.evaluated(examples)
         text = f"loss {losses[0]:.4g} -> {losses[-1]:.4g} over {len(losses)} passes of local training"
@@ -468,14 +469,17 @@ def _far(made: Named, expected: Named) -> str:
     return ""
 
 
-def _stepped(model: Tensors, sums: Tensors) -> Tensors:
+def _stepped(model: Tensors, sums: Tensors, manifest: Manifest) -> Tensors:
     """The model after one member's update."""
     scale = np.exp(model.get(LOG_SCALE, np.zeros((), np.float32)))  # what the update was divided by
 
+    specs = {spec.tensor.name: spec for spec in manifest.sums}
+
     def after(name: str, value: np.ndarray) -> np.ndarray:
-        delta = sums.get(f"delta/{name}")
-        if delta is None:
+        key = f"delta/{name}"
+        if key not in sums:
             return value
+        delta = Linear(specs[key], value.reshape(-1)).undone_whole(sums[key]).reshape(value.shape)
         step = delta if name == LOG_SCALE else delta * scale
         return np.asarray(value + step.astype(value.dtype), value.dtype)
 

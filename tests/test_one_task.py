@@ -220,6 +220,23 @@ def test_what_is_sent_in_fewer_bytes_is_the_same_in_simulation_and_on_a_fleet(up
     np.testing.assert_allclose(simulated["params/w"], exact["params/w"], atol=0.5 if up == "top_k" else 0.02)
 
 
+@pytest.mark.parametrize("bits", [0, 16, 32], ids=["clear", "16 bits", "32 bits"])
+@pytest.mark.parametrize(
+    "compression", [{"rotate": True}, {"up": "random_k", "share": 0.5}], ids=["rotated", "some elements"]
+)
+def test_linear_maps_are_undone_on_sums_in_every_mode(compression: dict[str, Any], bits: int) -> None:
+    secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0, bits=bits) if bits else None
+    local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
+    plain = small_task(local=local, privacy=shoal.Privacy(clip_norm=0.05, secure=secure))
+    ways = Ways(shoal.compressed(plain, **compression))
+    assert any(spec.rotated or spec.one_of > 1 for spec in ways.plan.manifest.sums)
+    simulated = ways.simulated()
+    same_bits(ways.on_a_fleet(in_one_process), simulated)
+    if "rotate" in compression:
+        exact = Ways(plain.replace(privacy=shoal.Privacy(clip_norm=0.05))).simulated()
+        np.testing.assert_allclose(simulated["params/w"], exact["params/w"], atol=2e-5 if bits == 16 else 1e-6)
+
+
 def test_noise_that_devices_add_is_as_large_in_simulation_and_on_a_fleet() -> None:
     local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
     secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0)

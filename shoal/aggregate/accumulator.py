@@ -33,6 +33,7 @@ class Accumulator:
         self.specs, self.fixed = tuple(sums), fixed
         self.totals = {spec.tensor.name: np.zeros(spec.tensor.shape, np.int64) for spec in sums}
         self.max_weight, self.max_members = max_weight, max_members
+        self._by_name = {spec.tensor.name: spec for spec in sums}
         self._weighted = {spec.tensor.name: spec.weighted for spec in sums}
         self.weight = self.members = 0
 
@@ -116,6 +117,10 @@ class Accumulator:
             for name in sorted(names)
             if values[f"{name}/denominator"]
         }
+
+    def spec(self, name: str) -> SumSpec:
+        """Of one sum."""
+        return self._by_name[name]
 
     def is_weighted(self, name: str) -> bool:
         """Whether a member's part in this sum was multiplied by its weight."""

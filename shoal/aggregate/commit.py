@@ -6,6 +6,8 @@ them added, whoever reported and however late, and no other rule: SCAFFOLD's con
 Where the clip norm is adaptive, updates come divided by the scale of the version that they were made from (`clip_norm.LOG_SCALE`); what is
 made of their sums is multiplied by it again.
 
+Where updates came through a linear map (`codec/linear.py`), it is undone here, on their sum.
+
 A tensor is read (memory-mapped), stepped and written in pieces of `fixed.CHUNK` elements; beyond the sums themselves a
 commit of any size holds a few megabytes. Tensors that are not averaged (frozen, private) keep their blob.
 """
@@ -17,6 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
+from shoal.aggregate.linear import Linear
 from shoal.aggregate.server_rule import initial_slot, slots, step
 from shoal.clip_norm import LOG_SCALE
 from shoal.errors import QuorumNotReached
@@ -92,11 +95,12 @@ class WeightedMean:
             slot: TensorSpec(name=name, shape=entry.spec.shape, dtype="float32") for slot, name in names.items()
         }
         before = blobs.view(entry.hash, entry.spec).reshape(-1)
+        linear = Linear(sums.spec(f"delta/{entry.spec.name}"), before)
         olds = {slot: blobs.view(kept[n].hash, specs[slot]).reshape(-1) for slot, n in names.items() if n in kept}
         writers = {part: blobs.writer() for part in specs}
         flat = total.reshape(-1)
-        for piece in _pieces(flat.size):
-            mean = times * read(flat[piece], fixed, divisor=divisor)
+        for piece in _pieces(before.size):
+            mean = times * linear.undone(lambda part: read(flat[part], fixed, divisor=divisor), piece)
             slot_values = {
                 slot: olds[slot][piece].astype(np.float64)
                 if slot in olds
@@ -114,7 +118,10 @@ class WeightedMean:
         learned = [entry for entry in plain if f"delta/{entry.spec.name}" in sums.totals and _is_param(entry)]
         values = {f"model/{entry.spec.name}": blobs.view(entry.hash, entry.spec) for entry in learned}
         times = scale_of(model, blobs) * sums.mean_steps()
-        means = {f"mean/{entry.spec.name}": _mean(sums, entry.spec.name, times) for entry in learned}
+        means = {
+            f"mean/{entry.spec.name}": _mean(sums, entry.spec, values[f"model/{entry.spec.name}"], times)
+            for entry in learned
+        }
         kept = {entry.spec.name: blobs.view(entry.hash, entry.spec) for entry in state}
         kept = kept or self._call("server_begin", values)
         made = self._call("server_step", {**values, **means, **kept})
@@ -150,9 +157,11 @@ def scale_of(model: Index, blobs: Blobs) -> float:
     return float(Decimal(float(blobs.view(entry.hash, entry.spec))).exp(Context(prec=30)))
 
 
-def _mean(sums: Accumulator, name: str, times: float) -> np.ndarray:
-    key = f"delta/{name}"
-    return (times * read(sums.totals[key], sums.fixed[key], divisor=sums.weight)).astype(np.float32)
+def _mean(sums: Accumulator, spec: TensorSpec, before: np.ndarray, times: float) -> np.ndarray:
+    key = f"delta/{spec.name}"
+    mean = read(sums.totals[key], sums.fixed[key], divisor=sums.weight)
+    undone = Linear(sums.spec(key), before.reshape(-1)).undone_whole(mean)
+    return (times * undone).astype(np.float32).reshape(spec.shape)
 
 
 def _but_for(sums: Accumulator, prefix: str) -> Accumulator:

@@ -19,21 +19,28 @@ are added to the line itself, which keeps every bit: no rounding adds up over ve
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, replace
+from math import ceil, frexp, prod
 from typing import Any, Final, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from shoal import validate
 from shoal.algorithms.compose import applied
+from shoal.codec.linear import SPREAD, block_length, chosen, rotate, rotated_size, seed_of, seed_of_words
 from shoal.codec.rounding import BLOCK, MAX_LEVEL, ROUNDINGS, Rounding
+from shoal.fixed import SumSpec
 from shoal.local import LocalRule, Named, Report, metric_sums, public_words, seed_key, sgd_rule
 from shoal.task import Task
 from shoal.tensors import TensorSpec, total_bytes
 
-KINDS: Final = ("float32", "bfloat16", "int8", "top_k")
+KINDS: Final = ("float32", "bfloat16", "int8", "top_k", "random_k")
+SHARES: Final = {"top_k": 0.01, "random_k": 1 / 64}
+"""What is sent of a tensor, where nobody says."""
+SMALL: Final = 16
+"""A tensor of fewer elements goes through no linear map."""
 RESIDUAL: Final = "residual/"
 KEY: Final = "compression/key"
 BYTES: Final = "update_bytes"
@@ -41,38 +48,73 @@ BYTES: Final = "update_bytes"
 
 def compressed(
     task: Task,
-    up: Literal["float32", "bfloat16", "int8", "top_k"] = "float32",
+    up: Literal["float32", "bfloat16", "int8", "top_k", "random_k"] = "float32",
     *,
     down: Rounding = "float32",
     share: float | None = None,
+    rotate: bool = False,
 ) -> Task:
     """Updates and versions in fewer bytes.
 
     Args:
         task: any that trains; other algorithms are applied before.
-        up: what updates are made of: `bfloat16`, `int8` (stochastic rounding), `top_k` (with error feedback), or `float32`, as they are.
+        up: what updates are made of: `bfloat16`, `int8` (stochastic rounding), `top_k` (with error feedback), `random_k`, or `float32`, as they
+            are. Secure groups know `float32` and `random_k`.
         down: what versions are rounded to before they are sent: `bfloat16`, `int8`, or `float32`, as they are.
-        share: for top_k alone: of the elements of each tensor that are sent, in (0, 1], at least one; 0.01 if not given. 1 sends all.
+        share: for top_k and random_k: of the elements of each tensor that are sent, in (0, 1], at least one; 1/64 for random_k if not given, 0.01
+            for top_k. 1 sends all. For random_k a power of two.
+        rotate: updates are rotated by chance before they are rounded, so that no element is much larger than the others: finer levels for
+            `int8`, and for the integers of secure groups. Wants a `Privacy(clip_norm=…)` to be of use to these.
 
     Raises:
         ValueError: an unknown kind, a share out of range, nothing to do, or the task is compressed already.
     """
     validate.one_of(KINDS, up=up)
     validate.one_of(ROUNDINGS, down=down)
-    if up != "top_k" and share is not None:
-        raise ValueError(f"Expected share only with up='top_k', got share={share!r}: {up} sends every element.")
-    if up == down == "float32":
+    if up not in SHARES and share is not None:
+        raise ValueError(
+            f"Expected share only with up='top_k' or 'random_k', got share={share!r}: {up} sends every element."
+        )
+    if up in SHARES and rotate:
+        raise ValueError(
+            f"Expected rotate=False with up={up!r}: a rotation makes all elements alike, and no few of them stand for it."
+        )
+    if up == down == "float32" and not rotate:
         raise ValueError("Expected something to compress, got up='float32' and down='float32': name another of either.")
-    share = 0.01 if share is None else share
+    share = SHARES.get(up, 1.0) if share is None else share
     if not 0.0 < share <= 1.0:
         raise ValueError(f"Expected 0 < share <= 1, got share={share!r}.")
-    arguments = {"up": up, "down": down} | ({"share": share} if up == "top_k" else {})
+    if up == "random_k" and frexp(share)[0] != 0.5:
+        raise ValueError(f"Expected a share of 1, 1/2, 1/4, … with up='random_k', got share={share!r}.")
+    arguments = (
+        {"up": up, "down": down} | ({"share": share} if up in SHARES else {}) | ({"rotate": True} if rotate else {})
+    )
+    _refuse_in_secure_groups(task, up)
     made = applied(task, "compressed", arguments, down=down)
-    if up == "float32":
+    if up == "float32" and not rotate:
         return made
     inner = task.rule or sgd_rule
-    chosen = {"bfloat16": BFLOAT16, "int8": INT8}.get(up) or top_k(share)
-    return made.replace(rule=lambda made: compressed_rule(inner(made), chosen))
+    if up == "random_k":
+        _refuse_what_random_k_cannot(made)
+    chosen = {"bfloat16": BFLOAT16, "int8": INT8, "top_k": top_k(share)}.get(up, FLOAT32)
+    linear = (lambda spec: _one_of(spec, share)) if up == "random_k" else _rotated if rotate else None
+    return made.replace(rule=lambda made: compressed_rule(inner(made), chosen, linear=linear))
+
+
+def _refuse_in_secure_groups(task: Task, up: str) -> None:
+    if task.privacy.secure is not None and up in ("bfloat16", "int8", "top_k"):
+        raise ValueError(
+            f"Expected up='float32' or 'random_k' with Privacy(secure=…), got {up!r}: members of a group send integers of the group's bits under masks, "
+            "all elements of them, or those that all members have in common. Choose fewer bits, Secure(bits=16), with rotate=True."
+        )
+
+
+def _refuse_what_random_k_cannot(task: Task) -> None:
+    if task.down != "float32" or task.rounds.max_staleness:
+        raise ValueError(
+            f"Expected down='float32' and a policy whose late updates are discarded with up='random_k', got down={task.down!r} and "
+            f"late={task.rounds.late.kind!r}: which elements are sent follows from the version, bit for bit, and is another for each."
+        )
 
 
 @dataclass(frozen=True)
@@ -85,6 +127,9 @@ class Codec:
     """Elements of a tensor -> bytes of its message."""
     feeds_back: bool
     """What is left out is kept for the next round."""
+
+
+FLOAT32: Final = Codec(lambda values, key: values, lambda size: 4 * size, feeds_back=False)
 
 
 def _bfloat16(values: Any, key: Any) -> Any:
@@ -127,9 +172,43 @@ def top_k(share: float) -> Codec:
     return Codec(apply, lambda size: min(4 * kept(size) + size // 8, 4 * size), feeds_back=True)
 
 
-def compressed_rule(inner: LocalRule, codec: Codec) -> LocalRule:
-    """A local rule whose updates go through a codec."""
-    deltas = {s.tensor.name.removeprefix("delta/"): s.tensor for s in inner.sums if s.tensor.name.startswith("delta/")}
+def _rotated(spec: SumSpec) -> SumSpec:
+    size = prod(spec.tensor.shape)
+    if size < SMALL:
+        return spec
+    block = block_length(size)
+    tensor = replace(spec.tensor, shape=(rotated_size(size, block),), kind="dense", table="")
+    # Of elements within a bound the root mean square is, too.
+    return replace(spec, tensor=tensor, rotated=block, bound=float(np.float32(SPREAD * spec.bound)))
+
+
+def _one_of(spec: SumSpec, share: float) -> SumSpec:
+    size, one_of = prod(spec.tensor.shape), round(1 / share)
+    if size < SMALL:
+        return spec
+    tensor = replace(spec.tensor, shape=(-(-size // one_of),), kind="dense", table="")
+    return replace(spec, tensor=tensor, one_of=one_of, bound=one_of * spec.bound)
+
+
+def through(spec: SumSpec, values: Any, before: Any) -> Any:
+    """An update's tensor through the linear map of its sum."""
+    name, flat = spec.tensor.name.removeprefix("delta/"), values.reshape(-1)
+    if spec.rotated:
+        return jnp.clip(rotate(flat, spec.rotated, seed=seed_of(name), xp=jnp), -spec.bound, spec.bound)
+    if spec.one_of > 1:
+        words = jax.lax.bitcast_convert_type(before, jnp.uint32).reshape(-1)
+        places = chosen(flat.size, spec.one_of, seed=seed_of_words(words, name, jnp), xp=jnp)
+        return spec.one_of * jnp.take(flat, places, mode="fill", fill_value=0.0)
+    return values
+
+
+def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec], SumSpec] | None = None) -> LocalRule:
+    """A local rule whose updates go through a linear map, where there is one, and a codec."""
+    sums = tuple(
+        linear(spec) if linear is not None and spec.tensor.name.startswith("delta/") else spec for spec in inner.sums
+    )
+    specs = {s.tensor.name.removeprefix("delta/"): s for s in sums if s.tensor.name.startswith("delta/")}
+    deltas = {name: spec.tensor for name, spec in specs.items()}
     residuals = tuple(
         TensorSpec(name=RESIDUAL + name, shape=spec.shape, dtype="float32")
         for name, spec in sorted(deltas.items() if codec.feeds_back else ())
@@ -152,7 +231,7 @@ def compressed_rule(inner: LocalRule, codec: Codec) -> LocalRule:
         report = inner.finish(theirs, broadcast)
         sent, left = dict[str, Any](), dict[str, Any]()
         for number, name in enumerate(sorted(deltas)):
-            whole = report.sums["delta"][name]
+            whole = through(specs[name], report.sums["delta"][name], broadcast[name])
             if codec.feeds_back:
                 whole = whole + own[RESIDUAL + name]
             sent[name] = codec.apply(whole, jax.random.fold_in(seed_key(own[KEY]), number))
@@ -172,7 +251,8 @@ def compressed_rule(inner: LocalRule, codec: Codec) -> LocalRule:
         device_state=tuple(sorted(inner.device_state + residuals, key=lambda spec: spec.name)),
         reached=inner.reached,
         hides_examples=inner.hides_examples,
-        sums=(*inner.sums, *metric_sums({BYTES: (0.0, float(total_bytes(deltas.values())) + 64.0)}, 1)),
+        on_grid=codec in (INT8, BFLOAT16),
+        sums=(*sums, *metric_sums({BYTES: (0.0, float(total_bytes(deltas.values())) + 64.0)}, 1)),
     )
 
 

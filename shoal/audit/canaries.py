@@ -91,8 +91,13 @@ def with_canaries(task: Task, *, seed: int) -> Task:
     """The task, whose devices with a canary's number send its direction. `seed`: of the directions.
 
     Raises:
-        ValueError: nothing clips the task's updates, so that a canary's length would be anything.
+        ValueError: nothing clips the task's updates, so that a canary's length would be anything; or they go through a linear map.
     """
+    if any(spec.rotated or spec.one_of > 1 for spec in local_rule(task).sums):
+        raise ValueError(
+            f"Expected updates without a linear map, got shoal.compressed(rotate=True or 'random_k') in task {task.name!r}: audit the task before it "
+            "is compressed, as neither changes what its noise is worth."
+        )
     if task.privacy.clip_norm is None:
         raise ValueError("Expected a task with privacy.clip_norm, got None: a canary's update is as long as that.")
     # Clipped, added up and noised is what the canaries' rule makes, not what the task's own does.

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 
 import shoal
-from shoal.algorithms.compression import BFLOAT16, INT8, top_k
+from shoal.aggregate.linear import Linear
+from shoal.algorithms.compression import BFLOAT16, INT8, through, top_k
 from shoal.codec.packed import pack
 from shoal.codec.rounding import BLOCK
+from shoal.fixed import SumSpec
 from shoal.local import local_rule
+from shoal.tensors import TensorSpec
 from tests.algorithms.problem import task
 
 
@@ -83,11 +86,40 @@ def test_what_cannot_be_is_refused() -> None:
         shoal.scaffold(shoal.compressed(task(), "int8"), devices=5)
 
 
+def test_what_does_not_go_together_is_refused() -> None:
+    secure = task(privacy=shoal.Privacy(clip_norm=1.0, secure=shoal.Secure()))
+    late = shoal.RoundPolicy(late=shoal.Late.discount(0.5, max_staleness=2))
+    for chosen, settings, line in (
+        (secure, {"up": "int8"}, "send integers of the group's bits"),
+        (task(), {"up": "top_k", "rotate": True}, "rotate=False with up='top_k'"),
+        (task(), {"up": "random_k", "share": 0.3}, "1, 1/2, 1/4"),
+        (task(), {"up": "random_k", "down": "int8"}, "down='float32' and a policy whose late updates"),
+        (task(rounds=late), {"up": "random_k"}, "another for each"),
+        (task(), {"up": "int4"}, "up"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=line):
+            shoal.compressed(chosen, **settings)
+
+
+def test_some_elements_are_right_in_the_mean_over_versions() -> None:
+    """Each version draws another of each few; times their number the mean is the update's."""
+    size, rng = 16, np.random.default_rng(0)
+    update = rng.normal(size=size).astype(np.float32)
+    total = np.zeros(size)
+    tensor = TensorSpec(name="delta/params/w", shape=(4,), dtype="float32")
+    spec = SumSpec(tensor=tensor, bound=4.0, weighted=True, one_of=4)
+    for _ in range(3000):
+        before = rng.normal(size=size).astype(np.float32)
+        sent = np.asarray(through(spec, jnp.asarray(update), jnp.asarray(before)), np.float64)
+        total += Linear(spec, before).undone(lambda part, sent=sent: sent[part], slice(0, size))
+    np.testing.assert_allclose(total / 3000, update, atol=5 * 2 * np.abs(update).max() / np.sqrt(3000))
+
+
 def test_nothing_to_compress_is_refused() -> None:
     with pytest.raises(ValueError, match="Expected something to compress"):
         shoal.compressed(task())
 
 
 def test_a_share_of_int8_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"share only with up='top_k', got share=0\.5"):
+    with pytest.raises(ValueError, match=r"share only with up='top_k' or 'random_k', got share=0\.5"):
         shoal.compressed(task(), "int8", share=0.5)
