@@ -95,7 +95,6 @@ def test_what_does_not_go_together_is_refused() -> None:
         (task(), {"up": "random_k", "share": 0.3}, "1, 1/2, 1/4"),
         (task(), {"up": "random_k", "down": "int8"}, "down='float32' and a policy whose late updates"),
         (task(rounds=late), {"up": "random_k"}, "another for each"),
-        (task(), {"up": "int4"}, "up"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=line):
             shoal.compressed(chosen, **settings)
