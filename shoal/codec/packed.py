@@ -36,6 +36,7 @@ _MIN_DEFLATED: Final = 32
 _SAMPLE: Final = 1 << 12
 _LEVEL: Final[Literal[1]] = 1
 """Of deflate: as small as level 2, and no slower, where no bytes repeat."""
+_INFINITE: Final = 0x7F800000
 _SAMPLED: Final = 32
 """Elements of a block, of which its step is guessed."""
 
@@ -110,12 +111,15 @@ def _body(words: _Array, dtype: str, *, flags: int) -> bytes:
         if found is not None:
             return bytes((_LEVELS, 4)) + b"".join(map(_stream, found))
     parts: list[bytes] = []
-    mask = words != 0
-    if 2 * np.count_nonzero(mask) < words.size:
+    if 2 * np.count_nonzero(words) < words.size:
         flags |= _SPARSE
+        mask = words != 0
         parts.append(_stream(np.packbits(mask)))
         words = words[mask]
-    parts += [_stream((words >> words.dtype.type(8 * place)).astype(np.uint8)) for place in range(words.itemsize)]
+    for _ in range(words.itemsize - 1):
+        parts.append(_stream(words.astype(np.uint8)))
+        words = words >> words.dtype.type(8)
+    parts.append(_stream(words.astype(np.uint8)))
     return bytes((flags, words.itemsize)) + b"".join(parts)
 
 
@@ -210,10 +214,7 @@ def _to_levels(values: _Array) -> tuple[_Array, _Array] | None:
     steps = _guessed_steps(blocks)
     if steps is None:
         return None
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        levels = blocks / np.where(steps > 0, steps, np.float32(1))[:, None]
-    if not np.all(np.abs(levels) <= MAX_LEVEL):
-        return None
+    levels = blocks / np.where(steps > 0, steps, np.float32(1))[:, None]  # at most MAX_LEVEL, and a little for rounding
     whole = levels.astype(np.int8).reshape(-1)[: values.size]
     if not np.array_equal(_from_levels(steps, whole).view(np.uint32), values.view(np.uint32)):
         return None
@@ -239,16 +240,14 @@ def _blocks(values: _Array) -> _Array:
 
 def _guessed_steps(blocks: _Array) -> _Array | None:
     """What some elements of each block are whole multiples of; None where it is too fine for the largest."""
-    sizes = np.abs(blocks)
-    largest = np.max(sizes, axis=1, initial=0.0)
-    if not np.all(np.isfinite(largest)):
+    magnitudes = blocks.view(np.uint32) & np.uint32(0x7FFFFFFF)
+    largest = np.max(magnitudes, axis=1, initial=0)
+    if np.any(largest >= _INFINITE):
         return None
-    least = np.min(np.where(sizes > 0, sizes, np.float32(np.inf)), axis=1, initial=np.inf)
-    # The least is the step itself more often than not, where most levels are zero.
-    sample = np.column_stack((sizes[:, :: BLOCK // _SAMPLED], largest, np.where(largest > 0, least, 0))).astype(
-        np.float32
-    )
-    bits = sample.view(np.uint32)
+    # The least but for zero, which is the step itself more often than not where most levels are zero.
+    least = np.min(magnitudes - np.uint32(1), axis=1, initial=_INFINITE) + np.uint32(1)
+    sample = np.column_stack((magnitudes[:, :: BLOCK // _SAMPLED], largest, np.where(least <= _INFINITE, least, 0)))
+    bits = sample.astype(np.uint32)
     exponents = (bits >> 23).astype(np.int64)
     mantissas = np.where(exponents > 0, (bits & 0x7FFFFF) | 0x800000, bits & 0x7FFFFF).astype(np.int64)
     exponents = np.maximum(exponents, 1)
@@ -259,7 +258,7 @@ def _guessed_steps(blocks: _Array) -> _Array | None:
     common = np.gcd.reduce(np.where(mantissas > 0, mantissas << np.maximum(shifts, 0), 0), axis=1)
     with np.errstate(over="ignore"):
         steps = np.ldexp(common.astype(np.float64), lowest - 150).astype(np.float32)
-        return steps if np.all(largest <= MAX_LEVEL * steps) else None
+        return steps if np.all(largest.view(np.float32) <= MAX_LEVEL * steps) else None
 
 
 # Streams.

@@ -300,7 +300,7 @@ def int8(model: Model, cohorts: Cohorts) -> Model:
         key = seed_key(member_randomness(round_seed(run_seed(SEED), version), member).key)
         sent = {}
         for number, (name, value) in enumerate(sorted(minus(sgd(received, given), received).items())):
-            u = np.asarray(jax.random.uniform(jax.random.fold_in(key, number), value.shape))
+            u = np.asarray(jax.random.bits(jax.random.fold_in(key, number), value.shape, np.uint16)) / 2**16
             mantissa, exponent = np.frexp(np.abs(value).max() / 127)
             unit = np.ldexp(np.ceil(mantissa * 256) / 256, exponent)
             sent[name] = np.floor(value / unit + u) * unit
