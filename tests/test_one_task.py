@@ -209,7 +209,13 @@ def test_correlated_noise_is_the_same_in_simulation_and_on_a_fleet(monkeypatch: 
 
 
 @pytest.mark.parametrize(
-    ("up", "down"), [("bfloat16", "int8"), ("int8", "bfloat16"), ("top_k", "bfloat16"), ("float32", "int8")]
+    ("up", "down"),
+    [
+        pytest.param("bfloat16", "int8", marks=pytest.mark.slow),
+        ("int8", "bfloat16"),
+        pytest.param("top_k", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("float32", "int8", marks=pytest.mark.slow),
+    ],
 )
 def test_what_is_sent_in_fewer_bytes_is_the_same_in_simulation_and_on_a_fleet(up: Any, down: Any) -> None:
     ways = Ways(shoal.compressed(small_task(), up, down=down))
@@ -220,9 +226,14 @@ def test_what_is_sent_in_fewer_bytes_is_the_same_in_simulation_and_on_a_fleet(up
     np.testing.assert_allclose(simulated["params/w"], exact["params/w"], atol=0.5 if up == "top_k" else 0.02)
 
 
-@pytest.mark.parametrize("bits", [0, 16, 32], ids=["clear", "16 bits", "32 bits"])
 @pytest.mark.parametrize(
-    "compression", [{"rotate": True}, {"up": "random_k", "share": 0.5}], ids=["rotated", "some elements"]
+    ("compression", "bits"),
+    [
+        ({"rotate": True}, 16),
+        ({"up": "random_k", "share": 0.5}, 0),
+        *(pytest.param({"rotate": True}, bits, marks=pytest.mark.slow) for bits in (0, 32)),
+        *(pytest.param({"up": "random_k", "share": 0.5}, bits, marks=pytest.mark.slow) for bits in (16, 32)),
+    ],
 )
 def test_linear_maps_are_undone_on_sums_in_every_mode(compression: dict[str, Any], bits: int) -> None:
     secure = shoal.Secure(members=4, colluders=0.0, dropouts=0.0, bits=bits) if bits else None
