@@ -67,6 +67,14 @@ def device(
             "--colluders", min=0, help="Join only secure groups that withstand so many members that help the host."
         ),
     ] = 0,
+    noise: Annotated[
+        float,
+        typer.Option(
+            "--noise",
+            min=0.0,
+            help="Join only secure groups whose members add noise of so many clip norms to their sum.",
+        ),
+    ] = 0.0,
     max_epsilon: Annotated[
         float | None,
         typer.Option(
@@ -147,7 +155,7 @@ def device(
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
         floor=Floor(
-            secure=secure, minimum_group=minimum, colluders=colluders, authority=enrolled.authority if enrolled else None, examples=budget
+            secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget
         ),
     )  # fmt: skip
     device_process.run(settings, examples, screen=screen, watch=watch, parent=parent)

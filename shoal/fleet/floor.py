@@ -20,6 +20,8 @@ class Floor:
     """Fewest (in secure groups: honest) members in any sum that somebody sees."""
     colluders: int = 0
     """Members of a secure group, at least, that may work with the server without learning more than the sum."""
+    noise: float = 0.0
+    """Standard deviation, at least, over the clip norm, of the noise that a group's members add to their sum themselves."""
     authority: Trusted | None = None
     """Only secure groups of members that this authority certifies: for a server that may lie. None: also others."""
 
@@ -28,7 +30,7 @@ class Floor:
 
     def __post_init__(self) -> None:
         validate.positive(minimum_group=self.minimum_group)
-        validate.not_negative(colluders=self.colluders)
+        validate.not_negative(colluders=self.colluders, noise=self.noise)
 
     def check(self, manifest: Manifest) -> None:
         """Raises TaskRefused: the plan promises less."""
@@ -37,7 +39,17 @@ class Floor:
 
     def _too_little(self, manifest: Manifest) -> str:
         """What is wrong with it; empty: nothing."""
-        return self._of_examples(manifest) or self._of_groups(manifest)
+        return self._of_examples(manifest) or self._of_groups(manifest) or self._of_noise(manifest)
+
+    def _of_noise(self, manifest: Manifest) -> str:
+        privacy = manifest.promises.privacy
+        if self.noise and not privacy.distributed:
+            return "has no noise that its members add themselves, which this device asks for"
+        if privacy.noise_multiplier < self.noise:
+            return (
+                f"has members add noise of {privacy.noise_multiplier:g} clip norms, this device asks for {self.noise:g}"
+            )
+        return ""
 
     def _of_examples(self, manifest: Manifest) -> str:
         if self.examples is None:

@@ -220,6 +220,12 @@ async def test_the_edge_sees_nothing_of_a_vector(monkeypatch: pytest.MonkeyPatch
         (Floor(secure=True), {"privacy": None}, "takes part in secure groups only"),
         (Floor(minimum_group=5), {}, "at least 4 members, this device asks for 5"),
         (Floor(colluders=1), {}, "withstand 0 colluders, this device asks for 1"),
+        (Floor(noise=1.0), {}, "no noise that its members add themselves"),
+        (
+            Floor(noise=2.5),
+            {"privacy": replace(SECURE, distributed=True, noise_multiplier=2.0), "max_weight": 1},
+            "add noise of 2 clip norms, this device asks for 2.5",
+        ),
         (Floor(authority=Trusted(Ed25519PrivateKey.generate().public_key(), "default")), {}, "that nobody certifies"),
     ],
 )
