@@ -36,14 +36,17 @@ def clip_update(
     most = bound * (1 - 2.0**-16)
     is_over = unit / shrink * length > (most if scale is None else most * scale)
     factor = most / jnp.where(is_over, length, 1.0)
-    if on_grid:
-        by = factor / unit * shrink
-        by = jax.lax.bitcast_convert_type(
-            jax.lax.bitcast_convert_type(by, jnp.uint32) & jnp.uint32(0xFFFF0000), jnp.float32
-        )
-        relative, factor = dict(delta), by
     within = delta if scale is None else {name: values / scale for name, values in delta.items()}
+    if on_grid:
+        relative, factor = dict(delta), _few_bits(factor / unit * shrink)
+        within = delta if scale is None else {name: values * _few_bits(1 / scale) for name, values in delta.items()}
     return {name: jnp.where(is_over, relative[name] * factor, within[name]) for name in delta}, is_over
+
+
+def _few_bits(values: Any) -> Any:
+    """Float32 rounded toward zero to 8 significant bits."""
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint32) & jnp.uint32(0xFFFF0000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def log_scale_step(clip: AdaptiveClip, log_scale: Any, is_over: Any) -> Any:

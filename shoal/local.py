@@ -195,7 +195,7 @@ def local_rule(task: Task) -> LocalRule:
             "Train by plain local steps; fedprox, reptile, scaffold and compressed go with it."
         )
     if task.privacy.clip_norm is not None:
-        rule = clipped(rule, task.privacy.clip_norm)
+        rule = clipped(rule, task.privacy.clip_norm, one_grid=task.privacy.distributed)
     is_noisy = task.privacy.noise_multiplier or task.privacy.examples is not None
     return without_metrics(rule) if is_noisy else rule
 
@@ -210,13 +210,14 @@ def without_metrics(rule: LocalRule) -> LocalRule:
     return replace(rule, finish=finish, sums=kept)
 
 
-def clipped(rule: LocalRule, clip_norm: ClipNorm) -> LocalRule:
+def clipped(rule: LocalRule, clip_norm: ClipNorm, *, one_grid: bool = False) -> LocalRule:
     """The rule with `delta` scaled to an L2 norm of at most `clip_norm`, over all its tensors or over those of each group, before its
     weight (McMahan et al. 2018, "Learning differentially private recurrent language models", equation 1 and per-layer clipping). The metric
     `clipped` is the share of members of whose update something was scaled.
 
     With an adaptive bound one more tensor is broadcast, `LOG_SCALE`. What is sent is divided by its exponential, so that its norm is at most
-    the initial one whatever the round: grids and noise stay as they are. The server's commit multiplies by it again.
+    the initial one whatever the round: grids and noise stay as they are. The server's commit multiplies by it again. `one_grid`: elements have one bound,
+    whatever rotation makes of them, as where devices add noise.
 
     Raises:
         ValueError: the rule sends no updates, patterns and tensors do not match, or elements have a bound below an adaptive norm's.
@@ -227,7 +228,7 @@ def clipped(rule: LocalRule, clip_norm: ClipNorm) -> LocalRule:
             f"Expected privacy.clip_norm=None for a task that sends no updates of a model, got {clip_norm}."
         )
     groups = groups_of(names, clip_norm)
-    sums = _bounded(rule.sums, groups, clip_norm if isinstance(clip_norm, AdaptiveClip) else None)
+    sums = _bounded(rule.sums, groups, clip_norm if isinstance(clip_norm, AdaptiveClip) else None, one_grid=one_grid)
     held = {spec.tensor.name.removeprefix("delta/"): spec.bound for spec in sums if spec.rotated}
     adaptive = clip_norm if isinstance(clip_norm, AdaptiveClip) else None
 
@@ -270,7 +271,11 @@ def _with_log_scale(rule: LocalRule, clip: AdaptiveClip) -> LocalRule:
 
 
 def _bounded(
-    sums: tuple[SumSpec, ...], groups: list[tuple[tuple[str, ...], float]], adaptive: AdaptiveClip | None
+    sums: tuple[SumSpec, ...],
+    groups: list[tuple[tuple[str, ...], float]],
+    adaptive: AdaptiveClip | None,
+    *,
+    one_grid: bool,
 ) -> tuple[SumSpec, ...]:
     """The sums, no element of which is larger than the norm that it is a part of."""
     bounds = {f"delta/{name}": bound for group, bound in groups for name in group}
@@ -280,12 +285,15 @@ def _bounded(
             f"Expected no element's bound below the initial norm of an adaptive clip, {adaptive.initial:g}, got {low[0].bound:g} for "
             f"{low[0].tensor.name}: what is refused would change with the norm. Raise Privacy(delta_bound=…) or Task(bounds=…)."
         )
-    return tuple(replace(spec, bound=_bound_of(spec, bounds.get(spec.tensor.name, spec.bound))) for spec in sums)
+    return tuple(
+        replace(spec, bound=_bound_of(spec, bounds.get(spec.tensor.name, spec.bound), one_grid=one_grid))
+        for spec in sums
+    )
 
 
-def _bound_of(spec: SumSpec, norm: float) -> float:
+def _bound_of(spec: SumSpec, norm: float, *, one_grid: bool) -> float:
     """Of an element, where the norm of all is bounded: no larger than that; in a rotated block as large as chance makes it."""
-    if not spec.rotated:
+    if not spec.rotated or one_grid:
         return min(spec.bound, norm)
     return min(spec.bound, float(np.float32(norm * min(1.0, SPREAD * spec.rotated**-0.5))))
 

@@ -124,7 +124,7 @@ def dtype_name(dtype: "np.dtype[Any]") -> str:
 
 
 def is_of_model(name: str) -> bool:
-    """Whether a tensor of a line is the task's own, not one that its local rule added (`control/…`, `clip/log_scale`)."""
+    """Whether a tensor of a line is the task's own, not one that its local rule added (`control/…`, `clip/log_scale`, `drawn/version`)."""
     return name.split("/", 1)[0] in ("params", "state")
 
 

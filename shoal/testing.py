@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from shoal.aggregate.linear import Linear
 from shoal.api import Model
 from shoal.clip_norm import LOG_SCALE
+from shoal.codec.linear import VERSION
 from shoal.data.batch import num_steps
 from shoal.data.store import Examples, Population
 from shoal.local import LocalRule, Named, local_rule
@@ -474,12 +475,13 @@ def _stepped(model: Tensors, sums: Tensors, manifest: Manifest) -> Tensors:
     scale = np.exp(model.get(LOG_SCALE, np.zeros((), np.float32)))  # what the update was divided by
 
     specs = {spec.tensor.name: spec for spec in manifest.sums}
+    version = int(model[VERSION][0]) if VERSION in model else 0
 
     def after(name: str, value: np.ndarray) -> np.ndarray:
         key = f"delta/{name}"
         if key not in sums:
-            return value
-        delta = Linear(specs[key], value.reshape(-1)).undone_whole(sums[key]).reshape(value.shape)
+            return value + np.uint32(1) if name == VERSION else value
+        delta = Linear(specs[key], value.size, version=version).undone_whole(sums[key]).reshape(value.shape)
         step = delta if name == LOG_SCALE else delta * scale
         return np.asarray(value + step.astype(value.dtype), value.dtype)
 

@@ -14,14 +14,16 @@ commit of any size holds a few megabytes. Tensors that are not averaged (frozen,
 
 from collections.abc import Callable, Iterator, Mapping
 from decimal import Context, Decimal
+from math import prod
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from shoal.aggregate.accumulator import Accumulator
-from shoal.aggregate.linear import Linear
+from shoal.aggregate.linear import Linear, version_of
 from shoal.aggregate.server_rule import initial_slot, slots, step
 from shoal.clip_norm import LOG_SCALE
+from shoal.codec.linear import VERSION
 from shoal.errors import QuorumNotReached
 from shoal.fixed import CHUNK, read
 from shoal.policy import ServerRule
@@ -63,15 +65,20 @@ class WeightedMean:
         if self._rule.kind == "program":
             return self._commit_program(sums, model, server_state, blobs)
         kept = {entry.spec.name: entry for entry in server_state}
-        scale = scale_of(model, blobs)
+        scale, version = scale_of(model, blobs), version_of(model, blobs)
         entries: list[Entry] = []
         slot_entries: list[Entry] = []
         for entry in model:
             name = f"delta/{entry.spec.name}"
+            if entry.spec.name == VERSION:
+                entries.append(Entry(entry.spec, blobs.put(np.array([version + 1], np.uint32).tobytes())))
+                continue
             if name not in sums.totals:
                 entries.append(entry)
                 continue
-            made = self._commit_tensor(entry, sums, kept, blobs, scale=1.0 if entry.spec.name == LOG_SCALE else scale)
+            linear = Linear(sums.spec(name), prod(entry.spec.shape), version=version)
+            times = 1.0 if entry.spec.name == LOG_SCALE else scale
+            made = self._commit_tensor(entry, sums, kept, blobs, linear, scale=times)
             entries.append(made.pop("value"))
             slot_entries += made.values()
         return Index(tuple(entries)), Index(tuple(sorted(slot_entries, key=lambda entry: entry.spec.name)))
@@ -82,6 +89,7 @@ class WeightedMean:
         sums: Accumulator,
         kept: Mapping[str, Entry],
         blobs: Blobs,
+        linear: Linear,
         *,
         scale: float,
     ) -> dict[str, Entry]:
@@ -95,7 +103,6 @@ class WeightedMean:
             slot: TensorSpec(name=name, shape=entry.spec.shape, dtype="float32") for slot, name in names.items()
         }
         before = blobs.view(entry.hash, entry.spec).reshape(-1)
-        linear = Linear(sums.spec(f"delta/{entry.spec.name}"), before)
         olds = {slot: blobs.view(kept[n].hash, specs[slot]).reshape(-1) for slot, n in names.items() if n in kept}
         writers = {part: blobs.writer() for part in specs}
         flat = total.reshape(-1)
@@ -119,7 +126,7 @@ class WeightedMean:
         values = {f"model/{entry.spec.name}": blobs.view(entry.hash, entry.spec) for entry in learned}
         times = scale_of(model, blobs) * sums.mean_steps()
         means = {
-            f"mean/{entry.spec.name}": _mean(sums, entry.spec, values[f"model/{entry.spec.name}"], times)
+            f"mean/{entry.spec.name}": _mean(sums, entry.spec, times, version=version_of(model, blobs))
             for entry in learned
         }
         kept = {entry.spec.name: blobs.view(entry.hash, entry.spec) for entry in state}
@@ -157,10 +164,10 @@ def scale_of(model: Index, blobs: Blobs) -> float:
     return float(Decimal(float(blobs.view(entry.hash, entry.spec))).exp(Context(prec=30)))
 
 
-def _mean(sums: Accumulator, spec: TensorSpec, before: np.ndarray, times: float) -> np.ndarray:
+def _mean(sums: Accumulator, spec: TensorSpec, times: float, *, version: int) -> np.ndarray:
     key = f"delta/{spec.name}"
     mean = read(sums.totals[key], sums.fixed[key], divisor=sums.weight)
-    undone = Linear(sums.spec(key), before.reshape(-1)).undone_whole(mean)
+    undone = Linear(sums.spec(key), prod(spec.shape), version=version).undone_whole(mean)
     return (times * undone).astype(np.float32).reshape(spec.shape)
 
 

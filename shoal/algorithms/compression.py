@@ -20,6 +20,7 @@ are added to the line itself, which keeps every bit: no rounding adds up over ve
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil, frexp, prod
 from typing import Any, Final, Literal
 
@@ -29,16 +30,17 @@ import numpy as np
 
 from shoal import validate
 from shoal.algorithms.compose import applied
-from shoal.codec.linear import SPREAD, block_length, chosen, rotate, rotated_size, seed_of, seed_of_words
+from shoal.codec.linear import SPREAD, VERSION, block_length, chosen, rotate, rotated_size, seed_of, seed_of_version
 from shoal.codec.rounding import BLOCK, MAX_LEVEL, ROUNDINGS, Rounding
 from shoal.fixed import SumSpec
 from shoal.local import LocalRule, Named, Report, metric_sums, public_words, seed_key, sgd_rule
 from shoal.task import Task
-from shoal.tensors import TensorSpec, total_bytes
+from shoal.tensors import TensorSpec
 
 KINDS: Final = ("float32", "bfloat16", "int8", "top_k", "random_k")
 SHARES: Final = {"top_k": 0.01, "random_k": 1 / 64}
 """What is sent of a tensor, where nobody says."""
+LEAST_SHARE: Final = 2.0**-12
 SMALL: Final = 16
 """A tensor of fewer elements goes through no linear map."""
 RESIDUAL: Final = "residual/"
@@ -84,36 +86,42 @@ def compressed(
     share = SHARES.get(up, 1.0) if share is None else share
     if not 0.0 < share <= 1.0:
         raise ValueError(f"Expected 0 < share <= 1, got share={share!r}.")
-    if up == "random_k" and frexp(share)[0] != 0.5:
-        raise ValueError(f"Expected a share of 1, 1/2, 1/4, … with up='random_k', got share={share!r}.")
+    if up == "random_k" and (frexp(share)[0] != 0.5 or share < LEAST_SHARE):
+        raise ValueError(
+            f"Expected a share of 1, 1/2, 1/4, … 1/{1 / LEAST_SHARE:.0f} with up='random_k', got share={share!r}."
+        )
     arguments = (
         {"up": up, "down": down} | ({"share": share} if up in SHARES else {}) | ({"rotate": True} if rotate else {})
     )
-    _refuse_in_secure_groups(task, up)
+    _check(task, up)
     made = applied(task, "compressed", arguments, down=down)
     if up == "float32" and not rotate:
         return made
-    inner = task.rule or sgd_rule
-    if up == "random_k":
-        _refuse_what_random_k_cannot(made)
-    chosen = {"bfloat16": BFLOAT16, "int8": INT8, "top_k": top_k(share)}.get(up, FLOAT32)
-    linear = (lambda spec: _one_of(spec, share)) if up == "random_k" else _rotated if rotate else None
-    return made.replace(rule=lambda made: compressed_rule(inner(made), chosen, linear=linear))
+    inner, codec = task.rule or sgd_rule, {"bfloat16": BFLOAT16, "int8": INT8, "top_k": top_k(share)}.get(up, FLOAT32)
+    linear = partial(_one_of, one_of=round(1 / share)) if up == "random_k" else _rotated if rotate else None
+
+    def rule(final: Task) -> LocalRule:
+        _check(final, up)  # what it is by now: settings may have changed since
+        return compressed_rule(inner(final), codec, linear=linear)
+
+    return made.replace(rule=rule)
 
 
-def _refuse_in_secure_groups(task: Task, up: str) -> None:
+def _check(task: Task, up: str) -> None:
+    """Raises ValueError where updates cannot be made of that in the task's rounds."""
     if task.privacy.secure is not None and up in ("bfloat16", "int8", "top_k"):
         raise ValueError(
             f"Expected up='float32' or 'random_k' with Privacy(secure=…), got {up!r}: members of a group send integers of the group's bits under masks, "
             "all elements of them, or those that all members have in common. Choose fewer bits, Secure(bits=16), with rotate=True."
         )
-
-
-def _refuse_what_random_k_cannot(task: Task) -> None:
-    if task.down != "float32" or task.rounds.max_staleness:
+    if up == "random_k" and task.rounds.max_staleness:
         raise ValueError(
-            f"Expected down='float32' and a policy whose late updates are discarded with up='random_k', got down={task.down!r} and "
-            f"late={task.rounds.late.kind!r}: which elements are sent follows from the version, bit for bit, and is another for each."
+            f"Expected a policy whose late updates are discarded with up='random_k', got late={task.rounds.late.kind!r}: members of another version "
+            "send other elements."
+        )
+    if up == "random_k" and task.privacy.correlated is not None:
+        raise ValueError(
+            "Expected no Privacy(correlated=…) with up='random_k': its noise would take back in other elements what it added in these."
         )
 
 
@@ -190,22 +198,30 @@ def _rotated(spec: SumSpec) -> SumSpec:
     return replace(spec, tensor=tensor, rotated=block, bound=float(np.float32(SPREAD * spec.bound)))
 
 
-def _one_of(spec: SumSpec, share: float) -> SumSpec:
-    size, one_of = prod(spec.tensor.shape), round(1 / share)
-    if size < SMALL:
+def _one_of(spec: SumSpec, *, one_of: int) -> SumSpec:
+    size = prod(spec.tensor.shape)
+    # A sum that is not weighted is of what members hold: in their mean an element that is not sent would be missing for good.
+    if size < SMALL or one_of == 1 or not spec.weighted:
         return spec
     tensor = replace(spec.tensor, shape=(-(-size // one_of),), kind="dense", table="")
     return replace(spec, tensor=tensor, one_of=one_of, bound=one_of * spec.bound)
 
 
-def through(spec: SumSpec, values: Any, before: Any) -> Any:
-    """An update's tensor through the linear map of its sum."""
+def through(spec: SumSpec, values: Any, bound: float, version: Any) -> Any:
+    """An update's tensor through the linear map of its sum.
+
+    Args:
+        spec: of the sum.
+        values: the tensor.
+        bound: of its elements; one beyond it makes an update that is refused, as without a map.
+        version: `codec.linear.VERSION`, where elements are drawn.
+    """
     name, flat = spec.tensor.name.removeprefix("delta/"), values.reshape(-1)
     if spec.rotated:
-        return jnp.clip(rotate(flat, spec.rotated, seed=seed_of(name), xp=jnp), -spec.bound, spec.bound)
+        turned = jnp.clip(rotate(flat, spec.rotated, seed=seed_of(name), xp=jnp), -spec.bound, spec.bound)
+        return jnp.where(jnp.any(jnp.abs(flat) > bound), jnp.float32(jnp.nan), turned)
     if spec.one_of > 1:
-        words = jax.lax.bitcast_convert_type(before, jnp.uint32).reshape(-1)
-        places = chosen(flat.size, spec.one_of, seed=seed_of_words(words, name, jnp), xp=jnp)
+        places = chosen(flat.size, spec.one_of, seed=seed_of_version(version, name, jnp), xp=jnp)
         return spec.one_of * jnp.take(flat, places, mode="fill", fill_value=0.0)
     return values
 
@@ -216,7 +232,9 @@ def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec
         linear(spec) if linear is not None and spec.tensor.name.startswith("delta/") else spec for spec in inner.sums
     )
     specs = {s.tensor.name.removeprefix("delta/"): s for s in sums if s.tensor.name.startswith("delta/")}
+    bounds = {spec.tensor.name.removeprefix("delta/"): spec.bound for spec in inner.sums}
     deltas = {name: spec.tensor for name, spec in specs.items()}
+    drawn = [TensorSpec(name=VERSION, shape=(1,), dtype="uint32")] if any(spec.one_of > 1 for spec in sums) else []
     residuals = tuple(
         TensorSpec(name=RESIDUAL + name, shape=spec.shape, dtype="float32")
         for name, spec in sorted(deltas.items() if codec.feeds_back else ())
@@ -225,6 +243,7 @@ def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec
     size_bytes = sum(codec.size_bytes(spec.size_bytes // 4) for spec in deltas.values())
 
     def begin(broadcast: Named, device_state: Named) -> Named:
+        broadcast = {name: value for name, value in broadcast.items() if name != VERSION}
         own = {spec.name: device_state[spec.name] for spec in residuals}
         kept = {name: value for name, value in device_state.items() if name not in own}
         return _sorted({**inner.begin(broadcast, kept), **own, KEY: jnp.zeros((2,), jnp.uint32)})
@@ -236,10 +255,11 @@ def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec
 
     def finish(carry: Named, broadcast: Named) -> Report:
         own, theirs = _parted(carry, own_names)
-        report = inner.finish(theirs, broadcast)
+        version = broadcast.get(VERSION)
+        report = inner.finish(theirs, {name: value for name, value in broadcast.items() if name != VERSION})
         sent, left = dict[str, Any](), dict[str, Any]()
         for number, name in enumerate(sorted(deltas)):
-            whole = through(specs[name], report.sums["delta"][name], broadcast[name])
+            whole = through(specs[name], report.sums["delta"][name], bounds[name], version)
             if codec.feeds_back:
                 whole = whole + own[RESIDUAL + name]
             sent[name] = codec.apply(whole, jax.random.fold_in(seed_key(own[KEY]), number))
@@ -255,12 +275,12 @@ def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec
         begin=begin,
         block=block,
         finish=finish,
-        broadcast=inner.broadcast,
+        broadcast=tuple(sorted((*inner.broadcast, *drawn), key=lambda spec: spec.name)),
         device_state=tuple(sorted(inner.device_state + residuals, key=lambda spec: spec.name)),
         reached=inner.reached,
         hides_examples=inner.hides_examples,
         on_grid=codec in (INT8, BFLOAT16),
-        sums=(*sums, *metric_sums({BYTES: (0.0, float(total_bytes(deltas.values())) + 64.0)}, 1)),
+        sums=(*sums, *metric_sums({BYTES: (0.0, float(max(size_bytes, 1)))}, 1)),
     )
 
 

@@ -5,7 +5,7 @@ So a sum can be undone where single updates are never seen, in secure groups. Of
     rotated  blocks of 2^n elements have their signs changed by chance and are multiplied by a Hadamard matrix (Suresh et al. 2017, "Distributed
              mean estimation with limited communication", section 3): no element is much larger than the others then, and the same bits hold
              finer numbers.
-    one_of   of every m elements one, drawn anew for each version (Konečný et al. 2016, "Federated learning: strategies for improving
+    one_of   of every m elements one, drawn anew for each version by its number, which is broadcast with it (`VERSION`) (Konečný et al. 2016, "Federated learning: strategies for improving
              communication efficiency", random masks; one of each m instead of 1 in m of all), times m: right in the mean.
 
 Functions take the array module: members compute in JAX, the server in NumPy. A rotation back of float64 is by additions and subtractions alone, the
@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
+VERSION: Final = "drawn/version"
+"""Tensor of a line beside its model, (1,) uint32: the number of versions committed before, where there are elements to be drawn."""
 MAX_BLOCK: Final = 1 << 18
 """Elements that are rotated together, at most."""
 SPREAD: Final = 6.0
@@ -72,7 +74,7 @@ def _butterflies(values: np.ndarray) -> None:
 
 
 def _factors(block: int) -> list[int]:
-    """A power of two as a product of matrices' lengths, each at most 64: that many multiplications an element, and fast ones."""
+    """A power of two as a product of matrices' lengths, few enough that their products are fast."""
     made = []
     while block > 1:
         made.append(min(block, _FACTOR))
@@ -98,16 +100,9 @@ def seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(b"shoal linear\0" + name.encode()).digest()[:4], "little")
 
 
-def seed_of_words(words: Array, name: str, xp: Any) -> Array:
-    """uint32: of a version's own bits, (n,) uint32, so that all who start from it draw the same, and others from another."""
-    folded = np.bitwise_xor.reduce(words, initial=np.uint32(0)) if xp is np else _xor(words)
-    return folded ^ xp.uint32(seed_of(name))
-
-
-def _xor(words: Array) -> Array:
-    import jax
-
-    return jax.lax.reduce(words, np.uint32(0), jax.lax.bitwise_xor, (0,))
+def seed_of_version(version: Array, name: str, xp: Any) -> Array:
+    """(1,) uint32: what a tensor's elements are drawn by for members that start from a version, (1,) uint32."""
+    return _mixed(version, xp.uint32(seed_of(name)), xp)
 
 
 def _signs(size: int, seed: int, xp: Any, *, start: int = 0) -> Array:

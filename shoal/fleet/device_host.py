@@ -38,6 +38,8 @@ MakeRunner = Callable[[Plan], Runner]
 V = TypeVar("V")
 
 PULL_CREDIT: Final = 64 << 20
+PLANS_HELD: Final = 4
+"""Whose latest model is held beside the runner's copy."""
 MAX_INDEX_BYTES: Final = 64 << 20
 
 
@@ -175,7 +177,10 @@ class DeviceHost:
                 )
                 value = entry.hash, from_bytes(data, entry.spec)
             now[name] = value
+        self._latest.pop(assigned.plan, None)
         self._latest[assigned.plan] = now
+        while len(self._latest) > PLANS_HELD:
+            self._latest.pop(next(iter(self._latest)))
         tensors = {name: value for name, (_, value) in now.items()}
         spent.wire_s += time.perf_counter() - begun_s
         loop = asyncio.get_running_loop()

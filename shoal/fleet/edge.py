@@ -100,8 +100,8 @@ class Edge:
         self._pace = Pace(devices_a_round=policy.most_at_once, resting=policy.most_resting, now_s=clock.now_s())
         self._num_waiting = 0
         self._packed = PackedSlices(blobs)
-        self._bases: OrderedDict[str, Mapping[str, int]] = OrderedDict()
-        """Root -> hash -> bytes of its tensors, of the latest versions."""
+        self._bases: OrderedDict[str, Mapping[str, str]] = OrderedDict()
+        """Root -> hash -> name of its tensors, of the latest versions."""
         self._offer = self._offering(Index(()))
         self._offers: dict[int, Offer] = {}
         """Of the versions that something may still be late for: who is late fetches the model, too."""
@@ -154,8 +154,8 @@ class Edge:
         self._nonces = {device: nonce for device, nonce in self._nonces.items() if self._updates.held(nonce)}
 
     def _offering(self, model: Index) -> Offer:
-        bases = {hash: size for version in self._bases.values() for hash, size in version.items()}
-        self._bases[model.root] = {entry.hash: entry.spec.size_bytes for entry in model}
+        bases = {hash: name for version in self._bases.values() for hash, name in version.items()}
+        self._bases[model.root] = {entry.hash: entry.spec.name for entry in model}
         while len(self._bases) > BASES:
             self._bases.popitem(last=False)
         return Offer(self._plan, model, self._blobs, self._packed, bases=bases)

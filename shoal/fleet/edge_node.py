@@ -150,7 +150,8 @@ class EdgeNode:
         await self._ensure(welcome.plan, stub)
         plan = Plan.parse(self._blobs.get(welcome.plan))
         self._compare_clocks(welcome.wall_s)
-        self._num_kept = 1 + min(MODELS_KEPT, plan.manifest.server.rounds.max_staleness)
+        # The one before, too: what devices hold that were in its round, and are sent the difference.
+        self._num_kept = max(2, 1 + min(MODELS_KEPT, plan.manifest.server.rounds.max_staleness))
         self._blobs.put_all([plan.manifest.data, *plan.programs.values()])
         edge = Edge(
             plan=plan,

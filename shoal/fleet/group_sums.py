@@ -210,7 +210,8 @@ def _machine(manifest: Manifest) -> g.Groups:
     policy, secure = grouping(manifest), manifest.promises.privacy.secure
     if secure is None:
         # Some updates count for the version after their own or not at all, and so do those of devices that rest then.
-        moves_on = not manifest.promises.privacy.binds_to_version and policy.min_separation == 1
+        is_drawn = any(spec.one_of > 1 for spec in manifest.sums)  # elements, by the version
+        moves_on = not manifest.promises.privacy.binds_to_version and policy.min_separation == 1 and not is_drawn
         return ClearGroups(policy, most=policy.max_members, moves_on=moves_on)
     made = terms(manifest, model="")  # of which only the numbers are asked for
     return SecureGroups(policy, most=policy.max_members, size=secure.members, fits=partial(fits, made))

@@ -20,20 +20,23 @@ class Offer:
     """One version's model and the plan. Nothing else of the record can be pulled."""
 
     def __init__(
-        self, plan: Plan, model: Index, blobs: Readable, packed: PackedSlices, *, bases: Mapping[str, int]
+        self, plan: Plan, model: Index, blobs: Readable, packed: PackedSlices, *, bases: Mapping[str, str]
     ) -> None:
         """
         Args:
             plan, model: what is offered.
             blobs, packed: where their bytes are.
-            bases: hash -> bytes of tensors of the versions before, that a device may hold.
+            bases: hash -> name of tensors of the versions before, that a device may hold.
         """
         self._plan, self._model, self._blobs, self._packed, self._bases = plan, model, blobs, packed, bases
         manifest = plan.manifest
         self._sizes = {manifest.hash: len(manifest.data), model.root: len(model.data)}
         self._sizes |= {program.hash: program.size_bytes for program in manifest.programs}
         self._sizes |= {entry.hash: entry.spec.size_bytes for entry in model}
-        self._dtypes = {entry.hash: entry.spec.dtype for entry in model}
+        self._specs = {entry.hash: entry.spec for entry in model}
+        self._unclear = {entry.hash for entry in model if entry.spec.dtype != self._specs[entry.hash].dtype}
+        """Bytes that stand for tensors of several types: packed as one of them they could not be read as another."""
+        self._index_slices: dict[int, bytes] = {}
         self._inline: list[pb.Blob] = []
         if len(model.data) + model.size_bytes <= MAX_INLINE_BYTES:
             whole = {model.root: model.data} | {entry.hash: blobs.get(entry.hash) for entry in model}
@@ -67,7 +70,8 @@ class Offer:
         while offset < end or offset == request.offset:
             size = min(SLICE_BYTES, end - offset)
             # Slices that begin and end where another's would are the same for all who ask.
-            if request.packed and size and not offset % SLICE_BYTES and (size == SLICE_BYTES or offset + size == total):
+            is_packed = request.packed and size and request.hash not in self._unclear
+            if is_packed and not offset % SLICE_BYTES and (size == SLICE_BYTES or offset + size == total):
                 yield await self._packed_slice(request, offset, size, total)
             else:
                 size = len(data := await self._read(request.hash, offset, size))
@@ -78,10 +82,13 @@ class Offer:
 
     async def _packed_slice(self, request: pb.PullRequest, offset: int, size: int, total: int) -> pb.Slice:
         if request.hash == self._model.root:
-            data, is_delta = pack(self._model.data[offset : offset + size], "uint8"), False
+            if offset not in self._index_slices:
+                self._index_slices[offset] = pack(self._model.data[offset : offset + size], "uint8")
+            data, is_delta = self._index_slices[offset], False
         else:
-            base = request.base if self._bases.get(request.base) == total else ""
-            dtype = self._dtypes.get(request.hash, "uint8")
+            spec = self._specs.get(request.hash)
+            base = request.base if spec is not None and self._bases.get(request.base) == spec.name else ""
+            dtype = "uint8" if spec is None else spec.dtype
             data, is_delta = await self._packed.get(request.hash, dtype, offset, size, base=base)
         return pb.Slice(offset=offset, data=data, total=total, unpacked=size, is_delta=is_delta)
 

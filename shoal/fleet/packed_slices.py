@@ -30,8 +30,8 @@ class Readable(Protocol):
     def size(self, hash: str) -> int: ...
 
 
-_Key = tuple[str, str, int, int]
-"""Hash, hash of the base or nothing, offset, size."""
+_Key = tuple[str, str, str, int, int]
+"""Hash, type of its elements, hash of the base or nothing, offset, size."""
 
 
 class PackedSlices:
@@ -48,32 +48,37 @@ class PackedSlices:
         """A packed slice, and whether it is a difference to the base. Raises StoreError: the blob cannot be read."""
         if base:
             try:
-                if await self._is_shorter(hash, dtype, base):
-                    return await self._get((hash, base, offset, size), dtype), True
-            except StoreError as error:
-                log.debug("no difference to %s: %s", base, error)  # that version is forgotten
-        return await self._get((hash, "", offset, size), dtype), False
+                if await self._is_shorter(hash, dtype, base, size if not offset else SLICE_BYTES):
+                    return await self._get((hash, dtype, base, offset, size)), True
+            except StoreError as error:  # that version is forgotten
+                log.debug("no difference to %s: %s", base, error)
+                self._shorter[hash, base] = False
+        return await self._get((hash, dtype, "", offset, size)), False
 
-    async def _is_shorter(self, hash: str, dtype: str, base: str) -> bool:
+    async def _is_shorter(self, hash: str, dtype: str, base: str, size: int) -> bool:
         if (hash, base) not in self._shorter:
-            delta = await self._get((hash, base, 0, SLICE_BYTES), dtype)
+            delta = await self._get((hash, dtype, base, 0, size))
+            whole = await self._get((hash, dtype, "", 0, size))
             if len(self._shorter) >= KEPT_CHOICES:
                 self._shorter.clear()
-            self._shorter[hash, base] = len(delta) < len(await self._get((hash, "", 0, SLICE_BYTES), dtype))
+            self._shorter[hash, base] = len(delta) < len(whole)
         return self._shorter[hash, base]
 
-    async def _get(self, key: _Key, dtype: str) -> bytes:
+    async def _get(self, key: _Key) -> bytes:
         if key in self._made:
             self._made.move_to_end(key)
             return self._made[key]
         task = self._making.get(key)
         if task is None:
-            task = self._making[key] = asyncio.create_task(self._make(key, dtype))
+            task = self._making[key] = asyncio.create_task(self._make(key))
+            task.add_done_callback(
+                lambda made: made.cancelled() or made.exception()
+            )  # heard, also where nobody waits any more
         return await asyncio.shield(task)
 
-    async def _make(self, key: _Key, dtype: str) -> bytes:
+    async def _make(self, key: _Key) -> bytes:
         try:
-            data = await asyncio.to_thread(self._pack, key, dtype)
+            data = await asyncio.to_thread(self._pack, key)
         finally:
             del self._making[key]
         self._made[key] = data
@@ -82,7 +87,7 @@ class PackedSlices:
             self._made_bytes -= len(self._made.popitem(last=False)[1])
         return data
 
-    def _pack(self, key: _Key, dtype: str) -> bytes:
-        hash, base, offset, size = key
+    def _pack(self, key: _Key) -> bytes:
+        hash, dtype, base, offset, size = key
         piece = self._blobs.read(hash, offset, size)
         return pack(piece, dtype, self._blobs.read(base, offset, size) if base else None)

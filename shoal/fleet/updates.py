@@ -423,6 +423,8 @@ class Updates:
 def _take_in(update: StagedUpdate, name: str, part: pb.PushSlice) -> None:
     data = part.data
     if part.unpacked:
+        if part.offset + part.unpacked <= update.received.get(name, 0):
+            return  # nothing in it is new
         data = unpack(data, update.dtype(name), part.unpacked)
     update.write(name, part.offset, data)
 

@@ -115,7 +115,8 @@ def refuse_other_task(task: Task, plan: Plan) -> list[str]:
     pairs = {
         "rounds": (half.rounds.to_json(), task.rounds.to_json()), "server": (half.rule.to_json(), server_rule(task).to_json()),
     }  # fmt: skip
-    return [
+    down = [f"down is {half.down!r} (the task has {task.down!r})"] if half.down != task.down else []
+    return down + [
         f"{part}.{name} is {kept!r} (the task has {other!r})"
         for part, (ours, theirs) in pairs.items()
         for name in sorted(ours | theirs)

@@ -7,7 +7,7 @@ Guarantees:
     * A plan that passes has programs of just the inputs and outputs that `build.py` gives them, in that order.
     * Its estimate of memory, below, is within the limit. What a program needs inside is for the runner to bound.
 
-The estimate: the broadcast tensors twice (arriving, and held), the device state, the carry twice (one program's input
+The estimate: the broadcast tensors three times (arriving, held, and those of the version before), the device state, the carry twice (one program's input
 and output), one block's feed, the sums, and the inputs and outputs of the largest program.
 """
 
@@ -50,7 +50,7 @@ def memory_bytes(manifest: Manifest) -> int:
         (total_bytes(program.inputs) + total_bytes(program.outputs) for program in manifest.programs), default=0
     )
     kept = total_bytes(manifest.device_state)
-    return 2 * manifest.model_bytes + kept + 2 * carry + feed + manifest.update_bytes + largest
+    return 3 * manifest.model_bytes + kept + 2 * carry + feed + manifest.update_bytes + largest
 
 
 def readable(size_bytes: float) -> str:

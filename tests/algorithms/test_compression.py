@@ -1,9 +1,12 @@
 """Compressed updates: unbiased, or fed back; and what they would cost."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 
 import shoal
@@ -13,6 +16,7 @@ from shoal.codec.packed import pack
 from shoal.codec.rounding import BLOCK
 from shoal.fixed import SumSpec
 from shoal.local import local_rule
+from shoal.plan.build import build
 from shoal.tensors import TensorSpec
 from tests.algorithms.problem import task
 
@@ -93,11 +97,67 @@ def test_what_does_not_go_together_is_refused() -> None:
         (secure, {"up": "int8"}, "send integers of the group's bits"),
         (task(), {"up": "top_k", "rotate": True}, "rotate=False with up='top_k'"),
         (task(), {"up": "random_k", "share": 0.3}, "1, 1/2, 1/4"),
-        (task(), {"up": "random_k", "down": "int8"}, "down='float32' and a policy whose late updates"),
-        (task(rounds=late), {"up": "random_k"}, "another for each"),
+        (task(), {"up": "random_k", "share": 2.0**-13}, "1/4096 with up='random_k'"),
+        (task(rounds=late), {"up": "random_k"}, "whose late updates are discarded"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=line):
             shoal.compressed(chosen, **settings)
+
+
+def test_what_is_changed_after_is_looked_at_when_the_plan_is_made() -> None:
+    late = shoal.RoundPolicy(late=shoal.Late.discount(0.5, max_staleness=2))
+    secure = shoal.Privacy(clip_norm=1.0, secure=shoal.Secure())
+    for made, changes, line in (
+        (shoal.compressed(task(), "random_k"), {"rounds": late}, "whose late updates are discarded"),
+        (shoal.compressed(task(), "int8"), {"privacy": secure}, "send integers of the group's bits"),
+    ):
+        with pytest.raises(ValueError, match=line):
+            build(made.replace(**changes))
+
+
+def test_all_elements_of_a_random_choice_are_no_compression() -> None:
+    specs = local_rule(shoal.compressed(task(), "random_k", share=1.0)).sums
+    assert all(spec.one_of == 1 and len(spec.tensor.shape) for spec in specs if spec.tensor.name == "delta/params/w")
+
+
+def test_what_devices_hold_in_the_mean_is_sent_whole() -> None:
+    specs = local_rule(shoal.compressed(shoal.scaffold(wide(), devices=8), "random_k", share=0.5)).sums
+    assert {spec.one_of for spec in specs if spec.tensor.name.startswith("delta/params/")} == {2}
+    assert {spec.one_of for spec in specs if spec.tensor.name.startswith("delta/control/")} == {1}
+
+
+def test_every_element_has_its_turn() -> None:
+    """Whatever the model's bits are: those of elements that are alike, say."""
+    chosen = shoal.compressed(wide(), "random_k", share=1 / 16)
+    moved = np.asarray(shoal.simulate(chosen, users(), rounds=120, seed=0).model["params/w"])
+    assert np.count_nonzero(moved) == moved.size
+
+
+def test_an_update_out_of_bounds_is_refused_when_it_is_rotated_too() -> None:
+    spec = SumSpec(
+        tensor=TensorSpec(name="delta/params/w", shape=(64,), dtype="float32"), bound=6.0, weighted=True, rotated=8
+    )
+    within, beyond = np.full(64, 0.9, np.float32), np.eye(1, 64, 3, dtype=np.float32)[0] * 1.1
+    assert np.all(np.isfinite(through(spec, jnp.asarray(within), 1.0, None)))
+    assert not np.any(np.isfinite(through(spec, jnp.asarray(beyond), 1.0, None)))
+
+
+def wide() -> shoal.Task:
+    """A model of 64 numbers that begin alike and are drawn to one alike."""
+
+    def loss(params: Any, state: Any, batch: Any, key: Any) -> shoal.Loss:
+        far = jnp.sum(jnp.square(params["w"] - 1.0)) * batch["on"]
+        return shoal.Loss(far, state, {})
+
+    return shoal.Task(
+        name="wide", init=lambda key: shoal.Variables({"w": jnp.zeros(64)}, {}), loss=loss, batch={"on": ((), "float32")},
+        local=shoal.Local(optimizer=optax.sgd(0.05), batch_size=2, weighting="uniform"),
+        rounds=shoal.RoundPolicy(goal=2, minimum_group=2),
+    )  # fmt: skip
+
+
+def users() -> shoal.data.Population:
+    return shoal.data.Population.from_arrays({f"u{i}": {"on": np.ones(2, np.float32)} for i in range(2)})
 
 
 def test_some_elements_are_right_in_the_mean_over_versions() -> None:
@@ -107,10 +167,9 @@ def test_some_elements_are_right_in_the_mean_over_versions() -> None:
     total = np.zeros(size)
     tensor = TensorSpec(name="delta/params/w", shape=(4,), dtype="float32")
     spec = SumSpec(tensor=tensor, bound=4.0, weighted=True, one_of=4)
-    for _ in range(3000):
-        before = rng.normal(size=size).astype(np.float32)
-        sent = np.asarray(through(spec, jnp.asarray(update), jnp.asarray(before)), np.float64)
-        total += Linear(spec, before).undone(lambda part, sent=sent: sent[part], slice(0, size))
+    for version in range(3000):
+        sent = np.asarray(through(spec, jnp.asarray(update), 1.0, np.array([version], np.uint32)), np.float64)
+        total += Linear(spec, size, version=version).undone(lambda part, sent=sent: sent[part], slice(0, size))
     np.testing.assert_allclose(total / 3000, update, atol=5 * 2 * np.abs(update).max() / np.sqrt(3000))
 
 

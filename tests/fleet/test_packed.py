@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +11,11 @@ import pytest
 from shoal.codec.packed import PACKED, pack, unpack
 from shoal.codec.rounding import BLOCK, Rounding, rounded
 from shoal.errors import ProtocolError, StoreError
+from shoal.fleet import updates
+from shoal.fleet.group_sums import _machine
 from shoal.fleet.link import LocalLink
-from shoal.fleet.packed_slices import SLICE_BYTES, PackedSlices
+from shoal.fleet.offer import Offer
+from shoal.fleet.packed_slices import SLICE_BYTES, PackedSlices, Readable
 from shoal.fleet.sent import SentBlobs
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.record.memory import MemoryStore
@@ -129,6 +133,53 @@ async def test_a_base_that_is_gone_is_no_base() -> None:
     slices = PackedSlices(CountingBlobs(now))
     data, is_delta = await slices.get(sha256(now), "float32", 0, len(now), base=sha256(before))
     assert not is_delta and unpack(data, "float32", len(now)) == now
+
+
+def offer_of(tensors: dict[str, np.ndarray], blobs: Readable, *, bases: dict[str, str] | None = None) -> Offer:
+    plan = toy.plan(toy.exact("a"), BIG)
+    return Offer(plan, Index.of(tensors), blobs, PackedSlices(blobs), bases=bases or {})
+
+
+async def pulled(offer: Offer, hash: str, **settings: Any) -> list[pb.Slice]:
+    return [piece async for piece in offer.pull(pb.PullRequest(hash=hash, packed=True, **settings))]
+
+
+@toy.in_loop
+async def test_bytes_of_several_types_come_as_they_are() -> None:
+    zeros = {"params/a": np.zeros(64, np.float32), "params/b": np.zeros(128, np.float16)}
+    offer = offer_of(zeros, CountingBlobs(bytes(256)))
+    (piece,) = await pulled(offer, sha256(bytes(256)))
+    assert not piece.unpacked and piece.data == bytes(256)
+
+
+@toy.in_loop
+async def test_only_the_same_tensor_of_another_version_is_a_base() -> None:
+    now, before = (np.random.default_rng(1).normal(size=5000).astype(np.float32) + x for x in (0.0, 1e-6))
+    blobs = CountingBlobs(now.tobytes(), before.tobytes())
+    for name, is_delta in (("params/w", True), ("params/other", False)):
+        offer = offer_of({"params/w": now}, blobs, bases={sha256(before.tobytes()): name})
+        (piece,) = await pulled(offer, sha256(now.tobytes()), base=sha256(before.tobytes()))
+        assert piece.is_delta is is_delta
+
+
+@toy.in_loop
+async def test_what_is_here_already_is_not_unpacked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[int] = []
+    monkeypatch.setattr(updates, "unpack", lambda data, dtype, size: unpacked.append(size) or unpack(data, dtype, size))
+    async with toy.fleet(toy.plan(toy.exact("a"), BIG)) as fleet, toy.peer(fleet.link, "a") as peer:
+        token = (await peer.assigned()).token
+        data = pack(np.ones(1000, np.float32).tobytes(), "float32")
+        part = pb.PushSlice(token=token, tensor="delta/params/big", data=data, unpacked=4000)
+        for _ in range(20):
+            reply = await fleet.link.push(stream_of(part))
+        assert reply.received["delta/params/big"] == 4000 and unpacked == [4000]
+
+
+def test_a_group_of_drawn_elements_does_not_move_on() -> None:
+    made = toy.plan(toy.exact("a"), BIG).manifest
+    drawn = replace(made, sums=tuple(replace(spec, one_of=4) for spec in made.sums))
+    moves = [_machine(manifest)._moves_on for manifest in (made, drawn)]  # type: ignore[attr-defined]
+    assert moves == [True, False]
 
 
 @pytest.mark.parametrize("down", ["bfloat16", "int8"])
