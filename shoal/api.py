@@ -20,7 +20,7 @@ from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.plan.stablehlo import inputs_read
-from shoal.plan.train import evaluate, predict
+from shoal.plan.train import evaluate, only_field, predict
 from shoal.record.memory import MemoryStore
 from shoal.record.retention import Retention
 from shoal.record.run import latest_run
@@ -187,15 +187,7 @@ class Model:
         to_safetensors(self.tensors, path, bare=bare)
 
     def _fields(self, fields: Mapping[str, np.ndarray] | np.ndarray) -> Mapping[str, np.ndarray]:
-        if not isinstance(fields, np.ndarray):
-            return fields
-        fitting = [spec.name for spec in self.plan.manifest.batch if spec.shape == fields.shape[1:]]
-        if len(fitting) != 1:
-            raise DataError(
-                f"Expected an array that fits one field of task {self.name!r}, got shape {fields.shape}, which fits "
-                f"{fitting or 'none'}. Pass a mapping: {{'{self.plan.manifest.batch[0].name}': array}}."
-            )
-        return {fitting[0]: fields}
+        return {only_field(self.plan.manifest, fields): fields} if isinstance(fields, np.ndarray) else fields
 
     @classmethod
     def open(cls, folder: Path, *, version: int | None = None, task: str = "") -> Self:

@@ -102,7 +102,7 @@ def compressed(
 
     def rule(final: Task) -> LocalRule:
         _check(final, up)  # what it is by now: settings may have changed since
-        return compressed_rule(inner(final), codec, linear=linear)
+        return compressed_rule(inner(final), codec, linear=linear, is_clipped=final.privacy.clip_norm is not None)
 
     return made.replace(rule=rule)
 
@@ -207,27 +207,32 @@ def _one_of(spec: SumSpec, *, one_of: int) -> SumSpec:
     return replace(spec, tensor=tensor, one_of=one_of, bound=one_of * spec.bound)
 
 
-def through(spec: SumSpec, values: Any, bound: float, version: Any) -> Any:
+def through(spec: SumSpec, values: Any, bound: float | None, version: Any) -> Any:
     """An update's tensor through the linear map of its sum.
 
     Args:
         spec: of the sum.
         values: the tensor.
-        bound: of its elements; one beyond it makes an update that is refused, as without a map.
+        bound: of its elements; one beyond it makes an update that is refused, as without a map. None: it will be clipped.
         version: `codec.linear.VERSION`, where elements are drawn.
     """
     name, flat = spec.tensor.name.removeprefix("delta/"), values.reshape(-1)
     if spec.rotated:
-        turned = jnp.clip(rotate(flat, spec.rotated, seed=seed_of(name), xp=jnp), -spec.bound, spec.bound)
-        return jnp.where(jnp.any(jnp.abs(flat) > bound), jnp.float32(jnp.nan), turned)
+        turned = rotate(flat, spec.rotated, seed=seed_of(name), xp=jnp)
+        if bound is None:
+            return turned
+        held = jnp.clip(turned, -spec.bound, spec.bound)
+        return jnp.where(jnp.any(jnp.abs(flat) > bound), jnp.float32(jnp.nan), held)
     if spec.one_of > 1:
         places = chosen(flat.size, spec.one_of, seed=seed_of_version(version, name, jnp), xp=jnp)
         return spec.one_of * jnp.take(flat, places, mode="fill", fill_value=0.0)
     return values
 
 
-def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec], SumSpec] | None = None) -> LocalRule:
-    """A local rule whose updates go through a linear map, where there is one, and a codec."""
+def compressed_rule(
+    inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec], SumSpec] | None = None, is_clipped: bool = False
+) -> LocalRule:
+    """A local rule whose updates go through a linear map, where there is one, and a codec; `is_clipped`: and are clipped then."""
     sums = tuple(
         linear(spec) if linear is not None and spec.tensor.name.startswith("delta/") else spec for spec in inner.sums
     )
@@ -259,7 +264,8 @@ def compressed_rule(inner: LocalRule, codec: Codec, *, linear: Callable[[SumSpec
         report = inner.finish(theirs, {name: value for name, value in broadcast.items() if name != VERSION})
         sent, left = dict[str, Any](), dict[str, Any]()
         for number, name in enumerate(sorted(deltas)):
-            whole = through(specs[name], report.sums["delta"][name], bounds[name], version)
+            bound = None if is_clipped else bounds[name]
+            whole = through(specs[name], report.sums["delta"][name], bound, version)
             if codec.feeds_back:
                 whole = whole + own[RESIDUAL + name]
             sent[name] = codec.apply(whole, jax.random.fold_in(seed_key(own[KEY]), number))

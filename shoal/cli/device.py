@@ -73,6 +73,7 @@ def device(
             "--noise",
             min=0.0,
             help="Join only secure groups whose members add noise of so many clip norms to their sum.",
+            show_default="any",
         ),
     ] = 0.0,
     max_epsilon: Annotated[

@@ -108,7 +108,7 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
     switch_threads_often()
     told = sum(population.sizes()[user] for user in settings.users)
     screen.say(f"{words.count(len(settings.users), 'device')}, {words.count(told, 'example')}; host {settings.server}")
-    host = make_host(settings, _runtime(settings))
+    host = make_host(settings, runtime_of(settings))
     watch.lap("start")
     crew = _Crew(settings, screen, host)
     try:
@@ -140,7 +140,8 @@ def _make_runner(settings: Settings, plan: Plan) -> Runner:
     return ChildRunner(plan, Limits(memory_bytes=settings.memory_bytes), settings.threads)
 
 
-def _runtime(settings: Settings) -> Runtime:
+def runtime_of(settings: Settings) -> Runtime:
+    """What runs programs here."""
     if settings.in_process:
         from shoal.plan.stablehlo import this_runtime
 

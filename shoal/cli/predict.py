@@ -1,4 +1,4 @@
-"""`shoal predict`: a version of a run, on examples from a file."""
+"""`shoal predict`: a version of a run, or the model that a device has kept, on examples from a file."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -12,31 +12,57 @@ if TYPE_CHECKING:
     import numpy as np
 
     from shoal.api import Model
+    from shoal.fleet.kept_model import KeptModel
 
 EPILOG = options.examples(
     "shoal predict runs/digits images.npy",
     "shoal predict runs/digits test.npz --version 10 --out predictions.npz",
+    "shoal predict kept/ images.npy --device anna",
 )
 SHOWN: Final = 10
 
 
 def predict(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run folder, or one of several: then the newest.")],
+    run: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="The run folder, or one of several: then the newest. Or a device's --state folder."
+        ),
+    ],
     input: Annotated[Path, typer.Argument(metavar="INPUT", help="An .npz of fields, or an .npy of the only field.")],
     version: Annotated[
         int | None, typer.Option("--version", min=0, help="Which version.", show_default="the newest")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write the predictions to this .npz.")] = None,
     run_id: options.RunId = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            "--device", help="In a device's folder: its name, whose own leaves are used.", show_default="none"
+        ),
+    ] = "",
+    task: Annotated[
+        str, typer.Option("--task", help="In a device's folder: which task's model.", show_default="the only one")
+    ] = "",
     json: options.AsJson = False,
 ) -> None:
-    """Predict with a version of a run.
+    """Predict with a version of a run, or with the newest that a device was sent.
 
-    The task's source is not needed."""
+    The task's source is not needed. On a device no host is asked, and no data leave."""
     screen, watch = Screen(json=json), Stopwatch()
     fields = _read(input)
     if out is not None and out.suffix != ".npz":
         raise ValueError(f"Expected --out FILE.npz, got {out}.")
+    if (run / "models").is_dir():
+        if version is not None or run_id is not None:
+            raise ValueError(
+                f"Expected neither --version nor --id with {run}, a device's folder: it keeps the newest version."
+            )
+        return _on_device(run, fields, device, task, out, screen, watch)
+    if device or task:
+        raise ValueError(
+            f"Expected a device's --state folder with --device and --task, got {run}, which holds no models."
+        )
     import shoal
     from shoal.record.run import latest_run
 
@@ -51,12 +77,35 @@ def predict(
     watch.lap("load")
     made = model.predict(fields)
     watch.lap("predict")
-    arrays = {"prediction": made} | ({"class": made.argmax(-1)} if _classifies(model, made) else {})
-    if out is not None:
-        from shoal.data import npz
+    _tell(model, _written(model, made, out), out, f"run: {run}", screen, watch)
 
-        npz.write(out, arrays)
-    _tell(model, arrays, out, run, screen, watch)
+
+def _on_device(
+    state: Path,
+    given: "dict[str, np.ndarray] | np.ndarray",
+    device: str,
+    task: str,
+    out: Path | None,
+    screen: Screen,
+    watch: Stopwatch,
+) -> None:
+    from asyncio import run
+
+    from shoal.cli.device_process import Settings, make_host, runtime_of
+    from shoal.fleet import kept_model
+    from shoal.plan.train import only_field
+
+    model = kept_model.find(state, task)
+    fields = given if isinstance(given, dict) else {only_field(model.plan.manifest, given): given}
+    settings = Settings(server="", users=(), state=state)
+    host = make_host(settings, runtime_of(settings))
+    watch.lap("start")
+    try:
+        made = run(host.predict(device, fields, task=model.name))
+    finally:
+        host.close()
+    watch.lap("predict")
+    _tell(model, _written(model, made, out), out, f"run: {model.run}, kept in {state}", screen, watch)
 
 
 def _read(path: Path) -> "dict[str, np.ndarray] | np.ndarray":
@@ -78,14 +127,28 @@ def _read(path: Path) -> "dict[str, np.ndarray] | np.ndarray":
     return array
 
 
-def _classifies(model: "Model", made: "np.ndarray") -> bool:
+def _written(model: "Model | KeptModel", made: "np.ndarray", out: Path | None) -> "dict[str, np.ndarray]":
+    arrays = {"prediction": made} | ({"class": made.argmax(-1)} if _classifies(model, made) else {})
+    if out is not None:
+        from shoal.data import npz
+
+        npz.write(out, arrays)
+    return arrays
+
+
+def _classifies(model: "Model | KeptModel", made: "np.ndarray") -> bool:
     """Whether predictions are scores of classes: the task says so by having an accuracy."""
     outputs = {spec.name for program in model.plan.manifest.variants("evaluate") for spec in program.outputs}
     return made.ndim == 2 and made.shape[1] > 1 and any(name.startswith("metric/accuracy/") for name in outputs)
 
 
 def _tell(
-    model: "Model", arrays: "dict[str, np.ndarray]", out: Path | None, run: Path, screen: Screen, watch: Stopwatch
+    model: "Model | KeptModel",
+    arrays: "dict[str, np.ndarray]",
+    out: Path | None,
+    where: str,
+    screen: Screen,
+    watch: Stopwatch,
 ) -> None:
     import numpy as np
 
@@ -100,6 +163,6 @@ def _tell(
     if len(made) > SHOWN:
         screen.line(f"  … {len(made) - SHOWN} more{'' if out else '; --out FILE.npz writes them all'}")
     screen.line(f"where the time went: {words.phases(watch.seconds, total=watch.total)}")
-    screen.line(f"wrote: {out}" if out else f"run: {run}")
+    screen.line(f"wrote: {out}" if out else where)
     document: dict[str, Any] = {"task": model.name, "version": model.version, "out": None if out is None else str(out)}
     screen.document({**document, **{name: value.tolist() for name, value in arrays.items()}})

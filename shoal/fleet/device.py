@@ -7,7 +7,7 @@ nothing: the token and the update are kept, and after reconnecting the device fi
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -159,6 +159,10 @@ class Device:
             await self._run()
         finally:
             await self._drop_work()
+
+    async def predict(self, fields: Mapping[str, np.ndarray], *, task: str = "") -> np.ndarray:
+        """As `DeviceHost.predict`, for this device: offline, by the newest version that it was sent."""
+        return await self._host.predict(self.device_id, fields, task=task)
 
     def interrupt(self) -> bool:
         """The device can go no further: its conditions have changed, or its process is to end.

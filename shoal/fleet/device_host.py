@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,8 @@ import numpy as np
 from shoal.clock import Clock, SystemClock
 from shoal.codec.packed import PACKED
 from shoal.codec.packed import unpack as unpacked
-from shoal.errors import NetworkError, PlanError, ProtocolError
+from shoal.errors import DataError, NetworkError, PlanError, ProtocolError
+from shoal.fleet import kept_model
 from shoal.fleet.example_ledger import ExampleLedger
 from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link
@@ -132,7 +133,9 @@ class DeviceHost:
                 f"The plan promises {manifest.promises.group} groups, the host offers {assigned.group[:20]!r}."
             )
         chosen = manifest.pick(self.runtime)
-        programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in DEVICE_PROGRAMS}
+        # A model that is kept is to be used where it is, without a host.
+        needed = (*DEVICE_PROGRAMS, *(("predict",) if self.state_folder is not None and "predict" in chosen else ()))
+        programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in needed}
         plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
         plan.verify(plan.public_key)
         spent.wire_s += time.perf_counter() - begun_s
@@ -185,6 +188,44 @@ class DeviceHost:
         spent.wire_s += time.perf_counter() - begun_s
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)
+        await asyncio.to_thread(self._keep_model, assigned, prepared.plan, tensors)
+
+    def _keep_model(self, assigned: pb.Assigned, plan: Plan, tensors: Tensors) -> None:
+        has_predict = any(program.hash in plan.programs for program in plan.manifest.variants("predict"))
+        if self.state_folder is None or not has_predict:
+            return
+        version = assigned.configuration.base_version
+        try:
+            kept_model.keep(self.state_folder, plan, tensors, run=assigned.run, version=version)
+        except OSError as error:  # it can train nonetheless
+            log.warning("version %d of task %r is not kept: %s", version, plan.manifest.task, error)
+
+    async def predict(self, device: str, fields: Mapping[str, np.ndarray], *, task: str = "") -> np.ndarray:
+        """Predictions (N, …) of the newest version that was sent, without a host; with the device's own leaves where it has such.
+
+        Args:
+            device: whose.
+            fields: of the examples, (N, …) each.
+            task: by name; empty: the only one there is.
+
+        Raises:
+            DataError: no model is kept, or the fields are not those that the task reads.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self._predict, device, fields, task)
+
+    def _predict(self, device: str, fields: Mapping[str, np.ndarray], task: str) -> np.ndarray:
+        if self.state_folder is None:
+            raise DataError("Expected a device that keeps its state in a folder: without one no model is kept.")
+        model = kept_model.find(self.state_folder, task)
+        own = self.state(model.run, device, model.plan.manifest)
+        prepared = self._plans.get(model.plan.hash)
+        if prepared is not None and prepared.done() and not prepared.cancelled() and prepared.exception() is None:
+            return model.predict(prepared.result().runner, fields, own=own)
+        runner = self.make_runner(model.plan)
+        try:
+            return model.predict(runner, fields, own=own)
+        finally:
+            runner.close()
 
     async def _shared(self, futures: "dict[str, asyncio.Future[V]]", key: str) -> V:
         future = futures[key]

@@ -256,6 +256,17 @@ def ratios(sums: Mapping[str, float]) -> dict[str, float]:
     return {n: sums[f"{n}/numerator"] / sums[f"{n}/denominator"] for n in names if sums[f"{n}/denominator"]}
 
 
+def only_field(manifest: Manifest, array: np.ndarray) -> str:
+    """The field of the task that an array (N, …) can be. Raises DataError: none, or several."""
+    fitting = [spec.name for spec in manifest.batch if spec.shape == array.shape[1:]]
+    if len(fitting) != 1:
+        raise DataError(
+            f"Expected an array that fits one field of task {manifest.task!r}, got shape {array.shape}, which fits {fitting or 'none'}. "
+            f"Pass a mapping: {{'{manifest.batch[0].name}': array}}, or an .npz of fields."
+        )
+    return fitting[0]
+
+
 def predict(runner: Runner, manifest: Manifest, root: str, fields: Mapping[str, np.ndarray]) -> np.ndarray:
     """Predictions (N, …) for examples (N, …); fields that a prediction does not need may be missing."""
     known = [spec.name for spec in manifest.batch]

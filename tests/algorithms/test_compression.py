@@ -140,6 +140,7 @@ def test_an_update_out_of_bounds_is_refused_when_it_is_rotated_too() -> None:
     within, beyond = np.full(64, 0.9, np.float32), np.eye(1, 64, 3, dtype=np.float32)[0] * 1.1
     assert np.all(np.isfinite(through(spec, jnp.asarray(within), 1.0, None)))
     assert not np.any(np.isfinite(through(spec, jnp.asarray(beyond), 1.0, None)))
+    assert np.all(np.isfinite(through(spec, jnp.asarray(beyond), None, None))), "it will be clipped"
 
 
 def wide() -> shoal.Task:

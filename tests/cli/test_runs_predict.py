@@ -166,3 +166,25 @@ def test_new_writes_a_task_and_never_overwrites(tmp_path: Path, shoal: Shoal, mo
     again = shoal("new", "my digits")
     assert again.code == 1 and "exists" in last(again.err) and (tmp_path / "my digits.py").read_text() == before
     assert shoal("new", "no/such/folder/x").code == 1 and shoal("new", "...").code == 1
+
+
+def test_predict_with_what_a_device_has_kept(trained: Path, tmp_path: Path, shoal: Shoal) -> None:
+    from shoal.api import load
+    from shoal.fleet import kept_model
+
+    np.save(tmp_path / "x.npy", np.linspace(-1, 1, 5, dtype=np.float32))
+    model, kept = load(trained), tmp_path / "kept"
+    kept_model.keep(kept, model.plan, dict(model.tensors), run="a-run", version=model.version)
+    of_run = shoal("predict", trained, tmp_path / "x.npy", "--json")
+    of_device = shoal("predict", kept, tmp_path / "x.npy", "--json")
+    assert of_device.code == 0, of_device
+    np.testing.assert_allclose(of_device.json["prediction"], of_run.json["prediction"], rtol=1e-5)
+    assert "kept in" in shoal("predict", kept, tmp_path / "x.npy").out
+    for options, line in (
+        (["--version", "3"], "keeps the newest version"),
+        (["--task", "other"], "a model of task 'other'"),
+    ):
+        made = shoal("predict", kept, tmp_path / "x.npy", *options)
+        assert made.code == 1 and line in last(made.err)
+    made = shoal("predict", trained, tmp_path / "x.npy", "--device", "anna")
+    assert made.code == 1 and "Expected a device's --state folder" in last(made.err)

@@ -1,0 +1,139 @@
+"""The model used where it is: the newest version that a device was sent of each task, answered without a host.
+
+One file a task in the device's `--state`, `models/….model`: the signed plan with its `predict`, and the tensors as they were sent. A newer version takes
+its place in one rename, so who reads meanwhile reads either, whole. A device with private leaves (a head of its own, say) answers with these.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from shoal.errors import DataError, PlanError, ProtocolError
+from shoal.plan.plan import Plan
+from shoal.plan.runner import Runner
+from shoal.plan.train import predict
+from shoal.tensors import Tensors, check, pack, read_head, sha256, unpack
+
+SUFFIX: Final = ".model"
+MOST_TASKS: Final = 16
+"""Whose models are kept; of more those that changed last."""
+_PLAN: Final = "plan"
+_PRIVATE: Final = "private/"
+
+
+@dataclass(frozen=True)
+class KeptModel:
+    """A version on a device."""
+
+    plan: Plan
+    tensors: Tensors
+    run: str
+    version: int
+
+    @property
+    def name(self) -> str:
+        """Of its task."""
+        return self.plan.manifest.task
+
+    def predict(self, runner: Runner, fields: Mapping[str, np.ndarray], *, own: Tensors | None = None) -> np.ndarray:
+        """Predictions (N, …) for examples (N, …).
+
+        Args:
+            runner: of the plan.
+            fields: of the examples.
+            own: the device's state, whose private leaves stand in for the model's; None: it has none.
+
+        Raises:
+            DataError: the fields are not those that the task reads.
+        """
+        tensors = dict(self.tensors)
+        if own is not None and int(own.get("rounds", np.zeros((), np.int32))) > 0:
+            tensors |= {name.removeprefix(_PRIVATE): own[name] for name in own if name.startswith(_PRIVATE)}
+        root = f"{self.run} {self.version}"
+        runner.set_model(root, {name: np.asarray(value) for name, value in tensors.items()})
+        return predict(runner, self.plan.manifest, root, fields)
+
+
+def keep(folder: Path, plan: Plan, tensors: Tensors, *, run: str, version: int) -> None:
+    """Writes a version, unless one that is as new of the same run is there. Raises OSError: it could not be written.
+
+    Args:
+        folder: the device's state folder.
+        plan: signed, with the program `predict`.
+        tensors: as the plan's manifest says.
+        run, version: which they are.
+    """
+    path = _path(folder, plan.manifest.task)
+    header = {"run": run, "version": version}
+    if path.exists():
+        kept = _header(path)
+        if kept.get("run") == run and kept.get("version", 0) >= version:
+            return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    plan_bytes = np.frombuffer(plan.to_bytes(), np.uint8)
+    with partial.open("wb") as file:
+        file.write(pack({_PLAN: plan_bytes, **tensors}, header))
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    for old in sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda each: each.stat().st_mtime)[:-MOST_TASKS]:
+        old.unlink()
+
+
+def _header(path: Path) -> Mapping[str, Any]:
+    """What a kept model says of itself; nothing, where it is broken."""
+
+    def fill(view: memoryview) -> None:
+        if file.readinto(view) != len(view):
+            raise ProtocolError("it ends within its head")
+
+    with path.open("rb") as file:
+        try:
+            return read_head(fill)[1]
+        except ProtocolError:
+            return {}
+
+
+def read(path: Path) -> KeptModel:
+    """Reads what `keep` wrote. Raises PlanError for anything else, and for a plan that is not signed by the key it names."""
+    try:
+        tensors, header = unpack(path.read_bytes())
+        plan = Plan.parse(tensors.pop(_PLAN).tobytes())
+        plan.verify(plan.public_key)
+        check(tensors, plan.manifest.broadcast, what="the model")
+        return KeptModel(plan, tensors, str(header["run"]), int(header["version"]))
+    except (ProtocolError, KeyError, TypeError, ValueError) as error:
+        raise PlanError(f"Expected a model that a device has kept in {path}: {error}") from error
+
+
+def find(folder: Path, task: str = "") -> KeptModel:
+    """The model of a task that a device has kept.
+
+    Args:
+        folder: its state folder.
+        task: by name; empty: the only one.
+
+    Raises:
+        DataError: there is none, or there are several and none was named.
+    """
+    paths = [_path(folder, task)] if task else sorted(folder.glob(f"models/*{SUFFIX}"))
+    found = [read(path) for path in paths if path.exists()]
+    if not found:
+        what = f"a model of task {task!r}" if task else "a model"
+        raise DataError(
+            f"Expected {what} in {folder}: there is none yet. A device keeps one once it has been sent a version (shoal device … --state {folder}) of a "
+            "task that has `predict`."
+        )
+    if len(found) > 1:
+        names = ", ".join(sorted(model.name for model in found))
+        raise DataError(f"Expected one task's model in {folder}, there are several: name one of {names} with --task.")
+    return found[0]
+
+
+def _path(folder: Path, task: str) -> Path:
+    return folder / "models" / f"{sha256(task.encode())[:32]}{SUFFIX}"
