@@ -172,19 +172,19 @@ def test_predict_with_what_a_device_has_kept(trained: Path, tmp_path: Path, shoa
     from shoal.api import load
     from shoal.fleet import kept_model
 
-    np.save(tmp_path / "x.npy", np.linspace(-1, 1, 5, dtype=np.float32))
+    np.savez(tmp_path / "x.npz", x=np.linspace(-1, 1, 5, dtype=np.float32))
     model, kept = load(trained), tmp_path / "kept"
     kept_model.keep(kept, model.plan, dict(model.tensors), run="a-run", version=model.version)
-    of_run = shoal("predict", trained, tmp_path / "x.npy", "--json")
-    of_device = shoal("predict", kept, tmp_path / "x.npy", "--json")
+    of_run = shoal("predict", trained, tmp_path / "x.npz", "--json")
+    of_device = shoal("predict", kept, tmp_path / "x.npz", "--json")
     assert of_device.code == 0, of_device
     np.testing.assert_allclose(of_device.json["prediction"], of_run.json["prediction"], rtol=1e-5)
-    assert "kept in" in shoal("predict", kept, tmp_path / "x.npy").out
+    assert "kept in" in shoal("predict", kept, tmp_path / "x.npz").out
     for options, line in (
         (["--version", "3"], "keeps the newest version"),
         (["--task", "other"], "a model of task 'other'"),
     ):
-        made = shoal("predict", kept, tmp_path / "x.npy", *options)
+        made = shoal("predict", kept, tmp_path / "x.npz", *options)
         assert made.code == 1 and line in last(made.err)
-    made = shoal("predict", trained, tmp_path / "x.npy", "--device", "anna")
+    made = shoal("predict", trained, tmp_path / "x.npz", "--device", "anna")
     assert made.code == 1 and "Expected a device's --state folder" in last(made.err)
