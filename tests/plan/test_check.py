@@ -35,7 +35,7 @@ def test_a_tebibyte_is_refused(tiny: Built) -> None:
     huge = dataclasses.replace(manifest, broadcast=(*manifest.broadcast, big))
     with pytest.raises(PlanError) as caught:
         check_plan(huge, Limits(memory_bytes=8 << 30))
-    assert str(caught.value) == "The plan of task 'tiny' asks for 1.0 TiB of memory, this device allows 8.0 GiB."
+    assert str(caught.value) == "The plan of task 'tiny' asks for 1.5 TiB of memory, this device allows 8.0 GiB."
 
 
 def test_the_limit_is_exact(tiny: Built) -> None:
