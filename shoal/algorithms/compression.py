@@ -30,6 +30,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.algorithms.compose import applied
+from shoal.codec.chance import uniform
 from shoal.codec.linear import SPREAD, VERSION, block_length, chosen, rotate, rotated_size, seed_of, seed_of_version
 from shoal.codec.rounding import BLOCK, MAX_LEVEL, ROUNDINGS, Rounding
 from shoal.fixed import SumSpec
@@ -157,7 +158,7 @@ def _int8(values: Any, key: Any) -> Any:
     step = jax.lax.bitcast_convert_type((bits + jnp.uint32(0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32)
     scaled = blocks / jnp.where(step > 0, step, jnp.ones_like(step))
     # 16 random bits for an element: right in the mean to 2^-17 of a level.
-    chance = jax.random.bits(key, blocks.shape, jnp.uint16).astype(jnp.float32) * jnp.float32(2.0**-16)
+    chance = uniform(blocks.size, jax.random.key_data(key), jnp).reshape(blocks.shape)
     levels = jnp.floor(scaled + chance)
     made = jnp.clip(levels, -MAX_LEVEL, MAX_LEVEL) * step
     return made.reshape(-1)[: flat.size].reshape(values.shape)

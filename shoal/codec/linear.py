@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from shoal.codec.chance import mixed
+
 VERSION: Final = "drawn/version"
 """Tensor of a line beside its model, (1,) uint32: the number of versions committed before, where there are elements to be drawn."""
 MAX_BLOCK: Final = 1 << 18
@@ -92,7 +94,7 @@ def _hadamard(length: int) -> np.ndarray:
 def chosen(size: int, one_of: int, *, seed: Array, xp: Any, start: int = 0) -> Array:
     """(ceil(size / one_of),) uint32: which element of each `one_of` is sent, the first group being number `start`."""
     groups = xp.arange(start, start + -(-size // one_of), dtype=xp.uint32)
-    return groups * xp.uint32(one_of) + _mixed(groups, seed, xp) % xp.uint32(one_of)
+    return groups * xp.uint32(one_of) + mixed(groups, seed, xp) % xp.uint32(one_of)
 
 
 def seed_of(name: str) -> int:
@@ -102,19 +104,9 @@ def seed_of(name: str) -> int:
 
 def seed_of_version(version: Array, name: str, xp: Any) -> Array:
     """(1,) uint32: what a tensor's elements are drawn by for members that start from a version, (1,) uint32."""
-    return _mixed(version, xp.uint32(seed_of(name)), xp)
+    return mixed(version, xp.uint32(seed_of(name)), xp)
 
 
 def _signs(size: int, seed: int, xp: Any, *, start: int = 0) -> Array:
-    bits = _mixed(xp.arange(start, start + size, dtype=xp.uint32), xp.uint32(seed), xp) & xp.uint32(1)
+    bits = mixed(xp.arange(start, start + size, dtype=xp.uint32), xp.uint32(seed), xp) & xp.uint32(1)
     return xp.float32(1) - xp.float32(2) * bits.astype(xp.float32)
-
-
-def _mixed(words: Array, seed: Array, xp: Any) -> Array:
-    """Each word, uint32, as one that looks drawn by chance (the finalizer of MurmurHash3, twice)."""
-    made = words ^ seed
-    for _ in range(2):
-        made = (made ^ (made >> xp.uint32(16))) * xp.uint32(0x85EBCA6B)
-        made = (made ^ (made >> xp.uint32(13))) * xp.uint32(0xC2B2AE35)
-        made = made ^ (made >> xp.uint32(16)) ^ seed
-    return made

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 
+from shoal.codec.chance import uniform
 from shoal.data.split import held_out_part
 from shoal.data.store import Examples
 from shoal.fleet.configuration import round_seed
@@ -300,7 +301,8 @@ def int8(model: Model, cohorts: Cohorts) -> Model:
         key = seed_key(member_randomness(round_seed(run_seed(SEED), version), member).key)
         sent = {}
         for number, (name, value) in enumerate(sorted(minus(sgd(received, given), received).items())):
-            u = np.asarray(jax.random.bits(jax.random.fold_in(key, number), value.shape, np.uint16)) / 2**16
+            words = np.asarray(jax.random.key_data(jax.random.fold_in(key, number)))
+            u = uniform(value.size, words, np).reshape(value.shape)
             mantissa, exponent = np.frexp(np.abs(value).max() / 127)
             unit = np.ldexp(np.ceil(mantissa * 256) / 256, exponent)
             sent[name] = np.floor(value / unit + u) * unit
