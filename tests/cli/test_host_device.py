@@ -204,6 +204,8 @@ def test_one_host_serves_two_tasks_and_goes_on_with_both(
     assert lost.code == 1 and "population 'homes'" in last(lost.err), lost
     device = start("device", "--server", address, "--data", place / "users", "--population", "homes")
     host.until(lambda: "line  version      3/" in host.text and "other  version 5/5" in host.text)
+    # The line is told before the record has it that the run is over.
+    host.until(lambda: "finished" in [found.status for found in find_runs(tmp_path / "run")])
     host.kill(signal.SIGTERM)
     assert host.wait(20) == 143 and "--resume" in last(host.text), host.text
     host, _ = begin_host(start, place, tmp_path, "--resume", "--rounds", versions(tmp_path / "run", "line") + 3)
