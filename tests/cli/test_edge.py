@@ -64,6 +64,7 @@ def test_several_tasks_have_one_edge(shoal: Shoal) -> None:
     assert made.code == 1 and "one TASK" in made.err
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.timeout(120)
 def test_an_edge_attaches_and_the_run_ends_for_all(start: Start, place: Path, tmp_path: Path, run_folder: Path) -> None:

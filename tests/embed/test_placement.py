@@ -55,6 +55,7 @@ def test_gains_are_what_the_final_p_fanout_loses():
         assert p * gain[vector] == pytest.approx(before - final_p_fanout(queries, moved, p, splits), abs=1e-5)
 
 
+@pytest.mark.slow
 @given(
     queries=st.lists(st.lists(st.integers(0, 40), max_size=7, unique=True), max_size=30),
     size=st.sampled_from([1, 3, 4, 8]),
