@@ -56,7 +56,8 @@ JUDGED: Final = "int8 up, bfloat16 down"
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     speeds = list(_speeds(1 << (18 if quick else 22)))
     table(
-        ["what", "MB/s of float32", "bytes of float32"], [[s.what, f"{s.rate:.0f}", f"{s.share:.3f}"] for s in speeds]
+        ["what", "MB/s of float32", "bytes of float32"],
+        [[s.what, f"{s.rate:.0f}", "" if s.share is None else f"{s.share:.3f}"] for s in speeds],
     )
     slowest = min((speed for speed in speeds if not speed.what.startswith("program")), key=lambda speed: speed.rate)
     rows = [] if quick else [_row(problem, rate, way) for problem, rate in PROBLEMS for way in WAYS]
@@ -177,8 +178,8 @@ class Speed:
     what: str
     rate: float
     """Megabytes of float32 a second."""
-    share: float
-    """What it leaves, of float32's bytes; nan: that is not what it is for."""
+    share: float | None = None
+    """What it leaves, of float32's bytes; None: that is not what it is for."""
 
 
 def _speeds(size: int) -> Sequence[Speed]:
@@ -195,18 +196,16 @@ def _speeds(size: int) -> Sequence[Speed]:
         made += _wire(what, values, base)
     roundings: tuple[Rounding, ...] = ("bfloat16", "int8")
     for rounding in roundings:
-        made.append(Speed(f"round the model to {rounding}", _rate(lambda r=rounding: rounded(model, r), size), np.nan))  # type: ignore[misc]
+        made.append(Speed(f"round the model to {rounding}", _rate(lambda r=rounding: rounded(model, r), size)))  # type: ignore[misc]
     block = block_length(size)
     turned = rotate(update, block, seed=0, xp=np).astype(np.float64)
-    made.append(
-        Speed("program: rotate back, of a sum", _rate(lambda: rotate_back(turned, block, seed=0), size), np.nan)
-    )
+    made.append(Speed("program: rotate back, of a sum", _rate(lambda: rotate_back(turned, block, seed=0), size)))
     given, key = jnp.asarray(update), jax.random.key(0)
     for name, codec in (("int8", INT8), ("bfloat16", BFLOAT16), ("top 1 %", top_k(0.01))):
         program = jax.jit(codec.apply)
-        made.append(Speed(f"program: {name}", _rate(lambda p=program: p(given, key).block_until_ready(), size), np.nan))  # type: ignore[misc]
+        made.append(Speed(f"program: {name}", _rate(lambda p=program: p(given, key).block_until_ready(), size)))  # type: ignore[misc]
     program = jax.jit(lambda values: rotate(values, block, seed=0, xp=jnp))
-    made.append(Speed("program: rotate", _rate(lambda: program(given).block_until_ready(), size), np.nan))
+    made.append(Speed("program: rotate", _rate(lambda: program(given).block_until_ready(), size)))
     return made
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.codec.packed import PACKED, pack, unpack
+from shoal.codec.packed import pack, unpack
 from shoal.codec.rounding import BLOCK, Rounding, rounded
 from shoal.errors import ProtocolError, StoreError
 from shoal.fleet import updates
@@ -199,7 +199,3 @@ def test_rounded_tensors_are_read_in_any_piece(down: Rounding) -> None:
     assert sent.get(entry.hash) == whole and sent.size(entry.hash) == len(whole)
     for offset, size in ((0, 10), (4 * BLOCK - 3, 9), (12345, 4 * BLOCK + 1), (len(whole) - 5, 100), (len(whole), 4)):
         assert sent.read(entry.hash, offset, size) == whole[offset : offset + size]
-
-
-def test_both_sides_say_that_they_know_it() -> None:
-    assert PACKED == "packed/1"
