@@ -118,17 +118,19 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
             f"stopped; {crew.totals()}. Work that was not counted is done anew: start the same command again to go on.",
             code=stopped.code,
         ) from None
+    else:
+        watch.lap("run")
+        _tell(settings, crew, host, screen, watch)
     finally:
         host.close()
-    watch.lap("run")
-    _tell(settings, crew, host, screen, watch)
 
 
-def make_host(settings: Settings, runtime: Runtime) -> DeviceHost:
+def make_host(settings: Settings, runtime: Runtime, *, looks_only: bool = False) -> DeviceHost:
     """What the users' devices share."""
     return DeviceHost(
         make_runner=partial(_make_runner, settings), runtime=runtime, trusted_key=settings.trusted_key,
-        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state, floor=settings.floor, identity=settings.identity,
+        limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state, looks_only=looks_only, floor=settings.floor,
+        identity=settings.identity,
     )  # fmt: skip
 
 
@@ -186,7 +188,7 @@ async def play(
             if reporting:
                 await asyncio.wait(reporting, timeout=LEAVE_S)
         finally:
-            host.close()  # ends a program that is running, so that its devices can end
+            host.stop()  # ends a program that is running, so that its devices can end
         raise
     finally:
         for task in (watching, *playing):
@@ -306,7 +308,7 @@ def _tell(settings: Settings, crew: _Crew, host: DeviceHost, screen: Screen, wat
     screen.line(f"where the time went: {words.phases(watch.seconds, total=watch.total)}")
     screen.line(f"and of the devices, added up: {words.phases(told)}")
     screen.line(f"came down {words.size(host.down_bytes)}, went up {words.size(up)}")
-    spent = max((ledger.rho for ledger in host.example_ledgers.values()), default=0.0)
+    spent = max((host.example_ledger(device.device_id).rho for device in crew.devices), default=0.0)
     delta = settings.floor.examples.delta if settings.floor.examples is not None else DELTA
     if spent:
         screen.line(f"spent of one device's examples, at most: epsilon {epsilon(spent, delta):.3g} at delta {delta:g}")

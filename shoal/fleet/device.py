@@ -9,9 +9,11 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from shoal.codec.packed import PACKED, pack
 from shoal.data.store import Examples
@@ -23,6 +25,7 @@ from shoal.errors import (
     PlanError,
     ProgramError,
     ProtocolError,
+    StoreError,
     TaskRefused,
     UpdateRefused,
 )
@@ -34,7 +37,7 @@ from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
 from shoal.plan.secure import update_of
-from shoal.plan.train import NOISE_SEED_BYTES, train
+from shoal.plan.train import NOISE_SEED_BYTES, Interrupted, Paused, train
 from shoal.tensors import Index, Tensors, dtype_name, to_bytes
 
 log = logging.getLogger("shoal.device")
@@ -46,6 +49,10 @@ REFUSED_DELAY_S: Final = 0.5
 REFUSED_LONGEST_S: Final = 60.0
 PUSH_TRIES: Final = 6
 TRIES_ELSEWHERE: Final = 3
+LOOK_S: Final = 60.0
+"""Between two looks at the clock of a device that rests."""
+FINISHED: Final = "finished"
+"""Stage at which the host has said that the run is over."""
 SPENT: Final = "spent"
 """Stage at which a device gives up what it may not offer again."""
 LONGEST_AWAY_S: Final = 86_400.0
@@ -63,14 +70,16 @@ class _Work:
     stopped: bool = False
     training: bool = False
     """A thread is at it, which stops between two blocks and cannot be cancelled."""
-    takes_partial: bool = False
-    """The plan takes the steps of an interrupted training."""
     update: Update | None = None
     report: pb.Report | None = None
     sends: Tensors = field(default_factory=dict)
     """What is pushed: the update's sums, or in a secure group what they look like under their masks."""
     secure: SecureOffer | None = None
     """The update's way through secure groups, where the task has them."""
+    paused: Paused | None = None
+    """Where its training was interrupted."""
+    is_kept: bool = False
+    """It is in the device's file."""
 
     @property
     def has_revealed(self) -> bool:
@@ -115,6 +124,7 @@ class Device:
         host: DeviceHost,
         rng: np.random.Generator,
         stays: bool = True,
+        rest_s: float = 0.0,
         population: str = "default",
         tasks: Sequence[str] = (),
         on_progress: Callable[["Device"], None] = lambda device: None,
@@ -127,14 +137,17 @@ class Device:
             host: what the process shares.
             rng: for the jitter of its delays.
             stays: whether it waits for the next assignment; else it goes away after each and comes when it was told to.
+            rest_s: least time from one update that is counted to the next training, whatever a host says.
             population: which it is of.
             tasks: names of those that it serves; none: any.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
         self._home = link
         """Where it goes when the Edge that it was sent to does not answer."""
-        self._stays, self._on_progress = stays, on_progress
+        self._stays, self._rest_s, self._on_progress = stays, rest_s, on_progress
         self._population, self._tasks = population, tuple(tasks)
+        self._name = population, device_id
+        """In the device's file."""
         self._unfit: dict[str, DataError | TaskRefused] = {}
         """Tasks that its examples do not fit, or that promise too little, and why."""
         self._away_s: float | None = None
@@ -149,16 +162,25 @@ class Device:
         self.progress = Progress()
 
     async def run(self) -> None:
-        """Serves until the host says that the run is over.
+        """Serves until the host says that the run is over, or until it is interrupted; then it may be called again.
+
+        What it has in hand when it is interrupted or cancelled it goes on with then, also in another process where the host has a folder.
 
         Raises:
             PlanError: the device's runtime cannot run the task, or its plan is refused.
             DataError: the device's examples do not fit the task.
         """
+        self._is_leaving = False
+        self._work = self._work or await asyncio.to_thread(self._read_work)
         try:
             await self._run()
         finally:
-            await self._drop_work()
+            await (self._drop_work() if self.is_over else self._put_aside())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the host has said that the run is over."""
+        return self.progress.stage == FINISHED
 
     async def predict(self, fields: Mapping[str, np.ndarray], *, task: str = "") -> np.ndarray:
         """As `DeviceHost.predict`, for this device: offline, by the newest version that it was sent."""
@@ -168,20 +190,21 @@ class Device:
         """The device can go no further: its conditions have changed, or its process is to end.
 
         A training stops between two blocks; where the plan takes partial work its steps are reported, and `run` returns
-        once the Edge has them. Returns whether there is something to wait for; else `run` may be cancelled.
+        once the Edge has them; else it is put aside, for the next `run` to go on with. Returns whether there is something to wait for; else
+        `run` may be cancelled.
         """
         self._is_leaving = True
         work = self._work
         if work is None or self._producing is None:
             return False
-        return work.update is not None or (work.training and work.takes_partial)
+        return work.update is not None or work.training
 
     async def _run(self) -> None:
-        while True:
+        while not self._has_left:
             try:
+                await self._rest()
                 async with self._link.session() as stream:
                     if await self._serve(stream):
-                        self._say("finished")
                         return
                 if self._away_s is not None:
                     away_s, self._away_s = self._away_s, None
@@ -211,7 +234,7 @@ class Device:
                 done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
                 if self._producing in done:
                     await self._produced(stream)
-                    if self._is_leaving and self._work is None:
+                    if self._has_left:
                         return True
                 if hearing in done:
                     message, hearing = hearing.result(), None
@@ -239,7 +262,7 @@ class Device:
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted" if self._producing is None:
                 self._failures = self._refusals = 0
-                self._settle()
+                await self._settle()
                 await self._stay(stream, message.counted)
             case "refused":
                 await self._refused(message.refused.reason, message.refused.detail)
@@ -267,10 +290,16 @@ class Device:
             case "finished":
                 if self._unfit and not self.progress.counted:
                     raise next(iter(self._unfit.values()))
+                self._say(FINISHED)
                 return True
             case kind:
                 log.debug("%s: ignored %s", self.device_id, kind)
-        return self._is_leaving and self._work is None
+        return self._has_left
+
+    @property
+    def _has_left(self) -> bool:
+        """It was interrupted, and nothing more is to be said of what it has in hand."""
+        return self._is_leaving and self._producing is None and (self._work is None or self._work.update is None)
 
     def _is_of_other_work(self, message: pb.FromEdge) -> bool:
         """Whether it is an answer about an update that the device has no more: what it holds now is not touched by it."""
@@ -301,16 +330,20 @@ class Device:
             return  # it will be reported on this stream
         status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
         match status.state:
-            case pb.StatusReply.COUNTED:
-                self._settle()
-            case pb.StatusReply.REFUSED | pb.StatusReply.EXPIRED:
+            case pb.StatusReply.COUNTED if work.update is not None:
+                await self._settle()
+            case pb.StatusReply.REFUSED | pb.StatusReply.EXPIRED | pb.StatusReply.COUNTED:
                 self.progress.refused += 1
                 self.progress.last_error = status.reason
-                self._work = None
+                await self._drop_work()
             case pb.StatusReply.UNKNOWN if work.has_revealed:
                 self.progress.refused += 1
                 self.progress.last_error = "its secure group failed after the update was revealed in it"
-                self._work = None
+                await self._drop_work()
+            case _ if work.report is None:
+                work.stopped = False
+                self._producing = asyncio.create_task(self._produce(work))
+                return
             case _:
                 if work.secure is None:
                     await self._push(work)
@@ -321,7 +354,7 @@ class Device:
         """Waits for the next assignment: without a word where it has checked in on this stream; or goes away."""
         if self._is_leaving:
             return
-        if not self._stays:
+        if not self._stays or self._rest_s:
             self._away_s = self._drawn(answer)
         elif self._checked_in is stream:
             self._say("waiting")
@@ -346,8 +379,21 @@ class Device:
 
     async def _drop_work(self) -> None:
         """Stops what is under way; the server needs it no more."""
-        work, producing = self._work, self._producing
-        self._work = self._producing = None
+        work, self._work = self._work, None
+        await self._stop(work)
+        if work is not None and work.is_kept:
+            await self._try_to_write(
+                "what it had in hand is not forgotten", lambda: self._host.file.drop_work(*self._name)
+            )
+
+    async def _put_aside(self) -> None:
+        """Stops what is under way; it is gone on with later, if it is useful then."""
+        await self._stop(self._work)
+        if self._work is not None and not self._work.has_revealed and self._work.update is None:
+            await self._keep_work(self._work)
+
+    async def _stop(self, work: _Work | None) -> None:
+        producing, self._producing = self._producing, None
         if work is not None:
             work.stopped = True
         if producing is not None:
@@ -362,15 +408,19 @@ class Device:
         self._producing = None
         try:
             producing.result()
+        except Interrupted:  # it is put aside; its place is free until then
+            self._say("interrupted")
+            gave_up = pb.GaveUp(token=work.assigned.token, stage="interrupted")
+            return await stream.send(pb.FromDevice(gave_up=gave_up))
         except (ProgramError, DeviceError, DataError, PlanError, MissingExtra) as error:
-            self._work = None
+            await self._drop_work()
             return await self._give_up(work, error, stream)
         except NetworkError:
-            if work.report is None:
-                self._work = None  # else the update is there: it is offered again on the next stream
+            if work.report is None and work.paused is None:
+                self._work = None  # else it is gone on with on the next stream
             raise
         except ProtocolError as error:
-            self._work = None
+            await self._drop_work()
             if work.report is None:
                 raise
             await self._refused("wrong slices", str(error))
@@ -400,6 +450,7 @@ class Device:
             slices=self._inline(trained.update),
             costs=costs,
         )
+        await self._keep_work(work)
         await self._push(work)
         work.report.costs.wire_s += time.perf_counter() - begun
 
@@ -469,7 +520,6 @@ class Device:
             raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
         spends = cost(prepared.manifest)
         self._refuse_overspending(prepared.manifest)
-        work.takes_partial = prepared.manifest.takes_partial
         work.training = True
         self.progress.stage = "training"
         try:
@@ -485,7 +535,11 @@ class Device:
                 noise_seed=self._host.random(NOISE_SEED_BYTES),
                 should_stop=lambda: work.stopped,
                 is_interrupted=lambda: self._is_leaving,
+                paused=work.paused,
             )
+        except Interrupted as error:
+            work.paused = error.paused or work.paused
+            raise
         finally:
             work.training = False
         if spends:
@@ -554,12 +608,71 @@ class Device:
                 self.progress.up_bytes += len(part.data)
                 token = None
 
-    def _settle(self) -> None:
+    async def _settle(self) -> None:
         """The update was counted: now what it leaves on the device is kept."""
-        if self._work is not None and self._work.update is not None:
-            self._host.keep_state(self._work.run, self.device_id, self._work.update.device_state)
-        self._work = None
+        work, self._work = self._work, None
+        assert work is not None and work.update is not None
+        state, file, wall_s = work.update.device_state, self._host.file, self._host.clock.wall_s()
+        counted = partial(file.counted, *self._name, run=work.run, state=state, wall_s=wall_s)
+        # Without its state the device is not what the server takes it for; the rest can be done without.
+        while not await self._try_to_write("what a counted update leaves is not kept", counted) and state:
+            self._say("disk full")
+            await self._pause(REFUSED_LONGEST_S)
         self.progress.counted += 1
+
+    # What is in hand, over a restart.
+
+    async def _keep_work(self, work: _Work) -> None:
+        """Puts the work in hand into the device's file, where that outlives the process."""
+        if not self._host.file.is_durable or work.secure is not None:
+            return
+        content = _content(work)
+        expires_s = work.assigned.expires_s
+        work.is_kept = await self._try_to_write(
+            "what it has in hand will not outlive this process",
+            lambda: self._host.file.keep_work(*self._name, content, expires_s=expires_s),
+        )
+
+    def _read_work(self) -> _Work | None:
+        """What was in hand when the process before ended."""
+        file = self._host.file
+        content = file.work(*self._name, wall_s=self._host.clock.wall_s()) if file.is_durable else None
+        if content is None:
+            return None
+        try:
+            work = _of_content(content)
+        except (KeyError, ValueError, DecodeError) as error:
+            log.warning("%s: what it had in hand cannot be read: %r", self.device_id, error)
+            return None
+        if work.report is not None and work.update is not None:
+            work.report.slices.extend(self._inline(work.update))
+        return work
+
+    async def _try_to_write(self, otherwise: str, write: Callable[[], None]) -> bool:
+        """Whether it could be; else a warning says what that means."""
+        try:
+            if self._host.file.is_durable:
+                await asyncio.to_thread(write)
+            else:
+                write()
+        except StoreError as error:
+            log.warning("%s: %s: %s", self.device_id, otherwise, error)
+            return False
+        return True
+
+    async def _rest(self) -> None:
+        """Until as long has passed since the last update that was counted as the device wants to rest."""
+        # Never longer than that, wherever the clock was when the last one was written down.
+        latest_s = self._host.clock.now_s() + self._rest_s
+        while self._work is None and (left_s := min(self._to_rest_s(), latest_s - self._host.clock.now_s())) > 0.0:
+            self._say("resting")
+            await self._sleep(min(left_s, LOOK_S))  # the machine may be suspended meanwhile, or its clock be set
+
+    def _to_rest_s(self) -> float:
+        if not self._rest_s:
+            return 0.0
+        last_s = self._host.file.contributed_s(*self._name)
+        return 0.0 if last_s is None else last_s + self._rest_s - self._host.clock.wall_s()
 
     async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
         self.progress.failures += 1
@@ -598,6 +711,43 @@ class Device:
     def _say(self, stage: str) -> None:
         self.progress.stage = stage
         self._on_progress(self)
+
+
+def _content(work: _Work) -> Tensors:
+    """Work in hand as one set of tensors."""
+    content = {"assigned": _as_array(work.assigned.SerializeToString())}
+    if work.paused is not None:
+        content["blocks"] = np.array(work.paused.blocks)
+        content |= {f"carry {name}": value for name, value in work.paused.carry.items()}
+    if work.report is not None and work.update is not None:
+        report = pb.Report()
+        report.CopyFrom(work.report)
+        del report.slices[:]  # the update has them
+        content["report"] = _as_array(report.SerializeToString())
+        content |= {f"sum {name}": value for name, value in work.update.sums.items()}
+        content |= {f"state {name}": value for name, value in work.update.device_state.items()}
+    return content
+
+
+def _of_content(content: Tensors) -> _Work:
+    """What `_content` made."""
+
+    def named(kind: str) -> Tensors:
+        return {name.removeprefix(kind): value for name, value in content.items() if name.startswith(kind)}
+
+    assigned = pb.Assigned.FromString(content["assigned"].tobytes())
+    work = _Work(assigned, assigned.run, is_kept=True)
+    if "blocks" in content:
+        work.paused = Paused(int(content["blocks"]), named("carry "))
+    if "report" in content:
+        work.report = pb.Report.FromString(content["report"].tobytes())
+        work.update = Update(named("sum "), work.report.weight, named("state "))
+        work.sends = work.update.sums
+    return work
+
+
+def _as_array(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, np.uint8)
 
 
 def _runtime_info(runtime: Runtime) -> pb.RuntimeInfo:

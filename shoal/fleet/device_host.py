@@ -21,17 +21,18 @@ from shoal.codec.packed import PACKED
 from shoal.codec.packed import unpack as unpacked
 from shoal.errors import DataError, NetworkError, PlanError, ProtocolError
 from shoal.fleet import kept_model
+from shoal.fleet.device_file import MOST_STATE_BYTES, DeviceFile
 from shoal.fleet.example_ledger import ExampleLedger
 from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link
 from shoal.fleet.spent import SpentUpdates
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.check import check_plan
+from shoal.plan.check import check_plan, readable
 from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
 from shoal.privacy.identity import Identity
-from shoal.tensors import Index, Tensors, from_bytes, pack, sha256, unpack
+from shoal.tensors import Index, Tensors, from_bytes, sha256, total_bytes
 
 log = logging.getLogger("shoal.device")
 
@@ -81,25 +82,29 @@ class DeviceHost:
     """Ed25519 key whose plans are run; None: that of the first plan seen (trust on first use)."""
     floor: Floor = field(default_factory=Floor)
     """What a plan must promise at least."""
+    looks_only: bool = False
+    """It writes nothing into the state folder, which another process may be using: for predictions."""
     identity: Identity | None = None
     """With its certificate, for secure groups of certified members."""
     state_folder: Path | None = None
-    """Where device state, and what was spent, is kept over restarts; None: in memory."""
+    """Where what devices keep outlives the process (`device_file.py`, `kept_model.py`); None: in memory."""
     random: Callable[[int], bytes] = os.urandom
     """So many bytes that nobody can foretell, for noise on examples."""
     clock: Clock = field(default_factory=SystemClock)
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "shoal-training"))
     """What calls the runners: one training follows the other without waiting for the event loop."""
     down_bytes: int = 0
-    example_ledgers: dict[str, ExampleLedger] = field(default_factory=dict)
-    """Device -> what its examples have spent, of those that have trained with noise on them."""
+    file: DeviceFile = field(init=False)
+    """What its devices keep."""
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
     _latest: dict[str, dict[str, tuple[str, np.ndarray]]] = field(default_factory=dict)
     """Plan -> name -> hash and values of the model that was fetched last: what rounds do not change is fetched once, and of what they do
     change the difference may be enough."""
-    _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
-    _spent: "dict[str, SpentUpdates]" = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raises StoreError: the state folder cannot be used."""
+        self.file = DeviceFile(self.state_folder, read_only=self.looks_only)
 
     async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         """The plan of an assignment, verified, checked, ready to run. What it took is added to `spent`.
@@ -127,6 +132,10 @@ class DeviceHost:
         unproven.verify(self.trusted_key if self.trusted_key is not None else unproven.public_key)
         self._trust(unproven.public_key)
         check_plan(manifest, self.limits)
+        if (kept := total_bytes(manifest.device_state)) > MOST_STATE_BYTES:
+            raise PlanError(
+                f"The plan of task {manifest.task!r} keeps {readable(kept)} on a device, this one allows {readable(MOST_STATE_BYTES)}."
+            )
         self.floor.check(manifest)
         if assigned.group != manifest.promises.group:
             raise PlanError(
@@ -290,48 +299,30 @@ class DeviceHost:
 
     def state(self, run: str, device: str, manifest: Manifest) -> Tensors | None:
         """What a device kept from its last counted round of a run; None if it has nothing that fits."""
-        key = (run, device)
-        if key not in self._states and self.state_folder is not None and (path := self._state_path(key)).exists():
-            self._states[key] = unpack(path.read_bytes())[0]
-        kept = self._states.get(key)
+        if not manifest.device_state:
+            return None
+        kept = self.file.state(run, device)
         if kept is None or [(n, v.shape, v.dtype) for n, v in kept.items()] != [
             (s.name, s.shape, s.numpy_dtype) for s in manifest.device_state
         ]:
             return None
         return kept
 
-    def keep_state(self, run: str, device: str, tensors: Tensors) -> None:
-        """Keeps what a counted round left on the device."""
-        if not tensors:
-            return
-        self._states[run, device] = tensors
-        if self.state_folder is not None:
-            path = self._state_path((run, device))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(pack(tensors))
-            partial.replace(path)
-
     def spent(self, device: str) -> SpentUpdates:
         """What a device has spent."""
-        if device not in self._spent:
-            path = self.state_folder / f"{sha256(device.encode())[:32]}.spent" if self.state_folder else None
-            self._spent[device] = SpentUpdates(path)
-        return self._spent[device]
+        return SpentUpdates(self.file, device)
 
     def example_ledger(self, device: str) -> ExampleLedger:
         """What a device's examples have spent."""
-        if device not in self.example_ledgers:
-            path = self.state_folder / f"{sha256(device.encode())[:32]}.examples" if self.state_folder else None
-            self.example_ledgers[device] = ExampleLedger(path)
-        return self.example_ledgers[device]
-
-    def _state_path(self, key: tuple[str, str]) -> Path:
-        assert self.state_folder is not None
-        return self.state_folder / f"{sha256(chr(0).join(key).encode())[:32]}.state"
+        return ExampleLedger(self.file, device)
 
     def close(self) -> None:
-        """Ends every runner."""
+        """Ends every runner, and lets go of what is kept."""
+        self.stop()
+        self.file.close()
+
+    def stop(self) -> None:
+        """Ends every runner, and what it runs."""
         self.worker.shutdown(wait=False, cancel_futures=True)
         for future in self._plans.values():
             if future.done() and not future.cancelled() and future.exception() is None:

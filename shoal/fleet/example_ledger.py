@@ -2,15 +2,12 @@
 noise on examples (`privacy.examples`). It is written down before an update leaves the device; one that then never left is counted all the same.
 """
 
-import os
 from dataclasses import dataclass
-from math import fsum, isfinite
-from pathlib import Path
+from math import fsum
 from typing import Final
 
 from shoal import validate
-from shoal.errors import StoreError
-from shoal.fleet.spent import append_for_good
+from shoal.fleet.device_file import DeviceFile
 from shoal.plan.manifest import Manifest
 
 DELTA: Final = 1e-6
@@ -36,38 +33,17 @@ class ExampleBudget:
         return epsilon(rho, self.delta) <= self.epsilon
 
 
+@dataclass(frozen=True)
 class ExampleLedger:
-    """See the module's text. Not for several processes at once."""
+    """Of one device's examples; see the module's text."""
 
-    def __init__(self, path: Path | None) -> None:
-        """
-        Args:
-            path: its file, a number a line; None: in memory, so that a device that starts again has forgotten.
-
-        Raises:
-            StoreError: the file cannot be read.
-        """
-        self._path = path
-        self._entries: list[float] = []
-        if path is None or not path.exists():
-            return
-        try:
-            data = path.read_bytes()
-            whole = data[: data.rfind(b"\n") + 1]  # what was being written when the device fell was not sent
-            if whole != data:
-                os.truncate(path, len(whole))
-            self._entries = [float(line) for line in whole.decode().splitlines()]
-        except (OSError, ValueError) as error:
-            raise StoreError(f"What this device's examples have spent cannot be read from {path}: {error}") from error
-        if not all(isfinite(entry) and entry >= 0 for entry in self._entries):
-            raise StoreError(
-                f"What this device's examples have spent cannot be read from {path}: expected numbers from 0 on."
-            )
+    file: DeviceFile
+    device: str
 
     @property
     def rho(self) -> float:
         """The zCDP of all that was spent."""
-        return fsum(self._entries)
+        return fsum(self.file.rhos(self.device))
 
     def overspent(self, manifest: Manifest, budget: ExampleBudget) -> str:
         """How an update of that plan would bring the device above its budget, in words; empty: it would not."""
@@ -81,14 +57,7 @@ class ExampleLedger:
 
     def add(self, rho: float) -> None:
         """Writes it down for good. Raises StoreError: it could not be; nothing may be sent then."""
-        if self._path is not None:
-            try:
-                append_for_good(self._path, f"{rho!r}\n".encode())
-            except OSError as error:
-                raise StoreError(
-                    f"What this device's examples have spent cannot be written to {self._path}: {error}"
-                ) from error
-        self._entries.append(rho)
+        self.file.add_rho(self.device, rho)
 
 
 def epsilon(rho: float, delta: float = DELTA) -> float:

@@ -134,6 +134,20 @@ class ChildRunner:
         else:
             self._ask("block", fed, wait=False)
 
+    def carry(self) -> Tensors:
+        self._send()
+        tensors = self._ask("carry")[1]
+        _expect(tensors, self._outputs("begin", ""), "begin")
+        return tensors
+
+    def resume(self, root: str, carry: Tensors) -> None:
+        check(carry, self._outputs("begin", ""), what="the training")
+        if not self.has_model(root):
+            raise ProgramError(f"Model {root[:12]}… is not held; hand it over with set_model.", program="begin")
+        self._use(root)
+        self._steps = []
+        self._ask("resume", carry, root=root)
+
     def finish(self) -> Update:
         if self._steps:
             header, tensors = self._ask_whole()
@@ -176,8 +190,10 @@ class ChildRunner:
 
     def _send_if_large(self) -> None:
         """A short training is sent whole, by `finish`; a longer one is on its way from here on."""
-        if sum(value.nbytes for _, tensors in self._steps for value in tensors.values()) <= WHOLE_BYTES:
-            return
+        if sum(value.nbytes for _, tensors in self._steps for value in tensors.values()) > WHOLE_BYTES:
+            self._send()
+
+    def _send(self) -> None:
         steps, self._steps = self._steps, []
         for header, tensors in steps:
             # What a training that was given up still owes must not be taken for an answer to this one.
@@ -203,8 +219,8 @@ class ChildRunner:
         with self._lock:
             child = self._ready(program)
             answer = self._exchange(child, {"call": call, **header}, tensors or {}, program, wait=wait)
-            if call in ("begin", "finish"):
-                self._is_training = call == "begin"
+            if call in ("begin", "resume", "finish"):
+                self._is_training = call != "finish"
             return answer
 
     def _ready(self, program: str) -> Child:
@@ -259,9 +275,9 @@ class ChildRunner:
         except ChildEnded as error:
             self._drop()
             raise ProgramError(self._text(str(error), done=f"in {header['call']!r}"), program=program) from error
-        if header["call"] in ("begin", "train"):
+        if header["call"] in ("begin", "resume", "train"):
             child.owed_failure = None  # of a training that was given up
-        elif header["call"] in ("block", "finish"):
+        elif header["call"] in ("block", "carry", "finish"):
             answer = child.owed_failure or answer
         if answer.get("error") == "plan":
             raise PlanError(answer["message"])

@@ -75,8 +75,8 @@ class Session:
         self._runner: JaxRunner | None = None
         self._calls: dict[str, Callable[[dict[str, Any], Tensors], Answer]] = {
             "load": self._load, "compile": self._compile, "set_model": self._set_model,
-            "begin": self._begin, "block": self._block, "finish": self._finish, "train": self._train, "evaluate": self._evaluate,
-            "predict": self._predict, "call": self._call,
+            "begin": self._begin, "block": self._block, "carry": self._carry, "resume": self._resume, "finish": self._finish,
+            "train": self._train, "evaluate": self._evaluate, "predict": self._predict, "call": self._call,
         }  # fmt: skip
 
     def hello(self) -> dict[str, Any]:
@@ -142,6 +142,15 @@ class Session:
     def _block(self, _: dict[str, Any], tensors: Tensors) -> Answer:
         mask, key, batches = _feed(tensors)
         self._held.block(batches, mask, key)
+        return {}, {}
+
+    def _carry(self, _: dict[str, Any], __: Tensors) -> Answer:
+        return {}, self._held.carry()
+
+    def _resume(self, header: dict[str, Any], tensors: Tensors) -> Answer:
+        if "train" not in self._seen:
+            self._compile({}, {})
+        self._held.resume(header["root"], tensors)
         return {}, {}
 
     def _finish(self, _: dict[str, Any], __: Tensors) -> Answer:

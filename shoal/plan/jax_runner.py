@@ -76,6 +76,17 @@ class JaxRunner:
         self._live += int(np.count_nonzero(mask))
         self._seconds["compute"] += time.perf_counter() - start
 
+    def carry(self) -> Tensors:
+        if self._training is None:
+            raise ProgramError("carry was called before begin.", program="begin")
+        return _read("block", self._named("begin", self._training[1]))
+
+    def resume(self, root: str, carry: Tensors) -> None:
+        check(carry, self._chosen_program("begin").outputs, what="the training")
+        self._training = (self._model(root), [jax.device_put(value, may_alias=False) for value in carry.values()])
+        self._steps = self._live = 0
+        self._seconds = {"compute": 0.0}
+
     def finish(self) -> Update:
         if self._training is None:
             raise ProgramError("finish was called before begin.", program="finish")

@@ -76,6 +76,14 @@ class Runner(Protocol):
         """
         ...
 
+    def carry(self) -> Tensors:
+        """The training as it stands, for `resume`: the manifest's carry. It goes on."""
+        ...
+
+    def resume(self, root: str, carry: Tensors) -> None:
+        """Takes a training up where it stood, in place of `begin`."""
+        ...
+
     def finish(self) -> Update:
         """Ends the training."""
         ...

@@ -9,7 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Final
 
 import numpy as np
@@ -68,6 +68,24 @@ def program_key(privacy: Privacy, public: np.ndarray, *, noise_seed: bytes | Non
     return np.frombuffer(digest[: 4 * privacy.key_words], "<u4").astype(np.uint32)
 
 
+@dataclass(frozen=True)
+class Paused:
+    """A training between two blocks."""
+
+    blocks: int
+    """How many are done."""
+    carry: Tensors
+    """What the next one goes on with."""
+
+
+class Interrupted(DeviceError):
+    """A training was interrupted, and may go on later from `paused`; None: from its beginning."""
+
+    def __init__(self, paused: Paused | None) -> None:
+        super().__init__("The training was interrupted.", stage="train")
+        self.paused = paused
+
+
 class Randomness:
     """That of one member after the other, from one generator with a new key each: making one takes five times as long."""
 
@@ -96,6 +114,7 @@ def train(
     noise_seed: bytes | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     is_interrupted: Callable[[], bool] = lambda: False,
+    paused: Paused | None = None,
 ) -> Update:
     """One member's local training.
 
@@ -111,10 +130,12 @@ def train(
         should_stop: asked between two blocks: the result is not needed any more.
         is_interrupted: asked between two blocks: the device can go no further. What it did by then is its update, at the
             weight of the whole training, where the plan takes partial work and a block is done.
+        paused: where a training of the same model, seed, member and examples stood when it was interrupted.
 
     Raises:
         DataError: the examples do not fit the task.
-        DeviceError: `should_stop` said so; or it was interrupted, and there is nothing to report.
+        Interrupted: it was, and nothing is to be reported of it yet.
+        DeviceError: `should_stop` said so.
         ProgramError: a program failed.
         ValueError: a noise_seed is needed.
     """
@@ -132,17 +153,21 @@ def train(
         drop_remainder=training.drop_remainder,
     )
     measured = _measured_blocks(conformed, training)
-    runner.begin(root, device_state if device_state is not None else no_state(manifest))
+    done = paused.blocks if paused is not None else 0
+    if paused is not None:
+        runner.resume(root, paused.carry)
+    else:
+        runner.begin(root, device_state if device_state is not None else no_state(manifest))
     data_s = 0.0
     begun = time.perf_counter()
     is_whole = True
-    for number, (batches, mask) in enumerate(chain(blocks, measured)):
+    for number, (batches, mask) in islice(enumerate(chain(blocks, measured)), done, None):
         data_s += time.perf_counter() - begun
         if should_stop():
             raise DeviceError("The training was stopped: its result is not needed any more.", stage="train")
         if is_interrupted():
             if not number or not manifest.takes_partial:
-                raise DeviceError("The training was interrupted, and has nothing to report.", stage="train")
+                raise Interrupted(Paused(number, runner.carry()) if number else None)
             is_whole = False
             break
         runner.block(batches, mask, key)

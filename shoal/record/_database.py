@@ -1,4 +1,4 @@
-"""A SQLite file: one connection that writes, one that reads, each behind a lock; and what its errors mean.
+"""A SQLite file: one connection that writes, one that reads, each behind a lock.
 
 Write-ahead log with synchronous=FULL: a transaction is durable when it returns, readers never wait for the writer.
 """
@@ -9,14 +9,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, final
+from typing import final
 
 from sqlalchemy import Connection, Engine, NullPool, create_engine, event, exc
 
-from shoal.errors import StoreError, StoreUnavailable
-
-BUSY_TIMEOUT_S: Final = 30.0
-"""How long a writer waits for another process's transaction."""
+from shoal.errors import StoreError
+from shoal.record.sqlite_errors import BUSY_TIMEOUT_S, explain
 
 
 @final
@@ -64,9 +62,9 @@ class Database:
         except sqlite3.IntegrityError as error:  # from a prepared statement
             raise exc.IntegrityError(None, None, error) from error
         except exc.DBAPIError as error:
-            raise explain(error.orig or error, self._path) from error
+            raise explain(error.orig or error, f"record {self._path}") from error
         except sqlite3.Error as error:
-            raise explain(error, self._path) from error
+            raise explain(error, f"record {self._path}") from error
 
 
 @final
@@ -131,23 +129,3 @@ def _uri(path: Path, *, read_only: bool) -> str:
     if not log.exists() and not os.access(path.parent, os.W_OK):
         return f"{uri}?immutable=1"  # nobody writes there, and SQLite may not make its log's index
     return f"{uri}?mode=ro"
-
-
-def explain(error: Any, path: Path) -> StoreError:
-    """A StoreError that says what SQLite's error means and what to do."""
-    name = str(getattr(error, "sqlite_errorname", ""))
-    if name == "SQLITE_FULL" or name.startswith("SQLITE_IOERR"):
-        todo = "No space left, or the disk fails. Nothing was lost; free space (or check the disk) and try again."
-        return StoreUnavailable(f"The record {path} says: {error}. {todo}")
-    elif name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        todo = f"Another process has been writing for {BUSY_TIMEOUT_S:.0f} s. End it, or try again."
-        return StoreUnavailable(f"The record {path} says: {error}. {todo}")
-    elif name.startswith("SQLITE_READONLY"):
-        todo = "The file cannot be written. Check its permissions and those of its folder."
-    elif name.startswith("SQLITE_CANTOPEN"):
-        todo = "The file cannot be opened. Check the path, its permissions and those of its folder."
-    elif name.startswith(("SQLITE_NOTADB", "SQLITE_CORRUPT")):
-        todo = "The file is no database, or is damaged. Restore it from a copy, or choose another folder."
-    else:
-        todo = "Please report this."
-    return StoreError(f"The record {path} says: {error}. {todo}")

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.errors import DataError, PlanError, StoreError
+from shoal.errors import DataError, PlanError, StoreError, StoreUnavailable
 from shoal.fleet.configuration import round_seed
+from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.device_host import DeviceHost
-from shoal.fleet.example_ledger import ExampleBudget, ExampleLedger, cost, epsilon
+from shoal.fleet.example_ledger import ExampleBudget, cost, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.host import run_seed
 from shoal.fleet.updates import Updates
@@ -129,37 +130,20 @@ async def test_a_device_asks_for_noise(tmp_path: Path, budget: ExampleBudget, ma
     async with toy.fleet(plan(**made)) as fleet:
         with pytest.raises(PlanError, match=text):
             await toy.device("a", fleet.link, host=device_host(tmp_path, examples=budget)).run()
-    assert not list(tmp_path.iterdir())
+    assert device_host(tmp_path).example_ledger("a").rho == 0
 
 
 @in_loop
 async def test_nothing_is_sent_that_cannot_be_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*given: Any) -> None:
-        raise OSError("the disk is full")
+        raise StoreUnavailable("the disk is full")
 
-    monkeypatch.setattr("shoal.fleet.example_ledger.append_for_good", full)
+    monkeypatch.setattr(DeviceFile, "add_rho", full)
     async with toy.fleet(plan()) as fleet:
         device = toy.device("a", fleet.link, host=device_host(tmp_path))
         with pytest.raises(StoreError, match="the disk is full"):
             await device.run()
         assert device.progress.up_bytes == 0 and fleet.members[1:] == []
-
-
-def test_a_torn_line_was_not_sent_and_a_broken_file_is_said(tmp_path: Path) -> None:
-    path = tmp_path / "kept" / "a.examples"
-    ledger = ExampleLedger(path)
-    ledger.add(0.1)
-    ledger.add(0.2)
-    with path.open("a") as file:
-        file.write("0.3")
-    again = ExampleLedger(path)
-    assert again.rho == pytest.approx(0.3)
-    again.add(0.4)
-    assert ExampleLedger(path).rho == pytest.approx(0.7)
-    for broken in ("x\n", "nan\n", "-1.0\n"):
-        path.write_text(broken)
-        with pytest.raises(StoreError, match="cannot be read"):
-            ExampleLedger(path)
 
 
 def test_what_an_update_costs() -> None:

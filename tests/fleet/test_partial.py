@@ -73,7 +73,7 @@ async def test_it_leaves_once_the_edge_has_its_report_and_is_counted_without_it(
 async def test_without_partial_work_an_interrupted_device_gives_up_and_is_replaced() -> None:
     made = toy.plan(RoundPolicy(goal=1, minimum_group=1, over_selection=1.0))
     async with toy.fleet(made) as fleet:
-        assert not await interrupted(fleet)
+        assert await interrupted(fleet)
         await asyncio.wait_for(fleet.tasks[1], timeout=15)
         assert fleet.members == [0]
         fleet.start(toy.device("b", fleet.link, value=4.0))

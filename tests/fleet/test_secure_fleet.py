@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from shoal.errors import NetworkError, PlanError
 from shoal.fleet import forming
 from shoal.fleet.device import Device
+from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.enrolment import Enrolled, certify, public_key
 from shoal.fleet.floor import Floor
@@ -241,7 +242,7 @@ async def test_a_device_asks_for_a_floor(floor: Floor, made: dict[str, Any], tex
 def an_offer() -> SecureOffer:
     made = plan()
     return SecureOffer(
-        made.manifest, "root", toy.update(made), 3, spent=SpentUpdates(None), floor=Floor(), identity=None, wall_s=lambda: 0.0
+        made.manifest, "root", toy.update(made), 3, spent=SpentUpdates(DeviceFile(None), "a"), floor=Floor(), identity=None, wall_s=lambda: 0.0
     )  # fmt: skip
 
 
@@ -295,7 +296,6 @@ async def test_what_was_revealed_is_offered_no_more(monkeypatch: pytest.MonkeyPa
         while any(device.progress.refused == 0 for device in first):
             await asyncio.sleep(0.01)
         again = DeviceHost(make_runner=toy.ToyRunner, runtime=toy.RUNTIME, state_folder=tmp_path / "0")
-        assert len((tmp_path / "0" / next(p.name for p in (tmp_path / "0").glob("*.spent"))).read_bytes()) == 32
         late = toy.device("device-0", fleet.link, host=again)
         fleet.start(late)
         while "revealed in a secure group before" not in late.progress.last_error:
@@ -325,16 +325,25 @@ async def test_with_noise_of_its_own_an_update_is_spent_before_it_is_masked(monk
     assert {said for said in seen if said[0] in ("shares", "masked")} == {("shares", False), ("masked", True)}
 
 
-def test_what_was_being_written_when_a_device_fell_was_not_revealed(tmp_path: Path) -> None:
-    path = tmp_path / "a.spent"
-    spent = SpentUpdates(path)
-    spent.add(b"a" * 32)
-    with path.open("ab") as file:
-        file.write(b"b" * 7)
-    again = SpentUpdates(path)
-    assert b"a" * 32 in again and b"b" * 32 not in again
-    again.add(b"c" * 32)
-    assert b"c" * 32 in SpentUpdates(path)
+@in_loop
+async def test_a_stolen_device_file_has_no_secret_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    heard: list[bytes] = []
+    hear = SecureOffer.hear
+
+    def watched(self: SecureOffer, phase: str, data: bytes) -> tuple[str, bytes]:
+        heard.append(data)
+        return hear(self, phase, data)
+
+    monkeypatch.setattr(SecureOffer, "hear", watched)
+    hosts = [
+        DeviceHost(make_runner=toy.ToyRunner, runtime=toy.RUNTIME, state_folder=tmp_path / str(i)) for i in range(NUM)
+    ]
+    async with toy.fleet(plan(), rounds=2) as fleet:
+        fleet.start(*(toy.device(f"device-{i}", fleet.link, value=1.0, host=hosts[i]) for i in range(NUM)))
+        await fleet.tasks[0]
+    files = b"".join(path.read_bytes() for path in (tmp_path / "0").iterdir())
+    words = {data[at : at + 16] for data in heard for at in range(0, len(data) - 16, 16)}
+    assert len(words) > 100 and not [word for word in words if word in files]
 
 
 @in_loop

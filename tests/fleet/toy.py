@@ -146,6 +146,12 @@ class ToyRunner:
         self.values += next(iter(batches.values()))[mask].tolist()
         self.steps += 1
 
+    def carry(self) -> Tensors:
+        return {"carry/values": np.array(self.values), "carry/steps": np.array(self.steps)}
+
+    def resume(self, root: str, carry: Tensors) -> None:
+        self.values, self.steps = carry["carry/values"].tolist(), int(carry["carry/steps"])
+
     def finish(self) -> Update:
         mean = float(np.mean(self.values))
         sums = {s.name: np.full(s.shape, mean, s.numpy_dtype) for s in self.manifest.update}

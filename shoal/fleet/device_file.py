@@ -1,0 +1,259 @@
+"""What a device keeps, over restarts and power cuts: one SQLite file with a schema of its own, no SQL library.
+
+In it: device state by run, what was spent (revealed updates, privacy of examples), the work in hand (a training that was interrupted, an
+update that is not counted yet), the last contribution to each run, what each day has cost the machine, and small facts by name. Models
+lie beside it (`kept_model.py`). Without a folder the same tables are in memory, and end with the process.
+
+A transaction is on the disk when it returns (write-ahead log, synchronous=FULL). Nobody but the owner may read the file. It holds what the
+device was sent and what it made of its own examples; never an example, and nothing secret of another device.
+"""
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, final
+
+from shoal.errors import ProtocolError, StoreError
+from shoal.record.sqlite_errors import BUSY_TIMEOUT_S, explain
+from shoal.tensors import Tensors, pack, unpack
+
+FILE_NAME: Final = "device.sqlite"
+VERSION: Final = 1
+MOST_STATE_BYTES: Final = 512 << 20
+"""Of the device state of all runs together; of more, that of the run which was heard of longest ago is forgotten."""
+MOST_WORK_BYTES: Final = 512 << 20
+"""Of one work in hand; a larger one is not kept over a restart."""
+DAYS_KEPT: Final = 60
+
+_SCHEMA: Final = """
+CREATE TABLE fact (name TEXT PRIMARY KEY, value BLOB NOT NULL) WITHOUT ROWID;
+CREATE TABLE state (
+    run TEXT, device TEXT, used_s REAL NOT NULL, size INTEGER NOT NULL, tensors BLOB NOT NULL, PRIMARY KEY (run, device)
+);
+CREATE TABLE spent (device TEXT, digest BLOB, PRIMARY KEY (device, digest)) WITHOUT ROWID;
+CREATE TABLE examples (device TEXT, rho REAL NOT NULL);
+CREATE INDEX examples_of ON examples (device);
+CREATE TABLE work (
+    population TEXT, device TEXT, expires_s REAL NOT NULL, content BLOB NOT NULL, PRIMARY KEY (population, device)
+);
+CREATE TABLE contribution (population TEXT, device TEXT, wall_s REAL NOT NULL, PRIMARY KEY (population, device));
+CREATE TABLE day (
+    number INTEGER PRIMARY KEY, cpu_s REAL NOT NULL, moved_bytes INTEGER NOT NULL, battery_percent REAL NOT NULL,
+    peak_bytes INTEGER NOT NULL
+);
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Day:
+    """What taking part has cost this machine on one day."""
+
+    cpu_s: float = 0.0
+    """Processor seconds, over all cores."""
+    moved_bytes: int = 0
+    """Down and up."""
+    battery_percent: float = 0.0
+    """By how much the charge fell while it worked."""
+    peak_bytes: int = 0
+    """Most memory at a time, of all its processes."""
+
+
+@final
+class DeviceFile:
+    """See the module's text. Calls may come from any thread; all raise StoreError where the file cannot do it."""
+
+    def __init__(self, folder: Path | None, *, read_only: bool = False) -> None:
+        """
+        Args:
+            folder: where the file is, or is made; None: in memory.
+            read_only: for one who only looks, beside the device: what is not there is as if empty.
+
+        Raises:
+            StoreError: it cannot be opened, or a newer shoal made it.
+        """
+        self.path = None if folder is None else folder / FILE_NAME
+        self._what = "device's memory" if self.path is None else f"device file {self.path}"
+        self._lock = threading.Lock()
+        in_memory = self.path is None or (read_only and not self.path.exists())
+        with self._explained():
+            if not in_memory and not read_only:
+                assert self.path is not None
+                _make_private(self.path)
+            where = ":memory:" if in_memory else f"{self.path.absolute().as_uri()}{'?mode=ro' if read_only else ''}"  # type: ignore[union-attr]
+            self._db = sqlite3.connect(where, uri=not in_memory, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+            self._open(read_only=read_only and not in_memory)
+
+    def _open(self, *, read_only: bool) -> None:
+        if not read_only:
+            self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0 and not read_only:
+            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
+        elif version != VERSION:
+            raise StoreError(
+                f"The {self._what} has schema {version}, this shoal reads {VERSION}. Take the shoal that wrote it, or another --state folder."
+            )
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether it outlives the process."""
+        return self.path is not None
+
+    def close(self) -> None:
+        """Nothing can be asked of it afterwards."""
+        with self._lock:
+            self._db.close()
+
+    # Small facts.
+
+    def fact(self, name: str) -> bytes | None:
+        """What was kept under a name."""
+        with self._reading() as db:
+            row = db.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
+        return None if row is None else bytes(row[0])
+
+    def keep_fact(self, name: str, value: bytes) -> None:
+        """Keeps a small value under a name, in place of the one before."""
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, value))
+
+    # Device state.
+
+    def state(self, run: str, device: str) -> Tensors | None:
+        """What a device kept from its last counted round of a run."""
+        with self._reading() as db:
+            row = db.execute("SELECT tensors FROM state WHERE run = ? AND device = ?", (run, device)).fetchone()
+        return None if row is None else self._unpacked(row[0])
+
+    # What was spent.
+
+    def is_spent(self, device: str, digest: bytes) -> bool:
+        """Whether an update was revealed in a sum."""
+        with self._reading() as db:
+            row = db.execute("SELECT 1 FROM spent WHERE device = ? AND digest = ?", (device, digest)).fetchone()
+        return row is not None
+
+    def spend(self, device: str, digest: bytes) -> None:
+        """Writes down that an update may be revealed from now on."""
+        with self._writing() as db:
+            db.execute("INSERT OR IGNORE INTO spent VALUES (?, ?)", (device, digest))
+
+    def rhos(self, device: str) -> list[float]:
+        """The zCDP of every update that was made of a device's examples."""
+        with self._reading() as db:
+            return [rho for (rho,) in db.execute("SELECT rho FROM examples WHERE device = ?", (device,))]
+
+    def add_rho(self, device: str, rho: float) -> None:
+        """Writes down what another one spends."""
+        with self._writing() as db:
+            db.execute("INSERT INTO examples VALUES (?, ?)", (device, rho))
+
+    # Work in hand.
+
+    def work(self, population: str, device: str, *, wall_s: float) -> Tensors | None:
+        """What was in hand when the device ended; None where there is nothing, or its token has expired."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT content FROM work WHERE population = ? AND device = ? AND expires_s > ?", (population, device, wall_s)
+            ).fetchone()  # fmt: skip
+        return None if row is None else self._unpacked(row[0])
+
+    def keep_work(self, population: str, device: str, content: Tensors, *, expires_s: float) -> None:
+        """Keeps the work in hand, in place of the one before; one that is too large is not kept."""
+        data = pack(content)
+        if len(data) > MOST_WORK_BYTES:
+            return self.drop_work(population, device)
+        with self._writing() as db:
+            db.execute("INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?)", (population, device, expires_s, data))
+
+    def drop_work(self, population: str, device: str) -> None:
+        """There is none any more."""
+        with self._writing() as db:
+            db.execute("DELETE FROM work WHERE population = ? AND device = ?", (population, device))
+
+    # Contributions and costs.
+
+    def contributed_s(self, population: str, device: str) -> float | None:
+        """When an update of the device was last counted, seconds since the epoch."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT wall_s FROM contribution WHERE population = ? AND device = ?", (population, device)
+            ).fetchone()
+        return None if row is None else float(row[0])
+
+    def counted(self, population: str, device: str, *, run: str, state: Tensors, wall_s: float) -> None:
+        """An update was counted: the work is dropped and the state it leaves is kept, at once or not at all.
+
+        Where states take too much room, that of the run heard of longest ago is forgotten.
+        """
+        data = pack(state) if state else b""
+        with self._writing() as db:
+            if state:
+                db.execute(
+                    "INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?, ?)", (run, device, wall_s, len(data), data)
+                )
+                _forget_states(db)
+            db.execute("DELETE FROM work WHERE population = ? AND device = ?", (population, device))
+            db.execute("INSERT OR REPLACE INTO contribution VALUES (?, ?, ?)", (population, device, wall_s))
+
+    def day(self, number: int) -> Day:
+        """What a day has cost."""
+        with self._reading() as db:
+            row = db.execute(
+                "SELECT cpu_s, moved_bytes, battery_percent, peak_bytes FROM day WHERE number = ?", (number,)
+            ).fetchone()
+        if row is None:
+            return Day()
+        return Day(cpu_s=row[0], moved_bytes=row[1], battery_percent=row[2], peak_bytes=row[3])
+
+    def keep_day(self, number: int, day: Day) -> None:
+        """Keeps what a day has cost so far; that of days long gone is dropped."""
+        with self._writing() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO day VALUES (?, ?, ?, ?, ?)",
+                (number, day.cpu_s, day.moved_bytes, day.battery_percent, day.peak_bytes),
+            )
+            db.execute(
+                "DELETE FROM day WHERE number NOT IN (SELECT number FROM day ORDER BY number DESC LIMIT ?)",
+                (DAYS_KEPT,),
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._explained(), self._lock:
+            yield self._db
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self._explained(), self._lock, self._db:
+            yield self._db
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise explain(error, self._what) from error
+        except OSError as error:
+            raise StoreError(f"The {self._what} cannot be made: {error}.") from error
+
+    def _unpacked(self, data: bytes) -> Tensors:
+        try:
+            return unpack(data)[0]
+        except ProtocolError as error:
+            raise StoreError(f"The {self._what} is damaged: {error} Choose another --state folder.") from error
+
+
+def _forget_states(db: sqlite3.Connection) -> None:
+    while db.execute("SELECT COALESCE(SUM(size), 0) FROM state").fetchone()[0] > MOST_STATE_BYTES:
+        db.execute("DELETE FROM state WHERE rowid = (SELECT rowid FROM state ORDER BY used_s, rowid LIMIT 1)")
+
+
+def _make_private(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
