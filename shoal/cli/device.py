@@ -11,6 +11,7 @@ from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
     from shoal.fleet.enrolment import Enrolled
+    from shoal.plan.priority import Priority
 
 EPILOG = options.examples(
     "shoal device --server 127.0.0.1:8500 --data users/",
@@ -19,6 +20,7 @@ EPILOG = options.examples(
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --when charging --when idle --per-day cpu=20min",
 )
 
 
@@ -102,6 +104,51 @@ def device(
     visits: Annotated[
         bool, typer.Option("--visits", help="Come and go: leave after each update, come again when the host says.")
     ] = False,
+    when: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--when",
+            metavar="CONDITION",
+            help="Work only while charging, idle or unmetered; may be repeated.",
+            show_default="always",
+        ),
+    ] = None,
+    probe: Annotated[
+        str,
+        typer.Option(
+            "--probe",
+            metavar="COMMAND | file:PATH",
+            help='What says whether these hold, as JSON such as {"charging": true}.',
+            show_default="the system",
+        ),
+    ] = "",
+    settle: Annotated[str, typer.Option("--settle", help="How long they hold before it begins.")] = "30s",
+    per_day: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--per-day",
+            metavar="NAME=VALUE",
+            help="Most that a day may cost this machine: cpu=20min, bytes=100MB, battery=5%, memory=2GiB; may be repeated.",
+            show_default="no limit",
+        ),
+    ] = None,
+    max_temperature: Annotated[
+        float | None,
+        typer.Option(
+            "--max-temperature",
+            help="Degrees Celsius at which it stops, where they can be read.",
+            show_default="no limit",
+        ),
+    ] = None,
+    rest: Annotated[
+        str,
+        typer.Option(
+            "--rest", help="Least time from an update to the next training, such as 12h.", show_default="none"
+        ),
+    ] = "",
+    priority: Annotated[
+        str, typer.Option("--priority", help="Towards other programs: lowest, low or normal.")
+    ] = "lowest",
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
     ] = False,
@@ -114,7 +161,9 @@ def device(
 
     Checks in, trains on your data when asked, and reports the update; the data are never sent. Ends when the run is over. Programs come signed, and run in a child process under limits.
     """  # fmt: skip
+    from shoal import validate
     from shoal.cli.ending import end_with_parent
+    from shoal.fleet.conditions import CONDITIONS
 
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
@@ -123,6 +172,8 @@ def device(
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
     trusted = _key(key)
     limit = options_memory(memory)
+    for condition in when or ():
+        validate.one_of(CONDITIONS, **{"--when": condition})
     authority = None if ca is None else ca.read_bytes()
     if server_name and authority is None:
         raise ValueError("--server-name is for a host with TLS: give its authority with --ca FILE too.")
@@ -140,10 +191,13 @@ def device(
     enrolled = _enrolled(member, certificate, population, key=key)
 
     from shoal.cli import data_argument, device_process
+    from shoal.cli.politeness import parse_budget
+    from shoal.cli.words import parse_duration
     from shoal.fleet.example_ledger import ExampleBudget
     from shoal.fleet.floor import Floor
 
     budget = None if max_epsilon is None else ExampleBudget(epsilon=max_epsilon, delta=delta)
+    impact = parse_budget(per_day or (), max_temperature)
     examples = data_argument.open_data(data, split=split, users=users, user_column=user_column)
     chosen = device_process.choose(examples, first=first, count=count)
     if enrolled is not None and len(chosen) != 1:
@@ -154,7 +208,8 @@ def device(
     settings = device_process.Settings(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
-        population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
+        when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact, rest_s=parse_duration(rest) if rest else 0.0,
+        priority=_priority(priority), population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
         floor=Floor(
             secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget
         ),
@@ -174,6 +229,13 @@ def _enrolled(member: Path | None, certificate: str, population: str, *, key: st
     from shoal.fleet.enrolment import Enrolled, read_secret
 
     return Enrolled.of(read_secret(member), certificate, population=population, wall_s=time.time())
+
+
+def _priority(text: str) -> "Priority":
+    for known in ("lowest", "low", "normal"):
+        if text == known:
+            return known
+    raise ValueError(f"Expected --priority lowest, low or normal, got {text!r}.")
 
 
 def options_memory(text: str) -> int:

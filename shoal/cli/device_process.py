@@ -19,16 +19,22 @@ from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
+from shoal.fleet.conditions import SETTLE_S, Eligibility
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
+from shoal.fleet.gate import Gate
 from shoal.fleet.grpc_link import GrpcLink
+from shoal.fleet.impact import ImpactBudget
+from shoal.fleet.meter import Meter
+from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
 from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
+from shoal.plan.priority import Priority
 from shoal.plan.runner import Limits, Runner
 from shoal.privacy.identity import Identity
 
@@ -69,6 +75,17 @@ class Settings:
     """What a plan must promise at least."""
     identity: Identity | None = None
     """Of the one device that an authority knows."""
+    when: tuple[str, ...] = ()
+    """Conditions under which it works."""
+    probe: str = ""
+    """Command or file that says what they are; else the system is asked."""
+    settle_s: float = SETTLE_S
+    """How long they hold before it begins."""
+    budget: ImpactBudget = field(default_factory=ImpactBudget)
+    """What it may cost this machine."""
+    rest_s: float = 0.0
+    """From one counted update of a device to its next training."""
+    priority: Priority = "low"
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
@@ -139,7 +156,8 @@ def _make_runner(settings: Settings, plan: Plan) -> Runner:
         from shoal.plan.jax_runner import JaxRunner
 
         return JaxRunner(plan)
-    return ChildRunner(plan, Limits(memory_bytes=settings.memory_bytes), settings.threads)
+    limits = Limits(memory_bytes=settings.memory_bytes)
+    return ChildRunner(plan, limits, settings.threads, priority=settings.priority)
 
 
 def runtime_of(settings: Settings) -> Runtime:
@@ -174,14 +192,16 @@ async def play(
         Device(
             settings.device_id(user), partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
-            population=settings.population, tasks=settings.tasks,
+            population=settings.population, tasks=settings.tasks, rest_s=settings.rest_s,
         )
         for user in settings.users
     ]  # fmt: skip
     watching = asyncio.create_task(watch(devices))
-    playing = {asyncio.create_task(device.run()): device for device in devices}
+    gate = make_gate(settings, host, devices)
+    watching_machine = [asyncio.create_task(gate.run())] if gate is not None else []
+    playing = {asyncio.create_task(_while_open(device, gate)): device for device in devices}
     try:
-        await _until_over(playing, watching)
+        await _until_over(playing, watching, *watching_machine)
     except asyncio.CancelledError:
         try:
             reporting = [task for task, device in playing.items() if device.interrupt()]
@@ -191,14 +211,65 @@ async def play(
             host.stop()  # ends a program that is running, so that its devices can end
         raise
     finally:
-        for task in (watching, *playing):
+        for task in (watching, *watching_machine, *playing):
             task.cancel()
-        await asyncio.gather(watching, *playing, return_exceptions=True)
+        await asyncio.gather(watching, *watching_machine, *playing, return_exceptions=True)
         await link.close()
     return devices
 
 
-async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", status: "asyncio.Task[None]") -> None:
+def make_gate(settings: Settings, host: DeviceHost, devices: Sequence[Device]) -> Gate | None:
+    """What lets the devices work while the machine may; None: they always may.
+
+    Raises:
+        DataError: the probe cannot be read.
+        ValueError: what is asked for cannot be told here.
+    """
+    if not settings.when and not settings.budget.given():
+        return None
+    meter = Meter(host.processes, lambda: host.down_bytes + sum(device.progress.up_bytes for device in devices))
+    system = SystemProbe(meter.cpu_s)
+    probe = OwnersProbe(settings.probe, system) if settings.probe else system
+    if settings.when and (unknown := untold(probe, settings.when)):
+        raise ValueError(
+            f"Expected --probe COMMAND or file:PATH with --when: this system does not say whether it is {unknown}."
+        )
+
+    if settings.budget.celsius is not None and meter().celsius is None:
+        log.warning("no temperature can be read here: --max-temperature does nothing")
+
+    def on_change(why: str) -> None:
+        log.warning("%s", f"rests: {why}" if why else "works: conditions hold")
+
+    return Gate(
+        Eligibility(settings.when, settle_s=settings.settle_s), probe, settings.budget, meter, file=host.file, clock=host.clock,
+        on_change=on_change,
+    )  # fmt: skip
+
+
+async def _while_open(device: Device, gate: Gate | None) -> None:
+    """Runs a device until the run is over; while its machine may not work, it puts aside what it has in hand."""
+    while gate is not None:
+        device.rest()
+        await gate.until_open()
+        running = asyncio.ensure_future(device.run())
+        closing = asyncio.ensure_future(gate.until_closed())
+        try:
+            await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done() and device.interrupt():
+                await asyncio.wait({running}, timeout=LEAVE_S)
+        finally:
+            closing.cancel()
+            running.cancel()
+            await asyncio.gather(running, closing, return_exceptions=True)
+        if not running.cancelled() and (error := running.exception()) is not None:
+            raise error
+        if device.is_over or not gate.why:  # or it was interrupted for good
+            return
+    await device.run()
+
+
+async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", *others: "asyncio.Task[None]") -> None:
     """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all.
 
     Once one has heard that the run is over, the others need not: they may be looking for a host that has gone.
@@ -207,11 +278,11 @@ async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", status: "a
     failed: dict[str, DataError] = {}
     grace_s: float | None = None
     while waiting:
-        done, _ = await asyncio.wait({*waiting, status}, return_when=asyncio.FIRST_COMPLETED, timeout=grace_s)
+        done, _ = await asyncio.wait({*waiting, *others}, return_when=asyncio.FIRST_COMPLETED, timeout=grace_s)
         if not done:
             break
-        if status in done:
-            status.result()
+        for other in done & {*others}:
+            other.result()
         for task in done & waiting:
             waiting.discard(task)
             error = task.exception()

@@ -8,6 +8,7 @@ _UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30,
     "t": 1 << 40, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
+_SECONDS: Final = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 _BARS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -54,6 +55,23 @@ def parse_size(text: str) -> int:
     made = int(float(found[1]) * unit) if found and unit else 0
     if made < 1:
         raise ValueError(f"Expected a size like 4GiB, 512MiB or 1000000 (bytes), got {text!r}.")
+    return made
+
+
+def parse_duration(text: str) -> float:
+    """The seconds that a text like `90`, `90s`, `15min`, `6h` or `2d` names.
+
+    >>> parse_duration("90"), parse_duration("1.5 min"), parse_duration("6h")
+    (90.0, 90.0, 21600.0)
+
+    Raises:
+        ValueError: it names no duration above zero.
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text)
+    unit = _SECONDS.get(found[2]) if found else None
+    made = float(found[1]) * unit if found and unit else 0.0
+    if not made > 0.0:
+        raise ValueError(f"Expected a duration like 90s, 15min, 6h or 2d, got {text!r}.")
     return made
 
 

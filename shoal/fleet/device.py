@@ -182,6 +182,10 @@ class Device:
         """Whether the host has said that the run is over."""
         return self.progress.stage == FINISHED
 
+    def rest(self) -> None:
+        """Says that it does nothing for now; `run` goes on."""
+        self._say("resting")
+
     async def predict(self, fields: Mapping[str, np.ndarray], *, task: str = "") -> np.ndarray:
         """As `DeviceHost.predict`, for this device: offline, by the newest version that it was sent."""
         return await self._host.predict(self.device_id, fields, task=task)

@@ -316,6 +316,10 @@ class DeviceHost:
         """What a device's examples have spent."""
         return ExampleLedger(self.file, device)
 
+    def processes(self) -> list[int]:
+        """Those that run programs now."""
+        return [pid for runner in self._runners() if (pid := runner.pid) is not None]
+
     def close(self) -> None:
         """Ends every runner, and lets go of what is kept."""
         self.stop()
@@ -324,9 +328,12 @@ class DeviceHost:
     def stop(self) -> None:
         """Ends every runner, and what it runs."""
         self.worker.shutdown(wait=False, cancel_futures=True)
-        for future in self._plans.values():
-            if future.done() and not future.cancelled() and future.exception() is None:
-                future.result().runner.close()
+        for runner in self._runners():
+            runner.close()
+
+    def _runners(self) -> list[Runner]:
+        done = [future for future in self._plans.values() if future.done() and not future.cancelled()]
+        return [future.result().runner for future in done if future.exception() is None]
 
 
 def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> None:

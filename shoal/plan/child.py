@@ -34,6 +34,7 @@ from shoal.plan.child_process import Child, ChildEnded, environment_for
 from shoal.plan.compile_cache import cache_folder
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
+from shoal.plan.priority import Priority
 from shoal.plan.runner import MODELS_HELD, Limits, Update
 from shoal.tensors import Tensors, TensorSpec, check, total_bytes
 
@@ -56,7 +57,7 @@ class ChildRunner:
         threads: int | None = None,
         *,
         python: str | None = None,
-        nice: int = 5,
+        priority: Priority = "low",
         cache: Path | None = None,
     ) -> None:
         """Checks the plan's sizes; the child is started by the first call.
@@ -66,7 +67,7 @@ class ChildRunner:
             limits: what it may take.
             threads: of the CPU; None: all.
             python: interpreter of the child, for a JAX of another version; it needs JAX, NumPy, cryptography.
-            nice: how much the child steps back for other processes (POSIX).
+            priority: how much the child steps back for other processes.
             cache: folder of compiled programs; None: the platform's.
 
         Raises:
@@ -76,7 +77,7 @@ class ChildRunner:
         check_plan(plan.manifest, self._limits)
         # The child has no use for the server half.
         self._plan = replace(plan, manifest=replace(plan.manifest, half=None))
-        self._command = child_command(self._limits, python=python, nice=nice, cache=cache)
+        self._command = child_command(self._limits, python=python, priority=priority, cache=cache)
         self._environment = environment_for(python_path=_python_path(python), threads=threads)
         self._most_bytes = max(total_bytes(program.outputs) for program in plan.manifest.programs)
         self._lock = threading.Lock()
@@ -315,7 +316,7 @@ def probe(*, python: str | None = None, threads: int | None = None) -> Runtime:
     Raises:
         ProgramError: no child can be started.
     """
-    command = child_command(Limits(), python=python, nice=0, cache=None)
+    command = child_command(Limits(), python=python, priority="normal", cache=None)
     try:
         child = Child(command, environment_for(python_path=_python_path(python), threads=threads))
         try:
@@ -326,10 +327,10 @@ def probe(*, python: str | None = None, threads: int | None = None) -> Runtime:
         raise ProgramError(f"The process that runs programs {error} when it started.") from error
 
 
-def child_command(limits: Limits, *, python: str | None, nice: int, cache: Path | None) -> list[str]:
+def child_command(limits: Limits, *, python: str | None, priority: Priority, cache: Path | None) -> list[str]:
     """The command line of a child."""
     settings = {
-        "memory_bytes": limits.memory_bytes, "disk_bytes": limits.disk_bytes, "nice": nice,
+        "memory_bytes": limits.memory_bytes, "disk_bytes": limits.disk_bytes, "priority": priority,
         "cache": str(cache or cache_folder()), "lock_wait_s": min(LOCK_WAIT_S, limits.seconds / 4),
     }  # fmt: skip
     # -P: no module of the working directory takes the place of a library.

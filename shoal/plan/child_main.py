@@ -28,6 +28,7 @@ import numpy as np
 
 from shoal.errors import PlanError, ProgramError
 from shoal.plan.channel import Channel
+from shoal.plan.priority import step_back
 from shoal.tensors import Tensors
 
 if TYPE_CHECKING:
@@ -246,7 +247,7 @@ def _limit_process(settings: Mapping[str, Any]) -> None:
 
         _set_limit(resource.RLIMIT_CORE, 0)
         _set_limit(resource.RLIMIT_FSIZE, settings["disk_bytes"])
-        os.nice(settings["nice"])
+    step_back(settings["priority"])
 
 
 def _limit_memory(more_bytes: int) -> bool:

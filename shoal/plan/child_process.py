@@ -201,7 +201,7 @@ class Child:
     def _start(self) -> "subprocess.Popen[bytes]":
         flags = 0
         if sys.platform == "win32":
-            flags = subprocess.BELOW_NORMAL_PRIORITY_CLASS | subprocess.CREATE_NO_WINDOW
+            flags = subprocess.CREATE_NO_WINDOW
         process = subprocess.Popen(
             self._command, env=self._environment, cwd=tempfile.gettempdir(), bufsize=0, creationflags=flags,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,

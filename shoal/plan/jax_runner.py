@@ -41,6 +41,10 @@ class JaxRunner:
     def runtime(self) -> Runtime:
         return this_runtime()
 
+    @property
+    def pid(self) -> int | None:
+        return None
+
     def compile(self) -> float:
         """Compiles the three training programs; the others are compiled when first called."""
         start = time.perf_counter()

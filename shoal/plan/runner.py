@@ -55,6 +55,11 @@ class Runner(Protocol):
         """What this runner can run."""
         ...
 
+    @property
+    def pid(self) -> int | None:
+        """The process that runs programs, while there is one besides this."""
+        ...
+
     def compile(self) -> float:
         """Makes the programs ready; returns the seconds it took. Programs are compiled once."""
         ...

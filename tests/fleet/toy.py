@@ -122,7 +122,7 @@ def _programs(
 class ToyRunner:
     """A `Runner` of such plans."""
 
-    runtime = RUNTIME
+    runtime, pid = RUNTIME, None
 
     def __init__(self, plan: Plan) -> None:
         self.manifest = plan.manifest
