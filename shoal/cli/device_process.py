@@ -47,6 +47,7 @@ GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
 LEAVE_S: Final = 5.0
 """For devices that are told to end to report what they did, where the plan takes partial work."""
+_AGAIN: Final = ("Work that was not counted is done anew", "What is in hand is kept")
 LINE_S: Final = 10.0
 """Between two lines of status where nobody looks on."""
 
@@ -132,7 +133,7 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
         run_until_told(play(settings, population, host, watch=crew.watch, on_progress=crew.heard), parent=parent)
     except Stopped as stopped:
         raise Stopped(
-            f"stopped; {crew.totals()}. Work that was not counted is done anew: start the same command again to go on.",
+            f"stopped; {crew.totals()}. {_AGAIN[settings.state is not None]}: start the same command again to go on.",
             code=stopped.code,
         ) from None
     else:
