@@ -31,7 +31,7 @@ from shoal.errors import (
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
 from shoal.fleet.example_ledger import cost
-from shoal.fleet.link import Link, Stream
+from shoal.fleet.link import Link, Stream, longest_s
 from shoal.fleet.secure_offer import MASKED, SecureOffer
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
@@ -48,6 +48,7 @@ BACK_OFF_S: Final = (0.1, 5.0)
 REFUSED_DELAY_S: Final = 0.5
 REFUSED_LONGEST_S: Final = 60.0
 PUSH_TRIES: Final = 6
+MOST_REPEATS: Final = 100
 TRIES_ELSEWHERE: Final = 3
 LOOK_S: Final = 60.0
 """Between two looks at the clock of a device that rests."""
@@ -78,6 +79,8 @@ class _Work:
     """The update's way through secure groups, where the task has them."""
     paused: Paused | None = None
     """Where its training was interrupted."""
+    repeats: int = 0
+    """How often the Edge has asked for what it had been sent."""
     is_kept: bool = False
     """It is in the device's file."""
 
@@ -157,6 +160,8 @@ class Device:
         self._checked_in: Stream | None = None
         self._is_leaving = False
         self._refusals = 0
+        self._laters = 0
+        """How often it was sent away since the last assignment."""
         self._failures = 0
         """Streams that broke since the last assignment: each makes the next pause longer."""
         self.progress = Progress()
@@ -257,7 +262,7 @@ class Device:
             return False
         match message.WhichOneof("kind"):
             case "assigned":
-                self._failures = 0  # the Edge is there and wants something
+                self._failures = self._laters = 0  # the Edge is there and wants something
                 self._host.down_bytes += sum(len(blob.data) for blob in message.assigned.inline)
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
@@ -277,6 +282,9 @@ class Device:
                 await self._drop_work()
                 await self._stay(stream, message.released)
             case "incomplete" if work is not None and work.report is not None:
+                work.repeats += 1
+                if work.repeats > MOST_REPEATS:
+                    raise ProtocolError(f"The Edge has asked {work.repeats} times for the same update.")
                 await self._push(work)
                 await (self._report(work, stream) if work.secure is None else self._masked(work, stream))
             case "group" if work is not None and work.secure is not None:
@@ -284,7 +292,10 @@ class Device:
             case "ping" if self._is_leaving and work is not None:
                 return True  # what was sent before it, the report, has been taken in
             case "later":
-                self._away_s = self._drawn(message.later)
+                self._laters += 1
+                # A host that has nothing to do is asked less and less often, whatever it says.
+                least_s = min(BACK_OFF_S[1], BACK_OFF_S[0] * 2.0 ** (self._laters - 10))
+                self._away_s = max(self._drawn(message.later), least_s)
                 if message.later.other_edge:
                     self._link = self._link.elsewhere(message.later.other_edge)
             case "incompatible":
@@ -584,8 +595,11 @@ class Device:
         while not work.report.slices and not work.stopped:
             try:
                 status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
-                await self._link.push(self._slices(work, dict(status.received)))
+                async with asyncio.timeout(longest_s(sum(value.nbytes for value in work.sends.values()))):
+                    await self._link.push(self._slices(work, dict(status.received)))
                 return
+            except TimeoutError:
+                raise NetworkError("The Edge takes slices too slowly, or not at all.") from None
             except NetworkError:
                 tries += 1
                 if tries > PUSH_TRIES:
@@ -614,8 +628,10 @@ class Device:
 
     async def _settle(self) -> None:
         """The update was counted: now what it leaves on the device is kept."""
-        work, self._work = self._work, None
-        assert work is not None and work.update is not None
+        work = self._work
+        if work is None or work.update is None:
+            return  # nothing was sent that could be counted
+        self._work = None
         state, file, wall_s = work.update.device_state, self._host.file, self._host.clock.wall_s()
         counted = partial(file.counted, *self._name, run=work.run, state=state, wall_s=wall_s)
         # Without its state the device is not what the server takes it for; the rest can be done without.

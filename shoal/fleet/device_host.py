@@ -24,7 +24,7 @@ from shoal.fleet import kept_model
 from shoal.fleet.device_file import MOST_STATE_BYTES, DeviceFile
 from shoal.fleet.example_ledger import ExampleLedger
 from shoal.fleet.floor import Floor
-from shoal.fleet.link import Link
+from shoal.fleet.link import Link, longest_s, steady
 from shoal.fleet.spent import SpentUpdates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.check import check_plan, readable
@@ -274,6 +274,7 @@ class DeviceHost:
                 return _checked(blob.data, hash)
         data = bytearray()
         total, tries = -1, 0
+        latest_s = self.clock.now_s() + longest_s(most)
         while total < 0 or len(data) < total:
             request = pb.PullRequest(
                 token=assigned.token, hash=hash, offset=len(data), credit=PULL_CREDIT, base=base[0] if base is not None else "",
@@ -281,8 +282,12 @@ class DeviceHost:
             )  # fmt: skip
             before = len(data)
             try:
-                async for piece in link.pull(request):
+                async for piece in steady(link.pull(request)):
                     total, size = piece.total, piece.unpacked or len(piece.data)
+                    if self.clock.now_s() > latest_s:
+                        raise ProtocolError(
+                            f"Expected {hash[:12]}… within {longest_s(most):.0f} s, got {len(data)} bytes."
+                        )
                     if piece.offset != len(data) or len(data) + size > total or total > most:
                         raise _OtherBytes(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
                     self.down_bytes += len(piece.data)
