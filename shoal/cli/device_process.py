@@ -4,7 +4,8 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from math import prod
@@ -37,6 +38,7 @@ from shoal.plan.plan import Plan
 from shoal.plan.priority import Priority
 from shoal.plan.runner import Limits, Runner
 from shoal.privacy.identity import Identity
+from shoal.record.lock import only_writer
 
 log = logging.getLogger("shoal.device")
 
@@ -126,6 +128,22 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
     switch_threads_often()
     told = sum(population.sizes()[user] for user in settings.users)
     screen.say(f"{words.count(len(settings.users), 'device')}, {words.count(told, 'example')}; host {settings.server}")
+    with _own_folder(settings.state):
+        _run(settings, population, screen, watch, parent)
+
+
+@contextmanager
+def _own_folder(state: Path | None) -> Iterator[None]:
+    """Keeps other device processes out of the state folder: two would give each other's work up."""
+    if state is None:
+        yield
+        return
+    state.mkdir(parents=True, exist_ok=True)
+    with only_writer(state, what="state of devices", hint=""):
+        yield
+
+
+def _run(settings: Settings, population: Population, screen: Screen, watch: Stopwatch, parent: int) -> None:
     host = make_host(settings, runtime_of(settings))
     watch.lap("start")
     crew = _Crew(settings, screen, host)

@@ -1,4 +1,4 @@
-"""One process writes a run at a time: a lock on the run folder that ends with the process, however it ends."""
+"""One process writes a folder at a time, a run's or a device's: a lock on it that ends with the process, however it ends."""
 
 import os
 import sys
@@ -11,14 +11,20 @@ from typing import Final
 from shoal.errors import StoreError
 
 FILE_NAME: Final = "writer.lock"
+HOST_HINT: Final = " (A host that its Edges have started again tells in the folder's host.log how it goes.)"
 TRIES: Final = 10
 """One who only looks whether the lock is held has it for an instant: a writer does not give up at once."""
 PAUSE_S: Final = 0.02
 
 
 @contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
-    """Holds the run folder's lock while the block runs.
+def only_writer(folder: Path, *, what: str = "run", hint: str = HOST_HINT) -> Iterator[None]:
+    """Holds the folder's lock while the block runs.
+
+    Args:
+        folder: whose.
+        what: is in it, for the error.
+        hint: what else to say where another process holds it.
 
     Raises:
         StoreError: another process holds it, or there is no such folder.
@@ -33,8 +39,8 @@ def only_writer(folder: Path) -> Iterator[None]:
             file.seek(0)
             who = file.read().strip() or "unknown"
             raise StoreError(
-                f"The run in {folder} is being written by another process (number {who}). End it first, or use another "
-                "folder. (A host that its Edges have started again tells in the folder's host.log how it goes.)"
+                f"The {what} in {folder} is being written by another process (number {who}). End it first, or use another "
+                f"folder.{hint}"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -90,6 +90,13 @@ def test_a_port_in_use_is_said_before_a_run_is_begun(shoal: Shoal, tmp_path: Pat
         (("--data", "users", "--server-name", "x"), "--ca"),
         (("--data", "users", "--first", 5, "--count", 3), "users 5 to 7"),
         (("--data", "users", "--first", 6), "users from 6 on"),
+        (("--data", "users", "--when", "sunny"), "charging | idle | unmetered"),
+        (("--data", "users", "--priority", "highest"), "lowest, low or normal"),
+        (("--data", "users", "--rest", "soon"), "90s, 15min, 6h"),
+        (("--data", "users", "--per-day", "joules=3"), "cpu | bytes | battery | memory"),
+        (("--data", "users", "--per-day", "cpu=1h", "--per-day", "cpu=2h"), "each once"),
+        (("--data", "users", "--per-day", "battery=150%"), "battery=5%"),
+        (("--data", "users", "--max-temperature", "-3"), "celsius > 0"),
     ],
 )
 def test_a_device_refuses_in_one_line(
@@ -271,6 +278,41 @@ def test_a_killed_device_does_not_stop_the_others(start: Start, place: Path, tmp
     host.until(lambda: "version  20/300" in host.text)
     lost.kill()
     assert host.wait(120) == 0, host.text
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(180)
+def test_a_device_that_was_suspended_or_whose_conditions_end_comes_back(
+    start: Start, place: Path, tmp_path: Path
+) -> None:
+    conditions, kept = tmp_path / "conditions.json", tmp_path / "kept"
+    host, address = begin_host(start, place, tmp_path, place / "line.py", "--rounds", 100_000, "--reporting-window", 2)
+    conditions.write_text('{"charging": true}')
+    device = start(
+        "device", "--server", address, "--data", place / "users", "--state", kept, "--when", "charging",
+        "--probe", f"file:{conditions}", "--settle", "0.1s", "--per-day", "cpu=1h",
+    )  # fmt: skip
+    host.until(lambda: "version      3/" in host.text)
+    second = start("device", "--server", address, "--data", place / "users", "--state", kept)
+    assert second.wait(20) == 1 and "another process" in last(second.text)
+    device.kill(signal.SIGSTOP)
+    time.sleep(4.0)
+    before = versions(tmp_path / "run")
+    device.kill(signal.SIGCONT)
+    host.until(lambda: versions(tmp_path / "run") > before + 3)
+    conditions.write_text('{"charging": false}')
+    device.until(lambda: "rests: it is not charging" in device.text)
+    time.sleep(1.0)
+    resting = versions(tmp_path / "run")
+    conditions.write_text("{")
+    device.until(lambda: "to give JSON" in device.text)
+    assert versions(tmp_path / "run") == resting
+    conditions.write_text('{"charging": true}')
+    host.until(lambda: versions(tmp_path / "run") > resting + 3)
+    device.kill(signal.SIGTERM)
+    assert device.wait(20) == 143 and "What is in hand is kept" in last(device.text), device.text
+    host.kill(signal.SIGTERM)
 
 
 @pytest.mark.slow
