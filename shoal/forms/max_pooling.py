@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from shoal.simulate.computed_once import computed_once
+from shoal.forms.computed_once import computed_once
 
 Array = Any
 

@@ -20,7 +20,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
-from shoal.simulate import convolution_forms, max_pooling, replaced
+from shoal.forms import convolution_forms, max_pooling, replaced
 
 P = ParamSpec("P")
 R = TypeVar("R")
