@@ -11,6 +11,7 @@ from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
     from shoal.fleet.enrolment import Enrolled
+    from shoal.plan.child_engines import EngineName
 
 EPILOG = options.examples(
     "shoal device --server 127.0.0.1:8500 --data users/",
@@ -19,6 +20,7 @@ EPILOG = options.examples(
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --runtime iree --key KEY",
 )
 
 
@@ -102,6 +104,13 @@ def device(
     visits: Annotated[
         bool, typer.Option("--visits", help="Come and go: leave after each update, come again when the host says.")
     ] = False,
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            help="What runs programs: jax, or iree: no JAX here, native code from --key's holder (docs/devices.md).",
+        ),
+    ] = "jax",
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
     ] = False,
@@ -121,7 +130,8 @@ def device(
     check_server(server, option="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
-    trusted = _key(key)
+    trusted = parse_key(key)
+    engine = _engine(runtime, trusted)
     limit = options_memory(memory)
     authority = None if ca is None else ca.read_bytes()
     if server_name and authority is None:
@@ -154,6 +164,7 @@ def device(
     settings = device_process.Settings(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
+        engine=engine,
         population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
         floor=Floor(
             secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget
@@ -176,6 +187,19 @@ def _enrolled(member: Path | None, certificate: str, population: str, *, key: st
     return Enrolled.of(read_secret(member), certificate, population=population, wall_s=time.time())
 
 
+def _engine(runtime: str, trusted: bytes | None) -> "EngineName":
+    if runtime == "iree":
+        if trusted is None:
+            raise ValueError(
+                "Expected --key with --runtime iree: its programs are native code, which this device runs for nobody but the key that you "
+                "name. `shoal host` prints it."
+            )
+        return "iree"
+    if runtime != "jax":
+        raise ValueError(f"Expected --runtime of jax | iree, got {runtime!r}.")
+    return "jax"
+
+
 def options_memory(text: str) -> int:
     """The bytes of --memory."""
     from shoal.cli.words import parse_size
@@ -193,7 +217,8 @@ def check_server(server: str, *, option: str) -> None:
         raise ValueError(f"Expected {option} HOST:PORT, got {server!r}.")
 
 
-def _key(text: str) -> bytes | None:
+def parse_key(text: str) -> bytes | None:
+    """The bytes of --key; None where it is empty."""
     try:
         made = bytes.fromhex(text)
     except ValueError:

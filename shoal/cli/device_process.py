@@ -26,6 +26,7 @@ from shoal.fleet.floor import Floor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
+from shoal.plan.child_engines import EngineName
 from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
@@ -36,6 +37,8 @@ log = logging.getLogger("shoal.device")
 
 KEPT_BYTES: Final = 256 << 20
 """Examples of all users together that are kept in memory between rounds."""
+IDLE_S: Final = 30.0
+"""After which the process that runs programs ends, where it is soon started again."""
 STATUS_S: Final = 0.5
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
@@ -60,6 +63,8 @@ class Settings:
     threads: int | None = None
     patience_s: float = 300.0
     in_process: bool = False
+    engine: EngineName = "jax"
+    """What runs programs."""
     visits: bool = False
     """Come and go, rather than stay and wait."""
     population: str = "default"
@@ -133,15 +138,26 @@ def make_host(settings: Settings, runtime: Runtime) -> DeviceHost:
 
 
 def _make_runner(settings: Settings, plan: Plan) -> Runner:
+    if settings.in_process and settings.engine == "iree":
+        from shoal.plan.iree_runner import IreeRunner
+
+        return IreeRunner(plan, threads=settings.threads)
     if settings.in_process:
         from shoal.plan.jax_runner import JaxRunner
 
         return JaxRunner(plan)
-    return ChildRunner(plan, Limits(memory_bytes=settings.memory_bytes), settings.threads)
+    # JAX takes seconds to start again, IREE a tenth of one.
+    idle_s = IDLE_S if settings.engine == "iree" else None
+    limits = Limits(memory_bytes=settings.memory_bytes)
+    return ChildRunner(plan, limits, settings.threads, engine=settings.engine, idle_s=idle_s)
 
 
 def runtime_of(settings: Settings) -> Runtime:
     """What runs programs here."""
+    if settings.engine == "iree":
+        from shoal.plan.iree_targets import this_runtime as this_iree
+
+        return this_iree()
     if settings.in_process:
         from shoal.plan.stablehlo import this_runtime
 

@@ -101,6 +101,13 @@ class DeviceHost:
     _states: dict[tuple[str, str], Tensors] = field(default_factory=dict)
     _spent: "dict[str, SpentUpdates]" = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.runtime.is_native and self.trusted_key is None:
+            raise ValueError(
+                f"Expected trusted_key with the runtime {self.runtime.kind}, got None: native code is run for nobody but a key that was "
+                "named beforehand, not for the first that comes."
+            )
+
     async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         """The plan of an assignment, verified, checked, ready to run. What it took is added to `spent`.
 
@@ -217,6 +224,8 @@ class DeviceHost:
         if self.state_folder is None:
             raise DataError("Expected a device that keeps its state in a folder: without one no model is kept.")
         model = kept_model.find(self.state_folder, task)
+        if self.trusted_key is not None:
+            model.plan.verify(self.trusted_key)
         own = self.state(model.run, device, model.plan.manifest)
         prepared = self._plans.get(model.plan.hash)
         if prepared is not None and prepared.done() and not prepared.cancelled() and prepared.exception() is None:
