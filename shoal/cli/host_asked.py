@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shoal.cli.late_argument import parse_late
-from shoal.plan.iree_targets import find_target
 from shoal.record.retention import SETTING, Retention
 
 _NUMBERS: Final[Mapping[str, type]] = {
@@ -62,8 +61,11 @@ class Asked:
             raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
         if self.keep:
             Retention.parse(self.keep)
-        for name in self.iree:
-            find_target(name)
+        if self.iree:
+            from shoal.plan.iree_targets import find_target
+
+            for name in self.iree:
+                find_target(name)
         if self.order and self.each.weights:
             raise ValueError(
                 "Expected --order or --weight, not both: by order the first task that wants devices has them."

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -30,8 +30,10 @@ from shoal.plan.check import check_plan
 from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
-from shoal.privacy.identity import Identity
 from shoal.tensors import Index, Tensors, from_bytes, pack, sha256, unpack
+
+if TYPE_CHECKING:
+    from shoal.privacy.identity import Identity
 
 log = logging.getLogger("shoal.device")
 
@@ -81,7 +83,7 @@ class DeviceHost:
     """Ed25519 key whose plans are run; None: that of the first plan seen (trust on first use)."""
     floor: Floor = field(default_factory=Floor)
     """What a plan must promise at least."""
-    identity: Identity | None = None
+    identity: "Identity | None" = None
     """With its certificate, for secure groups of certified members."""
     state_folder: Path | None = None
     """Where device state, and what was spent, is kept over restarts; None: in memory."""

@@ -21,7 +21,6 @@ from io import FileIO
 from typing import Any, Final, cast, final
 
 import numpy as np
-import psutil
 
 from shoal.errors import ProtocolError
 from shoal.plan.channel import Channel
@@ -98,9 +97,8 @@ class Child:
 
     def watch_memory(self, more_bytes: int) -> None:
         """From now on the child may take so much more than it takes now; it is ended if it takes more."""
-        try:
-            taken = psutil.Process(self.pid).memory_info().rss
-        except psutil.Error:  # it is gone already: the next request says so
+        taken = _taken_bytes(self.pid)
+        if taken is None:  # it is gone already: the next request says so
             return
         with self._changed:
             self._memory_bytes = taken + more_bytes
@@ -230,12 +228,18 @@ class Child:
         elif self._rests_at and time.monotonic() >= self._rests_at:
             self._end("was not needed")
         elif self._memory_bytes and self._deadline:
-            try:
-                taken = psutil.Process(self.pid).memory_info().rss
-            except psutil.Error:
-                return
-            if taken > self._memory_bytes:
+            taken = _taken_bytes(self.pid)
+            if taken is not None and taken > self._memory_bytes:
                 self._end(f"took {readable(taken)} of memory, this device allows {readable(self._memory_bytes)}")
+
+
+def _taken_bytes(pid: int) -> int | None:
+    import psutil  # only where the system itself does not limit memory
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return None
 
 
 def environment_for(*, python_path: str, threads: int | None) -> dict[str, str]:
