@@ -1,6 +1,6 @@
 """Builds a task's plan in a process of its own, so that a host never imports JAX and never runs a task's source.
 
-    python -m shoal.cli.build_plan '{"task": "file.py:task", "seed": 0, "policy": {"goal": 4}, "each": {}, "out": "folder"}'
+    python -m shoal.cli.build_plan '{"task": "file.py:task", "seed": 0, "policy": {"goal": 4}, "each": {}, "iree": [], "out": "folder"}'
 
 It writes `plan` and `model` into the folder, or one line to standard error and exits with 1. Nothing is signed here.
 """
@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +25,12 @@ BUILD_S: Final = 1800.0
 
 
 def build_in_child(
-    task: str, *, seed: int, policy: Mapping[str, Any], each: Mapping[str, Mapping[str, Any]]
+    task: str,
+    *,
+    seed: int,
+    policy: Mapping[str, Any],
+    each: Mapping[str, Mapping[str, Any]],
+    iree: Sequence[str] = (),
 ) -> "tuple[Plan, Tensors]":
     """The unsigned plan of TASK and its initial model.
 
@@ -34,6 +39,7 @@ def build_in_child(
         seed: of the initial model.
         policy: fields of `RoundPolicy` that are not as the task says.
         each: name of a task -> further ones, of that task only.
+        iree: targets that it is compiled for besides; what is being compiled is said on standard error.
 
     Raises:
         PlanError: the task cannot be loaded or built; the text says why.
@@ -42,7 +48,7 @@ def build_in_child(
     from shoal.tensors import unpack
 
     with tempfile.TemporaryDirectory(prefix="shoal-plan-") as out:
-        request = {"task": task, "seed": seed, "policy": dict(policy), "each": each, "out": out}
+        request = {"task": task, "seed": seed, "policy": dict(policy), "each": each, "iree": list(iree), "out": out}
         command = [sys.executable, "-m", "shoal.cli.build_plan", json.dumps(request)]
         # What the task's file prints is not our result.
         done = subprocess.run(
@@ -71,6 +77,7 @@ def _reason(errors: str, code: int) -> str:
 
 def _build(request: Mapping[str, Any]) -> None:
     from dataclasses import replace
+    from functools import partial
 
     from shoal.cli.task_argument import load_task
     from shoal.plan.build import build
@@ -82,7 +89,7 @@ def _build(request: Mapping[str, Any]) -> None:
     if "late" in policy:
         policy["late"] = Late(**policy["late"])
     task = task.replace(rounds=replace(task.rounds, **policy))
-    built = build(task, seed=request["seed"])
+    built = build(task, seed=request["seed"], iree=request["iree"], progress=partial(print, flush=True))
     built.plan.save(Path(request["out"], "plan"))
     Path(request["out"], "model").write_bytes(pack(built.model))
 

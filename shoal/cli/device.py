@@ -11,6 +11,7 @@ from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
     from shoal.fleet.enrolment import Enrolled
+    from shoal.plan.child_engines import EngineName
     from shoal.plan.priority import Priority
 
 EPILOG = options.examples(
@@ -21,6 +22,7 @@ EPILOG = options.examples(
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --when charging --when idle --per-day cpu=20min",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --runtime iree --key KEY",
 )
 
 
@@ -149,6 +151,13 @@ def device(
     priority: Annotated[
         str, typer.Option("--priority", help="Towards other programs: lowest, low or normal.")
     ] = "lowest",
+    runtime: Annotated[
+        str,
+        typer.Option(
+            "--runtime",
+            help="What runs programs: jax, or iree: no JAX here, native code from --key's holder (docs/devices.md).",
+        ),
+    ] = "jax",
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
     ] = False,
@@ -170,7 +179,8 @@ def device(
     check_server(server, option="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
-    trusted = _key(key)
+    trusted = parse_key(key)
+    engine = _engine(runtime, trusted)
     limit = options_memory(memory)
     for condition in when or ():
         validate.one_of(CONDITIONS, **{"--when": condition})
@@ -209,7 +219,8 @@ def device(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact, rest_s=parse_duration(rest) if rest else 0.0,
-        priority=_priority(priority), population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
+        priority=_priority(priority), engine=engine, population=population, tasks=tuple(task or ()),
+        identity=enrolled.identity if enrolled else None,
         floor=Floor(
             secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget
         ),
@@ -238,6 +249,19 @@ def _priority(text: str) -> "Priority":
     raise ValueError(f"Expected --priority lowest, low or normal, got {text!r}.")
 
 
+def _engine(runtime: str, trusted: bytes | None) -> "EngineName":
+    if runtime == "iree":
+        if trusted is None:
+            raise ValueError(
+                "Expected --key with --runtime iree: its programs are native code, which this device runs for nobody but the key that you "
+                "name. `shoal host` prints it."
+            )
+        return "iree"
+    if runtime != "jax":
+        raise ValueError(f"Expected --runtime of jax | iree, got {runtime!r}.")
+    return "jax"
+
+
 def options_memory(text: str) -> int:
     """The bytes of --memory."""
     from shoal.cli.words import parse_size
@@ -255,7 +279,8 @@ def check_server(server: str, *, option: str) -> None:
         raise ValueError(f"Expected {option} HOST:PORT, got {server!r}.")
 
 
-def _key(text: str) -> bytes | None:
+def parse_key(text: str) -> bytes | None:
+    """The bytes of --key; None where it is empty."""
     try:
         made = bytes.fromhex(text)
     except ValueError:

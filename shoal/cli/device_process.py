@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -31,20 +31,26 @@ from shoal.fleet.impact import ImpactBudget
 from shoal.fleet.meter import Meter
 from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.fleet.process import switch_threads_often
-from shoal.plan.child import ChildRunner, probe
+from shoal.plan.child_engines import EngineName
 from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.priority import Priority
 from shoal.plan.runner import Limits, Runner
-from shoal.privacy.identity import Identity
 from shoal.record.lock import only_writer
+
+if TYPE_CHECKING:
+    from shoal.privacy.identity import Identity
 
 log = logging.getLogger("shoal.device")
 
 KEPT_BYTES: Final = 256 << 20
 """Examples of all users together that are kept in memory between rounds."""
+IDLE_S: Final = 30.0
+"""After which the process that runs programs ends, where it is soon started again."""
 STATUS_S: Final = 0.5
+UNWATCHED_S: Final = 2.0
+"""Between two looks at the devices where nobody looks on: a process that waits is to cost nothing."""
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
 LEAVE_S: Final = 5.0
@@ -69,6 +75,8 @@ class Settings:
     threads: int | None = None
     patience_s: float = 300.0
     in_process: bool = False
+    engine: EngineName = "jax"
+    """What runs programs."""
     visits: bool = False
     """Come and go, rather than stay and wait."""
     population: str = "default"
@@ -76,7 +84,7 @@ class Settings:
     """Those to serve; none: any."""
     floor: Floor = field(default_factory=Floor)
     """What a plan must promise at least."""
-    identity: Identity | None = None
+    identity: "Identity | None" = None
     """Of the one device that an authority knows."""
     when: tuple[str, ...] = ()
     """Conditions under which it works."""
@@ -171,20 +179,36 @@ def make_host(settings: Settings, runtime: Runtime, *, looks_only: bool = False)
 
 
 def _make_runner(settings: Settings, plan: Plan) -> Runner:
+    if settings.in_process and settings.engine == "iree":
+        from shoal.plan.iree_runner import IreeRunner
+
+        return IreeRunner(plan, threads=settings.threads)
     if settings.in_process:
         from shoal.plan.jax_runner import JaxRunner
 
         return JaxRunner(plan)
+    from shoal.plan.child import ChildRunner
+
+    # JAX takes seconds to start again, IREE a tenth of one.
+    idle_s = IDLE_S if settings.engine == "iree" else None
     limits = Limits(memory_bytes=settings.memory_bytes)
-    return ChildRunner(plan, limits, settings.threads, priority=settings.priority)
+    return ChildRunner(
+        plan, limits, settings.threads, priority=settings.priority, engine=settings.engine, idle_s=idle_s
+    )
 
 
 def runtime_of(settings: Settings) -> Runtime:
     """What runs programs here."""
+    if settings.engine == "iree":
+        from shoal.plan.iree_targets import this_runtime as this_iree
+
+        return this_iree()
     if settings.in_process:
         from shoal.plan.stablehlo import this_runtime
 
         return this_runtime()
+    from shoal.plan.child import probe
+
     return probe(threads=settings.threads)
 
 
@@ -342,9 +366,11 @@ class _Crew:
     async def watch(self, devices: Sequence[Device]) -> None:
         """Shows the status until it is cancelled. Raises NetworkError when patience is at its end."""
         self.devices = devices
-        line_s, told = time.monotonic(), ""
+        line_s, told, is_watched = time.monotonic(), "", _is_watched()
         while True:
-            await asyncio.sleep(STATUS_S)
+            await asyncio.sleep(
+                STATUS_S if is_watched else min(UNWATCHED_S, max(STATUS_S, self._settings.patience_s / 4))
+            )
             now_s = time.monotonic()
             if self._is_alone():
                 self._give_up(now_s)
@@ -352,7 +378,7 @@ class _Crew:
                 self._answered_s = now_s
             text = f"{self._text()}  down {words.size(self._host.down_bytes)}"
             self._screen.live(text)
-            if now_s - line_s >= LINE_S and text != told and not _is_watched():
+            if now_s - line_s >= LINE_S and text != told and not is_watched:
                 line_s, told = now_s, text
                 self._screen.say(text)
 

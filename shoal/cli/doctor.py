@@ -68,6 +68,7 @@ def _questions(run: Path | None) -> Iterator[tuple[str, Callable[[], Finding | l
     yield "python", python
     yield "libraries", libraries
     yield "runtime", runtime
+    yield "iree", iree
     yield "port", port
     yield "clock", clock
     yield "cache", cache
@@ -171,6 +172,25 @@ def runtime() -> list[Finding]:
             f"a tiny program compiles in {words.duration(said.compile_s)}; JAX starts in {words.duration(said.start_s)}", advice,
         ),
     ]  # fmt: skip
+
+
+def iree() -> Finding:
+    """What there is for devices without JAX."""
+    from importlib import metadata
+
+    from shoal.plan.iree_compiler import COMPILER_PACKAGE
+    from shoal.plan.iree_targets import RUNTIME_PACKAGE, this_runtime
+
+    found = {}
+    for what, name in (("compiler", COMPILER_PACKAGE), ("runtime", RUNTIME_PACKAGE)):
+        try:
+            found[what] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            pass
+    if not found:
+        return Finding("ok", "iree", "not installed; it is for devices without JAX (pip install 'shoal[iree]')")
+    text = ", ".join(f"{what} {version}" for what, version in found.items())
+    return Finding("ok", "iree", f"{text}; runs {this_runtime()}" if "runtime" in found else text)
 
 
 def port() -> Finding:

@@ -20,6 +20,7 @@ EPILOG = options.examples(
     "shoal host task.py --rounds 20 --address 0.0.0.0 --port 8500 --tls",
     "shoal host digits.py words.py --rounds 20 --weight digits=3 --set words.goal=10",
     "shoal host task.py --rounds 20 --port 8500 --edges 4",
+    "shoal host task.py --rounds 20 --port 8500 --iree x86_64-linux --iree aarch64-linux-android",
     "shoal host --resume --run runs/digits --port 8500",
 )
 
@@ -97,6 +98,14 @@ def host(
         typer.Option("--events-kept", min=0, help="Newest rounds that `shoal replay` can show.", show_default="100"),
     ] = None,
     keep: options.Keep = "",
+    iree: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--iree",
+            metavar="TARGET",
+            help="Compile the plan for devices without JAX, too: x86_64-linux | x86_64-linux-avx512 | aarch64-linux | aarch64-linux-android (docs/devices.md). May be repeated.",
+        ),
+    ] = None,
     held_out: options.HeldOut = "",
     tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
     tls_cert: Annotated[
@@ -141,6 +150,7 @@ def host(
         tasks=tuple(tasks or ()), rounds=rounds, seed=seed, order=order,
         policy={name: value for name, value in policy.items() if value is not None},
         each=parse_each(set_ or [], weight or [], population or []), events_kept=events_kept, keep=keep,
+        iree=tuple(iree or ()),
     )  # fmt: skip
     asked.check(resume=resume)
     if len(asked.tasks) > 1 and (edges or edge_port is not None):

@@ -41,12 +41,15 @@ class Asked:
     events_kept: int | None = None
     keep: str = ""
     """`Retention.parse`'s; empty: all."""
+    iree: tuple[str, ...] = ()
+    """Targets that the plans are compiled for besides, for devices without JAX."""
 
     def check(self, *, resume: bool) -> None:
         """Raises ValueError for what does not go together."""
         given = [*self.policy, *(["seed"] if self.seed else []), *(["order"] if self.order else [])]
         given += ["events_kept"] if self.events_kept is not None else []
         given += ["keep"] if self.keep else []
+        given += ["iree"] if self.iree else []
         given += ["set"] if self.each.settings else []
         given += ["weight"] if self.each.weights else []
         given += ["population"] if self.each.populations else []
@@ -58,6 +61,11 @@ class Asked:
             raise ValueError("Expected TASK and --rounds for a new run, or --resume --run DIR to go on with one.")
         if self.keep:
             Retention.parse(self.keep)
+        if self.iree:
+            from shoal.plan.iree_targets import find_target
+
+            for name in self.iree:
+                find_target(name)
         if self.order and self.each.weights:
             raise ValueError(
                 "Expected --order or --weight, not both: by order the first task that wants devices has them."

@@ -96,10 +96,10 @@ def _built(task: str, asked: Asked) -> tuple[Plan, Tensors, int]:
     With secure groups devices never offer an update from the same tensors twice: another run is to begin with others.
     """
     seed = asked.seed or 0
-    plan, model = build_in_child(task, seed=seed, policy=asked.policy, each=asked.policies)
+    plan, model = build_in_child(task, seed=seed, policy=asked.policy, each=asked.policies, iree=asked.iree)
     if asked.seed is None and plan.manifest.promises.group == "secure":
         seed = secrets.randbits(31)
-        plan, model = build_in_child(task, seed=seed, policy=asked.policy, each=asked.policies)
+        plan, model = build_in_child(task, seed=seed, policy=asked.policy, each=asked.policies, iree=asked.iree)
     return plan, model, seed
 
 

@@ -25,7 +25,7 @@ from shoal.cli import (
     runs,
     simulate,
 )
-from shoal.cli.failures import ShoalGroup
+from shoal.cli.group import ShoalGroup
 
 app = typer.Typer(
     name="shoal",

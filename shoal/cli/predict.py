@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from shoal.cli import options, words
+from shoal.cli.device import parse_key
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -44,6 +45,9 @@ def predict(
     task: Annotated[
         str, typer.Option("--task", help="In a device's folder: which task's model.", show_default="the only one")
     ] = "",
+    key: Annotated[
+        str, typer.Option("--key", help="In a device's folder: whose plans are run; needed where they are native code.")
+    ] = "",
     json: options.AsJson = False,
 ) -> None:
     """Predict with a version of a run, or with the newest that a device was sent.
@@ -58,10 +62,10 @@ def predict(
             raise ValueError(
                 f"Expected neither --version nor --id with {run}, a device's folder: it keeps the newest version."
             )
-        return _on_device(run, fields, device, task, out, screen, watch)
-    if device or task:
+        return _on_device(run, fields, device, task, parse_key(key), out, screen, watch)
+    if device or task or key:
         raise ValueError(
-            f"Expected a device's --state folder with --device and --task, got {run}, which holds no models."
+            f"Expected a device's --state folder with --device, --task and --key, got {run}, which holds no models."
         )
     import shoal
     from shoal.record.run import latest_run
@@ -85,6 +89,7 @@ def _on_device(
     given: "dict[str, np.ndarray] | np.ndarray",
     device: str,
     task: str,
+    trusted: bytes | None,
     out: Path | None,
     screen: Screen,
     watch: Stopwatch,
@@ -96,8 +101,15 @@ def _on_device(
     from shoal.plan.train import only_field
 
     model = kept_model.find(state, task)
+    if model.is_native and trusted is None:
+        raise ValueError(
+            f"Expected --key with {state}: the programs that it keeps are native code (`shoal device --runtime iree`), which is run for "
+            "nobody but the key that you name; `shoal host` printed it."
+        )
     fields = given if isinstance(given, dict) else {only_field(model.plan.manifest, given): given}
-    settings = Settings(server="", users=(), state=state)
+    settings = Settings(
+        server="", users=(), state=state, trusted_key=trusted, engine="iree" if model.is_native else "jax"
+    )
     host = make_host(settings, runtime_of(settings), looks_only=True)
     watch.lap("start")
     try:

@@ -14,7 +14,7 @@ import numpy as np
 from shoal import validate
 from shoal.data import federated_recipes, published
 from shoal.data.federated_recipes import OWNER
-from shoal.data.load import load_arrays
+from shoal.data.loading import load_arrays
 from shoal.data.recipes import Arrays
 from shoal.data.split import by_user
 from shoal.data.store import Examples, Population

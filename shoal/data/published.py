@@ -25,7 +25,7 @@ from shoal.data import cache as cached
 from shoal.data import tokens
 from shoal.data.address import Address
 from shoal.data.formats import read_members
-from shoal.data.load import progress_bar
+from shoal.data.loading import progress_bar
 from shoal.data.sources import Say
 from shoal.data.store import Examples, Population, Spec
 from shoal.data.tff import Features, Split

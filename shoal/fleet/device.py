@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -32,13 +32,16 @@ from shoal.errors import (
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
 from shoal.fleet.example_ledger import cost
 from shoal.fleet.link import Link, Stream, longest_s
-from shoal.fleet.secure_offer import MASKED, SecureOffer
+from shoal.fleet.secure_phases import MASKED
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
 from shoal.plan.secure import update_of
 from shoal.plan.train import NOISE_SEED_BYTES, Interrupted, Paused, train
 from shoal.tensors import Index, Tensors, dtype_name, to_bytes
+
+if TYPE_CHECKING:
+    from shoal.fleet.secure_offer import SecureOffer
 
 log = logging.getLogger("shoal.device")
 
@@ -75,7 +78,7 @@ class _Work:
     report: pb.Report | None = None
     sends: Tensors = field(default_factory=dict)
     """What is pushed: the update's sums, or in a secure group what they look like under their masks."""
-    secure: SecureOffer | None = None
+    secure: "SecureOffer | None" = None
     """The update's way through secure groups, where the task has them."""
     paused: Paused | None = None
     """Where its training was interrupted."""
@@ -469,7 +472,7 @@ class Device:
         await self._push(work)
         work.report.costs.wire_s += time.perf_counter() - begun
 
-    async def _answer(self, work: _Work, secure: SecureOffer, message: pb.GroupMessage, stream: Stream) -> None:
+    async def _answer(self, work: _Work, secure: "SecureOffer", message: pb.GroupMessage, stream: Stream) -> None:
         """To a message of the secure group that the update is in."""
         phase, data = await asyncio.to_thread(secure.hear, message.phase, message.data)
         if phase == "complaint":
@@ -569,7 +572,9 @@ class Device:
         # What the server is told says nothing of what was spent elsewhere.
         raise DataError(f"The examples' privacy budget does not allow another update of task {manifest.task!r}.")
 
-    def _secure_offer(self, work: _Work, manifest: Manifest, update: Update) -> SecureOffer:
+    def _secure_offer(self, work: _Work, manifest: Manifest, update: Update) -> "SecureOffer":
+        from shoal.fleet.secure_offer import SecureOffer  # what it needs is much, and most tasks need none of it
+
         host = self._host
         try:
             return SecureOffer(

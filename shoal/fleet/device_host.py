@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import numpy as np
 
@@ -31,8 +31,10 @@ from shoal.plan.check import check_plan, readable
 from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
-from shoal.privacy.identity import Identity
 from shoal.tensors import Index, Tensors, from_bytes, sha256, total_bytes
+
+if TYPE_CHECKING:
+    from shoal.privacy.identity import Identity
 
 log = logging.getLogger("shoal.device")
 
@@ -84,7 +86,7 @@ class DeviceHost:
     """What a plan must promise at least."""
     looks_only: bool = False
     """It writes nothing into the state folder, which another process may be using: for predictions."""
-    identity: Identity | None = None
+    identity: "Identity | None" = None
     """With its certificate, for secure groups of certified members."""
     state_folder: Path | None = None
     """Where what devices keep outlives the process (`device_file.py`, `kept_model.py`); None: in memory."""
@@ -103,7 +105,12 @@ class DeviceHost:
     change the difference may be enough."""
 
     def __post_init__(self) -> None:
-        """Raises StoreError: the state folder cannot be used."""
+        """Raises StoreError: the state folder cannot be used. Raises ValueError: native code, and nobody named whose."""
+        if self.runtime.is_native and self.trusted_key is None:
+            raise ValueError(
+                f"Expected trusted_key with the runtime {self.runtime.kind}, got None: native code is run for nobody but a key that was "
+                "named beforehand, not for the first that comes."
+            )
         self.file = DeviceFile(self.state_folder, read_only=self.looks_only)
 
     async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
@@ -226,6 +233,8 @@ class DeviceHost:
         if self.state_folder is None:
             raise DataError("Expected a device that keeps its state in a folder: without one no model is kept.")
         model = kept_model.find(self.state_folder, task)
+        if self.trusted_key is not None:
+            model.plan.verify(self.trusted_key)
         own = self.state(model.run, device, model.plan.manifest)
         prepared = self._plans.get(model.plan.hash)
         if prepared is not None and prepared.done() and not prepared.cancelled() and prepared.exception() is None:

@@ -1,13 +1,16 @@
 """What a device asks of any task before it trains for it, whatever the server says."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from shoal import validate
 from shoal.errors import TaskRefused
 from shoal.fleet.example_ledger import ExampleBudget, cost, epsilon
 from shoal.plan.manifest import Manifest
 from shoal.plan.secure import LEAST_MINIMUM
-from shoal.privacy.identity import Trusted
+
+if TYPE_CHECKING:
+    from shoal.privacy.identity import Trusted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class Floor:
     """Members of a secure group, at least, that may work with the server without learning more than the sum."""
     noise: float = 0.0
     """Standard deviation, at least, over the clip norm, of the noise that a group's members add to their sum themselves."""
-    authority: Trusted | None = None
+    authority: "Trusted | None" = None
     """Only secure groups of members that this authority certifies: for a server that may lie. None: also others."""
 
     examples: ExampleBudget | None = None

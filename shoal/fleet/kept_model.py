@@ -39,6 +39,12 @@ class KeptModel:
         """Of its task."""
         return self.plan.manifest.task
 
+    @property
+    def is_native(self) -> bool:
+        """Whether its `predict` is native code, compiled for devices without JAX."""
+        at_hand = [each for each in self.plan.manifest.variants("predict") if each.hash in self.plan.programs]
+        return bool(at_hand) and all(each.needs.is_native for each in at_hand)
+
     def predict(self, runner: Runner, fields: Mapping[str, np.ndarray], *, own: Tensors | None = None) -> np.ndarray:
         """Predictions (N, …) for examples (N, …).
 

@@ -15,6 +15,7 @@ from google.protobuf.message import DecodeError
 
 from shoal.errors import InvalidTransition, ProtocolError
 from shoal.fleet.floor import Floor
+from shoal.fleet.secure_phases import MASKED
 from shoal.fleet.spent import SpentUpdates
 from shoal.plan.manifest import Manifest
 from shoal.plan.secure import layout, members_noise, terms, update_of
@@ -25,8 +26,6 @@ from shoal.tensors import Tensors
 
 MOST_ANSWERS: Final = 16
 """That are kept of one group."""
-MASKED: Final = "masked"
-"""Phase, and name of the tensor that is pushed: an update under its masks, packed."""
 
 
 class SecureOffer:

@@ -8,7 +8,7 @@ from shoal.fleet import group as g
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.forming import FormingGroups, SecureSum
 from shoal.fleet.group import Broke, Form, Formed
-from shoal.fleet.secure_offer import MASKED
+from shoal.fleet.secure_phases import MASKED
 from shoal.fleet.session import Session
 from shoal.fleet.updates import Held, Updates
 from shoal.fleet.wire import fleet_pb2 as pb

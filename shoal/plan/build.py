@@ -12,6 +12,7 @@ import optax
 
 from shoal.aggregate.choose import check_noise
 from shoal.errors import PlanError
+from shoal.forms.convolutions import faster_convolutions
 from shoal.local import (
     LocalRule,
     Named,
@@ -26,11 +27,12 @@ from shoal.local import (
     predictor,
 )
 from shoal.lora import with_adapters
+from shoal.plan.iree_variants import compiled
 from shoal.plan.manifest import Manifest, Program, Promises, ServerHalf, Training
 from shoal.plan.operations import refuse_callbacks
 from shoal.plan.plan import Plan
 from shoal.plan.secure import check_secure
-from shoal.plan.stablehlo import export_program, struct
+from shoal.plan.stablehlo import PLATFORMS, export_program, struct
 from shoal.policy import ServerRule
 from shoal.task import Batch, Task
 from shoal.tensors import Tensors, TensorSpec, sha256
@@ -47,15 +49,21 @@ class Built:
     """Version 0, in the manifest's order."""
 
 
-def build(task: Task, *, seed: int = 0) -> Built:
+def build(
+    task: Task, *, seed: int = 0, iree: Sequence[str] = (), progress: Callable[[str], None] = lambda text: None
+) -> Built:
     """Makes the (unsigned) plan of a task and its initial model.
 
     Args:
         task: the task.
         seed: of the initial model.
+        iree: targets (`iree_targets.TARGETS`) that devices' programs are compiled for as well, for devices without JAX.
+        progress: is told what is being compiled for them.
 
     Raises:
-        ValueError: a function of the task does not keep its contract; the text says which and how.
+        MissingExtra: targets are named, and IREE's compiler is not installed.
+        PlanError: it cannot compile a program.
+        ValueError: a function of the task does not keep its contract; the text says which and how. Or an unknown target.
     """
     task = with_adapters(task)
     rule = local_rule(task)
@@ -64,6 +72,8 @@ def build(task: Task, *, seed: int = 0) -> Built:
     _refuse_other_sums(rule, [program for program, _ in made])
     if not isinstance(task.server, ServerRule):
         made += _server_programs(task.server, rule)
+    if iree:
+        made += _native_programs(task, iree, progress)
     batch = tuple(
         TensorSpec(name=n, shape=tuple(shape), dtype=dtype) for n, (shape, dtype) in sorted(task.batch.items())
     )
@@ -88,6 +98,16 @@ def build(task: Task, *, seed: int = 0) -> Built:
     if task.privacy.noise_multiplier:
         check_noise(task.privacy, task.rounds, manifest.sums, manifest.fixed_points(task.rounds.max_members))
     return Built(Plan(manifest, {program.hash: data for program, data in made}), initial_model(task, rule, seed=seed))
+
+
+def _native_programs(
+    task: Task, targets: Sequence[str], progress: Callable[[str], None]
+) -> list[tuple[Program, bytes]]:
+    # IREE takes no gradient of max pooling as XLA writes it, and is slow where XLA has convolutions of its own.
+    task = task.replace(loss=faster_convolutions(task.loss, platform="cpu"))
+    rule = local_rule(task)
+    exported = [*_training_programs(task, rule, ("cpu",)), *_model_programs(task, rule, ("cpu",))]
+    return compiled(exported, targets, progress=progress)
 
 
 def server_rule(task: Task) -> ServerRule:
@@ -175,7 +195,9 @@ def _training(task: Task) -> Training:
     )
 
 
-def _training_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
+def _training_programs(
+    task: Task, rule: LocalRule, platforms: tuple[str, ...] = PLATFORMS
+) -> list[tuple[Program, bytes]]:
     k, size = task.local.steps_per_block, task.local.batch_size
     broadcast = {f"broadcast/{spec.name}": struct(spec) for spec in rule.broadcast}
     kept = {f"device_state/{spec.name}": struct(spec) for spec in rule.device_state}
@@ -212,13 +234,13 @@ def _training_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes
         return {**deltas, **metrics, "weight": report.weight, **_prefix(report.device_state, "device_state")}
 
     return [
-        export_program("begin", begin, broadcast, kept, outputs=as_carry),
-        export_program("block", block, carry, feed, outputs=as_carry),
-        export_program("finish", finish, carry, broadcast, outputs=as_report),
+        export_program("begin", begin, broadcast, kept, outputs=as_carry, platforms=platforms),
+        export_program("block", block, carry, feed, outputs=as_carry, platforms=platforms),
+        export_program("finish", finish, carry, broadcast, outputs=as_report, platforms=platforms),
     ]
 
 
-def _model_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
+def _model_programs(task: Task, rule: LocalRule, platforms: tuple[str, ...] = PLATFORMS) -> list[tuple[Program, bytes]]:
     broadcast = {f"broadcast/{spec.name}": struct(spec) for spec in rule.broadcast}
     size = EVALUATE_BATCH_SIZE
     feed = {
@@ -231,7 +253,7 @@ def _model_programs(task: Task, rule: LocalRule) -> list[tuple[Program, bytes]]:
         ("predict", predictor(task), "output"),
     ):
         if function is not None:
-            made.append(_model_program(name, function, prefix, broadcast, feed))
+            made.append(_model_program(name, function, prefix, broadcast, feed, platforms))
     if task.keys is not None:
         made.append(_keys_program(task, task.keys, feed))
     return made
@@ -249,13 +271,17 @@ def _keys_program(task: Task, keys: Callable[[Batch], Mapping[str, Any]], feed: 
     return export_program("keys", run, feed, outputs=lambda values: _prefix(values, "keys"))
 
 
-def _model_program(name: str, function: Any, prefix: str, broadcast: Named, feed: Named) -> tuple[Program, bytes]:
+def _model_program(
+    name: str, function: Any, prefix: str, broadcast: Named, feed: Named, platforms: tuple[str, ...]
+) -> tuple[Program, bytes]:
     def run(given: Named, batch: Named) -> Named:
         fields = _strip({key: value for key, value in batch.items() if key != "mask"})
         result: Named = function(_strip(given), fields, batch["mask"])
         return result
 
-    return export_program(name, run, broadcast, feed, outputs=lambda values: _prefix(values, prefix))
+    return export_program(
+        name, run, broadcast, feed, outputs=lambda values: _prefix(values, prefix), platforms=platforms
+    )
 
 
 def _server_programs(optimizer: optax.GradientTransformation, rule: LocalRule) -> list[tuple[Program, bytes]]:

@@ -1,10 +1,11 @@
 """A Runner whose programs run in a child process under limits: what a device uses. No JAX in this process.
 
-    caller ── ChildRunner ── Child (thread, pipes) ══ child_main ── JaxRunner
+    caller ── ChildRunner ── Child (thread, pipes) ══ child_main ── JaxRunner or IreeRunner
 
 The plan's signature is for the caller to verify (`Plan.verify`); the sizes are checked here before anything is
 started, hashes and operations in the child before anything is loaded. A child that is gone is replaced at the next
-call: the plan is handed over again, models and a training in flight are lost, and `has_model` says so.
+call: the plan is handed over again, models and a training in flight are lost, and `has_model` says so. So is one that
+was ended because nobody needed it for a while (`idle_s`).
 
 Guarantees:
     * Whatever a program raises, and whatever ends its process (a crash, want of memory, the deadline), is a
@@ -30,6 +31,7 @@ import numpy as np
 import shoal
 from shoal.errors import PlanError, ProgramError
 from shoal.plan.check import check_plan
+from shoal.plan.child_engines import EngineName
 from shoal.plan.child_process import Child, ChildEnded, environment_for
 from shoal.plan.compile_cache import cache_folder
 from shoal.plan.manifest import Runtime
@@ -59,6 +61,8 @@ class ChildRunner:
         python: str | None = None,
         priority: Priority = "low",
         cache: Path | None = None,
+        engine: EngineName = "jax",
+        idle_s: float | None = None,
     ) -> None:
         """Checks the plan's sizes; the child is started by the first call.
 
@@ -69,6 +73,8 @@ class ChildRunner:
             python: interpreter of the child, for a JAX of another version; it needs JAX, NumPy, cryptography.
             priority: how much the child steps back for other processes.
             cache: folder of compiled programs; None: the platform's.
+            engine: what runs the programs.
+            idle_s: the child is ended when nothing was asked of it for so long, outside of a training; None: it stays.
 
         Raises:
             PlanError: the plan is too large for the limits, or does not fit together.
@@ -77,7 +83,10 @@ class ChildRunner:
         check_plan(plan.manifest, self._limits)
         # The child has no use for the server half.
         self._plan = replace(plan, manifest=replace(plan.manifest, half=None))
-        self._command = child_command(self._limits, python=python, priority=priority, cache=cache)
+        self._command = child_command(
+            self._limits, python=python, priority=priority, cache=cache, engine=engine, threads=threads
+        )
+        self._idle_s = idle_s
         self._environment = environment_for(python_path=_python_path(python), threads=threads)
         self._most_bytes = max(total_bytes(program.outputs) for program in plan.manifest.programs)
         self._lock = threading.Lock()
@@ -117,7 +126,8 @@ class ChildRunner:
             self._models.popitem(last=False)
 
     def has_model(self, root: str) -> bool:
-        return root in self._models and self.pid is not None
+        # Whoever asks is about to use it.
+        return root in self._models and self._child is not None and self._keeps(self._child)
 
     def begin(self, root: str, device_state: Tensors) -> None:
         check(device_state, self._plan.manifest.device_state, what="the device state")
@@ -125,6 +135,7 @@ class ChildRunner:
             raise ProgramError(f"Model {root[:12]}… is not held; hand it over with set_model.", program="begin")
         self._use(root)
         self._steps = [({"call": "begin", "root": root}, dict(device_state))]
+        self.has_model(root)  # the child rests later now
         self._send_if_large()
 
     def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
@@ -222,13 +233,19 @@ class ChildRunner:
             answer = self._exchange(child, {"call": call, **header}, tensors or {}, program, wait=wait)
             if call in ("begin", "resume", "finish"):
                 self._is_training = call != "finish"
+            self._keeps(child)
             return answer
+
+    def _keeps(self, child: Child) -> bool:
+        """Begins a child's time of rest anew; whether it is there. A training that is not gone on with may have been given up."""
+        training_s = self._limits.seconds if self._is_training or self._steps else 0.0
+        return child.rest_after(None if self._idle_s is None else self._idle_s + training_s)
 
     def _ready(self, program: str) -> Child:
         """The child, started and with the plan; a new one where the last is gone."""
         if self._is_closed:
             raise ProgramError("The runner is closed.", program=program)
-        if self._child is not None and self._child.is_alive():
+        if self._child is not None and self._child.is_claimed():
             return self._child
         was_training, self._is_training = self._is_training, False
         if self._child is not None:
@@ -316,7 +333,7 @@ def probe(*, python: str | None = None, threads: int | None = None) -> Runtime:
     Raises:
         ProgramError: no child can be started.
     """
-    command = child_command(Limits(), python=python, priority="normal", cache=None)
+    command = child_command(Limits(), python=python, priority="normal", cache=None, engine="jax", threads=threads)
     try:
         child = Child(command, environment_for(python_path=_python_path(python), threads=threads))
         try:
@@ -327,11 +344,20 @@ def probe(*, python: str | None = None, threads: int | None = None) -> Runtime:
         raise ProgramError(f"The process that runs programs {error} when it started.") from error
 
 
-def child_command(limits: Limits, *, python: str | None, priority: Priority, cache: Path | None) -> list[str]:
+def child_command(
+    limits: Limits,
+    *,
+    python: str | None,
+    priority: Priority,
+    cache: Path | None,
+    engine: EngineName,
+    threads: int | None,
+) -> list[str]:
     """The command line of a child."""
     settings = {
         "memory_bytes": limits.memory_bytes, "disk_bytes": limits.disk_bytes, "priority": priority,
         "cache": str(cache or cache_folder()), "lock_wait_s": min(LOCK_WAIT_S, limits.seconds / 4),
+        "engine": engine, "threads": threads,
     }  # fmt: skip
     # -P: no module of the working directory takes the place of a library.
     return [python or sys.executable, "-P", "-m", "shoal.plan.child_main", json.dumps(settings)]

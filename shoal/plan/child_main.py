@@ -2,14 +2,14 @@
 
 `python -m shoal.plan.child_main SETTINGS`, started by `child_process.py` and by nobody else. It speaks over what were its
 standard input and output (`channel.py`), one request and one answer at a time; what a program prints goes to standard
-error. It imports as little as a plan needs, so that an older JAX can stand behind it.
+error. It imports as little as a plan needs, so that an older JAX can stand behind it, or none (`child_engines.py`).
 
-Order: take the pipes, bind the life to the parent's, set the limits that need no measure, start JAX, measure what
+Order: take the pipes, bind the life to the parent's, set the limits that need no measure, start the engine, measure what
 it takes by itself, set the limit of memory, say hello, serve.
 
 Guarantees:
     * It ends when its parent ends, however that happens: end of file on the pipe everywhere, a signal on Linux.
-    * No program is loaded whose hash or operations were not checked in this very process.
+    * No program is loaded whose hash, and with JAX whose operations, were not checked in this very process.
     * Whatever a program raises is an answer, not the end.
 """
 
@@ -22,22 +22,20 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, final
+from typing import Any, Final, final
 
 import numpy as np
 
 from shoal.errors import PlanError, ProgramError
 from shoal.plan.channel import Channel
+from shoal.plan.child_engines import engine_of
+from shoal.plan.plan import Plan
 from shoal.plan.priority import step_back
+from shoal.plan.runner import Runner
 from shoal.tensors import Tensors
-
-if TYPE_CHECKING:
-    from shoal.plan.jax_runner import JaxRunner
 
 WATCH_PARENT_S: Final = 0.5
 """How often it looks whether the process that started it is there."""
-COMPILER_BYTES: Final = 256 << 20
-"""Memory that compiling may take beyond what the runtime takes when idle; no part of a plan's allowance."""
 REQUEST_BYTES: Final = 1 << 30
 """Beyond the memory limit: most of one request."""
 
@@ -63,17 +61,14 @@ def main(arguments: list[str]) -> None:
 
 @final
 class Session:
-    """What a child holds: its settings, the cache, the runner of the plan that was loaded last."""
+    """What a child holds: its settings, its engine, the runner of the plan that was loaded last."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        from shoal.plan import compile_cache
-
         self._settings = settings
-        self._folder = Path(settings["cache"])
-        self._caches = compile_cache.switch_on(self._folder)
+        self._engine = engine_of(settings)
         self._seen: set[str] = set()
-        self._plan_hash = ""
-        self._runner: JaxRunner | None = None
+        self._plan: Plan | None = None
+        self._runner: Runner | None = None
         self._calls: dict[str, Callable[[dict[str, Any], Tensors], Answer]] = {
             "load": self._load, "compile": self._compile, "set_model": self._set_model,
             "begin": self._begin, "block": self._block, "carry": self._carry, "resume": self._resume, "finish": self._finish,
@@ -81,17 +76,10 @@ class Session:
         }  # fmt: skip
 
     def hello(self) -> dict[str, Any]:
-        """Starts JAX and says what it is; from then on memory is limited."""
-        import jax
-        import jax.numpy as jnp
-
-        from shoal.plan.stablehlo import this_runtime
-
-        # One small program makes the runtime start its threads and load its compiler, so that they are measured.
-        jax.jit(jnp.add)(np.float32(1), np.float32(1)).block_until_ready()
-        limited = _limit_memory(self._settings["memory_bytes"] + COMPILER_BYTES)
-        runtime = this_runtime().to_json()
-        return {"runtime": runtime, "memory_limited": limited, "jax": jax.__version__, "pid": os.getpid()}
+        """Starts the engine and says what it is; from then on memory is limited."""
+        runtime, versions = self._engine.start()
+        limited = _limit_memory(self._settings["memory_bytes"] + self._engine.own_bytes)
+        return {"runtime": runtime.to_json(), "memory_limited": limited, "pid": os.getpid(), **versions}
 
     def answer(self, header: dict[str, Any], tensors: Tensors) -> Answer:
         """Serves one request; every failure becomes an answer."""
@@ -107,23 +95,15 @@ class Session:
             return {"error": "program", "message": message, "program": str(header.get("program", ""))}, {}
 
     @property
-    def _held(self) -> "JaxRunner":
+    def _held(self) -> Runner:
         if self._runner is None:
             raise ProgramError("No plan was loaded.")
         return self._runner
 
     def _load(self, _: dict[str, Any], tensors: Tensors) -> Answer:
-        from shoal.plan.jax_runner import JaxRunner
-        from shoal.plan.operations import check_operations
-        from shoal.plan.plan import Plan
-        from shoal.plan.stablehlo import this_runtime
-
-        self._runner, self._seen = None, set()
+        self._runner, self._plan, self._seen = None, None, set()
         plan = Plan.parse(tensors["plan"].tobytes())
-        for program in plan.manifest.pick(this_runtime()).values():
-            if program.hash in plan.programs:
-                check_operations(program, plan.program(program))
-        self._runner, self._plan_hash = JaxRunner(plan), plan.hash
+        self._runner, self._plan = self._engine.load(plan), plan
         return {}, {}
 
     def _compile(self, _: dict[str, Any], __: Tensors) -> Answer:
@@ -183,22 +163,17 @@ class Session:
 
     def _call(self, header: dict[str, Any], tensors: Tensors) -> Answer:
         name = header["program"]
-        if not self._held.manifest.variants(name):
+        if self._plan is None or not self._plan.manifest.variants(name):
             raise PlanError(f"The plan has no program {name[:80]!r}.")
         with self._first(name):
             return {}, self._held.call(name, tensors)
 
     def _first(self, what: str) -> AbstractContextManager[None]:
-        """Around what compiles when it is first called."""
-        import jax
-
-        from shoal.plan.compile_cache import compiled_once
-
-        if not self._caches or what in self._seen:
+        """Around what may compile when it is first called."""
+        if self._plan is None or what in self._seen:
             return nullcontext()
         self._seen.add(what)
-        key = f"{self._plan_hash}-{what}-jax{jax.__version__}-{jax.default_backend()}"
-        return compiled_once(self._folder, key, wait_s=self._settings["lock_wait_s"])
+        return self._engine.compiling(f"{self._plan.hash}-{what}")
 
 
 def _feed(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, Tensors]:

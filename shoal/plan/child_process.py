@@ -5,8 +5,8 @@ started it (PR_SET_PDEATHSIG), and a caller's thread may end long before the chi
 signal and no `select`, so that it is the same on every platform: at the deadline the child is killed, and the caller,
 who waits for its answer, sees the end of the pipe.
 
-Who ends a child: `stop`, the deadline of a request, too much memory (where the system has no limit of its own), itself,
-or the system. `ChildEnded` says which, with the last line that it wrote to standard error.
+Who ends a child: `stop`, the deadline of a request, want of work (`rest_after`), too much memory (where the system has no
+limit of its own), itself, or the system. `ChildEnded` says which, with the last line that it wrote to standard error.
 """
 
 import os
@@ -21,7 +21,6 @@ from io import FileIO
 from typing import Any, Final, cast, final
 
 import numpy as np
-import psutil
 
 from shoal.errors import ProtocolError
 from shoal.plan.channel import Channel
@@ -60,6 +59,7 @@ class Child:
         self._command, self._environment = list(command), dict(environment)
         self._changed = threading.Condition()
         self._deadline = self._allowed_s = 0.0
+        self._rests_at = 0.0
         self._memory_bytes = 0  # 0: not watched
         self._why = ""
         self._owed = 0  # answers that were not waited for
@@ -85,11 +85,20 @@ class Child:
     def is_alive(self) -> bool:
         return not self._is_over and self._process.poll() is None
 
+    def is_claimed(self) -> bool:
+        """Whether it is alive; if so it does not rest until `rest_after` is called."""
+        return self.rest_after(None)
+
+    def rest_after(self, idle_s: float | None) -> bool:
+        """From now on it is ended once so long has gone by; None: it is not. Whether it is alive."""
+        with self._changed:
+            self._rests_at = time.monotonic() + idle_s if idle_s is not None else 0.0
+            return self.is_alive()
+
     def watch_memory(self, more_bytes: int) -> None:
         """From now on the child may take so much more than it takes now; it is ended if it takes more."""
-        try:
-            taken = psutil.Process(self.pid).memory_info().rss
-        except psutil.Error:  # it is gone already: the next request says so
+        taken = _taken_bytes(self.pid)
+        if taken is None:  # it is gone already: the next request says so
             return
         with self._changed:
             self._memory_bytes = taken + more_bytes
@@ -216,13 +225,21 @@ class Child:
     def _look(self) -> None:
         if self._deadline and time.monotonic() >= self._deadline:
             self._end(f"took longer than {self._allowed_s:g} s, the limit of this device")
+        elif self._rests_at and time.monotonic() >= self._rests_at:
+            self._end("was not needed")
         elif self._memory_bytes and self._deadline:
-            try:
-                taken = psutil.Process(self.pid).memory_info().rss
-            except psutil.Error:
-                return
-            if taken > self._memory_bytes:
+            taken = _taken_bytes(self.pid)
+            if taken is not None and taken > self._memory_bytes:
                 self._end(f"took {readable(taken)} of memory, this device allows {readable(self._memory_bytes)}")
+
+
+def _taken_bytes(pid: int) -> int | None:
+    import psutil  # only where the system itself does not limit memory
+
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.Error:
+        return None
 
 
 def environment_for(*, python_path: str, threads: int | None) -> dict[str, str]:

@@ -31,7 +31,7 @@ POLL_S: Final = 0.05
 
 def cache_folder() -> Path:
     """`$SHOAL_CACHE/programs`, else `shoal/programs` in the platform's cache folder; a subfolder by processor."""
-    return _base() / f"{platform.machine() or 'unknown'}-{_processor()}"
+    return programs_folder() / f"{platform.machine() or 'unknown'}-{_processor()}"
 
 
 def switch_on(folder: Path) -> bool:
@@ -72,7 +72,8 @@ def compiled_once(folder: Path, key: str, *, wait_s: float) -> Iterator[None]:
             os.close(lock)
 
 
-def _base() -> Path:
+def programs_folder() -> Path:
+    """Where compiled programs of every kind are kept."""
     if chosen := os.environ.get("SHOAL_CACHE"):
         return Path(chosen) / "programs"
     if local := os.environ.get("LOCALAPPDATA"):  # Windows

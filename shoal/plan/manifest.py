@@ -39,6 +39,8 @@ SERVER_PROGRAMS: Final = ("server_begin", "server_step")
 PROGRAMS: Final = DEVICE_PROGRAMS + OPTIONAL_PROGRAMS + SERVER_PROGRAMS
 HELD_OUT: Final = "held_out"
 """Field of a batch, where programs are fed both parts of a device's examples: true for those that are held out."""
+IREE: Final = "iree-"
+"""What the kinds of runtimes begin with that run programs compiled ahead of time, for one family of processors each."""
 MAX_MANIFEST_BYTES: Final = 16 << 20
 MAX_PROGRAM_BYTES: Final = 64 << 20
 
@@ -48,25 +50,36 @@ class Runtime:
     """What runs programs, as a device names it at check-in and a program names what it needs."""
 
     kind: str
-    """`stablehlo` (JAX), later `iree-<target>` and others."""
+    """`stablehlo` (JAX), or `iree-<family>` (native code for such processors, `iree_targets.py`)."""
     version: tuple[int, int, int]
-    """For stablehlo: the newest StableHLO version that is read (device) or the one that is needed (program)."""
+    """For stablehlo: the newest StableHLO version that is read (device) or the one that is needed (program). For iree: of IREE."""
     calling_convention: int = 9
-    """For stablehlo: the newest calling convention of jax.export that is understood, or the one that is needed."""
+    """The newest that is understood (device) or the one that is needed (program). For stablehlo: that of jax.export."""
     platforms: tuple[str, ...] = ("cpu",)
-    """For stablehlo: where it runs, of cpu | cuda | rocm | tpu."""
+    """For stablehlo: where it runs, of cpu | cuda | rocm | tpu. For iree: levels of the processor, from the least to the most."""
 
     def __post_init__(self) -> None:
         validate.types(self)
 
     def runs(self, needed: "Runtime") -> bool:
         """Whether a program that needs `needed` runs here."""
+        # IREE promises nothing between its minor versions, either way.
+        is_read = self.version >= needed.version and (not self.is_native or self.version[:2] == needed.version[:2])
         return (
             self.kind == needed.kind
-            and self.version >= needed.version
+            and is_read
             and self.calling_convention >= needed.calling_convention
             and bool(set(self.platforms) & set(needed.platforms))
         )
+
+    @property
+    def is_native(self) -> bool:
+        """Whether its programs are native code, whose operations nobody can check."""
+        return self.kind.startswith(IREE)
+
+    def level(self, needed: "Runtime") -> int:
+        """How far up its own platforms the best is that a program names; of two programs the higher one is the faster."""
+        return max((at for at, name in enumerate(self.platforms) if name in needed.platforms), default=-1)
 
     def __str__(self) -> str:
         version = ".".join(map(str, self.version))
@@ -443,7 +456,7 @@ class Manifest:
             if not fitting:
                 wanted = " or ".join(str(program.needs) for program in self.variants(name)) or "to be in the plan"
                 raise PlanError(f"Program {name!r} of task {self.task!r} needs {wanted}; this runtime is {runtime}.")
-            chosen[name] = max(fitting, key=lambda program: program.needs.version)
+            chosen[name] = max(fitting, key=lambda program: (program.needs.version, runtime.level(program.needs)))
         return chosen
 
 

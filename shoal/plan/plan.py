@@ -12,15 +12,16 @@ Guarantees:
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from shoal.errors import PlanError, ProtocolError
 from shoal.plan.manifest import FORMAT, Manifest, Program
 from shoal.tensors import PARSE_ERRORS, pack, sha256, unpack
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 _CONTEXT = b"shoal plan v1\0"  # a signature made for a plan is good for nothing else
 
@@ -41,13 +42,17 @@ class Plan:
     def hash(self) -> str:
         return self.manifest.hash
 
-    def sign(self, key: Ed25519PrivateKey) -> Self:
+    def sign(self, key: "Ed25519PrivateKey") -> Self:
         """The same plan, signed."""
         public = key.public_key().public_bytes_raw()
         return type(self)(self.manifest, self.programs, public, key.sign(_CONTEXT + self.manifest.data))
 
     def verify(self, trusted_key: bytes) -> None:
         """Raises PlanError unless the manifest was signed by the trusted key and every program at hand has its hash."""
+        # Loaded for the first plan only: a device that waits for one is small.
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
         if self.public_key != trusted_key:
             raise PlanError(
                 f"The plan of task {self.manifest.task!r} is signed by {self.public_key.hex()[:16] or 'nobody'}…, "

@@ -31,6 +31,7 @@ def export_program(
     function: Callable[..., Any],
     *arguments: Mapping[str, Any],
     outputs: Callable[[Any], dict[str, Any]],
+    platforms: tuple[str, ...] = PLATFORMS,
 ) -> tuple[Program, bytes]:
     """Exports a function of named arrays.
 
@@ -39,6 +40,7 @@ def export_program(
         function: takes one mapping for each of `arguments`.
         arguments: name -> ShapeDtypeStruct; the names over all of them are distinct.
         outputs: turns the function's result into one flat mapping; the program returns it sorted by name.
+        platforms: where it is to run; with several its first input says which.
 
     Returns:
         Its description and its bytes.
@@ -53,10 +55,10 @@ def export_program(
     named_outputs = jax.eval_shape(lambda *values: outputs(_apply(function, arguments, values)), *flat.values())
     with jax.numpy_rank_promotion("allow"):
         exported = _with_convention(
-            lambda: export.export(jax.jit(run, keep_unused=True), platforms=PLATFORMS)(*flat.values())
+            lambda: export.export(jax.jit(run, keep_unused=True), platforms=platforms)(*flat.values())
         )
     version, data = _oldest_artifact(exported)
-    needs = Runtime(kind="stablehlo", version=version, calling_convention=CALLING_CONVENTION, platforms=PLATFORMS)
+    needs = Runtime(kind="stablehlo", version=version, calling_convention=CALLING_CONVENTION, platforms=platforms)
     program = Program(
         name=name,
         needs=needs,

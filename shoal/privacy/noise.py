@@ -37,10 +37,8 @@ from math import ceil, floor, log2, sqrt
 from typing import Final
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from shoal import validate
-from shoal.privacy.masks import derive
 
 Source = Callable[[int], bytes]
 """So many random bytes: `os.urandom` in production; `seeded` where noise must be had again."""
@@ -88,6 +86,11 @@ class _Law:
 
 def seeded(seed: bytes, purpose: bytes) -> Source:
     """A source that follows from 32 secret bytes and what it is for: AES-256-CTR under a key of its own (HKDF)."""
+    # Loaded where noise is drawn: a device that only reads how much of it a plan promises is small.
+    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+    from shoal.privacy.masks import derive
+
     if len(seed) != 32:
         raise ValueError(f"Expected a seed of 32 bytes, got {len(seed)}.")
     stream = Cipher(algorithms.AES(derive(seed, b"shoal/noise:" + purpose)), modes.CTR(bytes(16))).encryptor()

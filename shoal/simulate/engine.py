@@ -27,6 +27,8 @@ from shoal.errors import DataError, StoreError
 from shoal.fleet.configuration import Configuration, configure
 from shoal.fleet.host import begin_run, run_seed
 from shoal.fleet.keys import HostKeys
+from shoal.forms.convolutions import faster_convolutions
+from shoal.forms.outer_products import fused_outer_products
 from shoal.local import local_rule
 from shoal.plan.build import build, refuse_other_task
 from shoal.plan.jax_runner import JaxRunner
@@ -44,13 +46,11 @@ from shoal.record.tensor_blobs import view_tensors
 from shoal.simulate.backends import Attempt, Backend, Cohorts, FusedCohorts, Sequential
 from shoal.simulate.clipped import Clipped
 from shoal.simulate.cohort import Stage
-from shoal.simulate.convolutions import faster_convolutions
 from shoal.simulate.device_states import DeviceStates, states_folder
 from shoal.simulate.fused import Fused, Layout
 from shoal.simulate.history import History
 from shoal.simulate.layout import cache, cached, choose, default, key_of, of_run
 from shoal.simulate.measuring import Measured, Measuring, left_out_config
-from shoal.simulate.outer_products import fused_outer_products
 from shoal.simulate.selection import redrawn, select
 from shoal.simulate.sent import model_as_sent
 from shoal.simulate.stopping import CONFIG as STOP_WHEN

@@ -131,6 +131,7 @@ def test_doctor_has_a_line_for_each_question(trained: Path, shoal: Shoal) -> Non
         "libraries",
         "accelerators",
         "compiler",
+        "iree",
         "port",
         "clock",
         "cache",

@@ -319,7 +319,8 @@ def test_a_large_model_is_copied_once_at_most_in_the_parent() -> None:
 
 
 def command_and_environment() -> tuple[list[str], dict[str, str]]:
-    command = child_command(Limits(seconds=20.0, memory_bytes=1 << 30), python=None, priority="normal", cache=None)
+    limits = Limits(seconds=20.0, memory_bytes=1 << 30)
+    command = child_command(limits, python=None, priority="normal", cache=None, engine="jax", threads=None)
     return command, environment_for(python_path=ROOT, threads=1)
 
 

@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from shoal.simulate import column_tiles, winograd
-from shoal.simulate.computed_once import computed_once
+from shoal.forms import column_tiles, winograd
+from shoal.forms.computed_once import computed_once
 
 Array = Any
 

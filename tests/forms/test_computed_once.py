@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shoal.simulate.computed_once import computed_once
+from shoal.forms.computed_once import computed_once
 
 VALUES = [0.0, -0.0, 1.5, -3.25, np.inf, -np.inf, np.nan, 1e-45, 3e4]
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 import jax.numpy as jnp
 from jax import lax
 
-from shoal.simulate.computed_once import computed_once
+from shoal.forms.computed_once import computed_once
 
 Array = Any
 

@@ -10,13 +10,12 @@ import itertools
 import math
 from typing import Any, Final
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from shoal.simulate.computed_once import computed_once
+from shoal.forms.computed_once import computed_once
 
 Array = Any
 
@@ -28,9 +27,7 @@ max_pool_p: Final = Primitive("shoal_max_pool")
 
 
 def supported(x: Any, *, params: dict[str, Any]) -> bool:
-    """Whether a `reduce_window_max` pays as views: on a CPU, a small window of floating numbers, nothing dilated."""
-    if jax.default_backend() != "cpu":
-        return False
+    """Whether a `reduce_window_max` pays as views on a CPU: a small window of floating numbers, nothing dilated."""
     positions = math.prod(params["window_dimensions"])
     plain = set(params["base_dilation"]) | set(params["window_dilation"]) == {1}
     return plain and 1 < positions <= MOST_POSITIONS and jnp.issubdtype(x.dtype, jnp.floating) and x.size > 0

@@ -15,8 +15,8 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Primitive
 from jax.interpreters import batching, mlir
 
-from shoal.simulate import replaced
-from shoal.simulate.computed_once import computed_once
+from shoal.forms import replaced
+from shoal.forms.computed_once import computed_once
 
 P = ParamSpec("P")
 R = TypeVar("R")

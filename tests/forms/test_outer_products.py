@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from shoal.simulate.outer_products import LEAST_RESULT, MOST_ROWS, fused_outer_products
+from shoal.forms.outer_products import LEAST_RESULT, MOST_ROWS, fused_outer_products
 
 
 def operands(rows: int = 10, *, wide: int = 200, narrow: int = 96, members: int = 0) -> tuple[jax.Array, jax.Array]:

@@ -20,7 +20,7 @@ from jax import lax
 from jax.extend.core import JaxprEqn, Primitive, mapped_aval, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 
-from shoal.simulate import convolution_forms, max_pooling, replaced
+from shoal.forms import convolution_forms, max_pooling, replaced
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -30,11 +30,12 @@ convolution_p: Final = Primitive("shoal_convolution")
 """Takes what `lax.conv_general_dilated_p` takes; with `members`, both operands and the result have a leading dim of members."""
 
 
-def faster_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
+def faster_convolutions(fn: Callable[P, R], *, platform: str | None = None) -> Callable[P, R]:
     """The same function with its convolutions and max pooling computed in forms that are fast in loops and under `vmap`.
 
     Args:
         fn: any function of pytrees of arrays to a pytree of arrays, such as a task's loss or a whole training program.
+        platform: what it is lowered for; None: what JAX computes on here.
 
     Returns:
         A function of the same arguments and results. It traces `fn` on each call: call it inside `jit`.
@@ -46,16 +47,20 @@ def faster_convolutions(fn: Callable[P, R]) -> Callable[P, R]:
         4.0
     """
 
-    return replaced.function(fn, _replacement)
+    return replaced.function(fn, functools.partial(_replacement, platform or jax.default_backend()))
 
 
-def _replacement(equation: JaxprEqn) -> JaxprEqn | None:
+def _replacement(platform: str, equation: JaxprEqn) -> JaxprEqn | None:
     params = equation.params
     operands: list[Any] = [variable.aval for variable in equation.invars]
     made: JaxprEqn | None = None
     if equation.primitive is lax.conv_general_dilated_p and _supported(*operands, params=params):
         made = equation.replace(primitive=convolution_p, params=params | {"members": False, "out_sharding": None})
-    elif equation.primitive is lax.reduce_window_max_p and max_pooling.supported(*operands, params=params):
+    elif (
+        platform == "cpu"
+        and equation.primitive is lax.reduce_window_max_p
+        and max_pooling.supported(*operands, params=params)
+    ):
         made = equation.replace(primitive=max_pooling.max_pool_p)
     return made
 

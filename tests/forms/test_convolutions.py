@@ -13,8 +13,8 @@ from flax import linen, nnx
 from jax import lax
 
 import shoal
-from shoal.simulate import column_tiles, convolution_forms, winograd
-from shoal.simulate.convolutions import faster_convolutions
+from shoal.forms import column_tiles, convolution_forms, winograd
+from shoal.forms.convolutions import faster_convolutions
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"channels": 5},

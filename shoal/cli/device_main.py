@@ -1,0 +1,22 @@
+"""`shoal-device`: `shoal device --runtime iree`, from a distribution without JAX, SQLAlchemy, SciPy and typer."""
+
+import os
+
+from shoal.cli import plain
+
+
+def main() -> None:
+    """The entry point."""
+    # gRPC's core writes to standard error on its own, in its own words. What this process computes is too small for
+    # threads of its own; each would take memory.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    from importlib import import_module
+
+    device = plain.load_command("shoal.cli.device", "device")
+    epilog: str = import_module("shoal.cli.device").EPILOG
+    plain.run(device, name="shoal-device", epilog=epilog.replace("shoal device", "shoal-device"), runtime="iree")
+
+
+if __name__ == "__main__":
+    main()
