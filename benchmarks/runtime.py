@@ -5,8 +5,8 @@ seconds of computing as the child tells them, at the same number of threads. The
 alone, which any x86-64 with AVX2 runs, stands beside, and so does what compiling took. The worst ratio is judged, at the worse end of its interval.
 
 R2: bytes of everything but Python itself, pip and setuptools. `pip install` is what a fresh environment holds after `pip install packaging/shoal-device`,
-compiled Python included; `bundle` is what `packaging/shoal-device/bundle.py` makes, and is judged with NumPy built without BLAS
-(`--without-blas`, into `$SHOAL_PEERS/device-bundle` beforehand: that takes a compiler and minutes).
+compiled Python included; `bundle` is what `packaging/shoal-device/bundle.py $SHOAL_PEERS/device-bundle --numpy WHEEL` made beforehand, from a wheel of NumPy
+without BLAS: that takes a compiler and minutes.
 
 I2: `shoal-device` from that environment, waiting for a round of a host on this machine: its own memory (PSS, and RSS beside) and processor time, its children's
 included, before its first round and after one, when the process that runs programs has gone.
@@ -236,7 +236,7 @@ def _size_goals(installed: dict[str, dict[str, float]] | None) -> Iterator[Goal]
     totals = {way: sum(packages.values()) for way, packages in (installed or {}).items()}
     yield Goal("R2", "MB that `pip install` of shoal-device takes", totals.get("pip install"), "<= 80")
     missing = (
-        "" if installed is None or "bundle" in totals else f"make it: {PACKAGE / 'bundle.py'} {BUNDLE} --without-blas"
+        "" if installed is None or "bundle" in totals else f"make it: {PACKAGE / 'bundle.py'} {BUNDLE} --numpy WHEEL"
     )
     yield Goal("R2b", "MB of the bundle, NumPy without BLAS", totals.get("bundle"), "<= 80", missing)
 

@@ -19,14 +19,23 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         shoal.nonsense
 
 
+def test_the_names_of_data_are_loaded_when_used() -> None:
+    for name in shoal.data.__all__:
+        assert getattr(shoal.data, name) is not None
+    assert dir(shoal.data) == sorted(shoal.data.__all__) and callable(shoal.data.load)
+    with pytest.raises(AttributeError, match="nonsense"):
+        shoal.data.nonsense
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
         ("shoal", ("jax", "numpy", "grpc", "sqlalchemy", "rich", "typer")),
+        ("shoal.data", ("numpy", "urllib.request", "sqlite3")),
         ("shoal.fleet.edge", ("jax", "sqlalchemy", "matplotlib")),
         ("shoal.fleet.grpc_server", ("jax", "sqlalchemy", "matplotlib")),
-        ("shoal.fleet.device", ("jax", "sqlalchemy", "matplotlib")),
+        ("shoal.fleet.device", ("jax", "sqlalchemy", "matplotlib", "cryptography", "psutil", "urllib.request")),
         ("shoal.cli.main", ("jax", "numpy", "grpc", "sqlalchemy", "matplotlib")),
     ],
 )

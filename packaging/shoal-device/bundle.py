@@ -1,11 +1,14 @@
 """Makes a folder with all that a device without JAX needs beside Python itself, and no more; it can be copied to devices.
 
-    python packaging/shoal-device/bundle.py OUT [--without-blas]
+    python packaging/shoal-device/bundle.py OUT [--numpy WHEEL]
     PYTHONPATH=OUT python -m shoal.cli.device_main --server …
 
-What `pip` installs is three quarters larger: it brings IREE's tools and a second copy of its runtime for tracing, NumPy's tests and
-compiler, and compiled Python. These are left out by name (`LEFT_OUT`). `--without-blas` also builds NumPy from its source without OpenBLAS,
-28 MB that no device needs, as IREE computes: it takes a C compiler and some minutes, once for each kind of machine.
+What `pip` installs is nearly twice as large: it brings IREE's tools and a second copy of its runtime for tracing, NumPy's tests and
+compiler, and compiled Python. These are left out by name (`LEFT_OUT`). NumPy's wheels hold 28 MB of OpenBLAS, which no device
+needs, as IREE computes; a wheel without it takes a C compiler and some minutes, once for each kind of machine and version of Python:
+
+    pip wheel --no-deps --no-binary numpy numpy -w wheels -C setup-args=-Dallow-noblas=true -C setup-args=-Dblas=none \\
+        -C setup-args=-Dlapack=none
 """
 
 import argparse
@@ -21,32 +24,16 @@ LEFT_OUT = (
     "**/*.a", "**/__pycache__",
 )  # fmt: skip
 """Patterns of what a device never loads."""
-WITHOUT_BLAS = (
-    "--no-binary", "numpy", "-Csetup-args=-Dallow-noblas=true", "-Csetup-args=-Dblas=none", "-Csetup-args=-Dlapack=none",
-)  # fmt: skip
 LOADS = (
     "import grpc.aio, iree.runtime, cryptography.hazmat.primitives.asymmetric.ed25519, shoal.cli.device_main, shoal.cli.device_process, "
     "shoal.plan.child_main, shoal.plan.iree_runner, shoal.fleet.secure_offer; shoal.plan.iree_runner.open_device(1)"
 )
 
 
-def bundle(out: Path, *, without_blas: bool) -> None:
-    """Fills a new folder. Raises CalledProcessError where pip fails, or what was made cannot be loaded."""
-    here = Path(__file__).parent
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "--no-compile",
-        "--target",
-        str(out),
-    ]
-    if without_blas:
-        print("building NumPy without BLAS, which takes some minutes", flush=True)
-    subprocess.run([*pip, *(WITHOUT_BLAS if without_blas else ()), str(here)], check=True)
+def bundle(out: Path, numpy: str) -> None:
+    """Fills a new folder; `numpy` is what pip takes for NumPy. Raises CalledProcessError where pip fails, or what was made cannot be loaded."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
+    subprocess.run([*pip, "--target", str(out), numpy, str(Path(__file__).parent)], check=True)
     for pattern in LEFT_OUT:
         for path in sorted(out.glob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -66,11 +53,11 @@ def sizes(folder: Path) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUT", help="a folder that is not there yet")
-    parser.add_argument("--without-blas", action="store_true", help="build NumPy from its source, without OpenBLAS")
+    parser.add_argument("--numpy", default="numpy>=2.1", metavar="WHEEL", help="a wheel of NumPy without OpenBLAS")
     given = parser.parse_args()
     if given.out.exists():
         parser.error(f"Expected a folder that is not there yet, got {given.out}.")
-    bundle(given.out, without_blas=given.without_blas)
+    bundle(given.out, given.numpy)
     made = sizes(given.out)
     for name, size in made.most_common(12):
         print(f"{size / 1e6:8.1f} MB  {name}")

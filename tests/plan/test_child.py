@@ -318,6 +318,20 @@ def test_a_large_model_is_copied_once_at_most_in_the_parent() -> None:
     assert handed_over < 32_000_000 and max(peaks) - before < 96_000_000
 
 
+def test_a_child_that_is_not_needed_ends_unless_it_is_claimed() -> None:
+    idle = Child([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+    claimed = Child([sys.executable, "-c", "import time; time.sleep(60)"], dict(os.environ))
+    try:
+        assert idle.rest_after(0.05) and claimed.rest_after(0.05) and claimed.is_claimed()
+        deadline = time.monotonic() + 10.0
+        while idle.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not idle.is_claimed() and claimed.is_alive()
+    finally:
+        idle.stop()
+        claimed.stop()
+
+
 def command_and_environment() -> tuple[list[str], dict[str, str]]:
     limits = Limits(seconds=20.0, memory_bytes=1 << 30)
     command = child_command(limits, python=None, priority="normal", cache=None, engine="jax", threads=None)
