@@ -27,6 +27,8 @@ from shoal.plan.runner import Limits, Runner, Update
 from shoal.task import Local, Task
 from shoal.tensors import Tensors, sha256
 from tests.plan.plan_tasks import artifact, evaluate_feed, feed, noisy_task, zero_state
+from tests.plan.test_paused import ROOT as PAUSED_ROOT
+from tests.plan.test_paused import interrupted, trained, with_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -130,6 +132,18 @@ def test_two_runs_are_bit_identical(noisy: Built, child: ChildRunner) -> None:
     here, there = train(IreeRunner(noisy.plan, threads=1), noisy), train(child, noisy)
     for name in here.sums:
         np.testing.assert_array_equal(here.sums[name], there.sums[name])
+
+
+def test_a_training_that_was_put_aside_goes_on_bit_for_bit(noisy: Built, child: ChildRunner) -> None:
+    whole = trained(with_model(lambda: IreeRunner(noisy.plan, threads=1), noisy), noisy)
+    first, other = (with_model(lambda: IreeRunner(noisy.plan, threads=1), noisy) for _ in range(2))
+    paused = interrupted(first, noisy, after=2)
+    assert paused is not None
+    child.set_model(PAUSED_ROOT, noisy.model)
+    for runner in (other, child):
+        made = trained(runner, noisy, paused=paused)
+        for name in whole.sums:
+            np.testing.assert_array_equal(made.sums[name], whole.sums[name])
 
 
 def test_the_child_imports_no_jax(child: ChildRunner) -> None:
