@@ -24,7 +24,9 @@ from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.edge import Edge
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.proxy import proxy_options
 from shoal.fleet.remote_edge import EDGE_OPTIONS, SLICE_BYTES, VERSION, views
 from shoal.fleet.session import Stream, piped
 from shoal.fleet.staging import Limits
@@ -62,6 +64,7 @@ class EdgeNode:
         ca: bytes | None = None,
         server_name: str | None = None,
         limits: Limits | None = None,
+        entrance: Entrance | None = None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -75,10 +78,12 @@ class EdgeNode:
             ca: PEM of the authority that signed the Coordinator's certificate; None: no TLS.
             server_name: the name in the certificate, where it is not the host's.
             limits: of staged updates.
+            entrance: who may come in; None: whoever comes, with the default bounds.
             on_lost: called whenever the Coordinator does not answer.
         """
         self._coordinator, self._credential, self._name, self.address = coordinator, credential, name, address
         self._blobs, self._clock, self._limits, self._on_lost = blobs, clock, limits, on_lost
+        self._entrance = entrance
         self._ca, self._server_name = ca, server_name
         self._models: list[frozenset[str]] = []
         """Hashes of the tensors that are here, by version."""
@@ -112,7 +117,7 @@ class EdgeNode:
 
     def _channel(self) -> Any:
         name = [("grpc.ssl_target_name_override", self._server_name)] if self._server_name else []
-        options = [*EDGE_OPTIONS, *name, ("grpc.use_local_subchannel_pool", 1)]
+        options = [*EDGE_OPTIONS, *name, *proxy_options(self._coordinator), ("grpc.use_local_subchannel_pool", 1)]
         if self._ca is None:
             return grpc.aio.insecure_channel(self._coordinator, options=options)
         credentials = grpc.ssl_channel_credentials(self._ca)
@@ -161,6 +166,7 @@ class EdgeNode:
             clock=self._clock,
             limits=self._limits,
             population=welcome.population,
+            entrance=self._entrance,
         )
         edge.connect(far)
         self.door.edge = edge

@@ -21,6 +21,7 @@ from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.durable import durably
 from shoal.fleet.edge import Edge
 from shoal.fleet.edges import Edges
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.lease import LIFE_S
@@ -115,6 +116,7 @@ class Host:
         several_edges: bool = False,
         alone: bool = False,
         lease_s: float = LIFE_S,
+        entrance: Entrance | None = None,
         on_commit: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
         """
@@ -131,6 +133,7 @@ class Host:
                 run's lease is dead, and is followed at once.
             lease_s: so long after this host's death hosts elsewhere may take the run up.
             several_edges: whether Edges of other processes may attach, see `edges_server`.
+            entrance: who may come in; None: whoever comes, with the default bounds.
             on_commit: told of each version once it is durable.
         """
         found = load_plan(store, run_id)
@@ -151,6 +154,7 @@ class Host:
             clock=clock,
             limits=limits,
             population=found.row.population,
+            entrance=entrance,
         )
         self.edges = Edges(grouping(found.plan.manifest)) if several_edges else None
         self.coordinator = Coordinator(

@@ -376,3 +376,21 @@ async def test_bytes_that_are_no_message_are_a_protocol_error(method: str) -> No
                 await link._channel.stream_unary(SERVICE + method)(_all((b"\xff" * 40,)))
             else:
                 await link._channel.unary_unary(SERVICE + method)(b"\xff" * 40)
+
+
+@toy.in_loop
+async def test_a_host_of_another_version_is_said_to_be_one() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with linked(port) as link:
+        with pytest.raises(ProtocolError, match=r"does not speak shoal\.fleet\.v1\.Fleet: it is of another version"):
+            async with toy.peer(link) as peer:
+                await peer.check_in()
+                await peer.hear()
+        device = toy.device("a", link)
+        running = asyncio.create_task(device.run())
+        await until(lambda: "another version" in device.progress.last_error)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    await server.stop(0)
