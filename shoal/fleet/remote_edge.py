@@ -38,19 +38,22 @@ VERSION: Final = 2
 MAX_MESSAGE_BYTES: Final = 8 << 20
 SLICE_BYTES: Final = 1 << 20
 ALIVE_S: Final = 5.0
-"""An Edge that does not answer for so long, twice, is lost."""
+"""After so long without a word either side asks whether the other is there."""
+ANSWER_S: Final = 15.0
+"""An answer takes no longer, behind sums that are on their way: else the Edge is lost."""
 SILENCE_S: Final = 60.0
 """An Edge that is asked for its sums and says nothing for so long hangs, whatever its link answers."""
 EDGE_OPTIONS: Final = [
     *(
         option
         for option in OPTIONS
-        if not option[0].startswith(("grpc.max_", "grpc.keepalive_time", "grpc.http2.min_"))
+        if not option[0].startswith(("grpc.max_", "grpc.keepalive_time", "grpc.http2.min_", "grpc.http2.ping_"))
     ),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", int(ALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(ALIVE_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(ANSWER_S * 1000)),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
 ]

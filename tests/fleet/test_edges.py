@@ -12,7 +12,7 @@ import pytest
 
 from shoal.clock import ManualClock, SystemClock
 from shoal.errors import ProtocolError
-from shoal.fleet import streams
+from shoal.fleet import remote_edge, streams
 from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer
@@ -24,6 +24,8 @@ from shoal.record.blobs import FolderBlobs
 from shoal.record.memory import MemoryStore
 from shoal.record.store import Store
 from tests.fleet import toy
+from tests.fleet.test_fleet import until
+from tests.fleet.test_grpc import DeafProxy
 
 SHAPES = {"params/w": (3,), "params/large": (5000,)}
 
@@ -55,9 +57,10 @@ class ManyEdges:
     server: EdgesServer
     folder: Path
 
-    async def node(self, name: str, *, credential: bytes = toy.KEYS.edge_credential) -> Node:
+    async def node(self, name: str, *, credential: bytes = toy.KEYS.edge_credential, port: int = 0) -> Node:
+        """`port`: of what stands before the host's; 0: nothing does."""
         edge = EdgeNode(
-            f"127.0.0.1:{self.server.port}",
+            f"127.0.0.1:{port or self.server.port}",
             credential=credential,
             name=name,
             blobs=FolderBlobs(self.folder / name),
@@ -292,3 +295,23 @@ def test_an_edge_says_that_its_clock_is_wrong(tmp_path: Path, caplog: pytest.Log
     assert not caplog.text
     node._compare_clocks(1e9 - 3600)
     assert "3600 s ahead of the Coordinator's" in caplog.text and "expire too early" in caplog.text
+
+
+@toy.in_loop
+async def test_an_edge_behind_a_line_that_swallows_what_is_said_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {
+        "grpc.keepalive_time_ms": 500, "grpc.http2.ping_timeout_ms": 500, "grpc.http2.min_ping_interval_without_data_ms": 300,
+    }  # fmt: skip
+    for place in ("remote_edge", "edge_node"):
+        monkeypatch.setattr(f"shoal.fleet.{place}.EDGE_OPTIONS", [*{**dict(remote_edge.EDGE_OPTIONS), **quick}.items()])
+    async with many_edges(RoundPolicy(goal=2, minimum_group=2), tmp_path) as fleet:
+        edges, line = fleet.host.edges, DeafProxy(fleet.server.port)
+        assert edges is not None
+        async with line as port:
+            node = await fleet.node("far", port=port)
+            await until(lambda: "far" in edges.names)
+            line.hearing.clear()
+            await until(lambda: "far" not in edges.names)
+            await node.end()
