@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from shoal.errors import (
     UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
+from shoal.fleet.device_secret import Pseudonyms
 from shoal.fleet.example_ledger import cost
 from shoal.fleet.link import Link, Stream
 from shoal.fleet.secure_offer import MASKED, SecureOffer
@@ -48,6 +49,8 @@ PUSH_TRIES: Final = 6
 TRIES_ELSEWHERE: Final = 3
 SPENT: Final = "spent"
 """Stage at which a device gives up what it may not offer again."""
+RENAMED_S: Final = 5.0
+"""For so long at most a device with pseudonyms stays away before it comes under the next."""
 LONGEST_AWAY_S: Final = 86_400.0
 """Whatever an Edge says."""
 
@@ -58,6 +61,8 @@ class _Work:
 
     assigned: pb.Assigned
     run: str
+    name: str
+    """Under which the device has checked in for it."""
     task: str = ""
     """Its name, once the plan is here."""
     stopped: bool = False
@@ -117,6 +122,8 @@ class Device:
         stays: bool = True,
         population: str = "default",
         tasks: Sequence[str] = (),
+        credential: bytes = b"",
+        pseudonyms: Pseudonyms | None = None,
         on_progress: Callable[["Device"], None] = lambda device: None,
     ) -> None:
         """
@@ -129,12 +136,17 @@ class Device:
             stays: whether it waits for the next assignment; else it goes away after each and comes when it was told to.
             population: which it is of.
             tasks: names of those that it serves; none: any.
+            credential: shown at check-in, to a host that serves members only.
+            pseudonyms: what it is called when it checks in; None: by its name.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
         self._home = link
         """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._on_progress = stays, on_progress
         self._population, self._tasks = population, tuple(tasks)
+        self._credential, self._pseudonyms = credential, pseudonyms
+        self._called: tuple[Stream, str] | None = None
+        """A stream, and the name that it knows the device by: no stream hears two."""
         self._unfit: dict[str, DataError | TaskRefused] = {}
         """Tasks that its examples do not fit, or that promise too little, and why."""
         self._away_s: float | None = None
@@ -204,11 +216,16 @@ class Device:
         """One stream; True when the run is over. Work goes on over streams that break."""
         await self._resume(stream)
         hearing: asyncio.Task[pb.FromEdge] | None = None
+        renaming = None if self._pseudonyms is None else asyncio.create_task(self._until_renamed(self._pseudonyms))
         try:
             while True:
                 hearing = hearing or asyncio.create_task(stream.receive())
-                waited = [hearing] if self._producing is None else [hearing, self._producing]
+                waited: list[asyncio.Task[Any]] = [hearing]
+                waited += [self._producing] if self._producing is not None else []
+                waited += [renaming] if renaming is not None and self._work is None else []
                 done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if renaming in done:
+                    self._come_anew()
                 if self._producing in done:
                     await self._produced(stream)
                     if self._is_leaving and self._work is None:
@@ -217,12 +234,13 @@ class Device:
                     message, hearing = hearing.result(), None
                     if await self._hear(message, stream):
                         return True
-                    if self._away_s is not None:
-                        return False
+                if self._away_s is not None:
+                    return False
         finally:
-            if hearing is not None:
-                hearing.cancel()
-                await asyncio.gather(hearing, return_exceptions=True)
+            tasks = [task for task in (hearing, renaming) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _hear(self, message: pb.FromEdge, stream: Stream) -> bool:
         work = self._work
@@ -235,7 +253,7 @@ class Device:
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
                 if self._work is None:
-                    self._work = _Work(message.assigned, message.assigned.run)
+                    self._work = _Work(message.assigned, message.assigned.run, self._name_of(stream))
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted" if self._producing is None:
                 self._failures = self._refusals = 0
@@ -329,13 +347,16 @@ class Device:
             await self._check_in(stream)
 
     async def _check_in(self, stream: Stream) -> None:
+        if self._called is not None and self._called[0] is stream and self._called[1] != self._name():
+            return self._come_anew()
         self._say("waiting")
-        self._checked_in = stream
+        self._checked_in, self._called = stream, (stream, self._name())
         check_in = pb.CheckIn(
             population=self._population,
             tasks=self._tasks,
             unfit=self._unfit,
-            device_id=self.device_id,
+            device_id=self._name(),
+            credential=self._credential,
             runtime=_runtime_info(self._host.runtime),
             software="shoal",
             codecs=["float32", PACKED],
@@ -343,6 +364,23 @@ class Device:
             stay=self._stays,
         )
         await stream.send(pb.FromDevice(check_in=check_in))
+
+    def _name(self) -> str:
+        """What it is called now."""
+        return self.device_id if self._pseudonyms is None else self._pseudonyms.name(self._host.clock.wall_s())
+
+    def _name_of(self, stream: Stream) -> str:
+        """What it is called on a stream."""
+        return self._called[1] if self._called is not None and self._called[0] is stream else self._name()
+
+    async def _until_renamed(self, pseudonyms: Pseudonyms) -> None:
+        """Returns when it is called otherwise."""
+        clock = self._host.clock
+        await clock.sleep_until(clock.now_s() + pseudonyms.left_s(clock.wall_s()))
+
+    def _come_anew(self) -> None:
+        """On a new stream, a little later: the old one knows it by another name."""
+        self._away_s = float(self._rng.uniform(0.0, RENAMED_S))
 
     async def _drop_work(self) -> None:
         """Stops what is under way; the server needs it no more."""
@@ -379,6 +417,7 @@ class Device:
         self._say("reported")
 
     async def _report(self, work: _Work, stream: Stream) -> None:
+        self._called = (stream, work.name)
         await stream.send(pb.FromDevice(report=work.report))
         if self._is_leaving:
             await stream.send(pb.FromDevice(ping=pb.Ping()))
@@ -481,7 +520,7 @@ class Device:
                 self._examples(),
                 self._host.state(work.run, self.device_id, prepared.manifest),
                 seed=work.assigned.configuration.seed,
-                member=self.device_id,
+                member=work.name,
                 noise_seed=self._host.random(NOISE_SEED_BYTES),
                 should_stop=lambda: work.stopped,
                 is_interrupted=lambda: self._is_leaving,
