@@ -21,9 +21,11 @@ from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
 from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.grpc_link import GrpcLink
+from shoal.fleet.members import credential
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child import ChildRunner, probe
 from shoal.plan.left_out import EMPTY, named, told
@@ -69,12 +71,33 @@ class Settings:
     """What a plan must promise at least."""
     identity: Identity | None = None
     """Of the one device that an authority knows."""
+    client: tuple[bytes, bytes] | None = None
+    """PEM of key and certificate that the host is shown."""
+    token: bytes = b""
+    """Of an invitation, where the host serves members only."""
+    pseudonym_window_s: float | None = None
+    """How long devices keep a name; None: always."""
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
         if not self.id:
             return user
         return self.id if len(self.users) == 1 else f"{self.id}/{user}"
+
+    def secret(self) -> DeviceSecret:
+        """Of which what the users' devices are known by is made."""
+        is_kept = self.state is not None and (self.token or self.pseudonym_window_s is not None)
+        return DeviceSecret.load_or_make(self.state) if is_kept and self.state else DeviceSecret.make()
+
+    def credential(self, device: str, secret: DeviceSecret) -> bytes:
+        """What a device shows at check-in."""
+        return credential(self.token, secret.of_member(self.population, device)) if self.token else b""
+
+    def pseudonyms(self, device: str, secret: DeviceSecret) -> Pseudonyms | None:
+        """What a device is called in which window; None: always the same."""
+        if self.pseudonym_window_s is None:
+            return None
+        return Pseudonyms(secret=secret, population=self.population, device=device, window_s=self.pseudonym_window_s)
 
 
 def choose(population: Population, *, first: int, count: int | None) -> tuple[str, ...]:
@@ -166,15 +189,17 @@ async def play(
     on_progress: Callable[[Device], None] = lambda device: None,
 ) -> Sequence[Device]:
     """Plays the users until the run is over; `watch` runs beside them. Returns the devices."""
-    link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name)
-    examples_of = _kept_if_small(population, settings.users)
+    link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name, client=settings.client)
+    examples_of, secret = _kept_if_small(population, settings.users), settings.secret()
     devices = [
         Device(
-            settings.device_id(user), partial(examples_of, user), link=link, host=host,
+            name, partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
-            population=settings.population, tasks=settings.tasks,
+            population=settings.population, tasks=settings.tasks, credential=settings.credential(name, secret),
+            pseudonyms=settings.pseudonyms(name, secret),
         )
         for user in settings.users
+        for name in (settings.device_id(user),)
     ]  # fmt: skip
     watching = asyncio.create_task(watch(devices))
     playing = {asyncio.create_task(device.run()): device for device in devices}

@@ -57,6 +57,29 @@ def parse_size(text: str) -> int:
     return made
 
 
+_UNITS_S: Final = {"s": 1.0, "min": 60.0, "h": 3_600.0, "d": 86_400.0}
+
+
+def parse_duration(text: str) -> float:
+    """The seconds, above 0, that a text like `90s`, `15min`, `12h` or `7d` names.
+
+    >>> parse_duration("15min"), parse_duration("1.5 h")
+    (900.0, 5400.0)
+
+    Raises:
+        ValueError: it names none.
+    """
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyz")
+    unit = _UNITS_S.get(text.strip()[len(number) :])
+    try:
+        made = float(number) * (unit or 0.0)
+    except ValueError:
+        made = 0.0
+    if not 0.0 < made < float("inf"):
+        raise ValueError(f"Expected a time such as 90s, 15min, 12h or 7d, got {text!r}.")
+    return made
+
+
 def count(number: float, what: str) -> str:
     """A number and its noun: `1 user`, `1,438 examples`."""
     return f"{number:,.0f} {what}{'' if number == 1 else 's'}"
