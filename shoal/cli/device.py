@@ -148,7 +148,10 @@ def device(
         check_server(server, option="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
-    trusted = _key(key)
+    if invitation is not None and invitation.token and state is None:
+        state = STATE
+        screen.say(f"what this host knows the device by is kept in {state} (--state)")
+    _key(key)
     limit = options_memory(memory)
     authority = None if ca is None else ca.read_bytes()
     if server_name and authority is None:
@@ -164,22 +167,15 @@ def device(
         screen.say(
             "without --state this device forgets, when it ends, what it has revealed; updates may then be offered twice"
         )
-    if invitation is not None and invitation.token and state is None:
-        state = STATE
-        screen.say(f"what this host knows the device by is kept in {state} (--state)")
     window_s = pseudonym_window_s(
         pseudonyms, member=member, client=client_cert, joins=invitation is not None and bool(invitation.token)
     )
     client = client_certificate(client_cert, client_key)
+    door = Door(server=server, population=population, key=key, authority=authority, server_name=server_name)
     if invitation is not None:
         door = come_in(invitation, state=state, patience_s=patience, screen=screen)
-        trusted, key = invitation.plan_key, door.key
-    else:
-        door = Door(
-            server=server, population=population, key=key, authority=authority, server_name=server_name
-        )  # fmt: skip
     refuse_unwelcome(door, client)
-    enrolled = _enrolled(member, certificate, door.population, key=key)
+    enrolled = _enrolled(member, certificate, door.population, key=door.key)
 
     from shoal.cli import data_argument, device_process
     from shoal.fleet.example_ledger import ExampleBudget
@@ -194,7 +190,7 @@ def device(
         )
     watch.lap("data")
     settings = device_process.Settings(
-        server=door.server, users=chosen, id=id, authority=door.authority, server_name=door.server_name or None, trusted_key=trusted,
+        server=door.server, users=chosen, id=id, authority=door.authority, server_name=door.server_name or None, trusted_key=_key(door.key),
         client=client.read() if client else None, token=door.token, pseudonym_window_s=window_s,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         population=door.population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,

@@ -68,6 +68,10 @@ def refuse_unwelcome(door: Door, client: "ClientCertificate | None") -> None:
     from shoal.fleet.handshake import refusal
 
     if door.authority is None:
+        if client is not None:
+            raise ValueError(
+                "--client-cert is for a host with TLS: give its authority with --ca FILE, or an invitation with --join."
+            )
         return
     if client is not None:
         refuse_ended(client)

@@ -92,6 +92,7 @@ def test_a_port_in_use_is_said_before_a_run_is_begun(shoal: Shoal, tmp_path: Pat
         (("--data", "users", "--ca", "nothing.pem"), "nothing.pem"),
         (("--data", "users", "--server-name", "x"), "--ca"),
         (("--data", "users", "--client-cert", "x.pem"), "--client-key"),
+        (("--data", "users", "--client-cert", "x.pem", "--client-key", "x.key"), "--ca"),
         (("--data", "users", "--pseudonyms", "often"), "12h"),
         (("--data", "users", "--pseudonyms", "1s"), "60s"),
         (("--data", "users", "--pseudonyms", "1d", "--member", "x", "--certificate", "y"), "--member"),
