@@ -172,8 +172,6 @@ def host(
     asked.check(resume=resume)
     if len(asked.tasks) > 1 and (edges or edge_port is not None):
         raise ValueError("Expected one TASK with --edges or --edge-port: this version serves several with one Edge.")
-    if members_only and (edges or edge_port is not None):
-        raise ValueError("Expected --members-only without --edges and --edge-port: one process keeps who is a member.")
     if members_only and insecure:
         raise ValueError(
             "Expected --members-only without --insecure: on a network without TLS anyone sees what members show."

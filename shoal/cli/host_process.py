@@ -26,7 +26,7 @@ from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples
 from shoal.errors import StoreError
 from shoal.fleet import tls as tls_files
-from shoal.fleet.entrance import PER_ADDRESS, Entrance, admit_all
+from shoal.fleet.entrance import PER_ADDRESS, Entrance
 from shoal.fleet.following import Following
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
@@ -319,10 +319,6 @@ async def served(
 def _members(settings: Settings) -> Members | None:
     """Raises ValueError where a run of members only is to be served so that they could not be told."""
     members = Members.begin(settings.folder) if settings.members_only else Members.of(settings.folder)
-    if members is not None and settings.several_edges:
-        raise ValueError(
-            f"{settings.folder} serves members only: leave out --edges and --edge-port, as one process keeps who is one."
-        )
     if members is not None and settings.insecure:
         raise ValueError(
             f"{settings.folder} serves members only: leave out --insecure, else anyone sees what they show."
@@ -331,8 +327,7 @@ def _members(settings: Settings) -> Members | None:
 
 
 def _entrance(settings: Settings, members: Members | None) -> Entrance:
-    admit = admit_all if members is None else members.refusal
-    return Entrance(admit=admit, per_address=settings.per_address)
+    return Entrance(admit=None if members is None else members.admit, per_address=settings.per_address)
 
 
 def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:

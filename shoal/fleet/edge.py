@@ -278,7 +278,7 @@ class Edge:
     async def _handle(self, session: Session, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
             case "check_in":
-                self._check_in(session, message.check_in)
+                await self._check_in(session, message.check_in)
             case "report":
                 await self._updates.report(session, message.report)
             case "group":
@@ -290,12 +290,14 @@ class Edge:
             case _:
                 raise ProtocolError("Expected check_in, report, group, gave_up or ping.")
 
-    def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
+    async def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
         self._check_ins += 1
         device = check_in.device_id
         check_device_id(device)
         why = needs(check_in, self._manifest, population=self._population)
-        if why := why or self._entrance.admit(check_in, self._clock.wall_s()):
+        if not why and self._entrance.admit is not None:
+            why = await self._entrance.admit(check_in)
+        if why:
             self._seen.error("incompatible", self._clock.now_s())
             return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
         if self._finished:

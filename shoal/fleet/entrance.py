@@ -5,15 +5,15 @@ how fast new ones come, whatever names they check in under, and each stream in h
 """
 
 import ipaddress
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
 from shoal import validate
 from shoal.fleet.wire import fleet_pb2 as pb
 
-Admit = Callable[[pb.CheckIn, float], str]
-"""(check-in, seconds since the epoch) -> what the device lacks, in words; "": it may come in. May raise StoreError: not now."""
+Admit = Callable[[pb.CheckIn], Awaitable[str]]
+"""What a device that checks in lacks, in words; "": it may come in. May raise StoreError or NetworkError: not now."""
 
 PER_ADDRESS: Final = 10_000
 MESSAGES_PER_S: Final = 200.0
@@ -24,7 +24,7 @@ FORGET_AT: Final = 4_096
 """Addresses that are remembered before those are forgotten that nothing has come from for a minute."""
 
 
-def admit_all(check_in: pb.CheckIn, wall_s: float) -> str:
+async def admit_all(check_in: pb.CheckIn) -> str:
     """Whoever comes."""
     return ""
 
@@ -33,7 +33,8 @@ def admit_all(check_in: pb.CheckIn, wall_s: float) -> str:
 class Entrance:
     """See the module's text."""
 
-    admit: Admit = admit_all
+    admit: Admit | None = None
+    """None: whoever comes may come in."""
     per_address: int = PER_ADDRESS
     """Control streams of one address at once; as many new ones may come together, and in each minute after."""
 

@@ -205,7 +205,7 @@ class Frontdoor:
     async def _handle(self, visit: _Visit, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
             case "check_in":
-                self._check_in(visit, message.check_in)
+                await self._check_in(visit, message.check_in)
             case "report":
                 await self._to_run(visit, message.report.token, message)
             case "group":
@@ -217,7 +217,7 @@ class Frontdoor:
             case _:
                 raise ProtocolError("Expected check_in, report, group, gave_up or ping.")
 
-    def _check_in(self, visit: _Visit, check_in: pb.CheckIn) -> None:
+    async def _check_in(self, visit: _Visit, check_in: pb.CheckIn) -> None:
         device = check_in.device_id
         check_device_id(device)
         if visit.device and visit.device != device:
@@ -227,7 +227,7 @@ class Frontdoor:
         if not fitting:
             told = "; or ".join(dict.fromkeys(reasons.values()))[:2000]
             return visit.told.send(pb.FromEdge(incompatible=pb.Incompatible(needs=told)))
-        if why := self._entrance.admit(check_in, self._clock.wall_s()):
+        if self._entrance.admit is not None and (why := await self._entrance.admit(check_in)):
             return visit.told.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
         if all(run in self._over for run in fitting):
             return visit.told.send(pb.FromEdge(finished=pb.Finished(why=self._over[fitting[-1]])))

@@ -21,7 +21,7 @@ from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.durable import durably
 from shoal.fleet.edge import Edge
 from shoal.fleet.edges import Edges
-from shoal.fleet.entrance import Entrance
+from shoal.fleet.entrance import Entrance, admit_all
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.lease import LIFE_S
@@ -182,6 +182,7 @@ class Host:
             on_commit=self._committed,
         )
         self._clock, self._keys = clock, keys
+        self._admit = entrance.admit if entrance is not None else None
         self.lease = LeaseKeeper(store, run_id, clock=clock, life_s=lease_s, alone=alone)
         if self.edges is not None:
             self.edges.join(HERE, self.edge)
@@ -203,6 +204,7 @@ class Host:
             plan=self.store.run(self.run_id).config["plan_blob"],
             token_key=self._keys.signing.public_key().public_bytes_raw(),
             population=self.population,
+            asks=self._admit is not None,
         )
         return EdgesServer(
             self.edges,
@@ -213,6 +215,7 @@ class Host:
             address=address,
             clock=self._clock,
             tls=tls,
+            admit=self._admit or admit_all,
         )
 
     async def run(self) -> None:

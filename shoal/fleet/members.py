@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from shoal.clock import Clock, SystemClock
 from shoal.errors import StoreError
 from shoal.fleet.invitation import TOKEN_BYTES
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -56,8 +57,9 @@ class _Member:
 class Members:
     """See the module's text. One host process has one."""
 
-    def __init__(self, run_folder: Path) -> None:
+    def __init__(self, run_folder: Path, clock: Clock | None = None) -> None:
         """Raises StoreError where the members cannot be read."""
+        self._clock = clock or SystemClock()
         self._folder = run_folder / FOLDER
         self._members: dict[str, _Member] = {}
         self._used: Counter[str] = Counter()
@@ -76,6 +78,10 @@ class Members:
 
     def __len__(self) -> int:
         return len(self._members)
+
+    async def admit(self, check_in: pb.CheckIn) -> str:
+        """As `Entrance.admit`: `refusal`, now."""
+        return self.refusal(check_in, self._clock.wall_s())
 
     def refusal(self, check_in: pb.CheckIn, wall_s: float) -> str:
         """What the device lacks to be served, in words; "" for a member, which it may be from now on.

@@ -23,6 +23,7 @@ from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.edges import EdgeLost, Edges, Grants
+from shoal.fleet.entrance import Admit, admit_all
 from shoal.fleet.forming import LONGEST_PHASE_S
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.grpc_server import OPTIONS, Tls, listen
@@ -34,7 +35,7 @@ from shoal.tensors import PARSE_ERRORS, Index, parse_json
 
 log = logging.getLogger("shoal.coordinator")
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 8 << 20
 SLICE_BYTES: Final = 1 << 20
 ALIVE_S: Final = 5.0
@@ -63,8 +64,14 @@ EDGE_OPTIONS: Final = [
 class RemoteEdge:
     """One Edge in one of its lives, as a member of `Edges`."""
 
-    def __init__(self, name: str, manifest: Manifest) -> None:
-        self.name, self._manifest = name, manifest
+    def __init__(self, name: str, manifest: Manifest, admit: Admit = admit_all) -> None:
+        """
+        Args:
+            name: its own among the Edges.
+            manifest: of the plan.
+            admit: what it asks of devices that check in.
+        """
+        self.name, self._manifest, self._admit = name, manifest, admit
         self.outgoing: Batches[pb.Command] = Batches()
         self._told: e.Coordinator | None = None
         self._configuration: Configuration | None = None
@@ -186,6 +193,8 @@ class RemoteEdge:
                 told.away(event.away)
             case "ask":
                 self._spawn(self._answer(event.ask))
+            case "admit":
+                self._spawn(self._answer_admit(event.admit))
             case "withdrawn":
                 self._withdrawn(event.withdrawn.nonce, event.withdrawn.gone)
             case "closed":
@@ -208,6 +217,14 @@ class RemoteEdge:
                 answer.has_version, answer.version = row.version is not None, row.version or 0
         is_given = not answer.elsewhere and not answer.state
         self._say(ask.nonce if is_given else None, answer=answer)
+
+    async def _answer_admit(self, asked: pb.Admit) -> None:
+        answer = pb.Admitted(number=asked.number)
+        try:
+            answer.needs = await self._admit(asked.check_in)
+        except ShoalError as error:
+            answer.later = str(error)
+        self._say(admitted=answer)
 
     def _withdrawn(self, nonce: bytes, is_gone: bool) -> None:
         answers = self._asked.pop(nonce, [])  # it answers each that asks, in order
@@ -313,6 +330,7 @@ class EdgesServer:
         address: str,
         clock: Clock,
         tls: Tls | None = None,
+        admit: Admit = admit_all,
     ) -> None:
         """
         Args:
@@ -324,7 +342,9 @@ class EdgesServer:
             address: where to listen.
             clock: time.
             tls: key and certificate; None: in the clear.
+            admit: what Edges ask of devices that check in, where `welcome` says that they do.
         """
+        self._admit = admit
         self._edges, self._welcome, self._manifest, self._blobs = edges, welcome, manifest, blobs
         self._credential, self._address, self._tls, self._clock = credential, address, tls, clock
         self._server = grpc.aio.server(options=EDGE_OPTIONS)
@@ -366,7 +386,7 @@ class EdgesServer:
 
     async def _attach(self, requests: AsyncIterator[pb.Said], context: Any) -> AsyncIterator[pb.Told]:
         hello = await self._hello(requests, context)
-        edge = RemoteEdge(hello.name, self._manifest)
+        edge = RemoteEdge(hello.name, self._manifest, self._admit)
         welcome = pb.Welcome()
         welcome.CopyFrom(self._welcome)
         welcome.wall_s = self._clock.wall_s()

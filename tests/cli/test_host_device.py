@@ -49,7 +49,6 @@ def last(text: str) -> str:
         (("a.py", "--rounds", 1, "--population", "=x"), "--population NAME"),
         (("--resume", "--run", "x", "--order", "--set", "a.goal=3"), "--order, --set"),
         (("line.py", "--rounds", 1, "--members-only", "--insecure"), "--insecure"),
-        (("line.py", "--rounds", 1, "--members-only", "--edges", 2), "--edges"),
         (("line.py", "--rounds", 1, "--client-ca", "ca.pem"), "--tls"),
         (("line.py", "--rounds", 1, "--address", "0.0.0.0", "--insecure", "--client-ca", "ca.pem"), "--insecure"),
         (("line.py", "--rounds", 1, "--tls-cert", "c.pem"), "--tls-key"),

@@ -91,9 +91,9 @@ async def test_a_device_comes_anew_under_its_next_name(monkeypatch: pytest.Monke
         heard: list[tuple[object, str]] = []
         check_in = fleet.host.edge._check_in
 
-        def listening(session: Any, message: Any) -> None:
+        async def listening(session: Any, message: Any) -> None:
             heard.append((session, message.device_id))
-            check_in(session, message)
+            await check_in(session, message)
 
         monkeypatch.setattr(fleet.host.edge, "_check_in", listening)
         clock = TurnedClock()

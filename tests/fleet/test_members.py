@@ -114,7 +114,7 @@ def member(name: str, fleet: toy.Fleet, shown: bytes) -> Device:
 async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path: Path) -> None:
     members = Members.begin(tmp_path)
     invite(tmp_path, TOKEN, population="default", expires_s=1 << 40, uses=1)
-    entrance = Entrance(admit=members.refusal)
+    entrance = Entrance(admit=members.admit)
     async with toy.fleet(toy.plan(toy.exact("a")), entrance=entrance) as fleet:
         with pytest.raises(PlanError, match="an invitation, as this host serves members only"):
             await member("a", fleet, b"").run()
@@ -127,7 +127,7 @@ async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path:
 
 @toy.in_loop
 async def test_before_several_runs_members_are_asked_for_once(tmp_path: Path) -> None:
-    entrance = Entrance(admit=Members.begin(tmp_path).refusal)
+    entrance = Entrance(admit=Members.begin(tmp_path).admit)
     async with toy.fleet(toy.plan(toy.exact("a"))) as fleet:
         hosts = SeveralHosts([fleet.host], entrance=entrance)
         async with toy.peer(toy.LocalLink(hosts.frontdoor)) as peer:
