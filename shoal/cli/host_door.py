@@ -85,16 +85,19 @@ class DoorFile:
         Raises:
             ValueError: the population is not one of the host's, or has to be named.
         """
-        if (population or len(self.populations) > 1) and population not in self.populations:
-            raise ValueError(
-                f"Expected --population {' | '.join(self.populations)}, got {population or 'none of them'!r}."
-            )
+        population = self.one_population(population)
         host, port = self._reached_at(public)
         is_named = not self.names or host in self.names
         return Invitation(
-            address=joined(host, port), population=population or self.populations[0], plan_key=bytes.fromhex(self.plan_key),
+            address=joined(host, port), population=population, plan_key=bytes.fromhex(self.plan_key),
             pin=bytes.fromhex(self.pin), server_name="" if is_named else self.names[0], token=token, expires_s=expires_s,
         )  # fmt: skip
+
+    def one_population(self, named: str) -> str:
+        """That which is named, or the only one. Raises ValueError where the host has it not, or several."""
+        if (named or len(self.populations) > 1) and named not in self.populations:
+            raise ValueError(f"Expected --population {' | '.join(self.populations)}, got {named or 'none of them'!r}.")
+        return named or self.populations[0]
 
     def _reached_at(self, public: str) -> tuple[str, int]:
         if public:

@@ -12,6 +12,7 @@ EPILOG = options.examples(
     "shoal invite runs/digits",
     "shoal invite runs/digits --address train.example.org:443",
     "shoal invite runs/digits --uses 20 --expires 12h",
+    "shoal invite runs/digits --remove anna",
 )
 
 
@@ -41,6 +42,9 @@ def invite(
             "--uses", min=1, help="How many devices it makes members, where only members are served.", show_default="1"
         ),
     ] = None,
+    remove: Annotated[
+        str, typer.Option("--remove", metavar="DEVICE", help="Invite nobody; this member is one no more.")
+    ] = "",
     json: options.AsJson = False,
 ) -> None:
     """Print one line that a second machine pastes: shoal device --join LINE --data PATH.
@@ -61,6 +65,8 @@ def invite(
         raise ValueError(
             "--uses is for hosts that were started with --members-only: this one serves whoever reaches it."
         )
+    if remove:
+        return _remove(run, remove, door.one_population(population), screen)
     seconds = parse_duration(expires) if expires else 7 * 86_400.0 if door.members_only else 0.0
     expires_s = int(time.time() + seconds) if seconds else 0
     token = os.urandom(TOKEN_BYTES) if door.members_only else b""
@@ -78,3 +84,11 @@ def invite(
             "expires_s": expires_s or None,
         }
     )  # fmt: skip
+
+
+def _remove(run: Path, device: str, population: str, screen: Screen) -> None:
+    from shoal.fleet import members
+
+    members.remove(run, device, population=population)
+    screen.line(f"{device} is no member any more: it is refused when it checks in next")
+    screen.document({"removed": device, "population": population})

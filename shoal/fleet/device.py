@@ -253,7 +253,7 @@ class Device:
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
                 if self._work is None:
-                    self._work = _Work(message.assigned, message.assigned.run, self._name_of(stream))
+                    self._work = _Work(message.assigned, message.assigned.run, self._name_of(stream, self._name()))
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted" if self._producing is None:
                 self._failures = self._refusals = 0
@@ -347,15 +347,16 @@ class Device:
             await self._check_in(stream)
 
     async def _check_in(self, stream: Stream) -> None:
-        if self._called is not None and self._called[0] is stream and self._called[1] != self._name():
+        name = self._name()
+        if self._name_of(stream, name) != name:
             return self._come_anew()
         self._say("waiting")
-        self._checked_in, self._called = stream, (stream, self._name())
+        self._checked_in, self._called = stream, (stream, name)
         check_in = pb.CheckIn(
             population=self._population,
             tasks=self._tasks,
             unfit=self._unfit,
-            device_id=self._name(),
+            device_id=name,
             credential=self._credential,
             runtime=_runtime_info(self._host.runtime),
             software="shoal",
@@ -369,9 +370,9 @@ class Device:
         """What it is called now."""
         return self.device_id if self._pseudonyms is None else self._pseudonyms.name(self._host.clock.wall_s())
 
-    def _name_of(self, stream: Stream) -> str:
-        """What it is called on a stream."""
-        return self._called[1] if self._called is not None and self._called[0] is stream else self._name()
+    def _name_of(self, stream: Stream, otherwise: str) -> str:
+        """What it is called on a stream, where it has said so."""
+        return self._called[1] if self._called is not None and self._called[0] is stream else otherwise
 
     async def _until_renamed(self, pseudonyms: Pseudonyms) -> None:
         """Returns when it is called otherwise."""
@@ -417,7 +418,7 @@ class Device:
         self._say("reported")
 
     async def _report(self, work: _Work, stream: Stream) -> None:
-        self._called = (stream, work.name)
+        self._called = (stream, work.name)  # by its token, whatever it is called by now
         await stream.send(pb.FromDevice(report=work.report))
         if self._is_leaving:
             await stream.send(pb.FromDevice(ping=pb.Ping()))

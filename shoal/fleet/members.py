@@ -2,12 +2,12 @@
 
 A device shows a token of an invitation and a secret of its own. The first time under its name the token makes it a member, which
 takes one of the invitation's uses; from then on the secret is what counts, whether the invitation has ended or not. Files, in
-`RUN/members/`: `invitations/HASH.json`, written by `shoal invite`, and `members.jsonl`, to which the host alone adds. They hold
-SHA-256 of tokens, secrets and names only: who reads them can become nobody.
+`RUN/members/`: `invitations/HASH.json` and `removed/HASH`, written by `shoal invite`, and `members.jsonl`, to which the host alone adds.
+They hold SHA-256 of tokens, secrets and names only: who reads them can become nobody.
 
 Guarantees:
     * An invitation makes at most as many members as it has uses, and none once it has ended.
-    * A member's name serves nobody who has another secret.
+    * A member's name serves nobody who has another secret, and nobody at all once the member was removed.
     * Who was told to come in is a member after a crash, too: the line is on the disk first.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from shoal.clock import Clock, SystemClock
-from shoal.errors import StoreError
+from shoal.errors import DataError, StoreError
 from shoal.fleet.invitation import TOKEN_BYTES
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.tensors import sha256
@@ -32,6 +32,7 @@ SECRET_BYTES: Final = 32
 _KIND: Final = b"\x01"
 _MEMBERS: Final = "members.jsonl"
 _INVITATIONS: Final = "invitations"
+_REMOVED: Final = "removed"
 _MOST_BYTES: Final = 4_096
 
 
@@ -96,6 +97,8 @@ class Members:
         token, secret = shown[1 : 1 + TOKEN_BYTES], sha256(shown[1 + TOKEN_BYTES :])
         name = _name(population, check_in.device_id)
         known = self._members.get(name)
+        if (self._folder / _REMOVED / name).exists():
+            return "another --id, and an invitation: the member of this name was removed"
         if known is not None and hmac.compare_digest(known.secret, secret):
             return ""
         if why := self._not_invited(sha256(token), population, wall_s):
@@ -171,6 +174,23 @@ def invite(run_folder: Path, token: bytes, *, population: str, expires_s: int, u
     partial = path.with_suffix(f".{os.getpid()}")
     partial.write_text(json.dumps({"population": population, "expires_s": expires_s, "uses": uses}) + "\n")
     partial.replace(path)
+
+
+def remove(run_folder: Path, device: str, *, population: str) -> None:
+    """The device is no member any more, from its next check-in on; its name serves nobody.
+
+    Raises:
+        DataError: no member has that name.
+    """
+    folder, name = run_folder / FOLDER, _name(population, device)
+    try:
+        is_known = f'"{name}"' in (folder / _MEMBERS).read_text()
+    except FileNotFoundError:
+        is_known = False
+    if not is_known:
+        raise DataError(f"No member of population {population!r} is called {device!r}: nothing was changed.")
+    (folder / _REMOVED).mkdir(exist_ok=True)
+    (folder / _REMOVED / name).touch()
 
 
 def _invited(path: Path) -> _Invited | None:

@@ -13,8 +13,9 @@ from shoal.cli.host_door import DoorFile
 from shoal.cli.words import parse_duration
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.invitation import Invitation
-from shoal.fleet.members import Members
+from shoal.fleet.members import Members, credential
 from shoal.fleet.tls import make_tls, pin_of
+from shoal.fleet.wire import fleet_pb2 as pb
 
 from .conftest import Process, Shoal
 
@@ -69,6 +70,17 @@ def test_members_are_invited_with_a_token_of_their_own(shoal: Shoal, tmp_path: P
     assert 6.9 < (lines[0].expires_s - time.time()) / 86_400 <= 7.0
     told = shoal("invite", tmp_path, "--uses", 20, "--expires", "12h", "--json").json
     assert told["uses"] == 20 and 11.9 < (told["expires_s"] - time.time()) / 3_600 <= 12.0
+
+
+def test_a_member_is_removed(shoal: Shoal, tmp_path: Path) -> None:
+    members = Members.begin(tmp_path)
+    made = invited(shoal, door(tmp_path))
+    shown = pb.CheckIn(device_id="anna", credential=credential(made.token, bytes(32)))
+    assert members.refusal(shown, time.time()) == ""
+    assert "anna is no member" in shoal("invite", tmp_path, "--remove", "anna").out
+    assert "was removed" in members.refusal(shown, time.time())
+    nobody = shoal("invite", tmp_path, "--remove", "bert")
+    assert nobody.code == 1 and "'bert'" in nobody.err
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shoal.errors import PlanError, StoreError
+from shoal.errors import DataError, PlanError, StoreError
 from shoal.fleet.device import Device
 from shoal.fleet.entrance import Entrance
-from shoal.fleet.members import Members, credential, invite
+from shoal.fleet.members import Members, credential, invite, remove
 from shoal.fleet.several import SeveralHosts
 from shoal.fleet.wire import fleet_pb2 as pb
 from tests.fleet import toy
@@ -64,6 +64,17 @@ def test_nobody_takes_a_members_name(members: Members) -> None:
     assert "a member already" in members.refusal(taken, NOW_S)
     stranger = asks("a", secret=b"x" * 32, token=OTHER)
     assert "member already" not in members.refusal(stranger, NOW_S), "who was not invited is not told who is a member"
+
+
+def test_a_member_that_was_removed_is_none_and_nobody_else_is_in_its_name(members: Members, tmp_path: Path) -> None:
+    assert members.refusal(asks("a"), NOW_S) == ""
+    remove(tmp_path, "a", population="default")
+    for shown in (asks("a"), asks("a", secret=b"x" * 32)):
+        assert "was removed" in members.refusal(shown, NOW_S)
+    assert members.refusal(asks("b"), NOW_S) == ""
+    for name, population in (("c", "default"), ("b", "watches")):
+        with pytest.raises(DataError, match="No member"):
+            remove(tmp_path, name, population=population)
 
 
 def test_members_outlive_the_host_and_a_line_that_was_torn(members: Members, tmp_path: Path) -> None:
