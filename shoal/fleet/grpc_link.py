@@ -15,6 +15,9 @@ from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.fleet.wire import fleet_pb2_grpc as rpc
 
 CALL_TIMEOUT_S: Final = 60.0
+STALLED_S: Final = 120.0
+"""How long a host may take for a slice; longer than hosts wait for devices, so that their word comes first."""
+_STALLED: Final = "The host has let a transfer stall; it goes on where it was."
 MAX_EDGES: Final = 100
 MAX_ADDRESS: Final = 300
 _ENDED: Final = (grpc.aio.UsageError, asyncio.InvalidStateError)
@@ -70,18 +73,37 @@ class GrpcLink:
             call.cancel()
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
+        call = self._stub.Pull(request)
         try:
-            async for piece in self._stub.Pull(request):
+            while True:
+                async with asyncio.timeout(STALLED_S):
+                    piece = await call.read()
+                if piece is grpc.aio.EOF:
+                    return
                 yield piece
         except grpc.RpcError as error:
             raise _translated(error) from error
+        except TimeoutError as error:
+            raise NetworkError(_STALLED) from error
+        finally:
+            call.cancel()
 
     async def push(self, slices: AsyncIterator[pb.PushSlice]) -> pb.PushReply:
+        loop = asyncio.get_running_loop()
+
+        async def taken() -> AsyncIterator[pb.PushSlice]:
+            async for part in slices:
+                left.reschedule(loop.time() + STALLED_S)  # the one before was taken
+                yield part
+
         try:
-            reply: pb.PushReply = await self._stub.Push(slices)
-            return reply
+            async with asyncio.timeout(STALLED_S) as left:
+                reply: pb.PushReply = await self._stub.Push(taken())
+                return reply
         except grpc.RpcError as error:
             raise _translated(error) from error
+        except TimeoutError as error:
+            raise NetworkError(_STALLED) from error
 
     async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
         try:
