@@ -22,7 +22,10 @@ from shoal.codec.packed import unpack as unpack_slice
 from shoal.codec.rounding import rounded
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
+from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
 from shoal.fleet.host import run_seed
+from shoal.fleet.invitation import Invitation
+from shoal.fleet.members import credential
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import edges_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -215,3 +218,21 @@ def test_plans_that_hold_examples_out_and_rules_with_options() -> None:
     assert Manifest.parse(both.data) == both
     hold("server_half_evaluation.json", half.data)
     assert Manifest.parse(made.data, server=half.data) == made and made.server.metrics_prefix == "evaluate"
+
+
+def test_what_a_device_comes_in_by() -> None:
+    """The line of an invitation; what a member shows; what a device is called in which window."""
+    secret = DeviceSecret(bytes(range(32)))
+    pseudonyms = Pseudonyms(secret=secret, population="watches", device="anna", window_s=86_400.0)
+    invitation = Invitation(
+        address="train.example.org:443", server_name="host", population="watches", plan_key=bytes(32), pin=b"p" * 32, token=b"t" * 16,
+        expires_s=2_000_000_000,
+    )  # fmt: skip
+    told = {
+        "invitation": invitation.text,
+        "credential": credential(invitation.token, secret.of_member("watches", "anna")).hex(),
+        "pseudonyms": [pseudonyms.name(day * 86_400.0) for day in range(3)],
+        "window_ends_s": pseudonyms.left_s(0.0),
+    }
+    hold("joining.json", json.dumps(told, indent=1).encode() + b"\n")
+    assert Invitation.parse(told["invitation"]) == invitation  # type: ignore[arg-type]

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
+from shoal.cli.join import STATE, Door, client_certificate, pseudonym_window_s, read_invitation, refuse_unwelcome
+from shoal.cli.join import join as come_in
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from shoal.plan.priority import Priority
 
 EPILOG = options.examples(
+    "shoal device --join shoal1:… --data users/",
     "shoal device --server 127.0.0.1:8500 --data users/",
     "shoal device --server 127.0.0.1:8500 --data name:digits --users 100 --first 25 --count 25",
     "shoal device --server 127.0.0.1:8500 --data watches/ --population watches --task steps",
@@ -27,7 +30,11 @@ EPILOG = options.examples(
 
 
 def device(
-    server: Annotated[str, typer.Option("--server", help="HOST:PORT of the host.")],
+    server: Annotated[str, typer.Option("--server", help="HOST:PORT of the host.")] = "",
+    join: Annotated[
+        str,
+        typer.Option("--join", metavar="LINE", help="A line of `shoal invite`, in place of --server, --ca and --key."),
+    ] = "",
     data: options.Data = "",
     user_column: options.UserColumn = "",
     split: options.Split = "iid",
@@ -45,11 +52,24 @@ def device(
     server_name: Annotated[
         str, typer.Option("--server-name", help="Name in the host's certificate, if it is another.")
     ] = "",
+    client_cert: Annotated[
+        Path | None, typer.Option("--client-cert", help="PEM file of this device's certificate, for hosts that ask.")
+    ] = None,
+    client_key: Annotated[Path | None, typer.Option("--client-key", help="PEM file of its key.")] = None,
     key: Annotated[
         str,
         typer.Option("--key", help="Key whose plans are run, 64 hexadecimal digits; else that of the first plan seen."),
     ] = "",
     population: Annotated[str, typer.Option("--population", help="Which population the device is of.")] = "default",
+    pseudonyms: Annotated[
+        str,
+        typer.Option(
+            "--pseudonyms",
+            metavar="WINDOW",
+            help="Check in under another name in each window of time, 24h say (docs/operating.md).",
+            show_default="always under one name",
+        ),
+    ] = "",
     task: Annotated[
         list[str] | None, typer.Option("--task", help="A task to serve, by name; may be repeated.", show_default="any")
     ] = None,
@@ -176,11 +196,20 @@ def device(
 
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
-    check_server(server, option="--server")
+    invitation = None
+    if join:
+        said = {"--server": server, "--ca": ca, "--key": key, "--server-name": server_name}
+        invitation = read_invitation(join, {**said, "--population": population != "default"})
+    else:
+        if not server:
+            raise typer.BadParameter("Expected --server HOST:PORT, or --join LINE of `shoal invite`")
+        check_server(server, option="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
-    trusted = parse_key(key)
-    engine = _engine(runtime, trusted)
+    if invitation is not None and invitation.token and state is None:
+        state = STATE
+        screen.say(f"what this host knows the device by is kept in {state} (--state)")
+    parse_key(key)
     limit = options_memory(memory)
     for condition in when or ():
         validate.one_of(CONDITIONS, **{"--when": condition})
@@ -198,7 +227,17 @@ def device(
         screen.say(
             "without --state this device forgets, when it ends, what it has revealed; updates may then be offered twice"
         )
-    enrolled = _enrolled(member, certificate, population, key=key)
+    window_s = pseudonym_window_s(
+        pseudonyms, member=member, client=client_cert, joins=invitation is not None and bool(invitation.token)
+    )
+    client = client_certificate(client_cert, client_key)
+    door = Door(server=server, population=population, key=key, authority=authority, server_name=server_name)
+    if invitation is not None:
+        door = come_in(invitation, state=state, patience_s=patience, screen=screen)
+    refuse_unwelcome(door, client)
+    trusted = parse_key(door.key)
+    engine = _engine(runtime, trusted)
+    enrolled = _enrolled(member, certificate, door.population, key=door.key)
 
     from shoal.cli import data_argument, device_process
     from shoal.cli.politeness import parse_budget
@@ -216,13 +255,15 @@ def device(
         )
     watch.lap("data")
     settings = device_process.Settings(
-        server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
+        server=door.server, users=chosen, id=id, authority=door.authority, server_name=door.server_name or None, trusted_key=trusted,
+        client=client.read() if client else None, token=door.token, pseudonym_window_s=window_s,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact, rest_s=parse_duration(rest) if rest else 0.0,
-        priority=_priority(priority), engine=engine, population=population, tasks=tuple(task or ()),
+        priority=_priority(priority), engine=engine, population=door.population, tasks=tuple(task or ()),
         identity=enrolled.identity if enrolled else None,
         floor=Floor(
-            secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget
+            secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget,
+            pseudonymous=bool(window_s),
         ),
     )  # fmt: skip
     device_process.run(settings, examples, screen=screen, watch=watch, parent=parent)

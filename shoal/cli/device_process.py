@@ -23,11 +23,13 @@ from shoal.errors import DataError, NetworkError
 from shoal.fleet.conditions import SETTLE_S, Eligibility
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
 from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.gate import Gate
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.impact import ImpactBudget
+from shoal.fleet.members import credential
 from shoal.fleet.meter import Meter
 from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.fleet.process import switch_threads_often
@@ -97,12 +99,28 @@ class Settings:
     rest_s: float = 0.0
     """From one counted update of a device to its next training."""
     priority: Priority = "low"
+    client: tuple[bytes, bytes] | None = None
+    """PEM of key and certificate that the host is shown."""
+    token: bytes = b""
+    """Of an invitation, where the host serves members only."""
+    pseudonym_window_s: float | None = None
+    """How long devices keep a name; None: always."""
 
     def device_id(self, user: str) -> str:
         """The name under which a user checks in."""
         if not self.id:
             return user
         return self.id if len(self.users) == 1 else f"{self.id}/{user}"
+
+    def credential(self, device: str, secret: DeviceSecret) -> bytes:
+        """What a device shows at check-in."""
+        return credential(self.token, secret.of_member(self.population, device)) if self.token else b""
+
+    def pseudonyms(self, device: str, secret: DeviceSecret) -> Pseudonyms | None:
+        """What a device is called in which window; None: always the same."""
+        if self.pseudonym_window_s is None:
+            return None
+        return Pseudonyms(secret=secret, population=self.population, device=device, window_s=self.pseudonym_window_s)
 
 
 def choose(population: Population, *, first: int, count: int | None) -> tuple[str, ...]:
@@ -229,15 +247,17 @@ async def play(
     on_progress: Callable[[Device], None] = lambda device: None,
 ) -> Sequence[Device]:
     """Plays the users until the run is over; `watch` runs beside them. Returns the devices."""
-    link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name)
-    examples_of = _kept_if_small(population, settings.users)
+    link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name, client=settings.client)
+    examples_of, secret = _kept_if_small(population, settings.users), DeviceSecret.of(host.file)
     devices = [
         Device(
-            settings.device_id(user), partial(examples_of, user), link=link, host=host,
+            name, partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
-            population=settings.population, tasks=settings.tasks, rest_s=settings.rest_s,
+            population=settings.population, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(name, secret),
+            pseudonyms=settings.pseudonyms(name, secret),
         )
         for user in settings.users
+        for name in (settings.device_id(user),)
     ]  # fmt: skip
     watching = asyncio.create_task(watch(devices))
     gate = make_gate(settings, host, devices)

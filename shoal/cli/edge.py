@@ -7,6 +7,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.screen import Screen
+from shoal.fleet.entrance import PER_ADDRESS
 
 EPILOG = options.examples(
     "shoal edge --coordinator 127.0.0.1:8600 --credential runs/digits/edges.key --port 8501",
@@ -42,6 +43,18 @@ def edge(
         Path | None, typer.Option("--tls-cert", help="PEM file of the certificate chain shown to devices.")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="PEM file of its key.")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option("--client-ca", help="PEM file of an authority: only devices with a certificate of it come in."),
+    ] = None,
+    per_address: Annotated[
+        int,
+        typer.Option(
+            "--per-address",
+            min=1,
+            help="Most sessions of one network address at once, and new ones of it a minute.",
+        ),
+    ] = PER_ADDRESS,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow listening on a network without TLS.")] = False,
     restarts: Annotated[
         Path | None,
@@ -59,10 +72,12 @@ def edge(
 
     from shoal.cli import edge_process
     from shoal.cli.device import check_server
-    from shoal.cli.host_checks import check_tls, is_loopback
+    from shoal.cli.host_checks import check_client_ca, check_tls
+    from shoal.fleet.proxy import is_loopback
 
     check_server(coordinator, option="--coordinator")
     check_tls(address, tls=False, cert=tls_cert, key=tls_key, insecure=insecure)
+    check_client_ca(client_ca, tls=tls_cert is not None)
     if public:
         check_server(public, option="--public")
     if ca is None and not insecure and not is_loopback(coordinator.rpartition(":")[0]):
@@ -73,7 +88,7 @@ def edge(
         edge_process.Settings(
             coordinator=coordinator, credential=credential, name=name or f"{socket.gethostname()}-{os.getpid()}",
             address=address, port=port, public=public, shares_port=share_port, ca=ca, server_name=server_name,
-            tls_cert=tls_cert, tls_key=tls_key, restarts=restarts,
+            tls_cert=tls_cert, tls_key=tls_key, restarts=restarts, client_ca=client_ca, per_address=per_address,
         ),
         screen=Screen(json=json),
     )  # fmt: skip

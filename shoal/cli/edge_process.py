@@ -5,7 +5,7 @@ import logging
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ from shoal.cli.screen import Screen
 from shoal.clock import SystemClock
 from shoal.errors import NetworkError
 from shoal.fleet.edge_node import EdgeNode
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.grpc_server import GrpcServer
 from shoal.fleet.process import be_a_server
 from shoal.record.blobs import FolderBlobs
@@ -45,6 +46,8 @@ class Settings:
     tls_cert: Path | None
     tls_key: Path | None
     restarts: Path | None
+    client_ca: Path | None
+    per_address: int
 
 
 def run(settings: Settings, *, screen: Screen) -> None:
@@ -69,9 +72,11 @@ async def _serve(settings: Settings, folder: Path, screen: Screen) -> None:
         settings.coordinator, credential=read_credential(settings.credential), name=settings.name,
         blobs=FolderBlobs(folder), clock=SystemClock(), address=settings.public,
         ca=None if settings.ca is None else settings.ca.read_bytes(), server_name=settings.server_name or None,
-        on_lost=restarts,
+        entrance=Entrance(per_address=settings.per_address), on_lost=restarts,
     )  # fmt: skip
     tls = read_tls(settings.tls_key, settings.tls_cert) if settings.tls_key and settings.tls_cert else None
+    if tls is not None and settings.client_ca is not None:
+        tls = replace(tls, client_ca=settings.client_ca.read_bytes())
     own = joined(settings.address, 0) if settings.shares_port else ""
     server = GrpcServer(node.door, address=joined(settings.address, settings.port), tls=tls, own_address=own)
     try:

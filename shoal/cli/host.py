@@ -7,9 +7,11 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.host_asked import Asked, parse_each
-from shoal.cli.host_checks import check_port, check_tls, is_loopback
+from shoal.cli.host_checks import check_client_ca, check_port, check_tls, wants_tls
 from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.fleet.entrance import PER_ADDRESS
+from shoal.fleet.proxy import is_loopback
 
 if TYPE_CHECKING:
     from shoal.cli.host_process import Settings
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 EPILOG = options.examples(
     "shoal host task.py --rounds 20 --port 8500 --run runs/digits",
     "shoal host task.py --rounds 20 --port 8500 --goal 8 --held-out name:digits",
-    "shoal host task.py --rounds 20 --address 0.0.0.0 --port 8500 --tls",
+    "shoal host task.py --rounds 20 --address 0.0.0.0 --port 8500 --members-only",
     "shoal host digits.py words.py --rounds 20 --weight digits=3 --set words.goal=10",
     "shoal host task.py --rounds 20 --port 8500 --edges 4",
     "shoal host task.py --rounds 20 --port 8500 --iree x86_64-linux --iree aarch64-linux-android",
@@ -107,12 +109,35 @@ def host(
         ),
     ] = None,
     held_out: options.HeldOut = "",
-    tls: Annotated[bool, typer.Option("--tls", help="Encrypt, with a certificate made for this run.")] = False,
+    tls: Annotated[
+        bool,
+        typer.Option(
+            "--tls",
+            help="Encrypt, with a certificate made for this run.",
+            show_default="where other machines reach the host",
+        ),
+    ] = False,
     tls_cert: Annotated[
         Path | None, typer.Option("--tls-cert", help="PEM file of the server's certificate chain.")
     ] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", help="PEM file of the server's key.")] = None,
+    client_ca: Annotated[
+        Path | None,
+        typer.Option("--client-ca", help="PEM file of an authority: only devices with a certificate of it come in."),
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow listening on a network without TLS.")] = False,
+    members_only: Annotated[
+        bool,
+        typer.Option("--members-only", help="Serve only devices that were invited, and go on doing so (shoal invite)."),
+    ] = False,
+    per_address: Annotated[
+        int,
+        typer.Option(
+            "--per-address",
+            min=1,
+            help="Most sessions of one network address at once, and new ones of it a minute.",
+        ),
+    ] = PER_ADDRESS,
     ready_file: Annotated[
         Path | None, typer.Option("--ready-file", help="Write HOST:PORT there once devices can come.")
     ] = None,
@@ -140,7 +165,9 @@ def host(
 
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
+    tls = wants_tls(address, edge_address, tls=tls, cert=tls_cert, insecure=insecure)
     check_tls(address, tls=tls, cert=tls_cert, key=tls_key, insecure=insecure)
+    check_client_ca(client_ca, tls=tls or tls_cert is not None)
     policy: dict[str, Any] = {
         "goal": goal, "minimum_group": minimum_group, "over_selection": over_selection,
         "selection_window_s": selection_window, "reporting_window_s": reporting_window, "buffer": buffer,
@@ -155,6 +182,10 @@ def host(
     asked.check(resume=resume)
     if len(asked.tasks) > 1 and (edges or edge_port is not None):
         raise ValueError("Expected one TASK with --edges or --edge-port: this version serves several with one Edge.")
+    if members_only and insecure:
+        raise ValueError(
+            "Expected --members-only without --insecure: on a network without TLS anyone sees what members show."
+        )
     if edges and tls_cert is not None and not is_loopback(edge_address):
         raise ValueError(
             f"Expected --edge-address 127.0.0.1 with --edges and --tls-cert, got {edge_address}: the Edges cannot know what "
@@ -183,6 +214,7 @@ def host(
     settings: Settings = host_process.Settings(
         folder=folder, run_ids=run_ids, rounds=rounds if resume else None, address=address, port=port, held_out=held_out,
         ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, insecure=insecure,
-        edges=edges, edge_port=edge_port, edge_address=edge_address,
+        edges=edges, edge_port=edge_port, edge_address=edge_address, client_ca=client_ca, per_address=per_address,
+        members_only=members_only,
     )  # fmt: skip
     host_process.run(settings, screen=screen, watch=watch, parent=parent)

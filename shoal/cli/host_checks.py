@@ -1,11 +1,37 @@
 """What `shoal host` finds out before a plan is built: whether it may listen, and can."""
 
-import ipaddress
 import socket
 from pathlib import Path
+from typing import Final
+
+from shoal.fleet.proxy import is_loopback
+
+LOW_PORTS: Final = 1024
+
+
+def wants_tls(*addresses: str, tls: bool, cert: Path | None, insecure: bool) -> bool:
+    """Whether a certificate is to be made for the run: asked for, or needed as other machines reach one of the addresses."""
+    return tls or not (cert is not None or insecure or all(map(is_loopback, addresses)))
+
+
+def check_client_ca(file: Path | None, *, tls: bool) -> None:
+    """Raises ValueError where devices cannot be asked for certificates of that authority."""
+    if file is None:
+        return
+    if not tls:
+        raise ValueError(
+            "Expected TLS with --client-ca: add --tls, or --tls-cert and --tls-key, and leave out --insecure."
+        )
+    from cryptography import x509
+
+    try:
+        x509.load_pem_x509_certificates(file.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"Expected PEM certificates in --client-ca {file}, got something else: {error}.") from error
 
 
 def check_tls(address: str, *, tls: bool, cert: Path | None, key: Path | None, insecure: bool) -> None:
+    """Raises ValueError for options that do not go together, or where there is no certificate to listen on a network with."""
     if (cert is None) != (key is None):
         raise ValueError("Expected --tls-cert and --tls-key together.")
     if tls and cert is not None:
@@ -14,17 +40,9 @@ def check_tls(address: str, *, tls: bool, cert: Path | None, key: Path | None, i
         )
     if not (tls or cert or insecure or is_loopback(address)):
         raise ValueError(
-            f"Refused to listen on {address} without encryption. Add --tls, or --tls-cert and --tls-key; --insecure if the "
-            "network is trusted."
+            f"Refused to listen on {address} without encryption: give --tls-cert and --tls-key, which `shoal enrol tls-server` makes; "
+            "--insecure if the network is trusted."
         )
-
-
-def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches the address."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
 
 
 def reserve(address: str, port: int) -> tuple[int, socket.socket]:
@@ -39,7 +57,7 @@ def reserve(address: str, port: int) -> tuple[int, socket.socket]:
         held.bind((address, port))
     except OSError as error:
         held.close()
-        raise ValueError(f"Cannot listen on {address}:{port}: {(error.strerror or str(error)).lower()}.") from error
+        raise ValueError(_cannot_listen(address, port, error)) from error
     return int(held.getsockname()[1]), held
 
 
@@ -58,10 +76,17 @@ def check_port(address: str, port: int) -> None:
             f"Expected --address to be an address of this machine, got {address!r}: {error.strerror}."
         ) from error
     except OSError as error:
-        raise ValueError(
-            f"Cannot listen on {address}:{port}: {(error.strerror or str(error)).lower()}. Choose another with --port, or --port 0 for any "
-            "free one."
-        ) from error
+        raise ValueError(_cannot_listen(address, port, error)) from error
+
+
+def _cannot_listen(address: str, port: int, error: OSError) -> str:
+    why = f"Cannot listen on {address}:{port}: {(error.strerror or str(error)).lower()}."
+    if isinstance(error, PermissionError) and port < LOW_PORTS:
+        return (
+            f"{why} Ports below {LOW_PORTS} need a right of their own: systemd gives it by AmbientCapabilities=CAP_NET_BIND_SERVICE, a "
+            f"machine to all by `sysctl net.ipv4.ip_unprivileged_port_start={port}`; or forward {port} to another --port."
+        )
+    return f"{why} Choose another with --port, or --port 0 for any free one."
 
 
 def joined(address: str, port: int) -> str:

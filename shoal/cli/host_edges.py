@@ -48,6 +48,10 @@ class EdgeSettings:
     """Key and certificate files that devices are served with."""
     authority: Path | None
     """PEM file of what signed the certificate, where Edges attach with TLS."""
+    client_ca: Path | None
+    """What devices' certificates are to be signed by."""
+    per_address: int
+    """Sessions of one network address that each may have."""
     again: Callable[[int], Sequence[str]]
     """Port where Edges attach -> the command, but for `shoal`, that takes the run up when this process has died."""
     adopts: bool
@@ -128,6 +132,8 @@ def _command(settings: EdgeSettings, number: int, here: str, credential: Path) -
         *(["--share-port"] if IS_SHARED and port else []),
         *(["--tls-key", settings.tls[0], "--tls-cert", settings.tls[1]] if settings.tls else ["--insecure"]),
         *(["--ca", settings.authority] if settings.authority else []),
+        *(["--client-ca", settings.client_ca] if settings.client_ca else []),
+        "--per-address", settings.per_address,
     ]  # fmt: skip
     return [str(word) for word in words]
 

@@ -4,9 +4,10 @@ import asyncio
 import logging
 import os
 import secrets
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +17,8 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
-from shoal.cli.host_checks import is_loopback, joined, reserve
+from shoal.cli.host_checks import joined, reserve
+from shoal.cli.host_door import EVERY_ADDRESS, DoorFile
 from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun, follow
 from shoal.cli.run_summary import RunSummary, summarize
@@ -24,11 +26,14 @@ from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples
 from shoal.errors import StoreError
 from shoal.fleet import tls as tls_files
+from shoal.fleet.entrance import PER_ADDRESS, Entrance
 from shoal.fleet.following import Following
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
+from shoal.fleet.members import Members
 from shoal.fleet.process import be_a_server
+from shoal.fleet.proxy import is_loopback
 from shoal.fleet.several import SeveralHosts, refuse_evaluated_twice
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
@@ -65,6 +70,12 @@ class Settings:
     edge_port: int | None = None
     """Where Edges attach; None: nowhere, or any free port where it starts some itself."""
     edge_address: str = "127.0.0.1"
+    client_ca: Path | None = None
+    """What devices' certificates are to be signed by; None: they show none."""
+    per_address: int = PER_ADDRESS
+    """See `Entrance`."""
+    members_only: bool = False
+    """From now on; a run that has served members only goes on doing so."""
 
     @property
     def several_edges(self) -> bool:
@@ -77,6 +88,8 @@ class Settings:
             *(["--address", self.address] if self.address != "127.0.0.1" else []),
             *(["--tls"] if self.make_tls else []),
             *(["--tls-cert", self.tls_cert, "--tls-key", self.tls_key] if self.tls_cert else []),
+            *(["--client-ca", self.client_ca] if self.client_ca else []),
+            *(["--per-address", self.per_address] if self.per_address != PER_ADDRESS else []),
             *(["--insecure"] if self.insecure else []),
             *(["--held-out", self.held_out] if self.held_out else []),
             *(["--rounds", self.rounds] if self.resumed and self.rounds else []),
@@ -185,6 +198,13 @@ def _say_what_is_finished(settings: Settings, store: Store, screen: Screen) -> N
 async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Examples | None, screen: Screen) -> None:
     runs: list[ServedRun] = []
     try:
+        tls, ca = _tls(settings)
+        members = _members(settings)
+        entrance = _entrance(settings, members)
+        populations = [store.run(run_id).population for run_id in settings.run_ids]
+        post = partial(
+            DoorFile.of, settings.address, key=keys.public, tls=tls, populations=populations, members_only=members is not None
+        )  # fmt: skip
         plans = {run_id: load_plan(store, run_id).plan for run_id in settings.run_ids}
         following = [run_id for run_id, plan in plans.items() if plan.manifest.server.aggregator == "evaluation"]
         several = len(plans) > 1 or bool(following)
@@ -192,18 +212,17 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
             runs.append(
                 ServedRun(
                     store, run_id, keys, held_out, screen, rounds=settings.rounds, among=several,
-                    several_edges=settings.several_edges,
+                    several_edges=settings.several_edges, entrance=None if several else entrance,
                 )
             )  # fmt: skip
         runs.sort(key=lambda run: settings.run_ids.index(run.host.run_id))
-        tls, ca = _tls(settings)
         evaluations = [run.evaluation for run in runs if run.evaluation is not None]
         if settings.several_edges:
-            return await _serve_edges(settings, runs[0].host, evaluations, tls, ca, keys, screen)
+            return await _serve_edges(settings, runs[0].host, evaluations, tls, ca, post, screen)
         evaluated = [follow(store, run_id, keys, screen) for run_id in following]
-        host = _together(store, runs, evaluated) if several else runs[0].host
+        host = _together(store, runs, evaluated, entrance) if several else runs[0].host
         async with served(host, evaluations, address=joined(settings.address, settings.port), tls=tls) as server:
-            _announce(settings, server.port, ca, keys, screen)
+            _announce(settings, post(server.port), ca, screen)
             await host.run()
     finally:
         for run in runs:
@@ -216,7 +235,7 @@ async def _serve_edges(
     evaluations: Sequence[Evaluation],
     tls: Tls | None,
     ca: Path | None,
-    keys: HostKeys,
+    post: Callable[[int], DoorFile],
     screen: Screen,
 ) -> None:
     """With Edges in other processes. Those that the host starts listen in its place."""
@@ -233,6 +252,8 @@ async def _serve_edges(
         devices=(settings.address, port),
         tls=(key, cert) if key is not None and cert is not None else None,
         authority=ca,
+        client_ca=settings.client_ca,
+        per_address=settings.per_address,
         again=lambda edge_port: replace(settings, port=port, edge_port=edge_port, resumed=True).again(),
         adopts=settings.resumed,
     )
@@ -241,8 +262,9 @@ async def _serve_edges(
             running = asyncio.create_task(host.run())
             try:
                 own = tls if ca is not None or not is_loopback(settings.edge_address) else None  # nobody could check it
+                own = replace(own, client_ca=None) if own is not None else None  # Edges show their credential
                 async with attached(host, edge_settings, tls=own, screen=screen):
-                    _announce(settings, port if settings.edges else server.port, ca, keys, screen)
+                    _announce(settings, post(port if settings.edges else server.port), ca, screen)
                     await running
             finally:
                 running.cancel()
@@ -252,12 +274,16 @@ async def _serve_edges(
             held.close()
 
 
-def _together(store: Store, runs: Sequence[ServedRun], evaluated: Sequence[Following]) -> SeveralHosts:
+def _together(
+    store: Store, runs: Sequence[ServedRun], evaluated: Sequence[Following], entrance: Entrance
+) -> SeveralHosts:
     run_ids = [*(run.host.run_id for run in runs), *(each.run_id for each in evaluated)]
     configs = {run_id: store.run(run_id).config for run_id in run_ids}
     weights = {run_id: float(config.get("weight", 1.0)) for run_id, config in configs.items()}
     by_order = any(config.get("order") for config in configs.values())
-    return SeveralHosts([run.host for run in runs], evaluated, weights=weights, by_order=by_order)
+    return SeveralHosts(
+        [run.host for run in runs], evaluated, weights=weights, by_order=by_order, entrance=entrance
+    )  # fmt: skip
 
 
 @asynccontextmanager
@@ -290,19 +316,45 @@ async def served(
         await server.close(grace_s=0.5)
 
 
+def _members(settings: Settings) -> Members | None:
+    """Raises ValueError where a run of members only is to be served so that they could not be told."""
+    members = Members.begin(settings.folder) if settings.members_only else Members.of(settings.folder)
+    if members is not None and settings.insecure:
+        raise ValueError(
+            f"{settings.folder} serves members only: leave out --insecure, else anyone sees what they show."
+        )
+    return members
+
+
+def _entrance(settings: Settings, members: Members | None) -> Entrance:
+    return Entrance(admit=None if members is None else members.admit, per_address=settings.per_address)
+
+
 def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:
+    made, ca = _own_tls(settings)
+    client_ca = None if settings.client_ca is None else settings.client_ca.read_bytes()
+    return (None if made is None else replace(made, client_ca=client_ca)), ca
+
+
+def _own_tls(settings: Settings) -> tuple[Tls | None, Path | None]:
     if settings.tls_cert is not None and settings.tls_key is not None:
         return tls_files.read_tls(settings.tls_key, settings.tls_cert), None
     return tls_files.load_or_make_tls(settings.folder, address=settings.address) if settings.make_tls else (None, None)
 
 
-def _announce(settings: Settings, port: int, ca: Path | None, keys: HostKeys, screen: Screen) -> None:
-    where = joined(settings.address, port)
+def _announce(settings: Settings, door: DoorFile, ca: Path | None, screen: Screen) -> None:
+    door.write(settings.folder)
+    where = joined(settings.address, door.port)
     line = f"listening on {where}"
     screen.say(line) if screen.json else print(line, flush=True)
-    reached = where if settings.address not in ("0.0.0.0", "::") else f"THIS-MACHINE:{port}"
-    trusted = [*(["--ca", ca] if ca else []), "--key", keys.public.hex()]
-    screen.say(f"devices: {command_line(['shoal', 'device', '--server', reached, '--data', 'PATH', *trusted])}")
+    if not door.members_only:
+        reached = where if settings.address not in EVERY_ADDRESS else f"THIS-MACHINE:{door.port}"
+        trusted = [*(["--ca", ca] if ca else []), "--key", door.plan_key]
+        screen.say(f"devices: {command_line(['shoal', 'device', '--server', reached, '--data', 'PATH', *trusted])}")
+    if door.members_only or len(door.populations) > 1:
+        screen.say(f"invite others: {command_line(['shoal', 'invite', settings.folder])}")
+    elif door.is_reachable:
+        screen.say(f"or elsewhere: shoal device --join {door.invitation().text} --data PATH")
     screen.say(f"run: {settings.folder}")
     if settings.ready_file is not None:
         _write_ready(settings.ready_file, where)

@@ -9,6 +9,7 @@ from shoal.cli.screen import Screen, Stopwatch
 from shoal.clock import SystemClock
 from shoal.data.store import Examples
 from shoal.fleet.coordinator import Commit
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.following import Following
 from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
@@ -32,6 +33,7 @@ class ServedRun:
         rounds: int | None,
         among: bool,
         several_edges: bool,
+        entrance: Entrance | None = None,
     ) -> None:
         """
         Args:
@@ -42,6 +44,7 @@ class ServedRun:
             screen: is told of versions.
             rounds: last version; None: as the run says.
             several_edges: Edges of other processes may attach.
+            entrance: who may come in; None: whoever comes.
             among: there are other runs: lines name the task, and one that cannot be evaluated is not.
         """
         plan = load_plan(store, run_id).plan
@@ -51,7 +54,7 @@ class ServedRun:
         told = Rounds(screen, self.evaluation, name)
         self.host = Host(
             store, run_id, keys, rounds=rounds, call_program=self._programs.call(), several_edges=several_edges,
-            alone=True, on_commit=told,
+            alone=True, entrance=entrance, on_commit=told,
         )  # fmt: skip
         self.host.lease.take()  # before anything of the run is written, or devices are asked to come
         told.last_version = self.host.last_version

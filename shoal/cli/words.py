@@ -70,7 +70,7 @@ def parse_duration(text: str) -> float:
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text)
     unit = _SECONDS.get(found[2]) if found else None
     made = float(found[1]) * unit if found and unit else 0.0
-    if not made > 0.0:
+    if not 0.0 < made < float("inf"):
         raise ValueError(f"Expected a duration like 90s, 15min, 6h or 2d, got {text!r}.")
     return made
 

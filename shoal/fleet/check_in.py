@@ -10,6 +10,7 @@ MAX_DEVICE_ID_BYTES: Final = 200
 MAX_WORD: Final = 100
 """Characters of a kind of runtime or a platform, and of what else is said back."""
 MAX_PLATFORMS: Final = 16
+MAX_CREDENTIAL_BYTES: Final = 1_024
 
 
 def check_device_id(device: str) -> None:
@@ -41,6 +42,15 @@ def needs(check_in: pb.CheckIn, manifest: Manifest, *, population: str) -> str:
 def essence(check_in: pb.CheckIn) -> pb.CheckIn:
     """What has to be kept of a check-in that `needs` nothing, to be said to a run's Edge: small, whatever else it holds."""
     return pb.CheckIn(population=check_in.population, device_id=check_in.device_id, runtime=check_in.runtime)
+
+
+def shown(check_in: pb.CheckIn) -> pb.CheckIn:
+    """What says who a device is, and by what right it comes: small, whatever else it holds."""
+    return pb.CheckIn(
+        population=check_in.population,
+        device_id=check_in.device_id,
+        credential=check_in.credential[:MAX_CREDENTIAL_BYTES],
+    )
 
 
 def runtime_of(info: pb.RuntimeInfo) -> Runtime:

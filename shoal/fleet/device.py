@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -30,6 +30,7 @@ from shoal.errors import (
     UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
+from shoal.fleet.device_secret import Pseudonyms
 from shoal.fleet.example_ledger import cost
 from shoal.fleet.link import Link, Stream, longest_s
 from shoal.fleet.secure_phases import MASKED
@@ -59,6 +60,8 @@ FINISHED: Final = "finished"
 """Stage at which the host has said that the run is over."""
 SPENT: Final = "spent"
 """Stage at which a device gives up what it may not offer again."""
+RENAMED_S: Final = 5.0
+"""For so long at most a device with pseudonyms stays away before it comes under the next."""
 LONGEST_AWAY_S: Final = 86_400.0
 """Whatever an Edge says."""
 
@@ -69,6 +72,8 @@ class _Work:
 
     assigned: pb.Assigned
     run: str
+    name: str
+    """Under which the device has checked in for it."""
     task: str = ""
     """Its name, once the plan is here."""
     stopped: bool = False
@@ -133,6 +138,8 @@ class Device:
         rest_s: float = 0.0,
         population: str = "default",
         tasks: Sequence[str] = (),
+        credential: bytes = b"",
+        pseudonyms: Pseudonyms | None = None,
         on_progress: Callable[["Device"], None] = lambda device: None,
     ) -> None:
         """
@@ -146,14 +153,19 @@ class Device:
             rest_s: least time from one update that is counted to the next training, whatever a host says.
             population: which it is of.
             tasks: names of those that it serves; none: any.
+            credential: shown at check-in, to a host that serves members only.
+            pseudonyms: what it is called when it checks in; None: by its name.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
         self._home = link
         """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._rest_s, self._on_progress = stays, rest_s, on_progress
         self._population, self._tasks = population, tuple(tasks)
-        self._name = population, device_id
-        """In the device's file."""
+        self._entry = population, device_id
+        """Of the device's file, which is no name that anybody hears."""
+        self._credential, self._pseudonyms = credential, pseudonyms
+        self._called: tuple[Stream, str] | None = None
+        """A stream, and the name that it knows the device by: no stream hears two."""
         self._unfit: dict[str, DataError | TaskRefused] = {}
         """Tasks that its examples do not fit, or that promise too little, and why."""
         self._away_s: float | None = None
@@ -239,11 +251,16 @@ class Device:
         """One stream; True when the run is over. Work goes on over streams that break."""
         await self._resume(stream)
         hearing: asyncio.Task[pb.FromEdge] | None = None
+        renaming = None if self._pseudonyms is None else asyncio.create_task(self._until_renamed(self._pseudonyms))
         try:
             while True:
                 hearing = hearing or asyncio.create_task(stream.receive())
-                waited = [hearing] if self._producing is None else [hearing, self._producing]
+                waited: list[asyncio.Task[Any]] = [hearing]
+                waited += [self._producing] if self._producing is not None else []
+                waited += [renaming] if renaming is not None and self._work is None else []
                 done, _ = await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if renaming in done:
+                    self._come_anew()
                 if self._producing in done:
                     await self._produced(stream)
                     if self._has_left:
@@ -252,12 +269,13 @@ class Device:
                     message, hearing = hearing.result(), None
                     if await self._hear(message, stream):
                         return True
-                    if self._away_s is not None:
-                        return False
+                if self._away_s is not None:
+                    return False
         finally:
-            if hearing is not None:
-                hearing.cancel()
-                await asyncio.gather(hearing, return_exceptions=True)
+            tasks = [task for task in (hearing, renaming) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _hear(self, message: pb.FromEdge, stream: Stream) -> bool:
         work = self._work
@@ -270,7 +288,7 @@ class Device:
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
                 if self._work is None:
-                    self._work = _Work(message.assigned, message.assigned.run)
+                    self._work = _Work(message.assigned, message.assigned.run, self._name_of(stream, self._name()))
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted" if self._producing is None:
                 self._failures = self._refusals = 0
@@ -380,13 +398,17 @@ class Device:
             await self._check_in(stream)
 
     async def _check_in(self, stream: Stream) -> None:
+        name = self._name()
+        if self._name_of(stream, name) != name:
+            return self._come_anew()
         self._say("waiting")
-        self._checked_in = stream
+        self._checked_in, self._called = stream, (stream, name)
         check_in = pb.CheckIn(
             population=self._population,
             tasks=self._tasks,
             unfit=self._unfit,
-            device_id=self.device_id,
+            device_id=name,
+            credential=self._credential,
             runtime=_runtime_info(self._host.runtime),
             software="shoal",
             codecs=["float32", PACKED],
@@ -395,13 +417,30 @@ class Device:
         )
         await stream.send(pb.FromDevice(check_in=check_in))
 
+    def _name(self) -> str:
+        """What it is called now."""
+        return self.device_id if self._pseudonyms is None else self._pseudonyms.name(self._host.clock.wall_s())
+
+    def _name_of(self, stream: Stream, otherwise: str) -> str:
+        """What it is called on a stream, where it has said so."""
+        return self._called[1] if self._called is not None and self._called[0] is stream else otherwise
+
+    async def _until_renamed(self, pseudonyms: Pseudonyms) -> None:
+        """Returns when it is called otherwise."""
+        clock = self._host.clock
+        await clock.sleep_until(clock.now_s() + pseudonyms.left_s(clock.wall_s()))
+
+    def _come_anew(self) -> None:
+        """On a new stream, a little later: the old one knows it by another name."""
+        self._away_s = float(self._rng.uniform(0.0, RENAMED_S))
+
     async def _drop_work(self) -> None:
         """Stops what is under way; the server needs it no more."""
         work, self._work = self._work, None
         await self._stop(work)
         if work is not None and work.is_kept:
             await self._try_to_write(
-                "what it had in hand is not forgotten", lambda: self._host.file.drop_work(*self._name)
+                "what it had in hand is not forgotten", lambda: self._host.file.drop_work(*self._entry)
             )
 
     async def _put_aside(self) -> None:
@@ -447,6 +486,7 @@ class Device:
         self._say("reported")
 
     async def _report(self, work: _Work, stream: Stream) -> None:
+        self._called = (stream, work.name)  # by its token, whatever it is called by now
         await stream.send(pb.FromDevice(report=work.report))
         if self._is_leaving:
             await stream.send(pb.FromDevice(ping=pb.Ping()))
@@ -549,7 +589,7 @@ class Device:
                 self._examples(),
                 self._host.state(work.run, self.device_id, prepared.manifest),
                 seed=work.assigned.configuration.seed,
-                member=self.device_id,
+                member=work.name,
                 noise_seed=self._host.random(NOISE_SEED_BYTES),
                 should_stop=lambda: work.stopped,
                 is_interrupted=lambda: self._is_leaving,
@@ -638,7 +678,7 @@ class Device:
             return  # nothing was sent that could be counted
         self._work = None
         state, file, wall_s = work.update.device_state, self._host.file, self._host.clock.wall_s()
-        counted = partial(file.counted, *self._name, run=work.run, state=state, wall_s=wall_s)
+        counted = partial(file.counted, *self._entry, run=work.run, state=state, wall_s=wall_s)
         # Without its state the device is not what the server takes it for; the rest can be done without.
         while not await self._try_to_write("what a counted update leaves is not kept", counted) and state:
             self._say("disk full")
@@ -655,13 +695,13 @@ class Device:
         expires_s = work.assigned.expires_s
         work.is_kept = await self._try_to_write(
             "what it has in hand will not outlive this process",
-            lambda: self._host.file.keep_work(*self._name, content, expires_s=expires_s),
+            lambda: self._host.file.keep_work(*self._entry, content, expires_s=expires_s),
         )
 
     def _read_work(self) -> _Work | None:
         """What was in hand when the process before ended."""
         file = self._host.file
-        content = file.work(*self._name, wall_s=self._host.clock.wall_s()) if file.is_durable else None
+        content = file.work(*self._entry, wall_s=self._host.clock.wall_s()) if file.is_durable else None
         if content is None:
             return None
         try:
@@ -696,7 +736,7 @@ class Device:
     def _to_rest_s(self) -> float:
         if not self._rest_s:
             return 0.0
-        last_s = self._host.file.contributed_s(*self._name)
+        last_s = self._host.file.contributed_s(*self._entry)
         return 0.0 if last_s is None else last_s + self._rest_s - self._host.clock.wall_s()
 
     async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
@@ -740,7 +780,7 @@ class Device:
 
 def _content(work: _Work) -> Tensors:
     """Work in hand as one set of tensors."""
-    content = {"assigned": _as_array(work.assigned.SerializeToString())}
+    content = {"assigned": _as_array(work.assigned.SerializeToString()), "name": _as_array(work.name.encode())}
     if work.paused is not None:
         content["blocks"] = np.array(work.paused.blocks)
         content |= {f"carry {name}": value for name, value in work.paused.carry.items()}
@@ -761,7 +801,7 @@ def _of_content(content: Tensors) -> _Work:
         return {name.removeprefix(kind): value for name, value in content.items() if name.startswith(kind)}
 
     assigned = pb.Assigned.FromString(content["assigned"].tobytes())
-    work = _Work(assigned, assigned.run, is_kept=True)
+    work = _Work(assigned, assigned.run, content["name"].tobytes().decode(), is_kept=True)
     if "blocks" in content:
         work.paused = Paused(int(content["blocks"]), named("carry "))
     if "report" in content:

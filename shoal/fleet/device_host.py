@@ -24,7 +24,7 @@ from shoal.fleet import kept_model
 from shoal.fleet.device_file import MOST_STATE_BYTES, DeviceFile
 from shoal.fleet.example_ledger import ExampleLedger
 from shoal.fleet.floor import Floor
-from shoal.fleet.link import Link, longest_s, steady
+from shoal.fleet.link import Link, longest_s
 from shoal.fleet.spent import SpentUpdates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.check import check_plan, readable
@@ -291,7 +291,7 @@ class DeviceHost:
             )  # fmt: skip
             before = len(data)
             try:
-                async for piece in steady(link.pull(request)):
+                async for piece in link.pull(request):
                     total, size = piece.total, piece.unpacked or len(piece.data)
                     if self.clock.now_s() > latest_s:
                         raise ProtocolError(

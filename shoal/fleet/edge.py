@@ -22,6 +22,7 @@ from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
 from shoal.fleet.check_in import check_device_id, needs
 from shoal.fleet.configuration import Configuration
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.offer import Offer
 from shoal.fleet.pace import Pace
@@ -83,7 +84,9 @@ class Edge:
         clock: Clock,
         limits: Limits | None = None,
         population: str = "default",
+        entrance: Entrance | None = None,
     ) -> None:
+        self._entrance = entrance or Entrance()
         self._plan, self._manifest, self._run, self._population = plan, plan.manifest, run, population
         self._blobs, self._clock = blobs, clock
         self._coordinator: Coordinator | None = None
@@ -94,7 +97,9 @@ class Edge:
         )  # fmt: skip
         self._seen = self._updates.sums.analytics
         self._sessions: dict[str, Session] = {}
-        self._streams = Streams(lambda kind: self._seen.error(kind, clock.now_s()))
+        self._streams = Streams(
+            clock, lambda kind: self._seen.error(kind, clock.now_s()), per_address=self._entrance.per_address
+        )
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
         policy = self._manifest.server.rounds
         self._pace = Pace(devices_a_round=policy.most_at_once, resting=policy.most_resting, now_s=clock.now_s())
@@ -273,7 +278,7 @@ class Edge:
     async def _handle(self, session: Session, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
             case "check_in":
-                self._check_in(session, message.check_in)
+                await self._check_in(session, message.check_in)
             case "report":
                 await self._updates.report(session, message.report)
             case "group":
@@ -285,11 +290,14 @@ class Edge:
             case _:
                 raise ProtocolError("Expected check_in, report, group, gave_up or ping.")
 
-    def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
+    async def _check_in(self, session: Session, check_in: pb.CheckIn) -> None:
         self._check_ins += 1
         device = check_in.device_id
         check_device_id(device)
-        if why := needs(check_in, self._manifest, population=self._population):
+        why = needs(check_in, self._manifest, population=self._population)
+        if not why and self._entrance.admit is not None:
+            why = await self._entrance.admit(check_in)
+        if why:
             self._seen.error("incompatible", self._clock.now_s())
             return session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
         if self._finished:

@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
+from dataclasses import replace
 from itertools import count
 from typing import Any, Final, cast
 
@@ -22,9 +23,12 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.batches import Batches
+from shoal.fleet.check_in import shown
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.edge import Edge
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.group_sums import GroupResult
+from shoal.fleet.proxy import proxy_options
 from shoal.fleet.remote_edge import EDGE_OPTIONS, SLICE_BYTES, VERSION, views
 from shoal.fleet.session import Stream, piped
 from shoal.fleet.staging import Limits
@@ -62,6 +66,7 @@ class EdgeNode:
         ca: bytes | None = None,
         server_name: str | None = None,
         limits: Limits | None = None,
+        entrance: Entrance | None = None,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -75,10 +80,12 @@ class EdgeNode:
             ca: PEM of the authority that signed the Coordinator's certificate; None: no TLS.
             server_name: the name in the certificate, where it is not the host's.
             limits: of staged updates.
+            entrance: who may come in, as far as the Coordinator does not say; None: whoever comes, with the default bounds.
             on_lost: called whenever the Coordinator does not answer.
         """
         self._coordinator, self._credential, self._name, self.address = coordinator, credential, name, address
         self._blobs, self._clock, self._limits, self._on_lost = blobs, clock, limits, on_lost
+        self._entrance = entrance or Entrance()
         self._ca, self._server_name = ca, server_name
         self._models: list[frozenset[str]] = []
         """Hashes of the tensors that are here, by version."""
@@ -112,7 +119,7 @@ class EdgeNode:
 
     def _channel(self) -> Any:
         name = [("grpc.ssl_target_name_override", self._server_name)] if self._server_name else []
-        options = [*EDGE_OPTIONS, *name, ("grpc.use_local_subchannel_pool", 1)]
+        options = [*EDGE_OPTIONS, *name, *proxy_options(self._coordinator), ("grpc.use_local_subchannel_pool", 1)]
         if self._ca is None:
             return grpc.aio.insecure_channel(self._coordinator, options=options)
         credentials = grpc.ssl_channel_credentials(self._ca)
@@ -161,6 +168,7 @@ class EdgeNode:
             clock=self._clock,
             limits=self._limits,
             population=welcome.population,
+            entrance=replace(self._entrance, admit=far.admit) if welcome.asks else self._entrance,
         )
         edge.connect(far)
         self.door.edge = edge
@@ -198,6 +206,8 @@ class EdgeNode:
                 edge.finish(command.finish)
             case "answer":
                 far.answer(command.answer)
+            case "admitted":
+                far.admitted(command.admitted)
             case "withdraw":
                 nonce = command.withdraw
                 far.forget(nonce)
@@ -283,6 +293,7 @@ class _Far:
     def __init__(self) -> None:
         self.outgoing: Batches[pb.Event] = Batches()
         self._asked: dict[int, tuple[bytes, asyncio.Future[TokenRow | None]]] = {}
+        self._admits: dict[int, asyncio.Future[str]] = {}
         self._numbers = count(1)
         self._is_ended = False
         self.num_heard = 0
@@ -324,6 +335,29 @@ class _Far:
             raise NetworkError("The update is at another Edge; ask again.")
         return row
 
+    async def admit(self, check_in: fleet.CheckIn) -> str:
+        """As `Entrance.admit`: what the Coordinator says. Raises NetworkError where it is away, or does not know now."""
+        if self._is_ended:
+            raise NetworkError("The Coordinator is away; try again.")
+        number = next(self._numbers)
+        answered: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._admits[number] = answered
+        self.say(admit=pb.Admit(number=number, check_in=shown(check_in)))
+        try:
+            return await answered
+        finally:
+            del self._admits[number]
+
+    def admitted(self, answer: pb.Admitted) -> None:
+        """The answer to it."""
+        asked = self._admits.get(answer.number)
+        if asked is None or asked.done():
+            return
+        if answer.later:
+            asked.set_exception(NetworkError(answer.later))
+        else:
+            asked.set_result(answer.needs)
+
     def forget(self, nonce: bytes) -> None:
         """An update is let go of: what was asked of it before says nothing any more, also if the answer is here."""
         for number in [number for number, (of, _) in self._asked.items() if of == nonce]:
@@ -353,7 +387,8 @@ class _Far:
         """The stream is broken: whoever waits for an answer is told."""
         self._is_ended = True
         self.outgoing.end()
-        for _, asked in self._asked.values():
+        waiting: list[asyncio.Future[Any]] = [*(asked for _, asked in self._asked.values()), *self._admits.values()]
+        for asked in waiting:
             if not asked.done():
                 asked.set_exception(NetworkError("The Coordinator is away; try again."))
 

@@ -30,6 +30,8 @@ class Floor:
 
     examples: ExampleBudget | None = None
     """Only tasks with noise on examples, none of which is to spend more than that. None: also others."""
+    pseudonymous: bool = False
+    """The device checks in under names that change: no tasks whose noise is for a device that is known by one."""
 
     def __post_init__(self) -> None:
         validate.positive(minimum_group=self.minimum_group)
@@ -42,7 +44,20 @@ class Floor:
 
     def _too_little(self, manifest: Manifest) -> str:
         """What is wrong with it; empty: nothing."""
-        return self._of_examples(manifest) or self._of_groups(manifest) or self._of_noise(manifest)
+        return (
+            self._of_names(manifest)
+            or self._of_examples(manifest)
+            or self._of_groups(manifest)
+            or self._of_noise(manifest)
+        )
+
+    def _of_names(self, manifest: Manifest) -> str:
+        if not self.pseudonymous or not manifest.promises.privacy.noise_multiplier:
+            return ""
+        return (
+            "has noise that hides a device which is in a version once at most, and this device comes under pseudonyms, of which two may be in "
+            "one version: start it without --pseudonyms for this task"
+        )
 
     def _of_noise(self, manifest: Manifest) -> str:
         privacy = manifest.promises.privacy

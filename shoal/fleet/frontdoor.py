@@ -26,6 +26,7 @@ from shoal.fleet import turns as t
 from shoal.fleet.check_in import check_device_id, essence, needs
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.edge import Edge
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.pace import Pace
 from shoal.fleet.session import Session, Stream, piped
 from shoal.fleet.streams import Streams
@@ -90,20 +91,23 @@ class _Visit:
 class Frontdoor:
     """See the module's text. All methods belong to one event loop."""
 
-    def __init__(self, *, clock: Clock, rng: np.random.Generator, by_order: bool = False) -> None:
+    def __init__(
+        self, *, clock: Clock, rng: np.random.Generator, by_order: bool = False, entrance: Entrance | None = None
+    ) -> None:
         """
         Args:
             clock: time.
             rng: draws the devices that a run gets of those that wait.
             by_order: devices go to the first run that wants some; else by weight.
+            entrance: who may come in; None: whoever comes, with the default bounds.
         """
-        self._clock = clock
+        self._clock, self._entrance = clock, entrance or Entrance()
         self._machine = t.Turns(may_take=self._may_take, rng=rng, by_order=by_order)
         self._runs: dict[str, Served] = {}
         self._resting: set[str] = set()
         self._over: dict[str, str] = {}
         self._visits: dict[str, _Visit] = {}
-        self._streams = Streams()
+        self._streams = Streams(clock, per_address=self._entrance.per_address)
         self._events: list[t.Event] = []
         self._pending: asyncio.TimerHandle | asyncio.Handle | None = None
         self._waking: asyncio.TimerHandle | None = None
@@ -201,7 +205,7 @@ class Frontdoor:
     async def _handle(self, visit: _Visit, message: pb.FromDevice) -> None:
         match message.WhichOneof("kind"):
             case "check_in":
-                self._check_in(visit, message.check_in)
+                await self._check_in(visit, message.check_in)
             case "report":
                 await self._to_run(visit, message.report.token, message)
             case "group":
@@ -213,7 +217,7 @@ class Frontdoor:
             case _:
                 raise ProtocolError("Expected check_in, report, group, gave_up or ping.")
 
-    def _check_in(self, visit: _Visit, check_in: pb.CheckIn) -> None:
+    async def _check_in(self, visit: _Visit, check_in: pb.CheckIn) -> None:
         device = check_in.device_id
         check_device_id(device)
         if visit.device and visit.device != device:
@@ -223,6 +227,8 @@ class Frontdoor:
         if not fitting:
             told = "; or ".join(dict.fromkeys(reasons.values()))[:2000]
             return visit.told.send(pb.FromEdge(incompatible=pb.Incompatible(needs=told)))
+        if self._entrance.admit is not None and (why := await self._entrance.admit(check_in)):
+            return visit.told.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
         if all(run in self._over for run in fitting):
             return visit.told.send(pb.FromEdge(finished=pb.Finished(why=self._over[fitting[-1]])))
         self._replace(device, visit)

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.door import Door
+from shoal.fleet.entrance import neighbourhood
 from shoal.fleet.process import allowed_files
 from shoal.fleet.streams import MAX_SESSIONS
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -25,6 +26,9 @@ OPTIONS: Final = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 50_000),  # below the minute after which middle boxes forget a connection
     ("grpc.keepalive_timeout_ms", 20_000),
+    # What ends a half-open connection, 90 s after its last word: the timeout above does not (grpcio 1.85). A slow line has to bring the answer
+    # to a ping in that time, behind all that is on its way.
+    ("grpc.http2.ping_timeout_ms", 40_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
     ("grpc.http2.max_pings_without_data", 0),
@@ -56,10 +60,16 @@ SERVER_OPTIONS: Final = [
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files of a server: its key and its certificate chain."""
+    """PEM files of a server: its key, its certificate chain, and what devices' certificates are to be signed by."""
 
     key: bytes
     chain: bytes
+    client_ca: bytes | None = None
+    """None: devices show no certificate."""
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """As gRPC takes them."""
+        return grpc.ssl_server_credentials([(self.key, self.chain)], self.client_ca, self.client_ca is not None)
 
 
 class GrpcServer:
@@ -114,7 +124,7 @@ def listen(server: Any, address: str, tls: Tls | None) -> int:
         if tls is None:
             port: int = server.add_insecure_port(address)
         else:
-            port = server.add_secure_port(address, grpc.ssl_server_credentials([(tls.key, tls.chain)]))
+            port = server.add_secure_port(address, tls.credentials())
     except RuntimeError as error:
         raise NetworkError(
             f"Cannot listen on {address}: the port is in use or not allowed. "
@@ -245,9 +255,8 @@ async def _steady(slices: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def address_of(context: Any) -> str:
-    """The peer's, without its port."""
-    peer: str = context.peer()  # ipv4:1.2.3.4:5678
-    return peer.rpartition(":")[0]
+    """The peer's, as far as it says who it is."""
+    return neighbourhood(context.peer())
 
 
 async def _abort(context: Any, error: Exception) -> None:

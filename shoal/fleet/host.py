@@ -21,6 +21,7 @@ from shoal.fleet.coordinator import EVENTS_KEPT, Commit, Coordinator
 from shoal.fleet.durable import durably
 from shoal.fleet.edge import Edge
 from shoal.fleet.edges import Edges
+from shoal.fleet.entrance import Entrance, admit_all
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.lease import LIFE_S
@@ -115,6 +116,7 @@ class Host:
         several_edges: bool = False,
         alone: bool = False,
         lease_s: float = LIFE_S,
+        entrance: Entrance | None = None,
         on_commit: Callable[[Commit], None] = lambda commit: None,
     ) -> None:
         """
@@ -131,6 +133,7 @@ class Host:
                 run's lease is dead, and is followed at once.
             lease_s: so long after this host's death hosts elsewhere may take the run up.
             several_edges: whether Edges of other processes may attach, see `edges_server`.
+            entrance: who may come in; None: whoever comes, with the default bounds.
             on_commit: told of each version once it is durable.
         """
         found = load_plan(store, run_id)
@@ -151,6 +154,7 @@ class Host:
             clock=clock,
             limits=limits,
             population=found.row.population,
+            entrance=entrance,
         )
         self.edges = Edges(grouping(found.plan.manifest)) if several_edges else None
         self.coordinator = Coordinator(
@@ -178,6 +182,7 @@ class Host:
             on_commit=self._committed,
         )
         self._clock, self._keys = clock, keys
+        self._admit = entrance.admit if entrance is not None else None
         self.lease = LeaseKeeper(store, run_id, clock=clock, life_s=lease_s, alone=alone)
         if self.edges is not None:
             self.edges.join(HERE, self.edge)
@@ -199,6 +204,7 @@ class Host:
             plan=self.store.run(self.run_id).config["plan_blob"],
             token_key=self._keys.signing.public_key().public_bytes_raw(),
             population=self.population,
+            asks=self._admit is not None,
         )
         return EdgesServer(
             self.edges,
@@ -209,6 +215,7 @@ class Host:
             address=address,
             clock=self._clock,
             tls=tls,
+            admit=self._admit or admit_all,
         )
 
     async def run(self) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Final, Protocol, TypeVar, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from shoal.errors import NetworkError
 from shoal.fleet.door import Door
@@ -36,30 +36,15 @@ class Link(Protocol):
         ...
 
 
-STALLED_S: Final = 60.0
-"""How long a call waits for the next piece."""
+STALLED_S: Final = 120.0
+"""How long a host may take for a slice; longer than hosts wait for devices, so that their word comes first."""
 SLOWEST_BYTES_PER_S: Final = 1024
 """A slower line is none."""
-
-T = TypeVar("T")
 
 
 def longest_s(size_bytes: int) -> float:
     """How long so much may take on the slowest line: who sends a byte a minute does not keep a device for ever."""
     return STALLED_S + size_bytes / SLOWEST_BYTES_PER_S
-
-
-async def steady(pieces: AsyncIterator[T]) -> AsyncIterator[T]:
-    """Raises NetworkError where the next piece does not come."""
-    while True:
-        try:
-            async with asyncio.timeout(STALLED_S):
-                piece = await anext(pieces, None)
-        except TimeoutError:
-            raise NetworkError(f"Nothing came for {STALLED_S:g} s.") from None
-        if piece is None:
-            return
-        yield piece
 
 
 class LocalLink:

@@ -23,6 +23,7 @@ from shoal.fleet.batches import Batches
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.costs import Costs
 from shoal.fleet.edges import EdgeLost, Edges, Grants
+from shoal.fleet.entrance import Admit, admit_all
 from shoal.fleet.forming import LONGEST_PHASE_S
 from shoal.fleet.group_sums import GroupResult
 from shoal.fleet.grpc_server import OPTIONS, Tls, listen
@@ -34,23 +35,26 @@ from shoal.tensors import PARSE_ERRORS, Index, parse_json
 
 log = logging.getLogger("shoal.coordinator")
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAX_MESSAGE_BYTES: Final = 8 << 20
 SLICE_BYTES: Final = 1 << 20
 ALIVE_S: Final = 5.0
-"""An Edge that does not answer for so long, twice, is lost."""
+"""After so long without a word either side asks whether the other is there."""
+ANSWER_S: Final = 15.0
+"""An answer takes no longer, behind sums that are on their way: else the Edge is lost."""
 SILENCE_S: Final = 60.0
 """An Edge that is asked for its sums and says nothing for so long hangs, whatever its link answers."""
 EDGE_OPTIONS: Final = [
     *(
         option
         for option in OPTIONS
-        if not option[0].startswith(("grpc.max_", "grpc.keepalive_time", "grpc.http2.min_"))
+        if not option[0].startswith(("grpc.max_", "grpc.keepalive_time", "grpc.http2.min_", "grpc.http2.ping_"))
     ),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", int(ALIVE_S * 1000)),
     ("grpc.keepalive_timeout_ms", int(ALIVE_S * 1000)),
+    ("grpc.http2.ping_timeout_ms", int(ANSWER_S * 1000)),
     ("grpc.http2.min_ping_interval_without_data_ms", 1000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1000),
 ]
@@ -60,8 +64,14 @@ EDGE_OPTIONS: Final = [
 class RemoteEdge:
     """One Edge in one of its lives, as a member of `Edges`."""
 
-    def __init__(self, name: str, manifest: Manifest) -> None:
-        self.name, self._manifest = name, manifest
+    def __init__(self, name: str, manifest: Manifest, admit: Admit = admit_all) -> None:
+        """
+        Args:
+            name: its own among the Edges.
+            manifest: of the plan.
+            admit: what it asks of devices that check in.
+        """
+        self.name, self._manifest, self._admit = name, manifest, admit
         self.outgoing: Batches[pb.Command] = Batches()
         self._told: e.Coordinator | None = None
         self._configuration: Configuration | None = None
@@ -183,6 +193,8 @@ class RemoteEdge:
                 told.away(event.away)
             case "ask":
                 self._spawn(self._answer(event.ask))
+            case "admit":
+                self._spawn(self._answer_admit(event.admit))
             case "withdrawn":
                 self._withdrawn(event.withdrawn.nonce, event.withdrawn.gone)
             case "closed":
@@ -205,6 +217,14 @@ class RemoteEdge:
                 answer.has_version, answer.version = row.version is not None, row.version or 0
         is_given = not answer.elsewhere and not answer.state
         self._say(ask.nonce if is_given else None, answer=answer)
+
+    async def _answer_admit(self, asked: pb.Admit) -> None:
+        answer = pb.Admitted(number=asked.number)
+        try:
+            answer.needs = await self._admit(asked.check_in)
+        except ShoalError as error:
+            answer.later = str(error)
+        self._say(admitted=answer)
 
     def _withdrawn(self, nonce: bytes, is_gone: bool) -> None:
         answers = self._asked.pop(nonce, [])  # it answers each that asks, in order
@@ -310,6 +330,7 @@ class EdgesServer:
         address: str,
         clock: Clock,
         tls: Tls | None = None,
+        admit: Admit = admit_all,
     ) -> None:
         """
         Args:
@@ -321,7 +342,9 @@ class EdgesServer:
             address: where to listen.
             clock: time.
             tls: key and certificate; None: in the clear.
+            admit: what Edges ask of devices that check in, where `welcome` says that they do.
         """
+        self._admit = admit
         self._edges, self._welcome, self._manifest, self._blobs = edges, welcome, manifest, blobs
         self._credential, self._address, self._tls, self._clock = credential, address, tls, clock
         self._server = grpc.aio.server(options=EDGE_OPTIONS)
@@ -363,7 +386,7 @@ class EdgesServer:
 
     async def _attach(self, requests: AsyncIterator[pb.Said], context: Any) -> AsyncIterator[pb.Told]:
         hello = await self._hello(requests, context)
-        edge = RemoteEdge(hello.name, self._manifest)
+        edge = RemoteEdge(hello.name, self._manifest, self._admit)
         welcome = pb.Welcome()
         welcome.CopyFrom(self._welcome)
         welcome.wall_s = self._clock.wall_s()

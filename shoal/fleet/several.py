@@ -12,6 +12,7 @@ import numpy as np
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import ShoalError
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.following import Following
 from shoal.fleet.frontdoor import Frontdoor, Served
 from shoal.fleet.grpc_server import GrpcServer, Tls
@@ -34,6 +35,7 @@ class SeveralHosts:
         by_order: bool = False,
         clock: Clock | None = None,
         rng: np.random.Generator | None = None,
+        entrance: Entrance | None = None,
     ) -> None:
         """
         Args:
@@ -43,6 +45,7 @@ class SeveralHosts:
             by_order: devices go to the first run that wants some; else by weight.
             clock: time.
             rng: draws devices; None: seeded by the system.
+            entrance: who may come in; None: whoever comes, with the default bounds.
 
         Raises:
             ValueError: two evaluations are of one task.
@@ -51,7 +54,7 @@ class SeveralHosts:
         refuse_evaluated_twice([each.host.plan.manifest for each in evaluations])
         self._weights = weights or {}
         self.frontdoor = Frontdoor(
-            clock=clock or SystemClock(), rng=rng or np.random.default_rng(), by_order=by_order
+            clock=clock or SystemClock(), rng=rng or np.random.default_rng(), by_order=by_order, entrance=entrance
         )  # fmt: skip
         for host in (*self.hosts, *(each.host for each in self.evaluations)):
             self._serve(host)

@@ -6,7 +6,9 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Final
 
+from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
+from shoal.fleet.entrance import MESSAGES_AT_ONCE, MESSAGES_PER_S, PER_ADDRESS, Allowance, Crowds
 from shoal.fleet.session import Session, Stream
 from shoal.fleet.strangers import Strangers
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -26,9 +28,17 @@ BUSY_DELAY_S: Final = (5.0, 15.0)
 class Streams:
     """See the module's text."""
 
-    def __init__(self, on_error: Callable[[str], None] = lambda kind: None) -> None:
-        """`on_error`: told what kind of error a stream has ended with."""
-        self._on_error = on_error
+    def __init__(
+        self, clock: Clock, on_error: Callable[[str], None] = lambda kind: None, *, per_address: int = PER_ADDRESS
+    ) -> None:
+        """
+        Args:
+            clock: time.
+            on_error: told what kind of error a stream has ended with.
+            per_address: see `Entrance`.
+        """
+        self._clock, self._on_error = clock, on_error
+        self._crowds = Crowds(per_address)
         self.num = 0
         """That are open."""
         self._strangers: Strangers[Session] = Strangers(MAX_STRANGERS)
@@ -45,16 +55,22 @@ class Streams:
         StoreError are answers to the device; whatever else it raises is our bug, and ends this stream alone.
         """
         self.num += 1
+        too_many = self._crowds.come(stream.address, self._clock.now_s())
+        words = Allowance(MESSAGES_AT_ONCE, MESSAGES_PER_S, now_s=self._clock.now_s())
         if (crowded_out := self._strangers.come(session, stream.address)) is not None:
             crowded_out.end()
         # One coroutine, not three in one another: ten thousand of them wait here.
         try:
             try:
                 if self.num > MAX_SESSIONS:
-                    self._send_away(session)
+                    self._send_away(session, "this server holds as many sessions as it may")
+                elif too_many:
+                    self._send_away(session, too_many)
                 async with asyncio.timeout(CHECK_IN_WAIT_S) as unknown:
                     while not session.is_ended and (message := await stream.read()) is not None:
                         _check_size(message)
+                        if wait_s := words.take(now_s := self._clock.now_s()):
+                            await self._clock.sleep_until(now_s + wait_s)
                         await handle(message)
                         if session.is_known and unknown.when() is not None:
                             unknown.reschedule(None)
@@ -69,10 +85,12 @@ class Streams:
         finally:
             self.num -= 1
             self._strangers.gone(session, stream.address)
+            self._crowds.gone(stream.address)
             session.drop()
 
-    def _send_away(self, session: Session) -> None:
-        later = busy("this server holds as many sessions as it may")
+    def _send_away(self, session: Session, why: str) -> None:
+        self._on_error("server busy")
+        later = busy(why)
         later.other_edge = next(self._neighbours, "")
         session.send(pb.FromEdge(later=later))
         session.is_ended = True

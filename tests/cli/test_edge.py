@@ -137,11 +137,15 @@ def test_a_killed_host_is_started_again_by_its_edges_and_a_killed_edge_by_the_ho
 @pytest.mark.integration
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    "secured", [("--tls", "--edge-address", "0.0.0.0"), ("--address", "0.0.0.0", "--insecure"), ("--tls-cert",)]
+    "secured",
+    [("--tls", "--edge-address", "0.0.0.0"), ("--address", "0.0.0.0", "--insecure"), ("--tls-cert",), ("--client-ca",)],
 )
 def test_edges_of_a_host_reach_it_however_it_is_secured(
     secured: tuple[str, ...], start: Start, place: Path, tmp_path: Path, run_folder: Path
 ) -> None:
+    if secured == ("--client-ca",):  # which Edges have no certificate of
+        (tmp_path / "ca.pem").write_bytes(make_tls(["example.org"])[2])
+        secured = ("--address", "0.0.0.0", "--client-ca", str(tmp_path / "ca.pem"))
     if secured == ("--tls-cert",):
         key, chain, _ = make_tls(["example.org"])
         (tmp_path / "key.pem").write_bytes(key)

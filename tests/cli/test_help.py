@@ -31,9 +31,9 @@ def examples(help_text: str) -> list[str]:
 
 def test_the_commands_of_the_design_are_there() -> None:
     assert {" ".join(path) for path in ALL} == {
-        "", "demo", "new", "check", "simulate", "host", "device", "edge", "privacy", "audit", "predict", "report", "replay", "doctor", "runs",
+        "", "demo", "new", "check", "simulate", "host", "device", "invite", "edge", "privacy", "audit", "predict", "report", "replay", "doctor", "runs",
         "runs list", "runs show", "runs plot", "runs compare", "runs explain",
-        "enrol", "enrol authority", "enrol device", "enrol certify",
+        "enrol", "enrol authority", "enrol device", "enrol certify", "enrol tls-authority", "enrol tls-server", "enrol tls-device",
         "embed", "embed inspect", "embed place", "embed replay", "embed tune",
     }  # fmt: skip
 

@@ -6,24 +6,30 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from shoal.clock import ManualClock, SystemClock
-from shoal.errors import ProtocolError
-from shoal.fleet import streams
+from shoal.errors import ProtocolError, StoreError
+from shoal.fleet import remote_edge, streams
 from shoal.fleet.edge_node import EdgeNode
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer
 from shoal.fleet.host import Host, begin_run
+from shoal.fleet.link import LocalLink
 from shoal.fleet.remote_edge import EdgesServer, RemoteEdge
 from shoal.fleet.wire import edges_pb2
+from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.policy import Late, Privacy, RoundPolicy, Secure
 from shoal.record.blobs import FolderBlobs
 from shoal.record.memory import MemoryStore
 from shoal.record.store import Store
 from tests.fleet import toy
+from tests.fleet.test_fleet import until
+from tests.fleet.test_grpc import DeafProxy
 
 SHAPES = {"params/w": (3,), "params/large": (5000,)}
 
@@ -55,9 +61,10 @@ class ManyEdges:
     server: EdgesServer
     folder: Path
 
-    async def node(self, name: str, *, credential: bytes = toy.KEYS.edge_credential) -> Node:
+    async def node(self, name: str, *, credential: bytes = toy.KEYS.edge_credential, port: int = 0) -> Node:
+        """`port`: of what stands before the host's; 0: nothing does."""
         edge = EdgeNode(
-            f"127.0.0.1:{self.server.port}",
+            f"127.0.0.1:{port or self.server.port}",
             credential=credential,
             name=name,
             blobs=FolderBlobs(self.folder / name),
@@ -71,14 +78,19 @@ class ManyEdges:
 
 @asynccontextmanager
 async def many_edges(
-    policy: RoundPolicy, folder: Path, *, rounds: int = 5, privacy: Privacy | None = None
+    policy: RoundPolicy,
+    folder: Path,
+    *,
+    rounds: int = 5,
+    privacy: Privacy | None = None,
+    entrance: Entrance | None = None,
 ) -> AsyncIterator[ManyEdges]:
     """A running host that serves no devices itself."""
     made = toy.plan(policy, SHAPES, privacy=privacy, max_weight=16 if privacy else 1 << 20)
     store = MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
     run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0)
-    host = Host(store, run_id, toy.KEYS, rng=np.random.default_rng(0), several_edges=True)
+    host = Host(store, run_id, toy.KEYS, rng=np.random.default_rng(0), several_edges=True, entrance=entrance)
     server = host.edges_server(address="127.0.0.1:0")
     await server.start()
     running = asyncio.create_task(host.run())
@@ -292,3 +304,76 @@ def test_an_edge_says_that_its_clock_is_wrong(tmp_path: Path, caplog: pytest.Log
     assert not caplog.text
     node._compare_clocks(1e9 - 3600)
     assert "3600 s ahead of the Coordinator's" in caplog.text and "expire too early" in caplog.text
+
+
+@toy.in_loop
+async def test_an_edge_behind_a_line_that_swallows_what_is_said_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {
+        "grpc.keepalive_time_ms": 500, "grpc.http2.ping_timeout_ms": 500, "grpc.http2.min_ping_interval_without_data_ms": 300,
+    }  # fmt: skip
+    for place in ("remote_edge", "edge_node"):
+        monkeypatch.setattr(f"shoal.fleet.{place}.EDGE_OPTIONS", [*{**dict(remote_edge.EDGE_OPTIONS), **quick}.items()])
+    async with many_edges(RoundPolicy(goal=2, minimum_group=2), tmp_path) as fleet:
+        edges, line = fleet.host.edges, DeafProxy(fleet.server.port)
+        assert edges is not None
+        async with line as port:
+            node = await fleet.node("far", port=port)
+            await until(lambda: "far" in edges.names)
+            line.hearing.clear()
+            await until(lambda: "far" not in edges.names)
+            await node.end()
+
+
+@toy.in_loop
+async def test_edges_ask_the_coordinator_who_may_come_in(tmp_path: Path) -> None:
+    answers: dict[str, Any] = {"stranger": "an invitation", "early": StoreError("the disk is full")}
+
+    async def admit(check_in: pb.CheckIn) -> str:
+        assert check_in.credential == b"shown" and check_in.population == "default"
+        answer = answers.get(check_in.device_id, "")
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    policy = RoundPolicy(goal=2, minimum_group=2, over_selection=1.0)
+    async with many_edges(policy, tmp_path, rounds=1, entrance=Entrance(admit=admit)) as fleet:
+        node = await fleet.node("far")
+        await until(lambda: node.edge.door.edge is not None)
+        link = GrpcLink(node.address)
+        heard = {}
+        for name in ("stranger", "early"):
+            async with toy.peer(link, name) as peer:
+                await peer.check_in(credential=b"shown", population="default")
+                heard[name] = await peer.hear()
+        assert heard["stranger"][0] == "incompatible" and heard["stranger"][1].needs == "an invitation"
+        assert heard["early"][0] == "later" and heard["early"][1].why == "the disk is full"
+        members = [toy.device(name, link) for name in ("a", "b")]
+        for member in members:
+            member._credential = b"shown"
+        await asyncio.gather(*(member.run() for member in members))
+        await link.close()
+        await node.end()
+
+
+@toy.in_loop
+async def test_who_waits_to_be_let_in_when_the_coordinator_goes_is_told_to_come_later(tmp_path: Path) -> None:
+    async def never(check_in: pb.CheckIn) -> str:
+        await asyncio.sleep(1000)
+        return ""
+
+    policy = RoundPolicy(goal=2, minimum_group=2)
+    async with many_edges(policy, tmp_path, entrance=Entrance(admit=never)) as fleet:
+        node = await fleet.node("far")
+        await until(lambda: node.edge.door.edge is not None)
+        edge = node.edge.door.edge
+        assert edge is not None
+        async with toy.peer(LocalLink(edge), "a") as peer:
+            await peer.check_in()
+            hearing = asyncio.create_task(peer.hear())
+            await until(lambda: edge.statistics().check_ins == 1)
+            await fleet.server.close(grace_s=0)
+            kind, message = await hearing
+        assert kind == "later" and "away" in message.why
+        await node.end()

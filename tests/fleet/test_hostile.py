@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.clock import SystemClock
 from shoal.errors import NetworkError, ProtocolError
-from shoal.fleet import grpc_server, streams
+from shoal.fleet import grpc_link, grpc_server, streams
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -376,3 +376,61 @@ async def test_bytes_that_are_no_message_are_a_protocol_error(method: str) -> No
                 await link._channel.stream_unary(SERVICE + method)(_all((b"\xff" * 40,)))
             else:
                 await link._channel.unary_unary(SERVICE + method)(b"\xff" * 40)
+
+
+@toy.in_loop
+async def test_a_host_of_another_version_is_said_to_be_one() -> None:
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with linked(port) as link:
+        with pytest.raises(ProtocolError, match=r"does not speak shoal\.fleet\.v1\.Fleet: it is of another version"):
+            async with toy.peer(link) as peer:
+                await peer.check_in()
+                await peer.hear()
+        device = toy.device("a", link)
+        running = asyncio.create_task(device.run())
+        await until(lambda: "another version" in device.progress.last_error)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    await server.stop(0)
+
+
+class StallingHost:
+    """Answers a pull with one slice, reads one of a push, and then does nothing."""
+
+    async def pull(self, request: bytes, context: Any) -> AsyncIterator[bytes]:
+        yield pb.Slice(data=b"x", total=9).SerializeToString()
+        await asyncio.sleep(1000)
+
+    async def push(self, requests: AsyncIterator[bytes], context: Any) -> bytes:
+        await anext(requests)
+        await asyncio.sleep(1000)
+        return b""
+
+
+@toy.in_loop
+async def test_a_host_that_stalls_does_not_keep_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_link, "STALLED_S", 0.3)
+    host, server = StallingHost(), grpc.aio.server()
+    methods = {
+        "Pull": grpc.unary_stream_rpc_method_handler(host.pull),
+        "Push": grpc.stream_unary_rpc_method_handler(host.push),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE.strip("/"), methods),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+
+    async def slices() -> AsyncIterator[pb.PushSlice]:
+        for _ in range(1_000):
+            yield pb.PushSlice(data=bytes(64 << 10))
+
+    async with linked(port) as link:
+        heard = []
+        with pytest.raises(NetworkError, match="stall"):
+            async for piece in link.pull(pb.PullRequest()):
+                heard.append(piece.data)
+        assert heard == [b"x"]
+        with pytest.raises(NetworkError, match="stall"):
+            await link.push(slices())
+    await server.stop(0)

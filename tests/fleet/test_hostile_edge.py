@@ -326,7 +326,7 @@ async def packed_bomb(request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
 
 
 @pytest.mark.usefixtures("_in_a_hurry")
-@pytest.mark.parametrize("slices", [endless, silent, drips, packed_bomb])
+@pytest.mark.parametrize("slices", [endless, drips, packed_bomb])
 @toy.in_loop
 async def test_no_transfer_takes_for_ever(monkeypatch: pytest.MonkeyPatch, slices: Any) -> None:
     monkeypatch.setattr(link_module, "SLOWEST_BYTES_PER_S", 100 << 20)

@@ -19,6 +19,7 @@ from shoal.errors import RoundError
 from shoal.fixed import STEPS, SumSpec
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.entrance import Entrance
 from shoal.fleet.host import Host, begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.link import Link, LocalLink, Stream
@@ -247,13 +248,14 @@ async def fleet(
     limits: Limits | None = None,
     events_kept: int = 100,
     config: Mapping[str, Any] | None = None,
+    entrance: Entrance | None = None,
 ) -> AsyncIterator[Fleet]:
     """A running host in this process; `tasks[0]` ends with its last version."""
     store = store or MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
     kept = {"events_kept": events_kept, **(config or {})}
     run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0, config=kept)
-    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0))
+    host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0), entrance=entrance)
     running = Fleet(store, host)
     running.tasks.append(asyncio.create_task(host.run()))
     try:

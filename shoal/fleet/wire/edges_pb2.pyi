@@ -24,7 +24,7 @@ class Said(_message.Message):
     def __init__(self, events: _Optional[_Iterable[_Union[Event, _Mapping]]] = ...) -> None: ...
 
 class Event(_message.Message):
-    __slots__ = ("hello", "arrived", "left", "joined", "counted", "released", "away", "ask", "closed", "sums", "withdrawn", "heard")
+    __slots__ = ("hello", "arrived", "left", "joined", "counted", "released", "away", "ask", "closed", "sums", "withdrawn", "admit", "heard")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     ARRIVED_FIELD_NUMBER: _ClassVar[int]
     LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class Event(_message.Message):
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     SUMS_FIELD_NUMBER: _ClassVar[int]
     WITHDRAWN_FIELD_NUMBER: _ClassVar[int]
+    ADMIT_FIELD_NUMBER: _ClassVar[int]
     HEARD_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     arrived: Arrived
@@ -48,8 +49,9 @@ class Event(_message.Message):
     closed: Closed
     sums: bytes
     withdrawn: Withdrawn
+    admit: Admit
     heard: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., arrived: _Optional[_Union[Arrived, _Mapping]] = ..., left: _Optional[str] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., released: _Optional[bytes] = ..., away: _Optional[bytes] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., sums: _Optional[bytes] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., heard: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., arrived: _Optional[_Union[Arrived, _Mapping]] = ..., left: _Optional[str] = ..., joined: _Optional[_Union[Joined, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., released: _Optional[bytes] = ..., away: _Optional[bytes] = ..., ask: _Optional[_Union[Ask, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., sums: _Optional[bytes] = ..., withdrawn: _Optional[_Union[Withdrawn, _Mapping]] = ..., admit: _Optional[_Union[Admit, _Mapping]] = ..., heard: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("credential", "name", "address", "version")
@@ -95,6 +97,14 @@ class Ask(_message.Message):
     nonce: bytes
     def __init__(self, number: _Optional[int] = ..., nonce: _Optional[bytes] = ...) -> None: ...
 
+class Admit(_message.Message):
+    __slots__ = ("number", "check_in")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    CHECK_IN_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    check_in: _fleet_pb2.CheckIn
+    def __init__(self, number: _Optional[int] = ..., check_in: _Optional[_Union[_fleet_pb2.CheckIn, _Mapping]] = ...) -> None: ...
+
 class Withdrawn(_message.Message):
     __slots__ = ("nonce", "gone")
     NONCE_FIELD_NUMBER: _ClassVar[int]
@@ -136,7 +146,7 @@ class Told(_message.Message):
     def __init__(self, commands: _Optional[_Iterable[_Union[Command, _Mapping]]] = ...) -> None: ...
 
 class Command(_message.Message):
-    __slots__ = ("welcome", "open", "assign", "close", "stored", "committed", "failed", "finish", "answer", "withdraw", "dissolve", "send_away", "neighbours")
+    __slots__ = ("welcome", "open", "assign", "close", "stored", "committed", "failed", "finish", "answer", "withdraw", "dissolve", "send_away", "neighbours", "admitted")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPEN_FIELD_NUMBER: _ClassVar[int]
     ASSIGN_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +160,7 @@ class Command(_message.Message):
     DISSOLVE_FIELD_NUMBER: _ClassVar[int]
     SEND_AWAY_FIELD_NUMBER: _ClassVar[int]
     NEIGHBOURS_FIELD_NUMBER: _ClassVar[int]
+    ADMITTED_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     open: Open
     assign: Assign
@@ -163,21 +174,24 @@ class Command(_message.Message):
     dissolve: str
     send_away: str
     neighbours: Neighbours
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., close: _Optional[bool] = ..., stored: _Optional[bool] = ..., committed: _Optional[int] = ..., failed: _Optional[str] = ..., finish: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., withdraw: _Optional[bytes] = ..., dissolve: _Optional[str] = ..., send_away: _Optional[str] = ..., neighbours: _Optional[_Union[Neighbours, _Mapping]] = ...) -> None: ...
+    admitted: Admitted
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., open: _Optional[_Union[Open, _Mapping]] = ..., assign: _Optional[_Union[Assign, _Mapping]] = ..., close: _Optional[bool] = ..., stored: _Optional[bool] = ..., committed: _Optional[int] = ..., failed: _Optional[str] = ..., finish: _Optional[str] = ..., answer: _Optional[_Union[Answer, _Mapping]] = ..., withdraw: _Optional[bytes] = ..., dissolve: _Optional[str] = ..., send_away: _Optional[str] = ..., neighbours: _Optional[_Union[Neighbours, _Mapping]] = ..., admitted: _Optional[_Union[Admitted, _Mapping]] = ...) -> None: ...
 
 class Welcome(_message.Message):
-    __slots__ = ("run", "plan", "token_key", "population", "wall_s")
+    __slots__ = ("run", "plan", "token_key", "population", "wall_s", "asks")
     RUN_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     TOKEN_KEY_FIELD_NUMBER: _ClassVar[int]
     POPULATION_FIELD_NUMBER: _ClassVar[int]
     WALL_S_FIELD_NUMBER: _ClassVar[int]
+    ASKS_FIELD_NUMBER: _ClassVar[int]
     run: str
     plan: str
     token_key: bytes
     population: str
     wall_s: float
-    def __init__(self, run: _Optional[str] = ..., plan: _Optional[str] = ..., token_key: _Optional[bytes] = ..., population: _Optional[str] = ..., wall_s: _Optional[float] = ...) -> None: ...
+    asks: bool
+    def __init__(self, run: _Optional[str] = ..., plan: _Optional[str] = ..., token_key: _Optional[bytes] = ..., population: _Optional[str] = ..., wall_s: _Optional[float] = ..., asks: _Optional[bool] = ...) -> None: ...
 
 class Open(_message.Message):
     __slots__ = ("round", "base_version", "seed", "max_members", "reporting_window_s", "model", "taken")
@@ -218,6 +232,16 @@ class Assign(_message.Message):
     device: str
     token: _fleet_pb2.Token
     def __init__(self, device: _Optional[str] = ..., token: _Optional[_Union[_fleet_pb2.Token, _Mapping]] = ...) -> None: ...
+
+class Admitted(_message.Message):
+    __slots__ = ("number", "needs", "later")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    NEEDS_FIELD_NUMBER: _ClassVar[int]
+    LATER_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    needs: str
+    later: str
+    def __init__(self, number: _Optional[int] = ..., needs: _Optional[str] = ..., later: _Optional[str] = ...) -> None: ...
 
 class Answer(_message.Message):
     __slots__ = ("number", "elsewhere", "state", "version", "has_version", "reason", "expires_s")

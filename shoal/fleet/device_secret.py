@@ -1,0 +1,79 @@
+"""What a device alone knows: 32 bytes, of which its member's secret and its pseudonyms are made.
+
+They are in its file (`device_file.py`); without a folder they are made anew each time.
+"""
+
+import hashlib
+import hmac
+import os
+from dataclasses import dataclass, field
+from math import floor
+from typing import Final, Self
+
+from shoal import validate
+from shoal.fleet.device_file import DeviceFile
+
+FACT: Final = "secret"
+"""Its name in the device's file."""
+_BYTES: Final = 32
+_NAME_DIGITS: Final = 32
+SHORTEST_WINDOW_S: Final = 60.0
+
+
+@dataclass(frozen=True)
+class DeviceSecret:
+    """See the module's text. Its repr shows nothing."""
+
+    data: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, file: DeviceFile) -> Self:
+        """The one that a device's file holds; made there the first time. Raises StoreError where it cannot be kept."""
+        data = file.fact(FACT)
+        if data is None:
+            data = os.urandom(_BYTES)
+            file.keep_fact(FACT, data)
+        return cls(data)
+
+    def of_member(self, population: str, device: str) -> bytes:
+        """What a host that serves members only knows a device by, 32 bytes: another one for each population and device."""
+        return _mac(self.data, b"member", population, device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pseudonyms:
+    """Names of a device that nobody else can tell to be one device's: another in each window of time.
+
+    Windows of different devices begin at different times, so that they do not all come anew at once.
+
+    Guarantees:
+        * Without the secret, names of two windows are as good as independent random ones.
+    """
+
+    secret: DeviceSecret
+    population: str
+    device: str
+    """Its own name for itself, which nobody else is told."""
+    window_s: float
+
+    def __post_init__(self) -> None:
+        validate.between(SHORTEST_WINDOW_S, float("inf"), window_s=self.window_s)
+
+    def name(self, wall_s: float) -> str:
+        """At a time, in seconds since the epoch."""
+        number = floor(self._windows(wall_s))
+        return _mac(self.secret.data, b"pseudonym", self.population, self.device, str(number)).hex()[:_NAME_DIGITS]
+
+    def left_s(self, wall_s: float) -> float:
+        """How long the name of that time is good, in seconds; above 0."""
+        windows = self._windows(wall_s)
+        return (floor(windows) + 1 - windows) * self.window_s
+
+    def _windows(self, wall_s: float) -> float:
+        shift = int.from_bytes(_mac(self.secret.data, b"window", self.population, self.device)[:6], "big") / 2**48
+        return wall_s / self.window_s + shift
+
+
+def _mac(secret: bytes, what: bytes, *words: str) -> bytes:
+    said = b"".join(len(word.encode()).to_bytes(4, "big") + word.encode() for word in words)
+    return hmac.new(secret, b"shoal " + what + b" v1\0" + said, hashlib.sha256).digest()
