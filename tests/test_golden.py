@@ -26,6 +26,7 @@ from shoal.fleet.host import run_seed
 from shoal.fleet.token import TokenKey
 from shoal.fleet.wire import edges_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.fleet.wire import telemetry_pb2
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
 from shoal.plan.train import member_randomness
@@ -184,6 +185,10 @@ def test_wire() -> None:
 
 def test_the_wire_between_coordinator_and_edges_is_held() -> None:
     hold("edges_descriptor.bin", edges_pb2.DESCRIPTOR.serialized_pb)
+
+
+def test_the_wire_of_telemetry_is_held() -> None:
+    hold("telemetry_descriptor.bin", telemetry_pb2.DESCRIPTOR.serialized_pb)
 
 
 def test_record_schema() -> None:
