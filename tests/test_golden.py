@@ -24,9 +24,8 @@ from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
 from shoal.fleet.host import run_seed
 from shoal.fleet.token import TokenKey
-from shoal.fleet.wire import edges_pb2
+from shoal.fleet.wire import edges_pb2, telemetry_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.fleet.wire import telemetry_pb2
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
 from shoal.plan.train import member_randomness

@@ -19,6 +19,7 @@ EPILOG = options.examples(
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --telemetry HELPERS_KEY",
 )
 
 
@@ -92,6 +93,15 @@ def device(
     certificate: Annotated[
         str, typer.Option("--certificate", help="Of that key, as `shoal enrol certify` printed it.")
     ] = "",
+    telemetry: Annotated[
+        str,
+        typer.Option(
+            "--telemetry",
+            metavar="KEY",
+            help="Tell once a day what happened, as counts that only sums are seen of; KEY is the helper's (docs/telemetry.md).",
+            show_default="nothing is told",
+        ),
+    ] = "",
     memory: Annotated[str, typer.Option("--memory", help="Most memory that a plan may take.")] = "8GiB",
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to compute with.", show_default="one for each core")
@@ -137,6 +147,11 @@ def device(
         screen.say(
             "without --state this device forgets, when it ends, what it has revealed; updates may then be offered twice"
         )
+    if telemetry and state is None:
+        raise ValueError(
+            "Expected --state FOLDER with --telemetry: a device that forgets what it told of tells of a day twice."
+        )
+    helper = _helper(telemetry)
     enrolled = _enrolled(member, certificate, population, key=key)
 
     from shoal.cli import data_argument, device_process
@@ -155,6 +170,7 @@ def device(
         server=server, users=chosen, id=id, authority=authority, server_name=server_name or None, trusted_key=trusted,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         population=population, tasks=tuple(task or ()), identity=enrolled.identity if enrolled else None,
+        telemetry=helper,
         floor=Floor(
             secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget
         ),
@@ -191,6 +207,20 @@ def check_server(server: str, *, option: str) -> None:
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"Expected {option} HOST:PORT, got {server!r}.")
+
+
+def _helper(text: str) -> bytes | None:
+    from shoal.privacy.masks import are_keys
+
+    try:
+        made = bytes.fromhex(text)
+    except ValueError:
+        made = b"?"
+    if made and not are_keys(made):
+        raise ValueError(
+            f"Expected --telemetry KEY of 64 hexadecimal digits, as `shoal telemetry helper` prints it, got {text!r}."
+        )
+    return made or None
 
 
 def _key(text: str) -> bytes | None:

@@ -17,6 +17,7 @@ from shoal.cli import words
 from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.clock import SystemClock
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
@@ -25,12 +26,15 @@ from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
+from shoal.fleet.telemetry_device import KeptFile, TelemetryDevice
+from shoal.fleet.telemetry_wire import GrpcTelemetryLink
 from shoal.plan.child import ChildRunner, probe
 from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
 from shoal.privacy.identity import Identity
+from shoal.tensors import sha256
 
 log = logging.getLogger("shoal.device")
 
@@ -67,6 +71,8 @@ class Settings:
     """Those to serve; none: any."""
     floor: Floor = field(default_factory=Floor)
     """What a plan must promise at least."""
+    telemetry: bytes | None = None
+    """Key of the helper that telemetry is split for; None: none is sent."""
     identity: Identity | None = None
     """Of the one device that an authority knows."""
 
@@ -168,14 +174,23 @@ async def play(
     """Plays the users until the run is over; `watch` runs beside them. Returns the devices."""
     link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name)
     examples_of = _kept_if_small(population, settings.users)
+    told: dict[str, TelemetryDevice] = {}
+
+    def heard(device: Device) -> None:
+        on_progress(device)
+        if device.device_id in told:
+            told[device.device_id].heard(device.progress)
+
     devices = [
         Device(
             settings.device_id(user), partial(examples_of, user), link=link, host=host,
-            rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
+            rng=np.random.default_rng(), stays=not settings.visits, on_progress=heard,
             population=settings.population, tasks=settings.tasks,
         )
         for user in settings.users
     ]  # fmt: skip
+    told |= _telemetry(settings)
+    telling = [asyncio.create_task(told[device.device_id].run(device.progress)) for device in devices if told]
     watching = asyncio.create_task(watch(devices))
     playing = {asyncio.create_task(device.run()): device for device in devices}
     try:
@@ -189,11 +204,25 @@ async def play(
             host.close()  # ends a program that is running, so that its devices can end
         raise
     finally:
-        for task in (watching, *playing):
+        for task in (watching, *playing, *telling):
             task.cancel()
-        await asyncio.gather(watching, *playing, return_exceptions=True)
+        await asyncio.gather(watching, *playing, *telling, return_exceptions=True)
         await link.close()
     return devices
+
+
+def _telemetry(settings: Settings) -> dict[str, TelemetryDevice]:
+    """By name of the device; each has a secret and slots of its own."""
+    if settings.telemetry is None or settings.state is None:
+        return {}
+    link = GrpcTelemetryLink(settings.server, ca=settings.authority, server_name=settings.server_name)
+    return {
+        name: TelemetryDevice(
+            helper=settings.telemetry, kept=KeptFile(settings.state / f"{sha256(name.encode())[:32]}.telemetry"), link=link,
+            clock=SystemClock(),
+        )
+        for name in map(settings.device_id, settings.users)
+    }  # fmt: skip
 
 
 async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", status: "asyncio.Task[None]") -> None:

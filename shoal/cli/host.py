@@ -7,7 +7,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.host_asked import Asked, parse_each
-from shoal.cli.host_checks import check_port, check_tls, is_loopback
+from shoal.cli.host_checks import check_helper, check_port, check_tls, is_loopback
 from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 
@@ -20,6 +20,7 @@ EPILOG = options.examples(
     "shoal host task.py --rounds 20 --address 0.0.0.0 --port 8500 --tls",
     "shoal host digits.py words.py --rounds 20 --weight digits=3 --set words.goal=10",
     "shoal host task.py --rounds 20 --port 8500 --edges 4",
+    "shoal host task.py --rounds 1000 --port 8500 --telemetry helper.example.org:8600 --telemetry-ca helper.pem",
     "shoal host --resume --run runs/digits --port 8500",
 )
 
@@ -120,6 +121,18 @@ def host(
     edge_address: Annotated[
         str, typer.Option("--edge-address", help="Interface where Edges attach; 0.0.0.0 for other machines.")
     ] = "127.0.0.1",
+    telemetry: Annotated[
+        str,
+        typer.Option(
+            "--telemetry",
+            metavar="HOST:PORT",
+            help="Take devices' telemetry; the helper there opens its sums (docs/telemetry.md).",
+        ),
+    ] = "",
+    telemetry_ca: Annotated[
+        Path | None,
+        typer.Option("--telemetry-ca", help="PEM file of the authority that signed the helper's certificate."),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Serve tasks to a fleet of devices.
@@ -145,6 +158,8 @@ def host(
     asked.check(resume=resume)
     if len(asked.tasks) > 1 and (edges or edge_port is not None):
         raise ValueError("Expected one TASK with --edges or --edge-port: this version serves several with one Edge.")
+    if telemetry or telemetry_ca:
+        check_helper(telemetry, telemetry_ca, several_edges=bool(edges) or edge_port is not None)
     if edges and tls_cert is not None and not is_loopback(edge_address):
         raise ValueError(
             f"Expected --edge-address 127.0.0.1 with --edges and --tls-cert, got {edge_address}: the Edges cannot know what "
@@ -173,6 +188,6 @@ def host(
     settings: Settings = host_process.Settings(
         folder=folder, run_ids=run_ids, rounds=rounds if resume else None, address=address, port=port, held_out=held_out,
         ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, insecure=insecure,
-        edges=edges, edge_port=edge_port, edge_address=edge_address,
+        edges=edges, edge_port=edge_port, edge_address=edge_address, telemetry=telemetry, telemetry_ca=telemetry_ca,
     )  # fmt: skip
     host_process.run(settings, screen=screen, watch=watch, parent=parent)

@@ -24,6 +24,7 @@ from shoal.cli import (
     report,
     runs,
     simulate,
+    telemetry,
 )
 from shoal.cli.failures import ShoalGroup
 
@@ -76,6 +77,7 @@ for _name, _function, _epilog in (
 app.add_typer(embed.app, name="embed")
 app.add_typer(enrol.app, name="enrol")
 app.add_typer(runs.app, name="runs")
+app.add_typer(telemetry.app, name="telemetry")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 

@@ -85,6 +85,7 @@ __all__ = [
     "SqliteStore",
     "Store",
     "TakenUp",
+    "TelemetryRow",
     "TokenRow",
     "UsageRow",
     "abandon_open_rounds",

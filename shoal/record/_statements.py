@@ -40,7 +40,7 @@ ADD: Final = {
         TELEMETRY,
         LEASES,
         LEDGER,
-    )  # fmt: skip
+    )
 }
 FIND_RUN: Final = Prepared(select(RUNS.c.id).where(RUNS.c.id == _RUN))
 HELD_BY: Final = Prepared(select(LEASES.c.fence).where(LEASES.c.name == _RUN, LEASES.c.holder != ""))

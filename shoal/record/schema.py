@@ -227,7 +227,7 @@ TELEMETRY: Final = Table(
     Column("day", BigInteger, nullable=False),  # since 1970-01-01 UTC
     Column("schema", Text, nullable=False),
     Column("reports", BigInteger, nullable=False),
-    Column("noise", Double, nullable=False),  # standard deviation, in units of each entry's bound
+    Column("noise", Double, nullable=False),  # standard deviation, in units of each entry
     Column("sums", Text, nullable=False),
     Column("time_s", Double, nullable=False),
     Index("telemetry_by_run", "run_id", "day"),

@@ -232,7 +232,7 @@ class TelemetryRow:
     reports: int
     """How many devices."""
     noise: float
-    """Standard deviation of each entry's noise, in units of its bound."""
+    """Standard deviation of each entry's noise, in that entry's units."""
     sums: tuple[int, ...]
     """By entry."""
     time_s: float
