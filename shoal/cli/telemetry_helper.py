@@ -9,6 +9,7 @@ from typing import Final
 from shoal.cli.ending import run_until_told
 from shoal.cli.host_checks import joined
 from shoal.cli.screen import Screen
+from shoal.clock import SystemClock
 from shoal.fleet import tls as tls_files
 from shoal.fleet.enrolment import make_secret, read_secret
 from shoal.fleet.grpc_server import Tls
@@ -48,7 +49,7 @@ def run(settings: Settings, *, screen: Screen) -> None:
 
 async def _serve(settings: Settings, helper: Helper, public: bytes, screen: Screen) -> None:
     tls, ca = _tls(settings)
-    server = HelperServer(helper, address=joined(settings.address, settings.port), tls=tls)
+    server = HelperServer(helper, address=joined(settings.address, settings.port), clock=SystemClock(), tls=tls)
     await server.start()
     try:
         where = joined(settings.address, server.port)

@@ -2,11 +2,11 @@
 
 import asyncio
 import threading
-import time
 from typing import Any, Final, NoReturn
 
 import grpc
 
+from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet.grpc_server import SERVER_OPTIONS, Calls, Tls, address_of, listen
 from shoal.fleet.telemetry_helper import MOST_REPORTS, Helper
@@ -64,12 +64,12 @@ def serve_reports(server: Any, host: TelemetryHost) -> None:
 class HelperServer:
     """Serves a helper on one address."""
 
-    def __init__(self, helper: Helper, *, address: str, tls: Tls | None = None) -> None:
-        """As for `GrpcServer`."""
+    def __init__(self, helper: Helper, *, address: str, clock: Clock, tls: Tls | None = None) -> None:
+        """As for `GrpcServer`; `clock`: says which days are opened."""
         self._address, self._tls = address, tls
         options = [option for option in SERVER_OPTIONS if option[0] != "grpc.max_receive_message_length"]
         self._server = grpc.aio.server(options=[*options, ("grpc.max_receive_message_length", _BATCH_BYTES)])
-        rpc.add_HelperServicer_to_server(_Opens(helper), self._server)  # type: ignore[no-untyped-call]
+        rpc.add_HelperServicer_to_server(_Opens(helper, clock), self._server)  # type: ignore[no-untyped-call]
         self.port = 0
 
     async def start(self) -> None:
@@ -96,8 +96,8 @@ class _Reports:
 class _Opens:
     """One batch is opened at a time, beside the event loop; so many more wait."""
 
-    def __init__(self, helper: Helper) -> None:
-        self._helper, self._turn, self._calls = helper, threading.Lock(), Calls()
+    def __init__(self, helper: Helper, clock: Clock) -> None:
+        self._helper, self._clock, self._turn, self._calls = helper, clock, threading.Lock(), Calls()
 
     async def Open(self, batch: pb.Batch, context: Any) -> pb.Opened:
         address = address_of(context)
@@ -113,7 +113,7 @@ class _Opens:
 
     def _open(self, batch: pb.Batch) -> pb.Opened:
         with self._turn:
-            return self._helper.open(batch, wall_s=time.time())
+            return self._helper.open(batch, wall_s=self._clock.wall_s())
 
 
 def _channel(address: str, ca: bytes | None, server_name: str | None) -> Any:

@@ -12,6 +12,7 @@ import pytest
 
 from shoal.clock import SystemClock
 from shoal.errors import NetworkError, ProtocolError
+from shoal.fleet import telemetry_wire
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.telemetry_device import report_of
@@ -46,7 +47,9 @@ class Served:
 
 @asynccontextmanager
 async def served(*, tls: Tls | None = None, ca: bytes | None = None) -> AsyncIterator[Served]:
-    helper = HelperServer(Helper(PRIVATE, OpenedSeeds(None), terms=TERMS), address="127.0.0.1:0", tls=tls)
+    helper = HelperServer(
+        Helper(PRIVATE, OpenedSeeds(None), terms=TERMS), address="127.0.0.1:0", clock=SystemClock(), tls=tls
+    )
     await helper.start()
     async with toy.fleet(toy.plan(toy.exact("a")), rounds=1) as fleet:
         link = GrpcHelperLink(f"127.0.0.1:{helper.port}", ca=ca)
@@ -83,13 +86,9 @@ async def test_reports_reach_the_record_as_a_sum(with_tls: bool) -> None:
 @toy.in_loop
 async def test_no_two_reports_come_on_one_connection_nor_on_a_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
     peers: list[str] = []
-    heard = TelemetryHost.tell
 
     async with served() as here:
-        from shoal.fleet import telemetry_wire
-
         monkeypatch.setattr(telemetry_wire, "address_of", lambda context: peers.append(context.peer()) or "one")
-        monkeypatch.setattr(TelemetryHost, "tell", heard)
         other = GrpcLink(here.address)
         async with other.session() as stream:
             await stream.send(fleet_pb2.FromDevice(ping=fleet_pb2.Ping()))
