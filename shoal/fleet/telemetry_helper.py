@@ -34,7 +34,7 @@ from shoal.tensors import sha256
 log = logging.getLogger("shoal.helper")
 
 MOST_REPORTS: Final = 16_384
-MOST_A_DAY: Final = 1 << 20
+MOST_A_DAY: Final = 1 << 18
 """Reports of a day, in all batches."""
 ANSWERS: Final = 4
 """Last answers that are given again to who asks the same again: the first may have been lost on its way."""
@@ -86,6 +86,11 @@ class OpenedSeeds:
         except (OSError, ValueError) as error:
             raise StoreError(f"What this helper has opened cannot be read from {folder}: {error}") from error
 
+    @property
+    def newest(self) -> int:
+        """The last day of which any were opened; 0: none were."""
+        return max(self._of, default=0)
+
     def has(self, day: int, sealed: bytes) -> bool:
         return _name(sealed) in self._of.get(day, ())
 
@@ -131,8 +136,8 @@ class Helper:
         self._private, self._public = private, public_key(private)
         self._opened, self.terms, self._random = opened, terms or Terms(), random
         self._answers: OrderedDict[str, pb.Opened] = OrderedDict()
-        self._newest = 0
-        """Day of the newest request: a clock that is set back does not bring back what was forgotten."""
+        self._newest = opened.newest
+        """Day of the newest answer: a clock that is set back does not bring back what was forgotten."""
 
     def open(self, batch: pb.Batch, *, wall_s: float) -> pb.Opened:
         """The sum of the batch's masks, with noise; or which of its seeds are bad, and nothing is opened.
@@ -141,7 +146,7 @@ class Helper:
             ProtocolError: the batch breaks the terms.
             StoreError: what is opened cannot be written down.
         """
-        today = self._newest = max(self._newest, floor(wall_s / DAY_S))
+        today = max(self._newest, floor(wall_s / DAY_S))
         self._check(batch, today)
         asked = sha256(b"".join([batch.day.to_bytes(4, "little"), *batch.sealed]))
         if asked in self._answers:
@@ -151,6 +156,7 @@ class Helper:
             return pb.Opened(bad=bad)
         self._opened.forget(today - DAYS_BACK)
         self._opened.add(batch.day, batch.sealed)
+        self._newest = today
         noisy = mask_sum(seeds, UNITS.size) + self._noise()
         answer = self._answers[asked] = pb.Opened(masks=noisy.astype("<u4").tobytes(), noise=self.terms.noise)
         while len(self._answers) > ANSWERS:

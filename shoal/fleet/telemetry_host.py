@@ -6,7 +6,7 @@ the days that are open. What is written is a batch's sum with the helper's noise
 Invariants (tests cite them by number):
     (1) A report is in one batch, of its own day, whenever it came.
     (2) Nothing of a report is on a disk, and nothing of who sent it is kept but how many an address sent today.
-    (3) Held at once: `MOST_REPORTS` a day, of `DAYS_BACK` days and today's; addresses: `MOST_ADDRESSES`.
+    (3) Held at once: `MOST_HELD` a day, of `DAYS_BACK` days and today's; addresses: `MOST_ADDRESSES`.
     (4) A sum that cannot be one of honest reports is dropped whole.
 """
 
@@ -16,7 +16,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from math import floor
+from itertools import pairwise
+from math import ceil, floor
 from typing import Final, Protocol, runtime_checkable
 
 import numpy as np
@@ -37,6 +38,8 @@ DAYS_BACK: Final = 2
 CLOSES_S: Final = 2.0 * 3600.0
 """After the end of the day in which a day is told of: its batch is opened then."""
 LOOK_S: Final = 60.0
+MOST_HELD: Final = 2 * MOST_REPORTS
+"""Reports of a day: while as many as a batch may have are opened, others come."""
 OF_ONE_ADDRESS: Final = 1_024
 """Reports that one address may send in a day: as many devices may stand behind it."""
 MOST_ADDRESSES: Final = 100_000
@@ -125,7 +128,7 @@ class Collector:
         if (
             self._of[address] >= OF_ONE_ADDRESS
             or (is_new and len(self._of) >= MOST_ADDRESSES)
-            or len(held.sealed) >= MOST_REPORTS
+            or len(held.sealed) >= MOST_HELD
         ):
             raise NetworkError("This server has as many reports as it takes of an address, or of a day; leave it out.")
         self._of[address] += 1
@@ -142,13 +145,13 @@ class Collector:
             for day, held in self._days.items()
             if all or len(held.sealed) >= MOST_REPORTS or wall_s >= (day + 2) * DAY_S + CLOSES_S
         ]
-        return [Closed(day, held.shares, held.sealed) for day in due if (held := self._days.pop(day)).sealed]
+        return [batch for day in due for batch in _batches(day, self._days.pop(day))]
 
     def put_back(self, batch: Closed) -> None:
         """It could not be opened yet. Where its day has filled up meanwhile, those that came last go."""
         held = self._days.setdefault(batch.day, _Held())
-        held.shares = [*batch.shares, *held.shares][:MOST_REPORTS]
-        held.sealed = [*batch.sealed, *held.sealed][:MOST_REPORTS]
+        held.shares = [*batch.shares, *held.shares][:MOST_HELD]
+        held.sealed = [*batch.sealed, *held.sealed][:MOST_HELD]
 
     def forget(self, wall_s: float) -> None:
         """Drops days that the helper opens no more."""
@@ -158,6 +161,13 @@ class Collector:
                 len(self._days.pop(day).sealed),
                 day,
             )
+
+
+def _batches(day: int, held: _Held) -> list[Closed]:
+    """As few as may be, and about as large as one another: a small one is not opened."""
+    number = ceil(len(held.sealed) / MOST_REPORTS)
+    ends = [len(held.sealed) * place // number for place in range(number + 1)] if number else []
+    return [Closed(day, held.shares[low:high], held.sealed[low:high]) for low, high in pairwise(ends)]
 
 
 @runtime_checkable

@@ -167,6 +167,7 @@ def test_what_is_held_is_bounded__invariant_3(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(NetworkError, match="as many reports"):
         collector.add(made, address="c", wall_s=NOON_S + DAY_S)
     monkeypatch.setattr(telemetry_host, "MOST_REPORTS", OF_ONE_ADDRESS + 1)
+    monkeypatch.setattr(telemetry_host, "MOST_HELD", OF_ONE_ADDRESS + 1)
     with pytest.raises(NetworkError, match="as many reports"):
         collector.add(made, address="b", wall_s=NOON_S + DAY_S)
     (full,) = collector.closed(NOON_S + DAY_S)  # is opened at once, and there is room again
@@ -176,6 +177,14 @@ def test_what_is_held_is_bounded__invariant_3(monkeypatch: pytest.MonkeyPatch) -
     assert collector.num_held == OF_ONE_ADDRESS + 2  # with the one of the other day
     collector.forget(NOON_S + 30 * DAY_S)
     assert collector.num_held == 0
+
+
+def test_more_than_a_batch_may_have_are_opened_in_batches_of_like_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry_host, "MOST_REPORTS", 8)
+    world = World()
+    world.add(*(report() for _ in range(9)))
+    assert sorted(row.reports for row in world.opened(after_s=0)) == [4, 5]
+    assert world.host.collector.num_held == 0
 
 
 def test_seals_that_open_to_nothing_spoil_nothing() -> None:
@@ -311,6 +320,8 @@ def test_what_a_helper_keeps_is_bounded(tmp_path: Path, monkeypatch: pytest.Monk
     assert [path.stem for path in tmp_path.glob("*.opened")] == [str(DAY + 9)]
     with pytest.raises(ProtocolError, match="a day from"):  # a clock that is set back does not open what was forgotten
         helper.open(batch_of(3), wall_s=NOON_S)
+    with pytest.raises(ProtocolError, match="a day from"):  # nor does a restart
+        Helper(PRIVATE, OpenedSeeds(tmp_path), terms=QUIET).open(batch_of(3), wall_s=NOON_S)
 
 
 # The device.
