@@ -206,7 +206,10 @@ async def play(
     finally:
         for task in (watching, *playing, *telling):
             task.cancel()
-        await asyncio.gather(watching, *playing, *telling, return_exceptions=True)
+        await asyncio.gather(watching, *playing, return_exceptions=True)
+        for error in await asyncio.gather(*telling, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("a device's telemetry has failed: %s", error)
         await link.close()
     return devices
 

@@ -30,6 +30,7 @@ app = typer.Typer(
 SURE: Final = 1.96
 """Standard deviations on either side that hold 95 % of a normal distribution."""
 BAR: Final = 40
+DELTA: Final = 1e-6
 
 
 @app.command("show", epilog=SHOW_EPILOG)
@@ -62,14 +63,16 @@ def show(
     screen.line()
     _tell(screen, found)
     screen.line()
+    day, all_days = _epsilons(rows)
     screen.line(
-        f"one device's day: epsilon {_epsilon(rows):.2g} at delta 1e-06, against all who see these sums, the host included"
+        f"one device's day: epsilon {day:.2g}; all {len(told)}: {all_days:.2g}; at delta {DELTA:g}, against all who see these sums, the host included"
     )
     if plot is not None:
         _draw(found, reports, plot)
         screen.line(f"picture: {plot}")
     screen.document({
-        "run": run_id, "reports": reports, "days": [_date(day) for day in told], "epsilon_of_a_day": _epsilon(rows), "delta": 1e-6,
+        "run": run_id, "reports": reports, "days": [_date(day) for day in told], "epsilon_of_a_day": day, "epsilon_of_all": all_days,
+        "delta": DELTA,
         "totals": {total.name: {"value": total.value, "standard_error": total.error} for total in found},
         "plot": None if plot is None else str(plot),
     })  # fmt: skip
@@ -124,12 +127,13 @@ def _rows(run: Path, run_id: str | None, days: int | None) -> "tuple[list[Teleme
     return [row for row in rows if row.day in kept], found.run.id
 
 
-def _epsilon(rows: "list[TelemetryRow]") -> float:
-    """A day is in one of the sums: the one with the least noise tells most."""
+def _epsilons(rows: "list[TelemetryRow]") -> tuple[float, float]:
+    """Of the day that costs a device most, and of all: a device's day is in one of that day's sums, perhaps the one with the least noise."""
     from shoal.privacy.accounting import epsilon_of_zcdp
     from shoal.privacy.telemetry import rho
 
-    return epsilon_of_zcdp(rho(min(row.noise for row in rows)), 1e-6)
+    each = [rho(min(row.noise for row in rows if row.day == day)) for day in {row.day for row in rows}]
+    return epsilon_of_zcdp(max(each), DELTA), epsilon_of_zcdp(math.fsum(each), DELTA)
 
 
 def _tell(screen: Screen, found: "tuple[Total, ...]") -> None:

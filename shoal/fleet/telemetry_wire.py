@@ -24,13 +24,20 @@ _BATCH_BYTES: Final = MOST_REPORTS * (SEALED_BYTES + 8) + 1024
 class GrpcTelemetryLink:
     """A device's way to a host: a connection for each report, which nothing else uses."""
 
-    def __init__(self, address: str, *, ca: bytes | None = None, server_name: str | None = None) -> None:
-        """As for `GrpcLink`."""
-        self._address, self._ca, self._server_name = address, ca, server_name
+    def __init__(
+        self,
+        address: str,
+        *,
+        ca: bytes | None = None,
+        server_name: str | None = None,
+        client: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        """As for `GrpcLink`; `client`: PEM of a key and its certificate chain, for a host that asks devices for one, and so knows who comes."""
+        self._address, self._ca, self._server_name, self._client = address, ca, server_name, client
 
     async def tell(self, report: pb.Report) -> None:
         """Raises NetworkError or ProtocolError: it was not taken, or nobody knows."""
-        async with _channel(self._address, self._ca, self._server_name) as channel:
+        async with _channel(self._address, self._ca, self._server_name, self._client) as channel:
             stub: Any = rpc.TelemetryStub(channel)  # type: ignore[no-untyped-call]
             try:
                 await stub.Tell(report, timeout=TELL_S)
@@ -47,7 +54,7 @@ class GrpcHelperLink:
 
     async def open(self, batch: pb.Batch) -> pb.Opened:
         """Raises NetworkError (try again) or ProtocolError (do not)."""
-        async with _channel(self._address, self._ca, None) as channel:
+        async with _channel(self._address, self._ca) as channel:
             stub: Any = rpc.HelperStub(channel)  # type: ignore[no-untyped-call]
             try:
                 opened: pb.Opened = await stub.Open(batch, timeout=OPEN_S)
@@ -116,14 +123,16 @@ class _Opens:
             return self._helper.open(batch, wall_s=self._clock.wall_s())
 
 
-def _channel(address: str, ca: bytes | None, server_name: str | None) -> Any:
+def _channel(
+    address: str, ca: bytes | None, server_name: str | None = None, client: tuple[bytes, bytes] | None = None
+) -> Any:
     # A pool of its own: else gRPC may put the call on a connection that is there already, a session's.
     options = [("grpc.use_local_subchannel_pool", 1)]
     if server_name:
         options.append(("grpc.ssl_target_name_override", server_name))  # type: ignore[arg-type]
     if ca is None:
         return grpc.aio.insecure_channel(address, options=options)
-    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca), options=options)
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, *(client or ())), options=options)
 
 
 async def _abort(context: Any, error: Exception) -> NoReturn:

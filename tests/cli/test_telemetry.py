@@ -45,7 +45,7 @@ def test_totals_are_told_with_their_errors(told: Path, shoal: Shoal) -> None:
     assert "2000 reports of 3 days, 2024-10-04 to 2024-10-06 (UTC)" in made.out
     line = next(line for line in made.out.splitlines() if line.startswith("hour/02"))
     assert line.split()[1:4] == ["2000", "±", "106"] and line.count("█") == 40  # 1.96 x 27 x sqrt(4)
-    assert "epsilon 1.1 at delta 1e-06" in made.out
+    assert "epsilon 1.1; all 3: 2; at delta 1e-06" in made.out
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from google.protobuf.message import DecodeError
 
 from shoal.clock import ManualClock
 from shoal.errors import NetworkError, ProtocolError, StoreError
@@ -153,6 +154,27 @@ def test_a_report_that_is_none_is_refused_in_words(changes: dict[str, object], w
         setattr(made, name, value)
     with pytest.raises(ProtocolError, match=words):
         Collector().add(made, address="a", wall_s=NOON_S)
+
+
+def test_broken_reports_are_refused_or_found_to_open_to_nothing() -> None:
+    """Bits turned over, bytes cut off and put in. (A share cannot be checked alone: those are left whole.)"""
+    world, rng = World(), np.random.default_rng(0)
+    world.add(*(report() for _ in range(20)))
+    for number in range(300):
+        good = report()
+        data = bytearray(good.SerializeToString())
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(len(data)))
+            data[at : at + int(rng.integers(2))] = rng.bytes(int(rng.integers(3)))
+        try:
+            made = pb.Report.FromString(bytes(data))
+            made.share = good.share
+            world.host.tell(made, address=f"ipv4:10.1.0.{number}")
+        except (DecodeError, ProtocolError):
+            continue
+    assert world.host.collector.num_held > 20
+    rows = world.opened()
+    assert rows and all(abs(values(row)["hour/07"] - row.reports) < 8 for row in rows)
 
 
 def test_what_is_held_is_bounded__invariant_3(monkeypatch: pytest.MonkeyPatch) -> None:
