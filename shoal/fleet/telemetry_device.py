@@ -41,7 +41,7 @@ class Kept(Protocol):
 
 
 class KeptFile:
-    """In a file of its own, replaced by one rename."""
+    """In a file of its own, replaced by one rename; what it holds is its owner's routine, so nobody else may read it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,7 @@ class KeptFile:
         partial = self._path.with_suffix(".partial")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as file:
+            with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())

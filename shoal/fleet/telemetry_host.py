@@ -6,14 +6,15 @@ the days that are open. What is written is a batch's sum with the helper's noise
 Invariants (tests cite them by number):
     (1) A report is in one batch, of its own day, whenever it came.
     (2) Nothing of a report is on a disk, and nothing of who sent it is kept but how many an address sent today.
-    (3) Held at once: `MOST_HELD` a day, of `DAYS_BACK` days and today's; addresses: `MOST_ADDRESSES`.
+    (3) Held at once: `MOST_HELD` a day, of `DAYS_BACK` days and today's; addresses: `MOST_ADDRESSES`;
+        batches that wait for the helper: `MOST_DUE`.
     (4) A sum that cannot be one of honest reports is dropped whole.
 """
 
 import asyncio
 import logging
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -38,6 +39,8 @@ DAYS_BACK: Final = 2
 CLOSES_S: Final = 2.0 * 3600.0
 """After the end of the day in which a day is told of: its batch is opened then."""
 LOOK_S: Final = 60.0
+MOST_DUE: Final = 8
+"""Batches that wait for the helper."""
 MOST_HELD: Final = 2 * MOST_REPORTS
 """Reports of a day: while as many as a batch may have are opened, others come."""
 OF_ONE_ADDRESS: Final = 1_024
@@ -70,11 +73,11 @@ class Closed:
         good = [place for place in range(len(self.sealed)) if place not in set(places)]
         return Closed(self.day, [self.shares[place] for place in good], [self.sealed[place] for place in good])
 
-    def sums(self, opened: pb.Opened) -> np.ndarray | None:
-        """The sum with noise, (entries,) int64; None: it cannot be one of honest reports (invariant 4).
+    def sums(self, opened: pb.Opened) -> np.ndarray:
+        """The sum with noise, (entries,) int64.
 
         Raises:
-            ProtocolError: the helper's answer is none.
+            ProtocolError: the helper's answer is none, or the sum cannot be one of honest reports (invariant 4).
         """
         if len(opened.masks) != 4 * BOUNDS.size or not 1.0 <= opened.noise <= MOST_NOISE:
             raise ProtocolError(
@@ -83,8 +86,9 @@ class Closed:
         shares = np.asarray(np.sum(self.shares, axis=0, dtype=np.uint32))
         sums = joined(shares, np.frombuffer(opened.masks, "<u4"))
         room = TOO_FAR * opened.noise * UNITS
-        is_honest = np.all((sums >= -room) & (sums <= len(self.sealed) * BOUNDS + room))
-        return sums if is_honest else None
+        if not np.all((sums >= -room) & (sums <= len(self.sealed) * BOUNDS + room)):
+            raise ProtocolError("Their sum is absurd: one of them at least is not an honest device's.")
+        return sums
 
 
 class Collector:
@@ -147,21 +151,6 @@ class Collector:
         ]
         return [batch for day in due for batch in _batches(day, self._days.pop(day))]
 
-    def put_back(self, batch: Closed) -> None:
-        """It could not be opened yet. Where its day has filled up meanwhile, those that came last go."""
-        held = self._days.setdefault(batch.day, _Held())
-        held.shares = [*batch.shares, *held.shares][:MOST_HELD]
-        held.sealed = [*batch.sealed, *held.sealed][:MOST_HELD]
-
-    def forget(self, wall_s: float) -> None:
-        """Drops days that the helper opens no more."""
-        for day in [day for day in self._days if day < floor(wall_s / DAY_S) - 4]:
-            log.warning(
-                "%d telemetry reports of day %d were never opened, and are dropped",
-                len(self._days.pop(day).sealed),
-                day,
-            )
-
 
 def _batches(day: int, held: _Held) -> list[Closed]:
     """As few as may be, and about as large as one another: a small one is not opened."""
@@ -182,25 +171,23 @@ class HelperLink(Protocol):
 class TelemetryHost:
     """See the module's text."""
 
-    def __init__(
-        self,
-        store: Store,
-        run_id: str,
-        helper: HelperLink,
-        *,
-        clock: Clock,
-        on_opened: Callable[[TelemetryRow], None] = lambda row: None,
-    ) -> None:
+    def __init__(self, store: Store, run_id: str, helper: HelperLink, *, clock: Clock) -> None:
         """
         Args:
             store: the record.
             run_id: the run that sums are written to.
             helper: who opens them.
             clock: time.
-            on_opened: told of each sum once it is durable.
         """
-        self._store, self._run_id, self._helper, self._clock, self._on_opened = store, run_id, helper, clock, on_opened
+        self._store, self._run_id, self._helper, self._clock = store, run_id, helper, clock
         self.collector = Collector()
+        self._due: deque[Closed] = deque()
+        """Batches that wait for the helper. Each is asked for again just as it was: the helper may have opened it, and its answer been lost."""
+
+    @property
+    def num_held(self) -> int:
+        """Reports that wait."""
+        return self.collector.num_held + sum(len(batch.sealed) for batch in self._due)
 
     def tell(self, report: pb.Report, *, address: str) -> None:
         """One report. Raises as `Collector.add` does."""
@@ -216,39 +203,47 @@ class TelemetryHost:
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self.open_closed(all=True)
+            if self.num_held:
+                log.warning("%d telemetry reports are lost: the helper did not answer", self.num_held)
             raise
 
     async def open_closed(self, *, all: bool = False) -> None:
         """Opens what is whole; what the helper does not answer for waits."""
-        wall_s = self._clock.wall_s()
-        self.collector.forget(wall_s)
-        for batch in self.collector.closed(wall_s, all=all):
+        self._due += self.collector.closed(self._clock.wall_s(), all=all)
+        while len(self._due) > MOST_DUE:
+            self._lose(self._due.popleft(), "the helper has not answered for long")
+        while self._due:
+            batch = self._due[0]
             try:
-                await self._open(batch)
+                row = await self._opened(batch)
             except NetworkError as error:
-                log.warning("the telemetry helper does not answer, trying again: %s", error)
-                self.collector.put_back(batch)
+                return log.warning("the telemetry helper does not answer: %s", error)
             except ProtocolError as error:
-                log.warning("%d telemetry reports of day %d are dropped: %s", len(batch.sealed), batch.day, error)
-            except StoreError as error:
-                log.error("telemetry of day %d is lost: %s", batch.day, error)
+                self._lose(self._due.popleft(), str(error))
+                continue
+            self._due.popleft()  # before it is written: whoever ends this while it is must not have it written twice
+            await self._write(row)
 
-    async def _open(self, batch: Closed) -> None:
+    async def _opened(self, batch: Closed) -> TelemetryRow:
+        """Raises ProtocolError where it cannot be opened, NetworkError where it cannot now."""
         opened = await self._helper.open(batch.request())
         if opened.bad:
-            log.warning(
-                "%d of %d telemetry reports of day %d open to nothing", len(opened.bad), len(batch.sealed), batch.day
-            )
+            log.warning("%d of %d telemetry reports open to nothing", len(opened.bad), len(batch.sealed))
             batch = batch.without(opened.bad)
             opened = await self._helper.open(batch.request())
         sums = batch.sums(opened)
-        if sums is None:
-            return log.warning(
-                "the sum of %d telemetry reports of day %d is absurd, and dropped", len(batch.sealed), batch.day
-            )
-        row = TelemetryRow(
+        return TelemetryRow(
             day=batch.day, schema=SCHEMA.hex(), reports=len(batch.sealed), noise=opened.noise,
             sums=tuple(int(each) for each in sums), time_s=self._clock.wall_s(),
         )  # fmt: skip
-        await durably(self._store, self._clock, lambda: self._store.add_telemetry(self._run_id, row))
-        self._on_opened(row)
+
+    async def _write(self, row: TelemetryRow) -> None:
+        try:
+            await durably(self._store, self._clock, lambda: self._store.add_telemetry(self._run_id, row))
+        except StoreError as error:
+            log.error("telemetry of day %d is lost: %s", row.day, error)
+        else:
+            log.info("telemetry of day %d: a sum over %d devices", row.day, row.reports)
+
+    def _lose(self, batch: Closed, why: str) -> None:
+        log.warning("%d telemetry reports of day %d are dropped: %s", len(batch.sealed), batch.day, why)
