@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from math import prod
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -26,8 +26,6 @@ from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.process import switch_threads_often
-from shoal.fleet.telemetry_device import KeptFile, TelemetryDevice
-from shoal.fleet.telemetry_wire import GrpcTelemetryLink
 from shoal.plan.child import ChildRunner, probe
 from shoal.plan.left_out import EMPTY, named, told
 from shoal.plan.manifest import Runtime
@@ -35,6 +33,9 @@ from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
 from shoal.privacy.identity import Identity
 from shoal.tensors import sha256
+
+if TYPE_CHECKING:
+    from shoal.fleet.telemetry_device import TelemetryDevice
 
 log = logging.getLogger("shoal.device")
 
@@ -214,10 +215,13 @@ async def play(
     return devices
 
 
-def _telemetry(settings: Settings) -> dict[str, TelemetryDevice]:
+def _telemetry(settings: Settings) -> "dict[str, TelemetryDevice]":
     """By name of the device; each has a secret and slots of its own."""
     if settings.telemetry is None or settings.state is None:
         return {}
+    from shoal.fleet.telemetry_device import KeptFile, TelemetryDevice  # most devices do without
+    from shoal.fleet.telemetry_link import GrpcTelemetryLink
+
     link = GrpcTelemetryLink(settings.server, ca=settings.authority, server_name=settings.server_name)
     return {
         name: TelemetryDevice(

@@ -32,7 +32,8 @@ from shoal.fleet.keys import HostKeys
 from shoal.fleet.process import be_a_server
 from shoal.fleet.several import SeveralHosts, refuse_evaluated_twice
 from shoal.fleet.telemetry_host import TelemetryHost
-from shoal.fleet.telemetry_wire import GrpcHelperLink, serve_reports
+from shoal.fleet.telemetry_link import GrpcHelperLink
+from shoal.fleet.telemetry_server import serve_reports
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer

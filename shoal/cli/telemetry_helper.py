@@ -14,7 +14,7 @@ from shoal.fleet import tls as tls_files
 from shoal.fleet.enrolment import make_secret, read_secret
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.telemetry_helper import Helper, OpenedSeeds, Terms
-from shoal.fleet.telemetry_wire import HelperServer
+from shoal.fleet.telemetry_server import HelperServer
 from shoal.privacy.masks import public_key
 
 KEY: Final = "helper.key"

@@ -12,7 +12,7 @@ import pytest
 
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
-from shoal.fleet.telemetry_wire import GrpcTelemetryLink
+from shoal.fleet.telemetry_link import GrpcTelemetryLink
 from shoal.privacy.masks import public_key
 from shoal.privacy.telemetry import DAY_S, ENTRIES, SCHEMA, UNITS, Day
 from shoal.record.sqlite import open_store

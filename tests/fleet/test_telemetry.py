@@ -13,7 +13,7 @@ from shoal.clock import ManualClock
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet import telemetry_helper, telemetry_host
 from shoal.fleet.device import Progress
-from shoal.fleet.telemetry_device import KeptFile, TelemetryDevice, report_of
+from shoal.fleet.telemetry_device import Kept, KeptFile, TelemetryDevice, report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_helper import Helper, OpenedSeeds, Terms
 from shoal.fleet.telemetry_host import CLOSES_S, OF_ONE_ADDRESS, Collector, TelemetryHost
@@ -391,7 +391,23 @@ class Wire:
             raise self.error
 
 
-def device(kept: KeptFile, wire: Wire, clock: ManualClock) -> TelemetryDevice:
+class Memory:
+    """What outlives a process, without a disk; `is_full` where it takes no more."""
+
+    def __init__(self) -> None:
+        self.data: bytes | None = None
+        self.is_full = False
+
+    def read(self) -> bytes | None:
+        return self.data
+
+    def write(self, data: bytes) -> None:
+        if self.is_full:
+            raise StoreError("the disk is full")
+        self.data = data
+
+
+def device(kept: Kept, wire: Wire, clock: ManualClock) -> TelemetryDevice:
     return TelemetryDevice(helper=KEY, kept=kept, link=wire, clock=clock, random=os.urandom)
 
 
@@ -408,11 +424,11 @@ async def days(
 
 
 @toy.in_loop
-async def test_a_report_of_one_size_leaves_every_day_whatever_happens(tmp_path: Path) -> None:
+async def test_a_report_of_one_size_leaves_every_day_whatever_happens() -> None:
     sizes, hours = set[int](), list[int]()
-    for name, progress in (("idle", Progress(stage="reconnecting")), ("busy", Progress(stage="training"))):
-        wire, clock, kept = Wire(), ManualClock(DAY * DAY_S), KeptFile(tmp_path / f"{name}.telemetry")
-        made = device(kept, wire, clock)
+    for progress in (Progress(stage="reconnecting"), Progress(stage="training")):
+        wire, clock = Wire(), ManualClock(DAY * DAY_S)
+        made = device(Memory(), wire, clock)
         progress.counted = 3
         made.heard(progress)
         await days(made, clock, progress, 2)
@@ -423,10 +439,10 @@ async def test_a_report_of_one_size_leaves_every_day_whatever_happens(tmp_path: 
 
 
 @toy.in_loop
-async def test_what_is_lost_on_its_way_is_not_sent_again(tmp_path: Path) -> None:
+async def test_what_is_lost_on_its_way_is_not_sent_again() -> None:
     for error in (NetworkError("gone"), ProtocolError("this host takes no telemetry")):
         wire, clock = Wire(error), ManualClock(DAY * DAY_S)
-        await days(device(KeptFile(tmp_path / str(error)), wire, clock), clock, Progress(), 2)
+        await days(device(Memory(), wire, clock), clock, Progress(), 2)
         assert [each.day for each in wire.sent] == [DAY - 1, DAY]
 
 
@@ -452,16 +468,8 @@ async def test_a_device_that_falls_between_noting_and_sending_does_not_send_twic
 
 
 @toy.in_loop
-async def test_where_the_day_cannot_be_written_down_nothing_is_sent(tmp_path: Path) -> None:
-    class Full(KeptFile):
-        is_full = False
-
-        def write(self, data: bytes) -> None:
-            if self.is_full:
-                raise StoreError("the disk is full")
-            super().write(data)
-
-    kept, clock, wire = Full(tmp_path / "a.telemetry"), ManualClock(DAY * DAY_S), Wire()
+async def test_where_the_day_cannot_be_written_down_nothing_is_sent() -> None:
+    kept, clock, wire = Memory(), ManualClock(DAY * DAY_S), Wire()
     made = device(kept, wire, clock)
     kept.is_full = True
     await days(made, clock, Progress(), 2)

@@ -12,14 +12,15 @@ import pytest
 
 from shoal.clock import SystemClock
 from shoal.errors import NetworkError, ProtocolError
-from shoal.fleet import telemetry_wire
+from shoal.fleet import telemetry_server
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer, Tls
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_helper import Helper, OpenedSeeds, Terms
 from shoal.fleet.telemetry_host import TelemetryHost
-from shoal.fleet.telemetry_wire import GrpcHelperLink, GrpcTelemetryLink, HelperServer, serve_reports
+from shoal.fleet.telemetry_link import GrpcHelperLink, GrpcTelemetryLink
+from shoal.fleet.telemetry_server import HelperServer, serve_reports
 from shoal.fleet.tls import make_tls
 from shoal.fleet.wire import fleet_pb2
 from shoal.fleet.wire import telemetry_pb2 as pb
@@ -88,7 +89,7 @@ async def test_no_two_reports_come_on_one_connection_nor_on_a_sessions(monkeypat
     peers: list[str] = []
 
     async with served() as here:
-        monkeypatch.setattr(telemetry_wire, "address_of", lambda context: peers.append(context.peer()) or "one")
+        monkeypatch.setattr(telemetry_server, "address_of", lambda context: peers.append(context.peer()) or "one")
         other = GrpcLink(here.address)
         async with other.session() as stream:
             await stream.send(fleet_pb2.FromDevice(ping=fleet_pb2.Ping()))
