@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shoal.cli import host_process
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_link import GrpcTelemetryLink
@@ -92,6 +93,17 @@ def test_a_run_without_telemetry_says_how_to_get_some(tmp_path: Path, shoal: Sho
 def test_what_does_not_fit_is_refused_in_words(arguments: list[str], words: str, shoal: Shoal) -> None:
     made = shoal(*arguments)
     assert made.code and words in made.err, made
+
+
+def test_a_host_that_is_taken_up_again_takes_telemetry_again(tmp_path: Path) -> None:
+    """With the command that it says itself, which `shoal host` understands."""
+    settings = host_process.Settings(
+        folder=tmp_path, run_ids=("run",), rounds=None, address="127.0.0.1", port=1, held_out="", ready_file=None, make_tls=False,
+        tls_cert=None, tls_key=None, resumed=False, telemetry="helper:8600", telemetry_ca=tmp_path / "ca.pem",
+    )  # fmt: skip
+    again = settings.again()
+    assert again[again.index("--telemetry") + 1] == "helper:8600"
+    assert again[again.index("--telemetry-ca") + 1] == str(tmp_path / "ca.pem")
 
 
 @pytest.mark.slow
