@@ -26,13 +26,19 @@ from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
 from shoal.fleet.host import run_seed
 from shoal.fleet.invitation import Invitation
 from shoal.fleet.members import credential
+from shoal.fleet.telemetry_device import report_of
+from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.token import TokenKey
-from shoal.fleet.wire import edges_pb2
+from shoal.fleet.wire import edges_pb2, telemetry_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
 from shoal.plan.train import member_randomness
 from shoal.policy import About, ExamplePrivacy, Privacy, RoundPolicy, Secure, ServerRule
+from shoal.privacy.masks import public_key
+from shoal.privacy.noise import seeded
+from shoal.privacy.split_sums import context, joined, mask_sum, unseal
+from shoal.privacy.telemetry import ENTRIES, Day, slot_s
 from shoal.record.schema import METADATA
 from shoal.tensors import Index, TensorSpec, pack, sha256, unpack
 
@@ -187,6 +193,26 @@ def test_wire() -> None:
 
 def test_the_wire_between_coordinator_and_edges_is_held() -> None:
     hold("edges_descriptor.bin", edges_pb2.DESCRIPTOR.serialized_pb)
+
+
+def test_the_wire_of_telemetry_is_held() -> None:
+    hold("telemetry_descriptor.bin", telemetry_pb2.DESCRIPTOR.serialized_pb)
+
+
+def test_telemetry_report() -> None:
+    private = bytes(range(32))
+    told = Tell(20_000, Day(hours=frozenset({7, 23}), amounts={"sessions": 3, "train_s": 5.0}))
+    report = report_of(told, public_key(private), seeded(bytes(32), b"golden"))
+    seed = unseal(report.sealed, private, public_key(private), context=context(report.schema, report.day))
+    assert seed is not None
+    opened = joined(np.frombuffer(report.share, "<u4"), mask_sum([seed], len(ENTRIES)))
+    np.testing.assert_array_equal(opened, told.told.vector())
+    made = {
+        "report": report.SerializeToString().hex(),
+        "slots_s": [slot_s(bytes(range(32)), day) for day in (0, 20_000, -1)],
+        "entries": [[entry.name, entry.bound, entry.unit] for entry in ENTRIES],
+    }
+    hold("telemetry.json", json.dumps(made, indent=1).encode())
 
 
 def test_record_schema() -> None:

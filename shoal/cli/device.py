@@ -26,6 +26,7 @@ EPILOG = options.examples(
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --when charging --when idle --per-day cpu=20min",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --runtime iree --key KEY",
+    "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --telemetry HELPERS_KEY",
 )
 
 
@@ -115,6 +116,15 @@ def device(
     ] = None,
     certificate: Annotated[
         str, typer.Option("--certificate", help="Of that key, as `shoal enrol certify` printed it.")
+    ] = "",
+    telemetry: Annotated[
+        str,
+        typer.Option(
+            "--telemetry",
+            metavar="KEY",
+            help="Tell once a day what happened, as counts that only sums are seen of; KEY is the helper's (docs/telemetry.md).",
+            show_default="nothing is told",
+        ),
     ] = "",
     memory: Annotated[str, typer.Option("--memory", help="Most memory that a plan may take.")] = "8GiB",
     threads: Annotated[
@@ -237,13 +247,19 @@ def device(
     refuse_unwelcome(door, client)
     trusted = parse_key(door.key)
     engine = _engine(runtime, trusted)
+    if telemetry and state is None:
+        raise ValueError(
+            "Expected --state FOLDER with --telemetry: a device that forgets what it told of tells of a day twice."
+        )
+    helper = _helper(telemetry)
     enrolled = _enrolled(member, certificate, door.population, key=door.key)
 
     from shoal.cli import data_argument, device_process
-    from shoal.cli.politeness import parse_budget
+    from shoal.cli.budget_argument import parse_budget
     from shoal.cli.words import parse_duration
     from shoal.fleet.example_ledger import ExampleBudget
     from shoal.fleet.floor import Floor
+    from shoal.fleet.politeness import Politeness
 
     budget = None if max_epsilon is None else ExampleBudget(epsilon=max_epsilon, delta=delta)
     impact = parse_budget(per_day or (), max_temperature)
@@ -258,9 +274,10 @@ def device(
         server=door.server, users=chosen, id=id, authority=door.authority, server_name=door.server_name or None, trusted_key=trusted,
         client=client.read() if client else None, token=door.token, pseudonym_window_s=window_s,
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
-        when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact, rest_s=parse_duration(rest) if rest else 0.0,
+        politeness=Politeness(when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact),
+        rest_s=parse_duration(rest) if rest else 0.0,
         priority=_priority(priority), engine=engine, population=door.population, tasks=tuple(task or ()),
-        identity=enrolled.identity if enrolled else None,
+        identity=enrolled.identity if enrolled else None, telemetry=helper,
         floor=Floor(
             secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget,
             pseudonymous=bool(window_s),
@@ -318,6 +335,20 @@ def check_server(server: str, *, option: str) -> None:
     host, _, port = server.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"Expected {option} HOST:PORT, got {server!r}.")
+
+
+def _helper(text: str) -> bytes | None:
+    from shoal.privacy.masks import are_keys
+
+    try:
+        made = bytes.fromhex(text)
+    except ValueError:
+        made = b"?"
+    if made and not are_keys(made):
+        raise ValueError(
+            f"Expected --telemetry KEY of 64 hexadecimal digits, as `shoal telemetry helper` prints it, got {text!r}."
+        )
+    return made or None
 
 
 def parse_key(text: str) -> bytes | None:

@@ -20,7 +20,6 @@ from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
-from shoal.fleet.conditions import SETTLE_S, Eligibility
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
@@ -28,10 +27,9 @@ from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.gate import Gate
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.impact import ImpactBudget
 from shoal.fleet.members import credential
 from shoal.fleet.meter import Meter
-from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
+from shoal.fleet.politeness import LEAVE_S, Politeness, while_open
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child_engines import EngineName
 from shoal.plan.left_out import EMPTY, named, told
@@ -42,6 +40,7 @@ from shoal.plan.runner import Limits, Runner
 from shoal.record.lock import only_writer
 
 if TYPE_CHECKING:
+    from shoal.fleet.telemetry_device import TelemetryDevice
     from shoal.privacy.identity import Identity
 
 log = logging.getLogger("shoal.device")
@@ -55,8 +54,6 @@ UNWATCHED_S: Final = 2.0
 """Between two looks at the devices where nobody looks on: a process that waits is to cost nothing."""
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
-LEAVE_S: Final = 5.0
-"""For devices that are told to end to report what they did, where the plan takes partial work."""
 _AGAIN: Final = ("Work that was not counted is done anew", "What is in hand is kept")
 LINE_S: Final = 10.0
 """Between two lines of status where nobody looks on."""
@@ -86,16 +83,12 @@ class Settings:
     """Those to serve; none: any."""
     floor: Floor = field(default_factory=Floor)
     """What a plan must promise at least."""
+    telemetry: bytes | None = None
+    """Key of the helper that telemetry is split for; None: none is sent."""
     identity: "Identity | None" = None
     """Of the one device that an authority knows."""
-    when: tuple[str, ...] = ()
-    """Conditions under which it works."""
-    probe: str = ""
-    """Command or file that says what they are; else the system is asked."""
-    settle_s: float = SETTLE_S
-    """How long they hold before it begins."""
-    budget: ImpactBudget = field(default_factory=ImpactBudget)
-    """What it may cost this machine."""
+    politeness: Politeness = field(default_factory=Politeness)
+    """When it may work, and what it may cost this machine."""
     rest_s: float = 0.0
     """From one counted update of a device to its next training."""
     priority: Priority = "low"
@@ -249,20 +242,29 @@ async def play(
     """Plays the users until the run is over; `watch` runs beside them. Returns the devices."""
     link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name, client=settings.client)
     examples_of, secret = _kept_if_small(population, settings.users), DeviceSecret.of(host.file)
+    told: dict[str, TelemetryDevice] = {}
+
+    def heard(device: Device) -> None:
+        on_progress(device)
+        if device.device_id in told:
+            told[device.device_id].heard(device.progress)
+
     devices = [
         Device(
             name, partial(examples_of, user), link=link, host=host,
-            rng=np.random.default_rng(), stays=not settings.visits, on_progress=on_progress,
+            rng=np.random.default_rng(), stays=not settings.visits, on_progress=heard,
             population=settings.population, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(name, secret),
             pseudonyms=settings.pseudonyms(name, secret),
         )
         for user in settings.users
         for name in (settings.device_id(user),)
     ]  # fmt: skip
+    told |= _telemetry(settings, host)
+    telling = [asyncio.create_task(told[device.device_id].run(device.progress)) for device in devices if told]
     watching = asyncio.create_task(watch(devices))
-    gate = make_gate(settings, host, devices)
+    gate = _gate(settings, host, devices)
     watching_machine = [asyncio.create_task(gate.run())] if gate is not None else []
-    playing = {asyncio.create_task(_while_open(device, gate)): device for device in devices}
+    playing = {asyncio.create_task(while_open(device, gate)): device for device in devices}
     try:
         await _until_over(playing, watching, *watching_machine)
     except asyncio.CancelledError:
@@ -274,62 +276,39 @@ async def play(
             host.stop()  # ends a program that is running, so that its devices can end
         raise
     finally:
-        for task in (watching, *watching_machine, *playing):
+        for task in (watching, *watching_machine, *playing, *telling):
             task.cancel()
         await asyncio.gather(watching, *watching_machine, *playing, return_exceptions=True)
+        for error in await asyncio.gather(*telling, return_exceptions=True):
+            if isinstance(error, Exception):
+                log.error("a device's telemetry has failed: %s", error)
         await link.close()
     return devices
 
 
-def make_gate(settings: Settings, host: DeviceHost, devices: Sequence[Device]) -> Gate | None:
-    """What lets the devices work while the machine may; None: they always may.
+def _gate(settings: Settings, host: DeviceHost, devices: Sequence[Device]) -> Gate | None:
+    def moved_bytes() -> int:
+        return host.down_bytes + sum(device.progress.up_bytes for device in devices)
 
-    Raises:
-        DataError: the probe cannot be read.
-        ValueError: what is asked for cannot be told here.
-    """
-    if not settings.when and not settings.budget.given():
-        return None
-    meter = Meter(host.processes, lambda: host.down_bytes + sum(device.progress.up_bytes for device in devices))
-    system = SystemProbe(meter.cpu_s)
-    probe = OwnersProbe(settings.probe, system) if settings.probe else system
-    if settings.when and (unknown := untold(probe, settings.when)):
-        raise ValueError(
-            f"Expected --probe COMMAND or file:PATH with --when: this system does not say whether it is {unknown}."
+    return settings.politeness.gate(Meter(host.processes, moved_bytes), file=host.file, clock=host.clock)
+
+
+def _telemetry(settings: Settings, host: DeviceHost) -> "dict[str, TelemetryDevice]":
+    """By name of the device; each has a secret and slots of its own."""
+    if settings.telemetry is None or settings.state is None:
+        return {}
+    from shoal.fleet.telemetry_device import KeptFact, TelemetryDevice  # most devices do without
+    from shoal.fleet.telemetry_link import GrpcTelemetryLink
+
+    link = GrpcTelemetryLink(
+        settings.server, ca=settings.authority, server_name=settings.server_name, client=settings.client
+    )
+    return {
+        name: TelemetryDevice(
+            helper=settings.telemetry, kept=KeptFact(host.file, f"telemetry {name}"), link=link, clock=host.clock
         )
-
-    if settings.budget.celsius is not None and meter().celsius is None:
-        log.warning("no temperature can be read here: --max-temperature does nothing")
-
-    def on_change(why: str) -> None:
-        log.warning("%s", f"rests: {why}" if why else "works: conditions hold")
-
-    return Gate(
-        Eligibility(settings.when, settle_s=settings.settle_s), probe, settings.budget, meter, file=host.file, clock=host.clock,
-        on_change=on_change,
-    )  # fmt: skip
-
-
-async def _while_open(device: Device, gate: Gate | None) -> None:
-    """Runs a device until the run is over; while its machine may not work, it puts aside what it has in hand."""
-    while gate is not None:
-        device.rest()
-        await gate.until_open()
-        running = asyncio.ensure_future(device.run())
-        closing = asyncio.ensure_future(gate.until_closed())
-        try:
-            await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
-            if not running.done() and device.interrupt():
-                await asyncio.wait({running}, timeout=LEAVE_S)
-        finally:
-            closing.cancel()
-            running.cancel()
-            await asyncio.gather(running, closing, return_exceptions=True)
-        if not running.cancelled() and (error := running.exception()) is not None:
-            raise error
-        if device.is_over or not gate.why:  # or it was interrupted for good
-            return
-    await device.run()
+        for name in map(settings.device_id, settings.users)
+    }
 
 
 async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", *others: "asyncio.Task[None]") -> None:

@@ -7,7 +7,7 @@ import typer
 
 from shoal.cli import options
 from shoal.cli.host_asked import Asked, parse_each
-from shoal.cli.host_checks import check_client_ca, check_port, check_tls, wants_tls
+from shoal.cli.host_checks import check_client_ca, check_helper, check_port, check_tls, wants_tls
 from shoal.cli.late_argument import parse_late
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.fleet.entrance import PER_ADDRESS
@@ -23,6 +23,7 @@ EPILOG = options.examples(
     "shoal host digits.py words.py --rounds 20 --weight digits=3 --set words.goal=10",
     "shoal host task.py --rounds 20 --port 8500 --edges 4",
     "shoal host task.py --rounds 20 --port 8500 --iree x86_64-linux --iree aarch64-linux-android",
+    "shoal host task.py --rounds 1000 --port 8500 --telemetry helper.example.org:8600 --telemetry-ca helper.pem",
     "shoal host --resume --run runs/digits --port 8500",
 )
 
@@ -154,6 +155,18 @@ def host(
     edge_address: Annotated[
         str, typer.Option("--edge-address", help="Interface where Edges attach; 0.0.0.0 for other machines.")
     ] = "127.0.0.1",
+    telemetry: Annotated[
+        str,
+        typer.Option(
+            "--telemetry",
+            metavar="HOST:PORT",
+            help="Take devices' telemetry; the helper there opens its sums (docs/telemetry.md).",
+        ),
+    ] = "",
+    telemetry_ca: Annotated[
+        Path | None,
+        typer.Option("--telemetry-ca", help="PEM file of the authority that signed the helper's certificate."),
+    ] = None,
     json: options.AsJson = False,
 ) -> None:
     """Serve tasks to a fleet of devices.
@@ -186,6 +199,8 @@ def host(
         raise ValueError(
             "Expected --members-only without --insecure: on a network without TLS anyone sees what members show."
         )
+    if telemetry or telemetry_ca:
+        check_helper(telemetry, telemetry_ca, several_edges=bool(edges) or edge_port is not None)
     if edges and tls_cert is not None and not is_loopback(edge_address):
         raise ValueError(
             f"Expected --edge-address 127.0.0.1 with --edges and --tls-cert, got {edge_address}: the Edges cannot know what "
@@ -215,6 +230,6 @@ def host(
         folder=folder, run_ids=run_ids, rounds=rounds if resume else None, address=address, port=port, held_out=held_out,
         ready_file=ready_file, make_tls=tls, tls_cert=tls_cert, tls_key=tls_key, resumed=resume, insecure=insecure,
         edges=edges, edge_port=edge_port, edge_address=edge_address, client_ca=client_ca, per_address=per_address,
-        members_only=members_only,
+        members_only=members_only, telemetry=telemetry, telemetry_ca=telemetry_ca,
     )  # fmt: skip
     host_process.run(settings, screen=screen, watch=watch, parent=parent)

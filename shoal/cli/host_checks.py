@@ -45,6 +45,19 @@ def check_tls(address: str, *, tls: bool, cert: Path | None, key: Path | None, i
         )
 
 
+def check_helper(address: str, ca: Path | None, *, several_edges: bool) -> None:
+    """Whether a host may take telemetry."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"Expected --telemetry HOST:PORT, where the helper is, got {address!r}.")
+    if several_edges:
+        raise ValueError(
+            "Expected no --edges or --edge-port with --telemetry: in this version Edges elsewhere take none."
+        )
+    if ca is not None and not ca.is_file():
+        raise ValueError(f"Expected --telemetry-ca to be a PEM file, there is none at {ca}.")
+
+
 def reserve(address: str, port: int) -> tuple[int, socket.socket]:
     """A port that other processes of this host will listen on; it is theirs as long as the socket is open.
 

@@ -23,6 +23,7 @@ from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun, follow
 from shoal.cli.run_summary import RunSummary, summarize
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.clock import SystemClock
 from shoal.data.store import Examples
 from shoal.errors import StoreError
 from shoal.fleet import tls as tls_files
@@ -35,6 +36,9 @@ from shoal.fleet.members import Members
 from shoal.fleet.process import be_a_server
 from shoal.fleet.proxy import is_loopback
 from shoal.fleet.several import SeveralHosts, refuse_evaluated_twice
+from shoal.fleet.telemetry_host import TelemetryHost
+from shoal.fleet.telemetry_link import GrpcHelperLink
+from shoal.fleet.telemetry_server import serve_reports
 from shoal.plan.plan import Plan
 from shoal.plan.run_plan import load_plan
 from shoal.record.lock import only_writer
@@ -76,6 +80,9 @@ class Settings:
     """See `Entrance`."""
     members_only: bool = False
     """From now on; a run that has served members only goes on doing so."""
+    telemetry: str = ""
+    """HOST:PORT of the helper that opens sums of telemetry; empty: none is taken."""
+    telemetry_ca: Path | None = None
 
     @property
     def several_edges(self) -> bool:
@@ -96,6 +103,8 @@ class Settings:
             *(["--edges", self.edges] if self.edges else []),
             *(["--edge-port", self.edge_port] if self.edge_port is not None else []),
             *(["--edge-address", self.edge_address] if self.edge_address != "127.0.0.1" else []),
+            *(["--telemetry", self.telemetry] if self.telemetry else []),
+            *(["--telemetry-ca", self.telemetry_ca] if self.telemetry_ca else []),
         ]  # fmt: skip
         return [str(word) for word in said]
 
@@ -221,7 +230,8 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
             return await _serve_edges(settings, runs[0].host, evaluations, tls, ca, post, screen)
         evaluated = [follow(store, run_id, keys, screen) for run_id in following]
         host = _together(store, runs, evaluated, entrance) if several else runs[0].host
-        async with served(host, evaluations, address=joined(settings.address, settings.port), tls=tls) as server:
+        address, telemetry = joined(settings.address, settings.port), _telemetry(settings, store)
+        async with served(host, evaluations, address=address, tls=tls, telemetry=telemetry) as server:
             _announce(settings, post(server.port), ca, screen)
             await host.run()
     finally:
@@ -294,6 +304,7 @@ async def served(
     address: str,
     tls: Tls | None = None,
     quiet_s: float = QUIET_S,
+    telemetry: TelemetryHost | None = None,
 ) -> AsyncGenerator[GrpcServer, None]:
     """Within the block devices can come, and versions are evaluated beside the rounds.
 
@@ -302,7 +313,11 @@ async def served(
     """
     server = host.server(address=address, tls=tls)
     evaluating = [asyncio.create_task(evaluation.run()) for evaluation in evaluations]
+    beside = []
     try:
+        if telemetry is not None:
+            serve_reports(server.unstarted, telemetry)
+            beside.append(asyncio.create_task(telemetry.run()))
         await server.start()
         yield server
         for evaluation in evaluations:
@@ -310,9 +325,9 @@ async def served(
         await asyncio.gather(*evaluating)
         await server.until_quiet(quiet_s=quiet_s, longest_s=LINGER_S)
     finally:
-        for task in evaluating:
+        for task in (*evaluating, *beside):
             task.cancel()
-        await asyncio.gather(*evaluating, return_exceptions=True)
+        await asyncio.gather(*evaluating, *beside, return_exceptions=True)
         await server.close(grace_s=0.5)
 
 
@@ -328,6 +343,13 @@ def _members(settings: Settings) -> Members | None:
 
 def _entrance(settings: Settings, members: Members | None) -> Entrance:
     return Entrance(admit=None if members is None else members.admit, per_address=settings.per_address)
+
+
+def _telemetry(settings: Settings, store: Store) -> TelemetryHost | None:
+    if not settings.telemetry:
+        return None
+    ca = None if settings.telemetry_ca is None else settings.telemetry_ca.read_bytes()
+    return TelemetryHost(store, settings.run_ids[0], GrpcHelperLink(settings.telemetry, ca=ca), clock=SystemClock())
 
 
 def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:

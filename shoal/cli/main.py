@@ -25,6 +25,7 @@ from shoal.cli import (
     report,
     runs,
     simulate,
+    telemetry,
 )
 from shoal.cli.group import ShoalGroup
 
@@ -78,6 +79,7 @@ for _name, _function, _epilog in (
 app.add_typer(embed.app, name="embed")
 app.add_typer(enrol.app, name="enrol")
 app.add_typer(runs.app, name="runs")
+app.add_typer(telemetry.app, name="telemetry")
 app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 
 

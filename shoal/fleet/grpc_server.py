@@ -95,6 +95,11 @@ class GrpcServer:
         self._server.add_generic_rpc_handlers((_handlers(self._servicer),))
         self.port = self.own_port = 0
 
+    @property
+    def unstarted(self) -> Any:
+        """The gRPC server; before `start` other services may go on it."""
+        return self._server
+
     async def start(self) -> None:
         """Raises NetworkError where the port is taken or cannot be used."""
         self.port = self.own_port = listen(self._server, self._address, self._tls)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RoundRow,
         RunRow,
         Store,
+        TelemetryRow,
         TokenRow,
         UsageRow,
     )
@@ -50,6 +51,7 @@ _HOMES = {
     "SqliteStore": "shoal.record.sqlite",
     "Store": "shoal.record.store",
     "TakenUp": "shoal.record.resume",
+    "TelemetryRow": "shoal.record.store",
     "TokenRow": "shoal.record.store",
     "UsageRow": "shoal.record.store",
     "abandon_open_rounds": "shoal.record.resume",
@@ -83,6 +85,7 @@ __all__ = [
     "SqliteStore",
     "Store",
     "TakenUp",
+    "TelemetryRow",
     "TokenRow",
     "UsageRow",
     "abandon_open_rounds",

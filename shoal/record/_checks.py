@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from shoal import validate
 from shoal.errors import StoreError
-from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, TokenRow, UsageRow
+from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundLog, RoundRow, TelemetryRow, TokenRow, UsageRow
 
 Counted = Sequence[tuple[bytes, float]]
 
@@ -54,6 +54,13 @@ def check_new_group(group: GroupRow) -> None:
     check_group(group)
     if group.number:
         raise ValueError(f"Expected a new group with number=0 (the store gives it), got number={group.number}.")
+
+
+def check_telemetry(row: TelemetryRow) -> None:
+    validate.between(0, LARGEST, day=row.day, reports=row.reports)
+    validate.positive(noise=row.noise)
+    for each in row.sums:
+        validate.between(-LARGEST, LARGEST, sums=each)
 
 
 def check_commit(commit: CommitRow, round: RoundRow | None, groups: Sequence[GroupRow], counted: Counted) -> None:

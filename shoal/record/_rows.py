@@ -6,7 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from shoal.record._checks import Counted, to_json
-from shoal.record.store import CommitRow, EventRow, GroupRow, LedgerRow, MetricRow, RoundRow, RunRow, TokenRow, UsageRow
+from shoal.record.store import (
+    CommitRow,
+    EventRow,
+    GroupRow,
+    LedgerRow,
+    MetricRow,
+    RoundRow,
+    RunRow,
+    TelemetryRow,
+    TokenRow,
+    UsageRow,
+)
 from shoal.tensors import Index
 
 Values = dict[str, Any]
@@ -131,6 +142,17 @@ def event_values(run_id: str, events: Sequence[EventRow]) -> list[Values]:
 
 def event_row(values: Values) -> EventRow:
     return EventRow(**{**values, "data": json.loads(values["data"])})
+
+
+def telemetry_values(run_id: str, row: TelemetryRow) -> Values:
+    return {
+        "run_id": run_id, "day": int(row.day), "schema": row.schema, "reports": int(row.reports), "noise": float(row.noise),
+        "sums": json.dumps([int(each) for each in row.sums]), "time_s": float(row.time_s),
+    }  # fmt: skip
+
+
+def telemetry_row(values: Values) -> TelemetryRow:
+    return TelemetryRow(**{**values, "sums": tuple(json.loads(values["sums"]))})
 
 
 def plain(value: Mapping[str, Any], *, what: str) -> dict[str, Any]:

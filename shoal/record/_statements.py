@@ -16,6 +16,7 @@ from shoal.record.schema import (
     ROUND_LOGS,
     ROUNDS,
     RUNS,
+    TELEMETRY,
     TOKENS,
     USAGE,
 )
@@ -25,7 +26,21 @@ _NUMBER: Final[BindParameter[int]] = bindparam("at")
 _NONCE: Final[BindParameter[bytes]] = bindparam("nonce_is")
 ADD: Final = {
     table: adding(table)
-    for table in (RUNS, INDEXES, COMMITS, ROUNDS, ROUND_LOGS, GROUPS, TOKENS, METRICS, USAGE, EVENTS, LEASES, LEDGER)
+    for table in (
+        RUNS,
+        INDEXES,
+        COMMITS,
+        ROUNDS,
+        ROUND_LOGS,
+        GROUPS,
+        TOKENS,
+        METRICS,
+        USAGE,
+        EVENTS,
+        TELEMETRY,
+        LEASES,
+        LEDGER,
+    )
 }
 FIND_RUN: Final = Prepared(select(RUNS.c.id).where(RUNS.c.id == _RUN))
 HELD_BY: Final = Prepared(select(LEASES.c.fence).where(LEASES.c.name == _RUN, LEASES.c.holder != ""))
@@ -100,6 +115,11 @@ ALL_USAGE: Final = (
 )
 ALL_EVENTS: Final = (
     select(EVENTS.c.time_s, EVENTS.c.kind, EVENTS.c.data).where(EVENTS.c.run_id == _RUN).order_by(EVENTS.c.id)
+)
+ALL_TELEMETRY: Final = (
+    select(*(TELEMETRY.c[name] for name in ("day", "schema", "reports", "noise", "sums", "time_s")))
+    .where(TELEMETRY.c.run_id == _RUN)
+    .order_by(TELEMETRY.c.day, TELEMETRY.c.id)
 )
 
 LEDGER_OF: Final = (

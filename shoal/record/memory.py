@@ -34,6 +34,7 @@ from shoal.record.store import (
     RunRow,
     RunStatus,
     Spend,
+    TelemetryRow,
     TokenRow,
     UsageRow,
 )
@@ -119,6 +120,7 @@ class _Run:
     metrics: list[MetricRow] = field(default_factory=list)
     usage: list[UsageRow] = field(default_factory=list)
     events: list[EventRow] = field(default_factory=list)
+    telemetry: list[TelemetryRow] = field(default_factory=list)
     finals: dict[int, FinalRow] = field(default_factory=dict)
     last_group: int = 0
     # What is asked for with every commit, found without looking through all groups of a long run.
@@ -540,6 +542,15 @@ class MemoryStore:
     def events(self, run_id: str) -> list[EventRow]:
         with self._lock:
             return list(self._run(run_id).events)
+
+    def add_telemetry(self, run_id: str, row: TelemetryRow) -> None:
+        _checks.check_telemetry(row)
+        with self._lock:
+            self._to_write(run_id).telemetry.append(row)
+
+    def telemetry(self, run_id: str) -> list[TelemetryRow]:
+        with self._lock:
+            return sorted(self._run(run_id).telemetry, key=lambda row: row.day)
 
     def close(self) -> None:
         pass

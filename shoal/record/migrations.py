@@ -44,7 +44,12 @@ def retention(connection: Connection) -> None:
         index.create(connection)
 
 
-MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups, analytics, retention)
+def telemetry(connection: Connection) -> None:
+    """Number 5: sums over devices' days."""
+    schema.TELEMETRY.create(connection)
+
+
+MIGRATIONS: Final[tuple[Migration, ...]] = (create_schema, late_groups, analytics, retention, telemetry)
 """Step n, at place n - 1, makes schema n out of schema n - 1."""
 
 

@@ -27,7 +27,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final = 4
+SCHEMA_VERSION: Final = 5
 """The number of the newest migration."""
 
 METADATA: Final = MetaData()
@@ -216,6 +216,21 @@ EVENTS: Final = Table(
     Column("kind", Text, nullable=False),
     Column("data", Text, nullable=False),
     Index("events_by_run", "run_id"),
+)
+
+# Sums over devices' days, each with noise: see `fleet/telemetry_host.py`. Nothing of a report is here.
+TELEMETRY: Final = Table(
+    "telemetry",
+    METADATA,
+    _number(),
+    _run_id(),
+    Column("day", BigInteger, nullable=False),  # since 1970-01-01 UTC
+    Column("schema", Text, nullable=False),
+    Column("reports", BigInteger, nullable=False),
+    Column("noise", Double, nullable=False),  # standard deviation, in units of each entry
+    Column("sums", Text, nullable=False),
+    Column("time_s", Double, nullable=False),
+    Index("telemetry_by_run", "run_id", "day"),
 )
 
 LEDGER: Final = Table(

@@ -36,6 +36,7 @@ from shoal.record.schema import (
     ROUND_LOGS,
     ROUNDS,
     RUNS,
+    TELEMETRY,
     TOKENS,
     USAGE,
 )
@@ -52,6 +53,7 @@ from shoal.record.store import (
     RunRow,
     RunStatus,
     Spend,
+    TelemetryRow,
     TokenRow,
     UsageRow,
 )
@@ -446,6 +448,17 @@ class SqliteStore:
     def events(self, run_id: str) -> list[EventRow]:
         with self._read(run_id) as connection:
             return [_rows.event_row(row._asdict()) for row in connection.execute(sql.ALL_EVENTS, {"run": run_id})]
+
+    def add_telemetry(self, run_id: str, row: TelemetryRow) -> None:
+        _checks.check_telemetry(row)
+        with self._write(run_id) as connection:
+            sql.ADD[TELEMETRY].run(connection, _rows.telemetry_values(run_id, row))
+
+    def telemetry(self, run_id: str) -> list[TelemetryRow]:
+        with self._read(run_id) as connection:
+            return [
+                _rows.telemetry_row(row._asdict()) for row in connection.execute(sql.ALL_TELEMETRY, {"run": run_id})
+            ]
 
     def close(self) -> None:
         self._database.close()

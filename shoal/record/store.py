@@ -222,6 +222,24 @@ class EventRow:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TelemetryRow:
+    """The sum of what some devices told of one day, with noise."""
+
+    day: int
+    """Since 1970-01-01 UTC."""
+    schema: str
+    """Names the entries (`privacy/telemetry.py`)."""
+    reports: int
+    """How many devices."""
+    noise: float
+    """Standard deviation of each entry's noise, in that entry's units."""
+    sums: tuple[int, ...]
+    """By entry."""
+    time_s: float
+    """When it was opened, seconds since the epoch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseRow:
     """Who may write a run."""
 
@@ -478,4 +496,9 @@ class Store(Protocol):
     def usage(self, run_id: str) -> Sequence[UsageRow]: ...
     def journal(self, run_id: str, events: Sequence[EventRow]) -> None: ...
     def events(self, run_id: str) -> Sequence[EventRow]: ...
+    def add_telemetry(self, run_id: str, row: TelemetryRow) -> None: ...
+    def telemetry(self, run_id: str) -> Sequence[TelemetryRow]:
+        """All sums, by day."""
+        ...
+
     def close(self) -> None: ...

@@ -10,7 +10,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from shoal.cli.device_process import _while_open
 from shoal.clock import ManualClock
 from shoal.errors import DataError
 from shoal.fleet import probe
@@ -19,6 +18,7 @@ from shoal.fleet.device_file import Day, DeviceFile
 from shoal.fleet.gate import WRITE_S, Gate
 from shoal.fleet.impact import COOLER_BY, Impact, ImpactBudget, Sample
 from shoal.fleet.meter import Meter
+from shoal.fleet.politeness import while_open
 from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.policy import RoundPolicy
 from tests.fleet import toy
@@ -316,7 +316,7 @@ async def test_a_device_rests_while_its_machine_may_not_work(tmp_path: Path) -> 
     door = Door(tmp_path)
     async with toy.fleet(toy.plan(RoundPolicy(goal=1, minimum_group=1)), rounds=2000) as fleet:
         device = toy.device("a", fleet.link)
-        fleet.tasks.append(asyncio.create_task(_while_open(device, door.gate)))
+        fleet.tasks.append(asyncio.create_task(while_open(device, door.gate)))
         await until(lambda: device.progress.stage == "resting")
         await door.turn(GOOD)
         await until(lambda: device.progress.counted >= 1)
@@ -335,7 +335,7 @@ async def test_a_device_that_is_told_to_end_does_not_begin_again(tmp_path: Path)
     made = toy.plan(toy.exact("a", "b"))
     async with toy.fleet(made, rounds=2) as fleet, toy.peer(fleet.link, "b") as peer:
         device = toy.device("a", fleet.link)
-        playing = asyncio.create_task(_while_open(device, door.gate))
+        playing = asyncio.create_task(while_open(device, door.gate))
         await door.turn(GOOD)
         assigned = await peer.assigned()
         await until(lambda: device.progress.stage == "reported")
@@ -349,7 +349,7 @@ async def test_a_device_that_is_told_to_end_does_not_begin_again(tmp_path: Path)
 async def test_a_device_s_error_passes_the_gate(tmp_path: Path) -> None:
     door = Door(tmp_path)
     async with toy.fleet(toy.plan(toy.exact("a"), field="y")) as fleet:
-        playing = asyncio.create_task(_while_open(toy.device("a", fleet.link), door.gate))
+        playing = asyncio.create_task(while_open(toy.device("a", fleet.link), door.gate))
         await door.turn(GOOD)
         with pytest.raises(DataError, match="reads field 'y'"):
             await asyncio.wait_for(playing, timeout=15)

@@ -93,6 +93,19 @@ CREATE TABLE metrics (
 	FOREIGN KEY(run_id) REFERENCES runs (id)
 )
 CREATE INDEX metrics_by_name ON metrics (run_id, name)
+CREATE TABLE telemetry (
+	id INTEGER NOT NULL,
+	run_id TEXT NOT NULL,
+	day BIGINT NOT NULL,
+	schema TEXT NOT NULL,
+	reports BIGINT NOT NULL,
+	noise DOUBLE NOT NULL,
+	sums TEXT NOT NULL,
+	time_s DOUBLE NOT NULL,
+	PRIMARY KEY (id),
+	FOREIGN KEY(run_id) REFERENCES runs (id)
+)
+CREATE INDEX telemetry_by_run ON telemetry (run_id, day)
 CREATE TABLE usage (
 	id INTEGER NOT NULL,
 	run_id TEXT NOT NULL,

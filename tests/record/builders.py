@@ -4,7 +4,17 @@ from typing import Any
 
 import numpy as np
 
-from shoal.record import CommitRow, GroupRow, MetricRow, RoundRow, RunRow, Store, UsageRow, put_tensors
+from shoal.record import (
+    CommitRow,
+    GroupRow,
+    MetricRow,
+    RoundRow,
+    RunRow,
+    Store,
+    TelemetryRow,
+    UsageRow,
+    put_tensors,
+)
 from shoal.tensors import Index
 
 EMPTY = Index(())
@@ -52,6 +62,12 @@ def usage_row(phase: str = "compute", **changes: Any) -> UsageRow:
     return UsageRow(**{"round": 1, "phase": phase, "seconds": 1.0, "bytes_up": 7, "count": 2, **changes})
 
 
+def telemetry_row(**changes: Any) -> TelemetryRow:
+    return TelemetryRow(
+        **{"day": 20_000, "schema": "aa", "reports": 70, "noise": 30.0, "sums": (5, -1), "time_s": 9.0, **changes}
+    )
+
+
 def with_initial(store: Store) -> Store:
     """A store with one run that has version 0."""
     store.create_run(run_row())
@@ -65,6 +81,7 @@ def contents(store: Store) -> dict[str, Any]:
         row.id: [
             row, store.last_version(row.id), list(store.commits(row.id)), list(store.rounds(row.id)),
             list(store.groups(row.id)), list(store.metrics(row.id)), list(store.usage(row.id)), list(store.events(row.id)),
+            list(store.telemetry(row.id)),
             [store.round_log(row.id, round.number) for round in store.rounds(row.id)],
         ]
         for row in store.runs()

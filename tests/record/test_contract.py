@@ -31,6 +31,7 @@ from tests.record.builders import (
     open_row,
     round_row,
     run_row,
+    telemetry_row,
     usage_row,
     with_initial,
 )
@@ -358,6 +359,17 @@ def test_usage_and_journal_read_back_in_order(store: Store) -> None:
     store.journal("run", events)
     assert [row.phase for row in store.usage("run")] == ["push", "pull"]
     assert store.events("run") == events
+
+
+def test_telemetry_reads_back_by_day(store: Store) -> None:
+    store.create_run(run_row())
+    rows = [telemetry_row(day=2), telemetry_row(day=1, sums=(-3, 0, 7)), telemetry_row(day=2, reports=5)]
+    for row in rows:
+        store.add_telemetry("run", row)
+    assert store.telemetry("run") == [rows[1], rows[0], rows[2]]
+    for wrong in ({"day": -1}, {"noise": 0.0}, {"sums": (2**64,)}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            store.add_telemetry("run", telemetry_row(**wrong))
 
 
 def test_numpy_scalars_become_numbers(store: Store) -> None:

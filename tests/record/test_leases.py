@@ -15,6 +15,7 @@ from tests.record.builders import (
     open_row,
     round_row,
     run_row,
+    telemetry_row,
     usage_row,
     with_initial,
 )
@@ -59,6 +60,7 @@ def writes(store: Store) -> dict[str, Callable[[], object]]:
         "log": lambda: store.log("run", [metric_row()]),
         "add_usage": lambda: store.add_usage("run", [usage_row()]),
         "journal": lambda: store.journal("run", [EventRow(time_s=0.0, kind="x", data={})]),
+        "add_telemetry": lambda: store.add_telemetry("run", telemetry_row()),
     }
 
 
@@ -84,7 +86,7 @@ def test_every_call_that_writes_is_refused_to_all_but_the_holder__invariant_6(st
 def test_the_list_of_calls_that_write_is_whole(stores: Opened) -> None:
     reads = {
         "run", "runs", "rounds", "round_log", "ledger", "groups", "waiting_nonces", "counted_nonces", "final", "last_version", "last_commit", "get_commit",
-        "commits", "token", "metrics", "usage", "events", "close", "blobs", "lease", "settling",
+        "commits", "token", "metrics", "usage", "events", "telemetry", "close", "blobs", "lease", "settling",
     }  # fmt: skip
     of_leases = {"take_lease", "renew_lease", "end_lease"}
     calls = {name for name in vars(Store) if not name.startswith("_")}

@@ -23,6 +23,7 @@ from tests.record.builders import (
     open_row,
     round_row,
     run_row,
+    telemetry_row,
     usage_row,
     with_initial,
 )
@@ -146,7 +147,7 @@ def test_a_newer_schema_is_left_untouched(tmp_path: Path) -> None:
     execute(tmp_path, "UPDATE meta SET value = '7' WHERE key = 'schema'")
     before = (tmp_path / DATABASE_NAME).read_bytes()
     for read_only in (False, True):
-        with pytest.raises(StoreError, match=r"has schema 7; .* up to 4\. Upgrade shoal"):
+        with pytest.raises(StoreError, match=r"has schema 7; .* up to 5\. Upgrade shoal"):
             open_store(tmp_path, read_only=read_only)
     assert (tmp_path / DATABASE_NAME).read_bytes() == before
     assert not list(tmp_path.glob("*.schema-*"))
@@ -166,15 +167,15 @@ def test_an_older_schema_is_copied_and_brought_forward(tmp_path: Path, monkeypat
         with_initial(store)
         before = contents(store)
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_colour))
-    with pytest.raises(StoreError, match="has schema 4, older than 5"):
+    with pytest.raises(StoreError, match="has schema 5, older than 6"):
         open_store(tmp_path, read_only=True)
     for _ in range(2):  # the second time there is nothing to do
         with closing(open_store(tmp_path)) as store, store._database.read() as connection:
             assert connection.execute(text("SELECT colour FROM runs")).scalar() == "grey"
-            assert migrations.schema_version(connection) == 5
+            assert migrations.schema_version(connection) == 6
     monkeypatch.undo()
     (copy,) = tmp_path.glob("*.schema-*")
-    assert copy.name == f"{DATABASE_NAME}.schema-4"
+    assert copy.name == f"{DATABASE_NAME}.schema-5"
     (tmp_path / "old").mkdir()
     shutil.copytree(tmp_path / "blobs", tmp_path / "old" / "blobs")
     shutil.copy(copy, tmp_path / "old" / DATABASE_NAME)
@@ -185,11 +186,14 @@ def test_an_older_schema_is_copied_and_brought_forward(tmp_path: Path, monkeypat
 def test_older_schemas_are_brought_forward(tmp_path: Path) -> None:
     """The tables as they were: what later numbers have added is left out."""
     newest = (Path(__file__).parents[1] / "golden" / "record.sql").read_text()
-    third = [line for line in newest.splitlines() if "commits_by_" not in line and "tokens_by_group" not in line]
+    fourth = re.sub(
+        r"CREATE TABLE telemetry .*?\n\)\n(CREATE INDEX telemetry_by_run [^\n]*\n)?", "", newest, flags=re.DOTALL
+    ).splitlines()
+    third = [line for line in fourth if "commits_by_" not in line and "tokens_by_group" not in line]
     without_logs = re.sub(r"CREATE TABLE round_logs .*?\n\)\n", "", "\n".join(third), flags=re.DOTALL)
     second = [line for line in without_logs.splitlines() if "analytics" not in line]
     first = [line for line in second if "groups_with_sums" not in line and "final_" not in line]
-    for number, lines in ((1, first), (2, second), (3, third)):
+    for number, lines in ((1, first), (2, second), (3, third), (4, fourth)):
         folder = tmp_path / str(number)
         folder.mkdir()
         statements = re.split(r"\n(?=CREATE )", re.sub(r",\n\)", "\n)", "\n".join(lines)))
@@ -200,23 +204,25 @@ def test_older_schemas_are_brought_forward(tmp_path: Path) -> None:
             store.open_round("run", open_row())
             store.close_round("run", round_row(state="abandoned"), log=RoundLog(round=1, data=b"log", kept=1))
             assert store.rounds("run") == [round_row(state="abandoned")] and store.round_log("run", 1) == b"log"
+            store.add_telemetry("run", telemetry_row())
+            assert store.telemetry("run") == [telemetry_row()]
             query = "SELECT sums_root FROM groups WHERE run_id = 'r' AND base_version < 3 AND sums_root != ''"
             with store._database.read() as connection:
                 assert "groups_with_sums" in str(connection.execute(text(f"EXPLAIN QUERY PLAN {query}")).all())
-                assert migrations.schema_version(connection) == 4
+                assert migrations.schema_version(connection) == 5
 
 
 def test_a_step_that_fails_leaves_the_schema_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_store(tmp_path).close()
     monkeypatch.setattr(migrations, "MIGRATIONS", (*migrations.MIGRATIONS, add_colour, fail))
     for copies in (1, 2):
-        with pytest.raises(StoreError, match=r"from schema 5 to 6 failed: no colour left\. It still has schema 5"):
+        with pytest.raises(StoreError, match=r"from schema 6 to 7 failed: no colour left\. It still has schema 6"):
             open_store(tmp_path)
         assert len(list(tmp_path.glob("*.schema-*"))) == copies
     with closing(sqlite3.connect(tmp_path / DATABASE_NAME)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
         assert "half" not in tables
-        assert connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("5",)
+        assert connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("6",)
 
 
 def test_the_schema_has_no_table_of_devices() -> None:

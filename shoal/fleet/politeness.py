@@ -1,0 +1,79 @@
+"""How a device keeps to what its machine's owner allows: when it may work, what that may cost, and what it does meanwhile."""
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from typing import Final
+
+from shoal.clock import Clock
+from shoal.fleet.conditions import SETTLE_S, Eligibility
+from shoal.fleet.device import Device
+from shoal.fleet.device_file import DeviceFile
+from shoal.fleet.gate import Gate
+from shoal.fleet.impact import ImpactBudget
+from shoal.fleet.meter import Meter
+from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
+
+log = logging.getLogger("shoal.device")
+
+LEAVE_S: Final = 5.0
+"""For devices that are told to stop to report or put aside what they did."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Politeness:
+    """What the owner asks for."""
+
+    when: tuple[str, ...] = ()
+    """Conditions under which devices work."""
+    probe: str = ""
+    """Command or file that says what they are; else the system is asked."""
+    settle_s: float = SETTLE_S
+    """How long they hold before work begins."""
+    budget: ImpactBudget = field(default_factory=ImpactBudget)
+    """What a day may cost."""
+
+    def gate(self, meter: Meter, *, file: DeviceFile, clock: Clock) -> Gate | None:
+        """What lets devices work while the machine may; None: they always may.
+
+        Raises:
+            DataError: the probe cannot be read.
+            ValueError: what is asked for cannot be told here.
+        """
+        if not self.when and not self.budget.given():
+            return None
+        system = SystemProbe(meter.cpu_s)
+        probe = OwnersProbe(self.probe, system) if self.probe else system
+        if self.when and (unknown := untold(probe, self.when)):
+            raise ValueError(
+                f"Expected --probe COMMAND or file:PATH with --when: this system does not say whether it is {unknown}."
+            )
+        if self.budget.celsius is not None and meter().celsius is None:
+            log.warning("no temperature can be read here: --max-temperature does nothing")
+        eligibility = Eligibility(self.when, settle_s=self.settle_s)
+        return Gate(eligibility, probe, self.budget, meter, file=file, clock=clock, on_change=_say)
+
+
+def _say(why: str) -> None:
+    log.warning("%s", f"rests: {why}" if why else "works: conditions hold")
+
+
+async def while_open(device: Device, gate: Gate | None) -> None:
+    """Runs a device until the run is over; while its machine may not work, what it has in hand is put aside."""
+    while gate is not None:
+        device.rest()
+        await gate.until_open()
+        running, closing = asyncio.ensure_future(device.run()), asyncio.ensure_future(gate.until_closed())
+        try:
+            await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
+            if not running.done() and device.interrupt():
+                await asyncio.wait({running}, timeout=LEAVE_S)
+        finally:
+            closing.cancel()
+            running.cancel()
+            await asyncio.gather(running, closing, return_exceptions=True)
+        if not running.cancelled() and (error := running.exception()) is not None:
+            raise error
+        if device.is_over or not gate.why:  # or it was interrupted for good
+            return
+    await device.run()
