@@ -102,6 +102,7 @@ from shoal.cli import data_argument, device_process
 assert len(data_argument.open_data({str(place / "users")!r})) == 6
 light = sorted({{name.split(".")[0] for name in sys.modules}})
 import shoal.fleet.secure_offer, shoal.fleet.kept_model, shoal.plan.child, shoal.plan.child_main
+import shoal.fleet.invitation, shoal.fleet.handshake, shoal.fleet.tls
 print(json.dumps(light))
 """
     done = subprocess.run([sys.executable, "-c", code], env=without_jax, capture_output=True, text=True, check=False)
