@@ -22,10 +22,9 @@ from shoal.codec.packed import unpack as unpack_slice
 from shoal.codec.rounding import rounded
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
-from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
+from shoal.fleet.device_secret import DeviceSecret, Pseudonyms, credential
 from shoal.fleet.host import run_seed
 from shoal.fleet.invitation import Invitation
-from shoal.fleet.members import credential
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.token import TokenKey

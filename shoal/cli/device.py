@@ -212,14 +212,17 @@ def device(
         invitation = read_invitation(join, {**said, "--population": population != "default"})
     else:
         if not server:
-            raise typer.BadParameter("Expected --server HOST:PORT, or --join LINE of `shoal invite`")
+            raise ValueError("Expected --server HOST:PORT, or --join LINE of `shoal invite`.")
         check_server(server, option="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
-    if invitation is not None and invitation.token and state is None:
-        state = STATE
-        screen.say(f"what this host knows the device by is kept in {state} (--state)")
-    parse_key(key)
+    trusted = parse_key(key)
+    if invitation is not None:
+        trusted = invitation.plan_key
+        if invitation.token and state is None:
+            state = STATE
+            screen.say(f"what this host knows the device by is kept in {state} (--state)")
+    engine = _engine(runtime, trusted)
     limit = options_memory(memory)
     for condition in when or ():
         validate.one_of(CONDITIONS, **{"--when": condition})
@@ -245,8 +248,6 @@ def device(
     if invitation is not None:
         door = come_in(invitation, state=state, patience_s=patience, screen=screen)
     refuse_unwelcome(door, client)
-    trusted = parse_key(door.key)
-    engine = _engine(runtime, trusted)
     if telemetry and state is None:
         raise ValueError(
             "Expected --state FOLDER with --telemetry: a device that forgets what it told of tells of a day twice."

@@ -22,12 +22,11 @@ from shoal.data.store import Examples, Population
 from shoal.errors import DataError, NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
-from shoal.fleet.device_secret import DeviceSecret, Pseudonyms
+from shoal.fleet.device_secret import DeviceSecret, Pseudonyms, credential
 from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.gate import Gate
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.members import credential
 from shoal.fleet.meter import Meter
 from shoal.fleet.politeness import LEAVE_S, Politeness, while_open
 from shoal.fleet.process import switch_threads_often

@@ -8,7 +8,7 @@ _UNITS: Final = {
     "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30,
     "t": 1 << 40, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40,
 }  # fmt: skip
-_SECONDS: Final = {"": 1.0, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
+_SECONDS: Final = {"s": 1.0, "min": 60.0, "h": 3600.0, "d": 86_400.0}
 _BARS: Final = "▁▂▃▄▅▆▇█"
 
 
@@ -59,19 +59,19 @@ def parse_size(text: str) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """The seconds that a text like `90`, `90s`, `15min`, `6h` or `2d` names.
+    """The seconds, above 0, that a text like `90s`, `15min`, `12h` or `7d` names.
 
-    >>> parse_duration("90"), parse_duration("1.5 min"), parse_duration("6h")
-    (90.0, 90.0, 21600.0)
+    >>> parse_duration("15min"), parse_duration("1.5 h")
+    (900.0, 5400.0)
 
     Raises:
-        ValueError: it names no duration above zero.
+        ValueError: it names none.
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text)
     unit = _SECONDS.get(found[2]) if found else None
     made = float(found[1]) * unit if found and unit else 0.0
     if not 0.0 < made < float("inf"):
-        raise ValueError(f"Expected a duration like 90s, 15min, 6h or 2d, got {text!r}.")
+        raise ValueError(f"Expected a time such as 90s, 15min, 12h or 7d, got {text!r}.")
     return made
 
 

@@ -15,9 +15,16 @@ from shoal.fleet.device_file import DeviceFile
 
 FACT: Final = "secret"
 """Its name in the device's file."""
-_BYTES: Final = 32
+SECRET_BYTES: Final = 32
+CREDENTIAL: Final = b"\x01"
+"""What a credential begins with."""
 _NAME_DIGITS: Final = 32
 SHORTEST_WINDOW_S: Final = 60.0
+
+
+def credential(token: bytes, secret: bytes) -> bytes:
+    """What a device shows to a host that serves members only: the invitation's token, 16 bytes, and its member's secret, 32."""
+    return CREDENTIAL + token + secret
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class DeviceSecret:
         """The one that a device's file holds; made there the first time. Raises StoreError where it cannot be kept."""
         data = file.fact(FACT)
         if data is None:
-            data = os.urandom(_BYTES)
+            data = os.urandom(SECRET_BYTES)
             file.keep_fact(FACT, data)
         return cls(data)
 

@@ -22,23 +22,17 @@ from typing import Final, Self
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import DataError, StoreError
+from shoal.fleet.device_secret import CREDENTIAL, SECRET_BYTES
 from shoal.fleet.invitation import TOKEN_BYTES
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.tensors import sha256
 
 FOLDER: Final = "members"
 MOST_USES: Final = 1_000_000
-SECRET_BYTES: Final = 32
-_KIND: Final = b"\x01"
 _MEMBERS: Final = "members.jsonl"
 _INVITATIONS: Final = "invitations"
 _REMOVED: Final = "removed"
 _MOST_BYTES: Final = 4_096
-
-
-def credential(token: bytes, secret: bytes) -> bytes:
-    """What a device shows at check-in: the invitation's token, 16 bytes, and its own secret, 32."""
-    return _KIND + token + secret
 
 
 @dataclass(frozen=True)
@@ -91,8 +85,8 @@ class Members:
             StoreError: that it is one cannot be written down; it may try again.
         """
         shown, population = check_in.credential, check_in.population or "default"
-        size = len(_KIND) + TOKEN_BYTES + SECRET_BYTES
-        if len(shown) != size or not shown.startswith(_KIND):
+        size = len(CREDENTIAL) + TOKEN_BYTES + SECRET_BYTES
+        if len(shown) != size or not shown.startswith(CREDENTIAL):
             return "an invitation, as this host serves members only: shoal device --join LINE, with a line of `shoal invite`"
         token, secret = shown[1 : 1 + TOKEN_BYTES], sha256(shown[1 + TOKEN_BYTES :])
         name = _name(population, check_in.device_id)

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
-from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed leaves it out
 
 NAMES: Final = ("grpc_proxy", "https_proxy", "HTTPS_PROXY", "http_proxy")
 
@@ -39,7 +38,12 @@ def proxy_for(address: str, environ: Mapping[str, str] = os.environ) -> Proxy | 
     host = address.rpartition(":")[0].strip("[]")
     name = next((name for name in NAMES if environ.get(name)), None)
     left_out = {"no": environ.get("no_proxy") or environ.get("NO_PROXY") or ""}
-    if name is None or is_loopback(host) or proxy_bypass_environment(host, left_out):
+    if name is None or is_loopback(host):
+        return None
+    # Here, as it brings HTTP, which a device without a proxy has no use for.
+    from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # typeshed leaves it out
+
+    if proxy_bypass_environment(host, left_out):
         return None
     value = environ[name]
     try:

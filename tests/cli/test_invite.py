@@ -11,9 +11,10 @@ import pytest
 from shoal.cli.host_checks import check_port, reserve
 from shoal.cli.host_door import DoorFile
 from shoal.cli.words import parse_duration
+from shoal.fleet.device_secret import credential
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.invitation import Invitation
-from shoal.fleet.members import Members, credential
+from shoal.fleet.members import Members
 from shoal.fleet.tls import make_tls, pin_of
 from shoal.fleet.wire import fleet_pb2 as pb
 

@@ -87,6 +87,11 @@ def test_without_iree_it_says_what_to_install(shoal: Shoal, place: Path) -> None
     assert "iree-base-runtime" in last(refused.err)
 
 
+def test_it_is_to_be_told_where_the_host_is(shoal: Shoal) -> None:
+    refused = shoal("device", "--data", "users")
+    assert refused.code == 1 and "Expected --server HOST:PORT, or --join LINE" in last(refused.err)
+
+
 # What it imports, and its options.
 
 
@@ -139,7 +144,6 @@ def _loaded_anew() -> plain.Command:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "required: --server"),
         (("--server", "a:1", "--count", "0"), "'0' is not in the range >= 1"),
         (("--server", "a:1", "--threads", "x"), "invalid int value: 'x'"),
         (("--server", "a:1", "--serv", "b"), "unrecognized arguments: --serv b"),

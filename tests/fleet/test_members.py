@@ -8,8 +8,9 @@ import pytest
 
 from shoal.errors import DataError, PlanError, StoreError
 from shoal.fleet.device import Device
+from shoal.fleet.device_secret import credential
 from shoal.fleet.entrance import Entrance
-from shoal.fleet.members import Members, credential, invite, remove
+from shoal.fleet.members import Members, invite, remove
 from shoal.fleet.several import SeveralHosts
 from shoal.fleet.wire import fleet_pb2 as pb
 from tests.fleet import toy
