@@ -1,6 +1,6 @@
 """A device without JAX: how fast it trains, what it takes to install, what it takes while it waits.
 
-R1: one member's training (begin, eight blocks of four steps, finish) in the child process of a device, by IREE's native code and by XLA, in turns:
+R1: one member's training (begin, three blocks of four steps, finish) in the child process of a device, by IREE's native code and by XLA, in turns:
 seconds of computing as the child tells them, at the same number of threads. The device takes the best variant that its processor runs; `x86_64-linux`
 alone, which any x86-64 with AVX2 runs, stands beside, and so does what compiling took. The worst ratio is judged, at the worse end of its interval.
 
@@ -40,14 +40,14 @@ from shoal.tensors import Tensors
 ROOT: Final = Path(__file__).parents[1]
 PACKAGE: Final = ROOT / "packaging" / "shoal-device"
 BUNDLE: Final = PEERS / "device-bundle"
-BLOCKS: Final = 8
+BLOCKS: Final = 3
 B: Final = 32
 K: Final = 4
-PAIRS: Final = 32
+PAIRS: Final = 20
 THREADS: Final = (1, 2)
 ENGINES: Final[tuple[EngineName, ...]] = ("iree", "jax")
 OTHER_THAN_SHOAL: Final = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence")
-IDLE_S: Final = 60.0
+IDLE_S: Final = 30.0
 GONE_S: Final = 40.0
 """After its last round a device's process for programs has ended."""
 

@@ -230,11 +230,13 @@ class ChildRunner:
         program = header.get("program", call if self._plan.manifest.variants(call) else "")
         with self._lock:
             child = self._ready(program)
-            answer = self._exchange(child, {"call": call, **header}, tensors or {}, program, wait=wait)
-            if call in ("begin", "resume", "finish"):
-                self._is_training = call != "finish"
-            self._keeps(child)
-            return answer
+            try:
+                answer = self._exchange(child, {"call": call, **header}, tensors or {}, program, wait=wait)
+                if call in ("begin", "resume", "finish"):
+                    self._is_training = call != "finish"
+                return answer
+            finally:
+                self._keeps(child)
 
     def _keeps(self, child: Child) -> bool:
         """Begins a child's time of rest anew; whether it is there. A training that is not gone on with may have been given up."""

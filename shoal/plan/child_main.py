@@ -29,6 +29,7 @@ import numpy as np
 from shoal.errors import PlanError, ProgramError
 from shoal.plan.channel import Channel
 from shoal.plan.child_engines import engine_of
+from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.priority import step_back
 from shoal.plan.runner import Runner
@@ -67,7 +68,7 @@ class Session:
         self._settings = settings
         self._engine = engine_of(settings)
         self._seen: set[str] = set()
-        self._plan: Plan | None = None
+        self._manifest: Manifest | None = None
         self._runner: Runner | None = None
         self._calls: dict[str, Callable[[dict[str, Any], Tensors], Answer]] = {
             "load": self._load, "compile": self._compile, "set_model": self._set_model,
@@ -101,9 +102,9 @@ class Session:
         return self._runner
 
     def _load(self, _: dict[str, Any], tensors: Tensors) -> Answer:
-        self._runner, self._plan, self._seen = None, None, set()
+        self._runner, self._manifest, self._seen = None, None, set()
         plan = Plan.parse(tensors["plan"].tobytes())
-        self._runner, self._plan = self._engine.load(plan), plan
+        self._runner, self._manifest = self._engine.load(plan), plan.manifest
         return {}, {}
 
     def _compile(self, _: dict[str, Any], __: Tensors) -> Answer:
@@ -163,17 +164,17 @@ class Session:
 
     def _call(self, header: dict[str, Any], tensors: Tensors) -> Answer:
         name = header["program"]
-        if self._plan is None or not self._plan.manifest.variants(name):
+        if self._manifest is None or not self._manifest.variants(name):
             raise PlanError(f"The plan has no program {name[:80]!r}.")
         with self._first(name):
             return {}, self._held.call(name, tensors)
 
     def _first(self, what: str) -> AbstractContextManager[None]:
         """Around what may compile when it is first called."""
-        if self._plan is None or what in self._seen:
+        if self._manifest is None or what in self._seen:
             return nullcontext()
         self._seen.add(what)
-        return self._engine.compiling(f"{self._plan.hash}-{what}")
+        return self._engine.compiling(f"{self._manifest.hash}-{what}")
 
 
 def _feed(tensors: Tensors) -> tuple[np.ndarray, np.ndarray, Tensors]:

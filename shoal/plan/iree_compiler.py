@@ -24,9 +24,12 @@ OPTIONS: Final = (
     "--iree-hal-target-device=local",
     "--iree-hal-local-target-device-backends=llvm-cpu",
     "--iree-global-opt-use-im2col-for-convs",
+    "--iree-opt-data-tiling",
     "--iree-global-opt-enable-warn-on-uninitialized-values=false",
 )
-"""Of every target. Convolutions as products of matrices: measured six times as fast on AVX2, and faster than XLA. `--iree-opt-level` is left as it is: in 3.13, O2 and O3 refuse programs of ours."""
+"""Of every target. Convolutions as products of matrices: measured six times as fast with AVX2. Tiles of data: an MLP takes a tenth less
+time, a CNN a fifth more, which is still half of XLA's. `--iree-opt-level` is left as it is:
+in 3.13, O2 and O3 refuse programs of ours."""
 
 
 def compiler_version() -> tuple[int, int, int]:

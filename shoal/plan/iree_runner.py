@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Final
 
 import iree.runtime as iree
@@ -24,8 +25,8 @@ from shoal.tensors import Tensors, TensorSpec, check
 Held = Any
 """A tensor in IREE's memory (`iree.HalBufferView`)."""
 
-COMMON_THREADS: Final = 1
-"""Up to which a program runs in the caller's thread."""
+TRIALS: Final = 4
+"""Blocks that each way to compute is measured by; the shortest counts."""
 
 
 class IreeRunner:
@@ -36,7 +37,8 @@ class IreeRunner:
 
         Args:
             plan: verified.
-            threads: to compute with; None: one for each core. The first runner of a process decides for all.
+            threads: to compute with, where that is faster than one: a short block is measured both ways, whose results are the same
+                to the bit. None: one for each core. The first runner of a process decides for all how many.
         """
         self.manifest = plan.manifest
         self._runtime = this_runtime()
@@ -44,7 +46,7 @@ class IreeRunner:
         self._bytes = {
             name: plan.program(program) for name, program in self._chosen.items() if program.hash in plan.programs
         }
-        self._device = open_device(threads)
+        self._threads = threads
         self._instance = iree.VmInstance()
         self._loaded: dict[str, tuple[Any, Any]] = {}  # context and function
         self._models: OrderedDict[str, list[Held]] = OrderedDict()
@@ -157,16 +159,41 @@ class IreeRunner:
     def _program(self, name: str) -> Any:
         """Its function, in a context of its own: programs share no state, not even by mistake."""
         if name not in self._loaded:
-            self._chosen_program(name)
-            with _failures_of(name):
-                module = iree.VmModule.copy_buffer(self._instance, self._bytes[name])
-                hal = iree.create_hal_module(self._instance, self._device)
-                context = iree.VmContext(self._instance, modules=[hal, module])
-                function = module.lookup_function("main")
-            if function is None:
-                raise PlanError(f"Program {name!r} of task {self.manifest.task!r} has no function main.")
-            self._loaded[name] = (context, function)
+            self._loaded[name] = self._load(name, self._device)
         return self._loaded[name]
+
+    def _load(self, name: str, device: Any) -> tuple[Any, Any]:
+        self._chosen_program(name)
+        with _failures_of(name):
+            module = iree.VmModule.copy_buffer(self._instance, self._bytes[name])
+            hal = iree.create_hal_module(self._instance, device)
+            context = iree.VmContext(self._instance, modules=[hal, module])
+            function = module.lookup_function("main")
+        if function is None:
+            raise PlanError(f"Program {name!r} of task {self.manifest.task!r} has no function main.")
+        return context, function
+
+    @cached_property
+    def _device(self) -> Any:
+        """What computes: the caller's thread, or a pool where that is faster."""
+        alone = open_device(1)
+        if self._threads == 1 or "block" not in self._bytes:
+            return alone
+        return min((alone, open_device(self._threads)), key=self._block_s)
+
+    def _block_s(self, device: Any) -> float:
+        """How long a block takes, of zeros."""
+        context, function = self._load("block", device)
+        specs, taken = self._chosen["block"].inputs, []
+        given, made = iree.VmVariantList(len(specs)), iree.VmVariantList(len(specs))
+        for spec in specs:
+            given.push_ref(_put(device, np.zeros(spec.shape, spec.numpy_dtype)).ref)
+        for _ in range(TRIALS):
+            begun_s = time.perf_counter()
+            with _failures_of("block"):
+                context.invoke(function, given, made)
+            taken.append(time.perf_counter() - begun_s)
+        return min(taken)
 
     def _run(self, name: str, inputs: Sequence[Held]) -> list[Held]:
         context, function = self._program(name)
@@ -186,10 +213,7 @@ class IreeRunner:
         return results
 
     def _put(self, value: np.ndarray) -> Held:
-        return self._device.allocator.allocate_buffer_copy(
-            memory_type=iree.MemoryType.DEVICE_LOCAL, allowed_usage=iree.BufferUsage.DEFAULT, device=self._device,
-            buffer=np.ascontiguousarray(value).reshape(value.shape), element_type=_element_type(value.dtype),
-        )  # fmt: skip
+        return _put(self._device, value)
 
     def _read(self, name: str, outputs: Sequence[Held]) -> Tensors:
         with _failures_of(name):
@@ -214,15 +238,19 @@ class IreeRunner:
 
 def open_device(threads: int | None) -> Any:
     """What computes: the caller's thread, or a pool of `threads`. The first call of a process decides how many."""
-    if threads is not None and threads <= COMMON_THREADS:
+    if threads == 1:
         return iree.get_device("local-sync")
     if threads is not None:
         iree.flags.parse_flags(f"--task_topology_group_count={threads}")
     return iree.get_device("local-task")
 
 
-def _element_type(dtype: "np.dtype[Any]") -> Any:
-    return iree.array_interop.map_dtype_to_element_type(dtype)
+def _put(device: Any, value: np.ndarray) -> Held:
+    return device.allocator.allocate_buffer_copy(
+        memory_type=iree.MemoryType.DEVICE_LOCAL, allowed_usage=iree.BufferUsage.DEFAULT, device=device,
+        buffer=np.ascontiguousarray(value).reshape(value.shape),
+        element_type=iree.array_interop.map_dtype_to_element_type(value.dtype),
+    )  # fmt: skip
 
 
 def _check_like(name: str, spec: TensorSpec, value: Held) -> None:

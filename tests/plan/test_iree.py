@@ -19,7 +19,7 @@ from shoal.plan.build import EVALUATE_BATCH_SIZE, Built, build
 from shoal.plan.check import check_plan
 from shoal.plan.child import ChildRunner
 from shoal.plan.iree_compiler import compile_for
-from shoal.plan.iree_runner import IreeRunner
+from shoal.plan.iree_runner import IreeRunner, open_device
 from shoal.plan.iree_targets import TARGETS, this_runtime
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
@@ -144,6 +144,15 @@ def test_a_training_that_was_put_aside_goes_on_bit_for_bit(noisy: Built, child: 
         made = trained(runner, noisy, paused=paused)
         for name in whole.sums:
             np.testing.assert_array_equal(made.sums[name], whole.sums[name])
+
+
+def test_more_threads_change_no_bit(noisy: Built) -> None:
+    one, two = (IreeRunner(noisy.plan, threads=threads) for threads in (1, 2))
+    two._device = open_device(2)  # whichever is faster
+    updates = [train(runner, noisy) for runner in (one, two)]
+    for name in updates[0].sums:
+        np.testing.assert_array_equal(updates[0].sums[name], updates[1].sums[name])
+    assert IreeRunner(noisy.plan, threads=2)._device in (open_device(1), open_device(2))
 
 
 def test_the_child_imports_no_jax(child: ChildRunner) -> None:
