@@ -3,6 +3,7 @@
 from shoal.data.batch import Block, Blocks, num_blocks, num_steps
 from shoal.data.cache import cache_folder
 from shoal.data.disk import open_population, write_population
+from shoal.data.example_store import ExampleStore
 from shoal.data.federated import Federated, federated_names, leave_out, load_federated
 from shoal.data.folders import open_folders
 from shoal.data.load import Dataset, load, load_first
@@ -14,6 +15,7 @@ __all__ = [
     "Block",
     "Blocks",
     "Dataset",
+    "ExampleStore",
     "Examples",
     "Federated",
     "Population",
