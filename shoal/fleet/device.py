@@ -27,6 +27,7 @@ from shoal.errors import (
     ProtocolError,
     StoreError,
     TaskRefused,
+    TooFewExamples,
     UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
@@ -51,6 +52,8 @@ PUSH_TRIES: Final = 6
 TRIES_ELSEWHERE: Final = 3
 LOOK_S: Final = 60.0
 """Between two looks at the clock of a device that rests."""
+EXAMPLES_LOOK_S: Final = 5.0
+"""Between two looks of a device that waits for examples."""
 FINISHED: Final = "finished"
 """Stage at which the host has said that the run is over."""
 SPENT: Final = "spent"
@@ -127,6 +130,7 @@ class Device:
         rest_s: float = 0.0,
         population: str = "default",
         tasks: Sequence[str] = (),
+        num_examples: Callable[[], int] | None = None,
         on_progress: Callable[["Device"], None] = lambda device: None,
     ) -> None:
         """
@@ -140,6 +144,7 @@ class Device:
             rest_s: least time from one update that is counted to the next training, whatever a host says.
             population: which it is of.
             tasks: names of those that it serves; none: any.
+            num_examples: how many there are now, where examples come and go: with too few of them it waits for more.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
         self._home = link
@@ -150,6 +155,11 @@ class Device:
         """In the device's file."""
         self._unfit: dict[str, DataError | TaskRefused] = {}
         """Tasks that its examples do not fit, or that promise too little, and why."""
+        self._num_examples = num_examples
+        self._short: dict[str, int] = {}
+        """Tasks for which it had too few examples, and how many these were."""
+        self._wants_more = False
+        """Nothing is to be done here with so many examples."""
         self._away_s: float | None = None
         """How long it is to be gone, once it was told so."""
         self._work: _Work | None = None
@@ -207,6 +217,7 @@ class Device:
         while not self._has_left:
             try:
                 await self._rest()
+                await self._until_enough()
                 async with self._link.session() as stream:
                     if await self._serve(stream):
                         return
@@ -287,6 +298,8 @@ class Device:
                 self._away_s = self._drawn(message.later)
                 if message.later.other_edge:
                     self._link = self._link.elsewhere(message.later.other_edge)
+            case "incompatible" if self._short:
+                self._wants_more, self._away_s = True, 0.0
             case "incompatible":
                 if self._unfit:  # and nothing else is to be done here
                     raise next(iter(self._unfit.values()))
@@ -366,12 +379,13 @@ class Device:
             await self._check_in(stream)
 
     async def _check_in(self, stream: Stream) -> None:
+        short = self._short and await self._too_few()
         self._say("waiting")
         self._checked_in = stream
         check_in = pb.CheckIn(
             population=self._population,
             tasks=self._tasks,
-            unfit=self._unfit,
+            unfit=[*self._unfit, *short],
             device_id=self.device_id,
             runtime=_runtime_info(self._host.runtime),
             software="shoal",
@@ -672,6 +686,22 @@ class Device:
             self._say("resting")
             await self._sleep(min(left_s, LOOK_S))  # the machine may be suspended meanwhile, or its clock be set
 
+    async def _until_enough(self) -> None:
+        """Where its examples come and go: until it has some, and more than were too few."""
+        while self._work is None and self._num_examples is not None:
+            count = await asyncio.to_thread(self._num_examples)
+            if count and not (self._wants_more and count <= min(self._short.values())):
+                break
+            self._say("waiting for examples")
+            await self._sleep(EXAMPLES_LOOK_S)
+        self._wants_more = False
+
+    async def _too_few(self) -> list[str]:
+        """Tasks for which it has no more examples than were too few."""
+        assert self._num_examples is not None
+        count = await asyncio.to_thread(self._num_examples)
+        return [task for task, held in self._short.items() if count <= held]
+
     def _to_rest_s(self) -> float:
         if not self._rest_s:
             return 0.0
@@ -684,6 +714,9 @@ class Device:
         gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
         await stream.send(pb.FromDevice(gave_up=gave_up))
         task = error.task if isinstance(error, TaskRefused) else work.task
+        if isinstance(error, TooFewExamples) and task and self._num_examples is not None:
+            self._short[task] = await asyncio.to_thread(self._num_examples)
+            return await self._check_in(stream)
         if isinstance(error, DataError | TaskRefused) and task:
             self._unfit[task] = error
             return await self._check_in(stream)
