@@ -20,11 +20,13 @@ from shoal.clip_norm import AdaptiveClip
 from shoal.codec.packed import pack as pack_slice
 from shoal.codec.packed import unpack as unpack_slice
 from shoal.codec.rounding import rounded
+from shoal.data.store import Spec
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
+from shoal.fleet.distribution import Distribution, Shard
 from shoal.fleet.host import run_seed
 from shoal.fleet.token import TokenKey
-from shoal.fleet.wire import edges_pb2
+from shoal.fleet.wire import data_pb2, edges_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
@@ -184,6 +186,17 @@ def test_wire() -> None:
 
 def test_the_wire_between_coordinator_and_edges_is_held() -> None:
     hold("edges_descriptor.bin", edges_pb2.DESCRIPTOR.serialized_pb)
+
+
+def test_the_proto_of_pushed_data() -> None:
+    hold("data_descriptor.bin", data_pb2.DESCRIPTOR.serialized_pb)
+
+
+def test_a_manifest_of_pushed_data() -> None:
+    spec: Spec = {"image": ((8, 8, 1), "uint8"), "label": ((), "int32")}
+    made = Distribution("digits", "default", spec, (Shard(sha256(b"a"), 3), Shard(sha256(b"b"), 2)))
+    signature = made.sign(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+    hold("distribution.json", made.data + b"\n" + signature.hex().encode() + b"\n")
 
 
 def test_record_schema() -> None:
