@@ -174,7 +174,7 @@ def deal(examples: "Examples", split: str, users: int, *, seed: int = _SPLIT_SEE
             case "shards":
                 return data.shards(examples.fields["label"], users, shards_per_user=int(setting), rng=rng)
     except ValueError as error:
-        if not setting or "convert" in str(error) or "literal" in str(error):
+        if "convert" in str(error) or "literal" in str(error):
             raise ValueError(_expected(split)) from error
         raise
     raise ValueError(_expected(split))

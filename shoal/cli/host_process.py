@@ -305,10 +305,11 @@ def _announce(settings: Settings, port: int, ca: Path | None, keys: HostKeys, sc
     screen.say(f"devices: {command_line(['shoal', 'device', '--server', reached, '--data', 'PATH', *trusted])}")
     screen.say(f"run: {settings.folder}")
     if settings.ready_file is not None:
-        _write_ready(settings.ready_file, where)
+        write_ready(settings.ready_file, where)
 
 
-def _write_ready(path: Path, where: str) -> None:
+def write_ready(path: Path, where: str) -> None:
+    """Says where peers can come, in a file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(where)

@@ -33,6 +33,7 @@ def test_the_commands_of_the_design_are_there() -> None:
     assert {" ".join(path) for path in ALL} == {
         "", "demo", "new", "check", "simulate", "host", "device", "edge", "privacy", "audit", "predict", "report", "replay", "doctor", "runs",
         "runs list", "runs show", "runs plot", "runs compare", "runs explain",
+        "data", "data show", "data push", "data take",
         "enrol", "enrol authority", "enrol device", "enrol certify",
         "embed", "embed inspect", "embed place", "embed replay", "embed tune",
     }  # fmt: skip
