@@ -11,7 +11,7 @@ that is the consent. The parts:
 A shard's bytes are its fields one after the other, in the manifest's order, each (examples, …) little-endian; its hash is over all of them.
 They travel in slices of at most `SLICE_BYTES` of one field, packed without loss: a broken transfer goes on with the slice after the last.
 
-The manifest is JSON (`Distribution.data`), and its SHA-256, the root, with a shard's number is the shard's name everywhere. It is signed by
+The manifest is canonical JSON (`Distribution.data`), and its SHA-256, the root, with a shard's number is the shard's name everywhere. It is signed by
 the key of the push's folder (Ed25519, with a context of its own, so that no signature of a plan is one of a manifest, nor the other way).
 """
 
@@ -31,7 +31,7 @@ from shoal.data.store import Spec
 from shoal.errors import ProtocolError
 from shoal.tensors import DTYPES, TensorSpec
 
-FORMAT: Final = 1
+FORMAT: Final = "shoal-data/1"
 MAX_SHARDS: Final = 10_000
 MAX_FIELDS: Final = 256
 MAX_MANIFEST_BYTES: Final = 3 << 19
@@ -91,10 +91,10 @@ class Distribution:
         """What is signed."""
         content = {
             "format": FORMAT, "name": self.name, "population": self.population,
-            "spec": {name: [list(shape), dtype] for name, (shape, dtype) in self.spec.items()},
+            "spec": [[name, list(shape), dtype] for name, (shape, dtype) in self.spec.items()],
             "shards": [[shard.hash, shard.examples] for shard in self.shards],
         }  # fmt: skip
-        return json.dumps(content, separators=(",", ":")).encode()
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
     @cached_property
     def root(self) -> bytes:
@@ -143,8 +143,8 @@ class Distribution:
     def _read(cls, data: bytes) -> Self:
         content = json.loads(data)
         if content["format"] != FORMAT:
-            raise ValueError(f"it has format {content['format']!r}, this shoal reads {FORMAT}")
-        spec = {name: (tuple(shape), dtype) for name, (shape, dtype) in content["spec"].items()}
+            raise ValueError(f"it has format {content['format']!r}, this shoal reads {FORMAT!r}")
+        spec = {name: (tuple(shape), dtype) for name, shape, dtype in content["spec"]}
         shards = tuple(Shard(hash, examples) for hash, examples in content["shards"])
         return cls(content["name"], content["population"], spec, shards)
 

@@ -390,8 +390,9 @@ async def test_data_that_do_not_fit_are_not_fetched(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2}, {"shards": []}, {"shards": [["x", 3]]}, {"shards": [["0" * 64, 0]]}, {"shards": [["0" * 64, 1 << 50]]},
-        {"spec": {}}, {"spec": {"x": [[-1], "float32"]}}, {"spec": {"x": [[3], "object"]}}, {"spec": {"x": [[1 << 40, 1 << 40], "int8"]}},
+        {"format": "shoal-data/2"}, {"shards": []}, {"shards": [["x", 3]]}, {"shards": [["0" * 64, 0]]}, {"shards": [["0" * 64, 1 << 50]]},
+        {"spec": []}, {"spec": [["x", [-1], "float32"]]}, {"spec": [["x", [3], "object"]]}, {"spec": [["x", [1 << 40, 1 << 40], "int8"]]},
+        {"spec": [["x", [3], "float32"], ["x", [4], "float32"]]},
         {"name": "x" * 300}, {"population": 3}, {"more": 1},
     ],
     ids=str,
@@ -399,7 +400,7 @@ async def test_data_that_do_not_fit_are_not_fetched(tmp_path: Path) -> None:
 def test_a_manifest_that_is_none_is_refused(change: dict[str, Any]) -> None:
     good = Distribution("n", "p", {"x": ((3,), "float32")}, (Shard("0" * 64, 3),))
     key = toy.KEYS.signing
-    bad = json.dumps(json.loads(good.data) | change, separators=(",", ":")).encode()
+    bad = json.dumps(json.loads(good.data) | change, sort_keys=True, separators=(",", ":")).encode()
     with pytest.raises(ProtocolError, match="The manifest"):
         Distribution.verified(bad, key.sign(b"shoal data v1\0" + bad), key.public_key().public_bytes_raw())
 
