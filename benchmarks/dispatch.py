@@ -1,9 +1,10 @@
 """A cluster from a fleet: central data pushed to devices, which then train; against training where the data are.
 
 D1a: Fashion-MNIST, `shoal data push` to four `shoal data take`, then `shoal host` and four `shoal device` over the stores; real processes. The rival
-is a plain JAX loop over all the data: the same model, optimizer, rate, batch and steps, all devices' steps added up (there is no pod mode yet; its
-result would be that loop's, with the batches of four devices in one step: the second rival, which stands beside). Accuracy on 10,000 test
-images after the last round; the difference is paired by seed, over which data, split, initial weights and order vary.
+is what a pod of four would do, as a plain JAX loop over all the data (there is no pod mode yet): the same model, optimizer and rate, as many passes, each
+step on a batch of each device's. Accuracy on 10,000 test images, mean of the last five passes; the difference is paired by seed, over which
+data, split, initial weights and order vary. Beside it a loop on one device's batches, which takes four times as many steps one after the other: what no
+four machines can do at once.
 
 D1b: bytes on the wire, of the bytes of the data's arrays: counted by a proxy between takers and server, both ways, HTTP/2 and all. The worse of
 images and of random bytes, which nothing makes smaller. Beside it the same with kill -9 of the server and of a taker in mid-transfer, and the
@@ -39,7 +40,7 @@ from shoal.data import npz
 from shoal.record.run import open_run
 
 ROOT: Final = Path(__file__).parents[1]
-IMAGES, ROUNDS, SEEDS = 12_000, 20, (1, 2, 3, 4, 5)
+IMAGES, ROUNDS, LAST, SEEDS = 12_000, 30, 5, (1, 2, 3, 4, 5)
 WAIT_S: Final = 240.0
 
 
@@ -52,12 +53,12 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     share = max(m.share for m in moves if m.share is not None and not m.kills)
     results = [] if quick else [_compare(seed) for seed in SEEDS]
     table(
-        ["seed", "pushed", "central, as many steps", "central, batches of four devices"],
-        [[r.seed, f"{r.pushed:.4f}", f"{r.central:.4f}", f"{r.large:.4f}"] for r in results],
+        ["seed", "pushed", "central, batches of four devices", "central, four times the steps"],
+        [[r.seed, f"{r.pushed:.4f}", f"{r.central:.4f}", f"{r.more_steps:.4f}"] for r in results],
     )
     mean, upper = _paired([100 * (r.central - r.pushed) for r in results])
     goals = [
-        Goal("D1a", "points of accuracy below central training of as many steps, mean over seeds", mean, "<= 0.5", judged=upper),
+        Goal("D1a", "points of accuracy below central training on as many batches of all devices, mean over seeds", mean, "<= 0.5", judged=upper),
         Goal("D1b", "bytes on the wire of one push, of the data's, the worse of two", share, "<= 1.1"),
     ]  # fmt: skip
     return goals, {"moves": [vars(m) for m in moves], "results": [vars(r) for r in results]}
@@ -196,7 +197,7 @@ class Result:
     seed: int
     pushed: float
     central: float
-    large: float
+    more_steps: float
 
 
 def _compare(seed: int) -> Result:
@@ -204,7 +205,7 @@ def _compare(seed: int) -> Result:
     chosen = np.sort(np.random.default_rng(seed).permutation(len(loaded.train))[:IMAGES])
     train, test = shoal.data.Examples(loaded.train.take(chosen)), loaded.test
     made = Result(
-        seed, _trained_on_devices(train, test, seed), _central(train, test, seed, BATCH), _central(train, test, seed, DEVICES * BATCH)
+        seed, _trained_on_devices(train, test, seed), _central(train, test, seed, DEVICES * BATCH), _central(train, test, seed, BATCH)
     )  # fmt: skip
     print(vars(made), flush=True)
     return made
@@ -232,7 +233,7 @@ def _trained_on_devices(train: shoal.data.Examples, test: shoal.data.Examples, s
         with open_run(folder / "run") as done:
             versions, accuracies = done.history("accuracy")
             assert versions[-1] == ROUNDS, versions
-            return float(accuracies[-1])
+            return float(np.mean(accuracies[-LAST:]))
 
 
 def _central(train: shoal.data.Examples, test: shoal.data.Examples, seed: int, batch: int) -> float:
@@ -242,7 +243,7 @@ def _central(train: shoal.data.Examples, test: shoal.data.Examples, seed: int, b
     fields = {name: jnp.asarray(array) for name, array in train.fields.items()}
 
     def loss(params: Any, one: dict[str, jax.Array]) -> jax.Array:
-        made = TASK.loss(params, start.state, one, key)
+        made = TASK.loss(params, start.state, _unmasked(one), key)
         return jnp.mean(made.per_example)
 
     @jax.jit
@@ -253,12 +254,21 @@ def _central(train: shoal.data.Examples, test: shoal.data.Examples, seed: int, b
 
         return jax.lax.scan(step, params, order)[0]
 
-    rng, params = np.random.default_rng(seed), start.params
+    assert TASK.evaluate is not None
+    evaluate, everything = (
+        jax.jit(TASK.evaluate),
+        _unmasked({name: jnp.asarray(array) for name, array in test.fields.items()}),
+    )
+    rng, params, accuracies = np.random.default_rng(seed), start.params, []
     for _ in range(ROUNDS):
         params = epoch(params, jnp.asarray(rng.permutation(len(train)).reshape(-1, batch)))
-    assert TASK.evaluate is not None
-    found = TASK.evaluate(params, start.state, {name: jnp.asarray(array) for name, array in test.fields.items()})
-    return float(jnp.sum(found["accuracy"].numerator) / jnp.sum(found["accuracy"].denominator))
+        found = evaluate(params, start.state, everything)["accuracy"]
+        accuracies.append(float(jnp.sum(found.numerator) / jnp.sum(found.denominator)))
+    return float(np.mean(accuracies[-LAST:]))
+
+
+def _unmasked(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {**batch, "mask": jnp.ones(len(batch["label"]), bool)}
 
 
 # Processes.
