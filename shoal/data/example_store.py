@@ -146,7 +146,8 @@ class ExampleStore:
         if asked:
             with self._file.writing() as db:
                 limits = StoreLimits(**{**asdict(self._limits(db)), **asked})
-                _keep(db, "limits", json.dumps(asdict(limits)).encode())
+                finite = {name: value for name, value in asdict(limits).items() if math.isfinite(value)}
+                _keep(db, "limits", json.dumps(finite).encode())
                 self._drop(db, limits, self._spec(db))
 
     def __enter__(self) -> Self:
@@ -286,12 +287,12 @@ class ExampleStore:
     def fact(self, name: str) -> bytes | None:
         """What was kept under a name."""
         with self._file.reading() as db:
-            return _fact(db, f"app {name}")
+            return _fact(db, f"kept {name}")
 
     def keep_fact(self, name: str, value: bytes) -> None:
         """Keeps a small value under a name, in place of the one before."""
         with self._file.writing() as db:
-            _keep(db, f"app {name}", value)
+            _keep(db, f"kept {name}", value)
 
     # Within a transaction.
 

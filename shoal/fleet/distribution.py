@@ -85,6 +85,8 @@ class Distribution:
         most = max(shard.examples for shard in self.shards)
         for name, (shape, dtype) in self.spec.items():
             TensorSpec(name=name, shape=(most, *shape), dtype=dtype)
+        if not bytes_each(self.spec):
+            raise ValueError("Expected examples of at least one byte.")
 
     @cached_property
     def data(self) -> bytes:

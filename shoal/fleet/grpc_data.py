@@ -1,8 +1,8 @@
 """Both ends of a push's wire: bytes in, messages out. What is decided is decided in `push.py` and `take.py`."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any, Final
 
 import grpc
@@ -70,8 +70,8 @@ class _Servicer:
             return self._push.claim(request, address)
 
     async def Pull(self, request: pb.PullRequest, context: Any) -> None:
-        async with self._call(context):
-            async for piece in self._push.pull(request):
+        async with self._call(context), aclosing(self._push.pull(request)) as pieces:
+            async for piece in pieces:
                 try:
                     async with asyncio.timeout(STALLED_S):
                         await context.write(piece)
@@ -135,7 +135,7 @@ class DataLink:
             reply: pb.ClaimReply = await self._stub.Claim(request, timeout=CALL_TIMEOUT_S)
             return reply
 
-    async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Piece]:
+    async def pull(self, request: pb.PullRequest) -> AsyncGenerator[pb.Piece, None]:
         call = self._stub.Pull(request)
         try:
             with _translated():
@@ -159,15 +159,12 @@ class DataLink:
         await self._channel.close()
 
 
-class _translated:
+@contextmanager
+def _translated() -> Iterator[None]:
     """gRPC's errors as ours."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, grpc.RpcError):
-            return
+    try:
+        yield
+    except grpc.RpcError as error:
         code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
         details = (error.details() if isinstance(error, grpc.aio.AioRpcError) else str(error)) or ""
         if code is grpc.StatusCode.ABORTED:

@@ -11,7 +11,7 @@ import hmac
 import os
 import shutil
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -258,7 +258,7 @@ class Push:
         self._book.claimed(found, request.taker, kept=PAST_KEPT)
         return pb.ClaimReply(shard=found, held=self.dispatch.num_held)
 
-    async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Piece]:
+    async def pull(self, request: pb.PullRequest) -> AsyncGenerator[pb.Piece, None]:
         """The rest of a claimed shard. Raises NotYours, NotAllowed or ProtocolError."""
         shard = self._check_shard(request)
         spec, examples = self.distribution.spec, self.distribution.shards[shard].examples

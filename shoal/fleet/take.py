@@ -20,7 +20,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, prod
@@ -52,7 +52,7 @@ class Link(Protocol):
 
     async def offer(self, request: pb.OfferRequest) -> pb.OfferReply: ...
     async def claim(self, request: pb.ClaimRequest) -> pb.ClaimReply: ...
-    def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Piece]: ...
+    def pull(self, request: pb.PullRequest) -> AsyncGenerator[pb.Piece, None]: ...
     async def held(self, request: pb.HeldRequest) -> pb.HeldReply: ...
 
 
@@ -110,6 +110,8 @@ class Taker:
         self._store, self._link, self._terms = store, link, terms
         self._on_progress, self._now_s, self._sleep = on_progress, now_s, sleep
         self._part = store.path.with_name(f"{store.path.name}.part")
+        self._offered: Distribution | None = None
+        """What the server gives out, as long as nothing goes wrong."""
         self.progress = Progress()
 
     async def run(self) -> None:
@@ -131,6 +133,7 @@ class Taker:
                 except (NetworkError, NotYours, StoreUnavailable) as error:
                     if self.progress.moved_bytes > moved:
                         worked_s, failures = self._now_s(), 0
+                    self._offered = None
                     failures += 1
                     self.progress.failures += 1
                     self.progress.last_error = str(error)
@@ -142,13 +145,15 @@ class Taker:
 
     async def _take(self) -> bool:
         """One shard, or a wait for one; whether it is over."""
-        reply = await self._link.offer(pb.OfferRequest(ticket=self._terms.ticket, population=self._terms.population))
-        offered = self._verified(reply)
+        offered = self._offered
+        if offered is None:
+            asked = pb.OfferRequest(ticket=self._terms.ticket, population=self._terms.population)
+            offered = self._offered = self._verified(await self._link.offer(asked))
         await self._settle(offered)
-        mine = [number for number in range(len(offered.shards)) if offered.id(number) in self._store.shards()]
+        mine = self._mine(offered)
         if mine and not self._terms.stays:
-            return self._over(f"the store has shard {mine[0]} of this push" if not self.progress.joined else "")
-        room = self._room(offered) - sum(offered.size(number) for number in mine)
+            return self._over(f"the store has shard {min(mine)} of this push" if not self.progress.joined else "")
+        room = self._room(offered, mine)
         answer = await self._link.claim(
             pb.ClaimRequest(ticket=self._terms.ticket, taker=self._taker(), root=offered.root, room_bytes=max(0, room))
         )
@@ -204,12 +209,16 @@ class Taker:
             self._store.keep_fact(name, reply.key)
         return offered
 
-    def _room(self, offered: Distribution) -> int:
-        """Bytes of this push that the device takes, were the store to have none of it."""
+    def _mine(self, offered: Distribution) -> dict[int, bool]:
+        """Shards of this push that the store has, and whether the server has heard of it."""
+        held = self._store.shards()
+        return {n: held[id] for n in range(len(offered.shards)) if (id := offered.id(n)) in held}
+
+    def _room(self, offered: Distribution, mine: Iterable[int]) -> int:
+        """Bytes of this push that the device takes beside the shards that it has."""
         now = self._store.statistics()
-        free = now.limits.most_examples(offered.spec) - now.examples
-        held = sum(offered.size(number) for number in range(len(offered.shards)) if offered.id(number) in self._store.shards())  # fmt: skip
-        return int(min(self._terms.most_bytes, max(0.0, free) * bytes_each(offered.spec) + held))
+        free = max(0.0, now.limits.most_examples(offered.spec) - now.examples)
+        return int(min(self._terms.most_bytes - sum(map(offered.size, mine)), free * bytes_each(offered.spec)))
 
     def _taker(self) -> bytes:
         """This store's name towards servers, made once."""
@@ -221,8 +230,8 @@ class Taker:
 
     async def _settle(self, offered: Distribution) -> None:
         """Tells the server of shards that joined; takes out those that another device holds."""
-        for number in range(len(offered.shards)):
-            if self._store.shards().get(offered.id(number)) is not False:
+        for number, is_confirmed in self._mine(offered).items():
+            if is_confirmed:
                 continue
             self._say("confirming")
             request = pb.HeldRequest(ticket=self._terms.ticket, taker=self._taker(), root=offered.root, shard=number)

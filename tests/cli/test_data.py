@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shoal.cli.data_argument import open_data
 from shoal.data import ExampleStore, load
 
 from .conftest import Process, Shoal
@@ -62,6 +63,13 @@ def test_devices_of_a_store_refuse_what_is_for_other_data(tmp_path: Path, shoal:
     assert made.code == 1 and "no example store at" in last(made.err)
     made = shoal("device", "--server", "127.0.0.1:1", "--data", tmp_path / "a.examples", "--users", 3)
     assert made.code == 1 and "not for an example store" in last(made.err)
+
+
+def test_a_simulation_takes_what_a_store_holds_now(tmp_path: Path) -> None:
+    with ExampleStore(tmp_path / "anna.examples") as store:
+        store.add(rows(3))
+    population = open_data(str(tmp_path / "anna.examples"))
+    assert population.sizes() == {"anna": 3} and population.spec()["x"] == ((2,), "float32")
 
 
 def begin_push(start: Start, tmp_path: Path, *options: object) -> tuple[Process, list[object]]:

@@ -77,7 +77,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     steps=STEPS,
     max_age_s=st.none() | st.floats(1.0, 90.0),
@@ -114,7 +114,7 @@ def test_limits_hold_whatever_is_added(
                 assert store.statistics().size_bytes == 20 * len(model) <= (max_bytes or math.inf)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(leaps=st.lists(st.floats(-500.0, 500.0), max_size=8))
 def test_after_any_leaps_an_example_lives_as_long_as_its_age_from_when_the_clock_was_seen(
     tmp_path_factory: pytest.TempPathFactory, leaps: list[float]
