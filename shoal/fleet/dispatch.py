@@ -118,15 +118,19 @@ class Dispatch:
         claim.until_s = now_s + self._patience_s
         return True
 
-    def hold(self, shard: int, taker: bytes) -> Outcome:
-        """A taker says that a shard is in its store."""
+    def may_hold(self, shard: int, taker: bytes) -> Outcome:
+        """What `hold` would answer; changes nothing."""
         if shard in self._held:
             return "held" if self._held[shard] == taker else "other"
-        if taker not in self._past.get(shard, ()):
-            return "stranger"
-        self._held[shard] = taker
-        self._claims.pop(shard, None)
-        return "held"
+        return "held" if taker in self._past.get(shard, ()) else "stranger"
+
+    def hold(self, shard: int, taker: bytes) -> Outcome:
+        """A taker says that a shard is in its store."""
+        outcome = self.may_hold(shard, taker)
+        if outcome == "held":
+            self._held[shard] = taker
+            self._claims.pop(shard, None)
+        return outcome
 
     def _claimed(self, taker: bytes) -> int | None:
         return next((shard for shard, claim in self._claims.items() if claim.taker == taker), None)

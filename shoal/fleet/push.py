@@ -273,11 +273,12 @@ class Push:
     def held(self, request: pb.HeldRequest) -> pb.HeldReply:
         """A taker has a shard in its store. Raises NotYours, NotAllowed or ProtocolError."""
         shard = self._check_shard(request)
-        outcome = self.dispatch.hold(shard, request.taker)
+        outcome = self.dispatch.may_hold(shard, request.taker)
         if outcome == "stranger":
             raise NotYours(f"Shard {shard} was never claimed by this device.")
         if outcome == "held":
             self._book.holds(shard, request.taker)
+            self.dispatch.hold(shard, request.taker)
             self._path(shard).unlink(missing_ok=True)
             self.changed.set()
         else:

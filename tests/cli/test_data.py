@@ -1,6 +1,7 @@
 """`shoal data`: one line where it refuses; real processes that are killed; a fleet over what was pushed."""
 
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_central_data_become_a_fleet_whatever_is_killed(start: Start, tmp_path: 
     devices = [start("device", "--server", address, "--data", tmp_path / f"{n}.examples") for n in range(3)]
     assert host.wait() == 0, host.text
     assert [device.wait() for device in devices] == [0, 0, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_both_sides_say_how_to_go_on_when_they_are_told_to_end(start: Start, tmp_path: Path) -> None:
+    push, take = begin_push(start, tmp_path, "--port", 0)
+    push.kill(signal.SIGINT)
+    assert push.wait() == 130 and "stopped; 0 of 3 shards held" in last(push.text), push.text
+    taker = start(*take, "--store", tmp_path / "a.examples")
+    taker.until((tmp_path / "a.examples.part.lock").exists)
+    taker.kill(signal.SIGTERM)
+    assert taker.wait() == 143 and "Start the same command again" in last(taker.text), taker.text
 
 
 @pytest.mark.slow

@@ -285,6 +285,24 @@ async def test_a_full_disk_is_waited_for_and_what_was_fetched_is_kept(tmp_path: 
 
 
 @toy.in_loop
+async def test_a_server_whose_disk_is_full_does_not_say_that_a_shard_is_held(tmp_path: Path) -> None:
+    book = book_of(tmp_path / "run", shards=1)
+    push = Push(book, patience_s=60.0)
+    holds, tries = book.holds, list[bool]()
+
+    def full(shard: int, who: bytes) -> None:
+        tries.append(push.dispatch.is_done)
+        if len(tries) < 3:
+            raise NetworkError("unavailable: No space left.")  # as a StoreError arrives
+        holds(shard, who)
+
+    book.holds = full  # type: ignore[method-assign]
+    with ExampleStore(tmp_path / "a.examples") as store:
+        await taker(store, push, patience_s=60.0).run()
+        assert tries == [False] * 3 and book.held() == {0: store.fact("taker")} and len(store) == NUM
+
+
+@toy.in_loop
 async def test_one_that_comes_back_too_late_leaves_what_another_holds(tmp_path: Path) -> None:
     now_s = [0.0]
     push = Push(book_of(tmp_path / "run", shards=1), patience_s=60.0, now_s=lambda: now_s[0])
