@@ -8,6 +8,7 @@ Callers' mistakes are `ValueError` or `TypeError`; our own bugs are `assert`. Wh
         NetworkError            the link broke: try again
         ProtocolError           the peer is wrong: do not try again
       DataError                 data that cannot be had, or is not what it says
+        TooFewExamples          not enough of them, or not a whole number of batches; there may be more later
       DeviceError               a device failed (device_id, round, stage)
       PlanError                 a plan that is unsigned, altered, too large, or not for this runtime
       ProgramError              a program of a plan failed, whatever it raised
@@ -45,6 +46,10 @@ class ProtocolError(TransportError):
 
 class DataError(ShoalError):
     """Data cannot be had, or is not what its description says."""
+
+
+class TooFewExamples(DataError):
+    """A member has too few examples for a task; where they come and go it may have enough later."""
 
 
 class DeviceError(ShoalError):

@@ -20,15 +20,17 @@ from shoal.clip_norm import AdaptiveClip
 from shoal.codec.packed import pack as pack_slice
 from shoal.codec.packed import unpack as unpack_slice
 from shoal.codec.rounding import rounded
+from shoal.data.store import Spec
 from shoal.fixed import FixedPoint, SumSpec
 from shoal.fleet.configuration import configure, round_seed
 from shoal.fleet.device_secret import DeviceSecret, Pseudonyms, credential
+from shoal.fleet.distribution import Distribution, Shard
 from shoal.fleet.host import run_seed
 from shoal.fleet.invitation import Invitation
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.token import TokenKey
-from shoal.fleet.wire import edges_pb2, telemetry_pb2
+from shoal.fleet.wire import data_pb2, edges_pb2, telemetry_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
@@ -212,6 +214,17 @@ def test_telemetry_report() -> None:
         "entries": [[entry.name, entry.bound, entry.unit] for entry in ENTRIES],
     }
     hold("telemetry.json", json.dumps(made, indent=1).encode())
+
+
+def test_the_proto_of_pushed_data() -> None:
+    hold("data_descriptor.bin", data_pb2.DESCRIPTOR.serialized_pb)
+
+
+def test_a_manifest_of_pushed_data() -> None:
+    spec: Spec = {"image": ((8, 8, 1), "uint8"), "label": ((), "int32")}
+    made = Distribution("digits", "default", spec, (Shard(sha256(b"a"), 3), Shard(sha256(b"b"), 2)))
+    signature = made.sign(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+    hold("distribution.json", made.data + b"\n" + signature.hex().encode() + b"\n")
 
 
 def test_record_schema() -> None:

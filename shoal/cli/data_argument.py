@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from shoal.data import Examples, Population, Split
+    from shoal.data import Examples, ExampleStore, Population, Split
 
 PREFIX: Final = "name:"
 DEFAULT_SPLIT: Final = "iid"
@@ -41,7 +41,27 @@ def open_data(
     if has_users:
         return data.load_federated(name).train
     examples = data.load(known_name(name)).train
-    return data.Population.from_split(examples, _deal(examples, split, users))
+    return data.Population.from_split(examples, deal(examples, split, users))
+
+
+def open_store(
+    text: str, *, split: str = DEFAULT_SPLIT, users: int = DEFAULT_USERS, user_column: str = ""
+) -> "ExampleStore | None":
+    """The example store that --data names, which is read anew for each round; None where it names none.
+
+    Raises:
+        ValueError: options that are for other data.
+        StoreError: it is not there, or damaged.
+    """
+    from shoal.data.example_store import SUFFIX, ExampleStore
+
+    if not text.endswith(SUFFIX):
+        return None
+    if split != DEFAULT_SPLIT or users != DEFAULT_USERS or user_column:
+        raise ValueError(
+            f"--split, --users and --user-column are not for an example store; all of {text} is one user's."
+        )
+    return ExampleStore(text, must_exist=True)
 
 
 def open_held_out(text: str, *, data_text: str = "", user_column: str = "") -> "Examples | None":
@@ -116,9 +136,13 @@ def known_name(name: str) -> str:
 
 
 def _open_files(text: str, user_column: str) -> "Population":
-    """A file, a folder of files, or a folder of users' folders."""
+    """A file, a folder of files, a folder of users' folders, or what an example store holds now."""
     from shoal import data
+    from shoal.data.example_store import SUFFIX, ExampleStore
 
+    if text.endswith(SUFFIX):
+        with ExampleStore(text, must_exist=True) as store:
+            return data.Population.from_arrays({store.path.stem: store.examples()})
     folder = Path(text)
     if text and folder.is_dir() and not user_column:
         inside = [entry for entry in folder.iterdir() if entry.name[0] != "."]
@@ -127,24 +151,30 @@ def _open_files(text: str, user_column: str) -> "Population":
     return data.open_population(text, user=user_column or DEFAULT_COLUMN)
 
 
-def _deal(examples: "Examples", split: str, users: int) -> "Split":
+def deal(examples: "Examples", split: str, users: int, *, seed: int = _SPLIT_SEED) -> "Split":
+    """Deals examples out to users as --split says.
+
+    Raises:
+        ValueError: an unknown split, one by label where there is none, or fewer examples than users.
+    """
     import numpy as np
 
     from shoal import data
 
     kind, _, setting = split.partition(":")
-    rng = np.random.default_rng(_SPLIT_SEED)
-    labels = examples.fields["label"]
+    rng = np.random.default_rng(seed)
+    if kind in ("dirichlet", "shards") and "label" not in examples.fields:
+        raise ValueError(f"--split {kind} deals by the field 'label'; the examples have {', '.join(examples.fields)}.")
     try:
         match kind:
             case "iid" if not setting:
                 return data.iid(len(examples), users, rng=rng)
             case "dirichlet":
-                return data.dirichlet(labels, users, alpha=float(setting), rng=rng)
+                return data.dirichlet(examples.fields["label"], users, alpha=float(setting), rng=rng)
             case "shards":
-                return data.shards(labels, users, shards_per_user=int(setting), rng=rng)
+                return data.shards(examples.fields["label"], users, shards_per_user=int(setting), rng=rng)
     except ValueError as error:
-        if not setting or "convert" in str(error) or "literal" in str(error):
+        if "convert" in str(error) or "literal" in str(error):
             raise ValueError(_expected(split)) from error
         raise
     raise ValueError(_expected(split))

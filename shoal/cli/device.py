@@ -12,6 +12,7 @@ from shoal.cli.join import join as come_in
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
+    from shoal.data import ExampleStore, Population
     from shoal.fleet.enrolment import Enrolled
     from shoal.plan.child_engines import EngineName
     from shoal.plan.priority import Priority
@@ -22,6 +23,7 @@ EPILOG = options.examples(
     "shoal device --server 127.0.0.1:8500 --data name:digits --users 100 --first 25 --count 25",
     "shoal device --server 127.0.0.1:8500 --data watches/ --population watches --task steps",
     "shoal device --server training.example.org:8500 --data me.npz --id anna --ca ca.pem --memory 4GiB --state kept/",
+    "shoal device --server training.example.org:8500 --data steps.examples --id anna --ca ca.pem --state kept/",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --secure --minimum 8 --colluders 2",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --max-epsilon 8",
     "shoal device --server training.example.org:8500 --data me.npz --ca ca.pem --state kept/ --when charging --when idle --per-day cpu=20min",
@@ -264,8 +266,13 @@ def device(
 
     budget = None if max_epsilon is None else ExampleBudget(epsilon=max_epsilon, delta=delta)
     impact = parse_budget(per_day or (), max_temperature)
-    examples = data_argument.open_data(data, split=split, users=users, user_column=user_column)
-    chosen = device_process.choose(examples, first=first, count=count)
+    store = data_argument.open_store(data, split=split, users=users, user_column=user_column)
+    if store is not None:
+        examples: Population | ExampleStore = store
+        chosen: tuple[str, ...] = (id or store.path.stem,)
+    else:
+        examples = data_argument.open_data(data, split=split, users=users, user_column=user_column)
+        chosen = device_process.choose(examples, first=first, count=count)
     if enrolled is not None and len(chosen) != 1:
         raise ValueError(
             f"Expected one user with --member, which is one device's key, got {len(chosen)}; take --count 1."

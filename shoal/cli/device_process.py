@@ -18,8 +18,9 @@ from shoal.cli import words
 from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
+from shoal.data.example_store import ExampleStore
 from shoal.data.store import Examples, Population
-from shoal.errors import DataError, NetworkError
+from shoal.errors import DataError, DeviceError, NetworkError, StoreUnavailable
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.device_secret import DeviceSecret, Pseudonyms, credential
@@ -134,7 +135,9 @@ def choose(population: Population, *, first: int, count: int | None) -> tuple[st
     return chosen
 
 
-def run(settings: Settings, population: Population, *, screen: Screen, watch: Stopwatch, parent: int) -> None:
+def run(
+    settings: Settings, population: Population | ExampleStore, *, screen: Screen, watch: Stopwatch, parent: int
+) -> None:
     """Plays the users until the run is over.
 
     Raises:
@@ -144,7 +147,11 @@ def run(settings: Settings, population: Population, *, screen: Screen, watch: St
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     switch_threads_often()
-    told = sum(population.sizes()[user] for user in settings.users)
+    told = (
+        len(population)
+        if isinstance(population, ExampleStore)
+        else sum(population.sizes()[user] for user in settings.users)
+    )
     screen.say(f"{words.count(len(settings.users), 'device')}, {words.count(told, 'example')}; host {settings.server}")
     with _own_folder(settings.state):
         _run(settings, population, screen, watch, parent)
@@ -161,7 +168,9 @@ def _own_folder(state: Path | None) -> Iterator[None]:
         yield
 
 
-def _run(settings: Settings, population: Population, screen: Screen, watch: Stopwatch, parent: int) -> None:
+def _run(
+    settings: Settings, population: Population | ExampleStore, screen: Screen, watch: Stopwatch, parent: int
+) -> None:
     host = make_host(settings, runtime_of(settings))
     watch.lap("start")
     crew = _Crew(settings, screen, host)
@@ -222,6 +231,29 @@ def runtime_of(settings: Settings) -> Runtime:
     return probe(threads=settings.threads)
 
 
+def _sources(
+    data: Population | ExampleStore, users: Sequence[str]
+) -> tuple[Callable[[str], Examples], Callable[[], int] | None]:
+    """How a user's examples are had, and counted where they come and go."""
+    if not isinstance(data, ExampleStore):
+        return _kept_if_small(data, users), None
+
+    def read(user: str) -> Examples:
+        try:
+            return data.examples()
+        except StoreUnavailable as error:  # tried again, as for whatever fails on a device
+            raise DeviceError(str(error), stage="data") from error
+
+    def count() -> int:
+        try:
+            return len(data)
+        except StoreUnavailable as error:
+            log.warning("%s", error)
+            return 0
+
+    return read, count
+
+
 def _kept_if_small(population: Population, users: Sequence[str]) -> Callable[[str], Examples]:
     """How a user's examples are had: read once where all of them together are small, else anew for each round."""
     sizes, spec = population.sizes(), population.spec()
@@ -232,7 +264,7 @@ def _kept_if_small(population: Population, users: Sequence[str]) -> Callable[[st
 
 async def play(
     settings: Settings,
-    population: Population,
+    population: Population | ExampleStore,
     host: DeviceHost,
     *,
     watch: Callable[[Sequence[Device]], Coroutine[Any, Any, None]],
@@ -240,7 +272,7 @@ async def play(
 ) -> Sequence[Device]:
     """Plays the users until the run is over; `watch` runs beside them. Returns the devices."""
     link = GrpcLink(settings.server, ca=settings.authority, server_name=settings.server_name, client=settings.client)
-    examples_of, secret = _kept_if_small(population, settings.users), DeviceSecret.of(host.file)
+    (examples_of, num_examples), secret = _sources(population, settings.users), DeviceSecret.of(host.file)
     told: dict[str, TelemetryDevice] = {}
 
     def heard(device: Device) -> None:
@@ -253,7 +285,7 @@ async def play(
             name, partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=heard,
             population=settings.population, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(name, secret),
-            pseudonyms=settings.pseudonyms(name, secret),
+            pseudonyms=settings.pseudonyms(name, secret), num_examples=num_examples,
         )
         for user in settings.users
         for name in (settings.device_id(user),)

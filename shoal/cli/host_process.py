@@ -379,10 +379,11 @@ def _announce(settings: Settings, door: DoorFile, ca: Path | None, screen: Scree
         screen.say(f"or elsewhere: shoal device --join {door.invitation().text} --data PATH")
     screen.say(f"run: {settings.folder}")
     if settings.ready_file is not None:
-        _write_ready(settings.ready_file, where)
+        write_ready(settings.ready_file, where)
 
 
-def _write_ready(path: Path, where: str) -> None:
+def write_ready(path: Path, where: str) -> None:
+    """Says where peers can come, in a file that is there whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         partial.write_text(where)

@@ -9,6 +9,7 @@ from shoal import __version__
 from shoal.cli import (
     audit,
     check,
+    data,
     demo_command,
     device,
     doctor,
@@ -76,6 +77,7 @@ for _name, _function, _epilog in (
     ("audit", audit.audit, audit.EPILOG),
 ):
     app.command(_name, epilog=_epilog)(_function)
+app.add_typer(data.app, name="data")
 app.add_typer(embed.app, name="embed")
 app.add_typer(enrol.app, name="enrol")
 app.add_typer(runs.app, name="runs")

@@ -12,8 +12,8 @@ Data = Annotated[
     str,
     typer.Option(
         "--data",
-        help="Users' examples: a file (.csv, .parquet, .npz), a folder of them or of users' folders, or name:NAME of a known "
-        "data set, such as name:digits or name:movielens-100k (docs/data.md).",
+        help="Users' examples: a file (.csv, .parquet, .npz), a folder of them or of users' folders, an example store "
+        "(NAME.examples), or name:NAME of a known data set, such as name:digits or name:movielens-100k (docs/data.md).",
     ),
 ]
 UserColumn = Annotated[

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from shoal.data.batch import Block, Blocks, num_blocks, num_steps
     from shoal.data.cache import cache_folder
     from shoal.data.disk import open_population, write_population
+    from shoal.data.example_store import ExampleStore
     from shoal.data.federated import Federated, federated_names, leave_out, load_federated
     from shoal.data.folders import open_folders
     from shoal.data.loading import Dataset, load, load_first
@@ -21,6 +22,7 @@ _HOMES: Final = {
     "Block": "shoal.data.batch",
     "Blocks": "shoal.data.batch",
     "Dataset": "shoal.data.loading",
+    "ExampleStore": "shoal.data.example_store",
     "Examples": "shoal.data.store",
     "Federated": "shoal.data.federated",
     "Population": "shoal.data.store",
@@ -50,6 +52,7 @@ __all__ = [
     "Block",
     "Blocks",
     "Dataset",
+    "ExampleStore",
     "Examples",
     "Federated",
     "Population",

@@ -27,6 +27,7 @@ from shoal.errors import (
     ProtocolError,
     StoreError,
     TaskRefused,
+    TooFewExamples,
     UpdateRefused,
 )
 from shoal.fleet.device_host import DeviceHost, Prepared, Spent
@@ -56,6 +57,8 @@ MOST_REPEATS: Final = 100
 TRIES_ELSEWHERE: Final = 3
 LOOK_S: Final = 60.0
 """Between two looks at the clock of a device that rests."""
+EXAMPLES_LOOK_S: Final = 5.0
+"""Between two looks of a device that waits for examples."""
 FINISHED: Final = "finished"
 """Stage at which the host has said that the run is over."""
 SPENT: Final = "spent"
@@ -140,6 +143,7 @@ class Device:
         tasks: Sequence[str] = (),
         credential: bytes = b"",
         pseudonyms: Pseudonyms | None = None,
+        num_examples: Callable[[], int] | None = None,
         on_progress: Callable[["Device"], None] = lambda device: None,
     ) -> None:
         """
@@ -155,6 +159,7 @@ class Device:
             tasks: names of those that it serves; none: any.
             credential: shown at check-in, to a host that serves members only.
             pseudonyms: what it is called when it checks in; None: by its name.
+            num_examples: how many there are now, where examples come and go: with too few of them it waits for more.
         """
         self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
         self._home = link
@@ -168,6 +173,11 @@ class Device:
         """A stream, and the name that it knows the device by: no stream hears two."""
         self._unfit: dict[str, DataError | TaskRefused] = {}
         """Tasks that its examples do not fit, or that promise too little, and why."""
+        self._num_examples = num_examples
+        self._short: dict[str, int] = {}
+        """Tasks for which it had too few examples, and how many these were."""
+        self._wants_more = False
+        """Nothing is to be done here with so many examples."""
         self._away_s: float | None = None
         """How long it is to be gone, once it was told so."""
         self._work: _Work | None = None
@@ -227,6 +237,7 @@ class Device:
         while not self._has_left:
             try:
                 await self._rest()
+                await self._until_enough()
                 async with self._link.session() as stream:
                     if await self._serve(stream):
                         return
@@ -319,6 +330,8 @@ class Device:
                 self._away_s = max(self._drawn(message.later), least_s)
                 if message.later.other_edge:
                     self._link = self._link.elsewhere(message.later.other_edge)
+            case "incompatible" if self._short:
+                self._wants_more, self._away_s = True, 0.0
             case "incompatible":
                 if self._unfit:  # and nothing else is to be done here
                     raise next(iter(self._unfit.values()))
@@ -398,6 +411,7 @@ class Device:
             await self._check_in(stream)
 
     async def _check_in(self, stream: Stream) -> None:
+        short = self._short and await self._too_few()
         name = self._name()
         if self._name_of(stream, name) != name:
             return self._come_anew()
@@ -406,7 +420,7 @@ class Device:
         check_in = pb.CheckIn(
             population=self._population,
             tasks=self._tasks,
-            unfit=self._unfit,
+            unfit=[*self._unfit, *short],
             device_id=name,
             credential=self._credential,
             runtime=_runtime_info(self._host.runtime),
@@ -733,6 +747,22 @@ class Device:
             self._say("resting")
             await self._sleep(min(left_s, LOOK_S))  # the machine may be suspended meanwhile, or its clock be set
 
+    async def _until_enough(self) -> None:
+        """Where its examples come and go: until it has some, and more than were too few."""
+        while self._work is None and self._num_examples is not None:
+            count = await asyncio.to_thread(self._num_examples)
+            if count and not (self._wants_more and count <= min(self._short.values())):
+                break
+            self._say("waiting for examples")
+            await self._sleep(EXAMPLES_LOOK_S)
+        self._wants_more = False
+
+    async def _too_few(self) -> list[str]:
+        """Tasks for which it has no more examples than were too few."""
+        assert self._num_examples is not None
+        count = await asyncio.to_thread(self._num_examples)
+        return [task for task, held in self._short.items() if count <= held]
+
     def _to_rest_s(self) -> float:
         if not self._rest_s:
             return 0.0
@@ -745,6 +775,9 @@ class Device:
         gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
         await stream.send(pb.FromDevice(gave_up=gave_up))
         task = error.task if isinstance(error, TaskRefused) else work.task
+        if isinstance(error, TooFewExamples) and task and self._num_examples is not None:
+            self._short[task] = await asyncio.to_thread(self._num_examples)
+            return await self._check_in(stream)
         if isinstance(error, DataError | TaskRefused) and task:
             self._unfit[task] = error
             return await self._check_in(stream)

@@ -17,7 +17,7 @@ import numpy as np
 from shoal.data.batch import Block, Blocks
 from shoal.data.split import held_out_part
 from shoal.data.store import Examples
-from shoal.errors import DataError, DeviceError
+from shoal.errors import DataError, DeviceError, TooFewExamples
 from shoal.plan.left_out import HEED_THE_MASK, obstacle
 from shoal.plan.manifest import HELD_OUT, Manifest, Training
 from shoal.plan.runner import Runner, Update
@@ -187,7 +187,7 @@ def chosen_examples(count: int, manifest: Manifest, rng: np.random.Generator, *,
     training = manifest.training
     if why := obstacle(training, count):
         hint = f" {HEED_THE_MASK}" if training.whole_batches and count else ""
-        raise DataError(f"{member!r} cannot take part in task {manifest.task!r}: it has {why}.{hint}")
+        raise TooFewExamples(f"{member!r} cannot take part in task {manifest.task!r}: it has {why}.{hint}")
     most = training.max_examples // training.epochs
     if training.whole_batches:
         most = most // training.batch_size * training.batch_size

@@ -58,6 +58,11 @@ def was_left(folder: Path) -> bool:
     return True
 
 
+def lock_file(descriptor: int) -> None:
+    """Holds an open file's lock until it is closed. Raises OSError where another process holds it."""
+    _lock_soon(descriptor)
+
+
 def _lock_soon(descriptor: int) -> None:
     for tries_left in reversed(range(TRIES)):
         try:

@@ -34,7 +34,7 @@ def test_the_commands_of_the_design_are_there() -> None:
         "", "demo", "new", "check", "simulate", "host", "device", "invite", "edge", "privacy", "audit", "predict", "report", "replay", "doctor", "runs",
         "runs list", "runs show", "runs plot", "runs compare", "runs explain",
         "enrol", "enrol authority", "enrol device", "enrol certify", "enrol tls-authority", "enrol tls-server", "enrol tls-device",
-        "telemetry", "telemetry helper", "telemetry show",
+        "telemetry", "telemetry helper", "telemetry show", "data", "data show", "data push", "data take",
         "embed", "embed inspect", "embed place", "embed replay", "embed tune",
     }  # fmt: skip
 
