@@ -63,7 +63,14 @@ def device(
         str,
         typer.Option("--key", help="Key whose plans are run, 64 hexadecimal digits; else that of the first plan seen."),
     ] = "",
-    population: Annotated[str, typer.Option("--population", help="Which population the device is of.")] = "default",
+    population: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--population",
+            help="Which population the device is of; may be repeated: it works for one at a time.",
+            show_default="default",
+        ),
+    ] = None,
     pseudonyms: Annotated[
         str,
         typer.Option(
@@ -211,7 +218,7 @@ def device(
     invitation = None
     if join:
         said = {"--server": server, "--ca": ca, "--key": key, "--server-name": server_name}
-        invitation = read_invitation(join, {**said, "--population": population != "default"})
+        invitation = read_invitation(join, {**said, "--population": population})
     else:
         if not server:
             raise ValueError("Expected --server HOST:PORT, or --join LINE of `shoal invite`.")
@@ -246,8 +253,12 @@ def device(
         pseudonyms, member=member, client=client_cert, joins=invitation is not None and bool(invitation.token)
     )
     client = client_certificate(client_cert, client_key)
-    door = Door(server=server, population=population, key=key, authority=authority, server_name=server_name)
+    populations = tuple(dict.fromkeys(population or ("default",)))
+    if len(populations) > 1 and (alone := "--member" if member else "--telemetry" if telemetry else ""):
+        raise ValueError(f"Expected one --population with {alone}, got {', '.join(populations)}.")
+    door = Door(server=server, population=populations[0], key=key, authority=authority, server_name=server_name)
     if invitation is not None:
+        populations = (invitation.population,)
         door = come_in(invitation, state=state, patience_s=patience, screen=screen)
     refuse_unwelcome(door, client)
     if telemetry and state is None:
@@ -284,7 +295,7 @@ def device(
         state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
         politeness=Politeness(when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact),
         rest_s=parse_duration(rest) if rest else 0.0,
-        priority=_priority(priority), engine=engine, population=door.population, tasks=tuple(task or ()),
+        priority=_priority(priority), engine=engine, populations=populations, tasks=tuple(task or ()),
         identity=enrolled.identity if enrolled else None, telemetry=helper,
         floor=Floor(
             secure=secure, minimum_group=minimum, colluders=colluders, noise=noise, authority=enrolled.authority if enrolled else None, examples=budget,

@@ -2,8 +2,6 @@
 
 import asyncio
 import logging
-import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from shoal.cli import words
+from shoal.cli.device_crew import Crew
 from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.example_store import ExampleStore
 from shoal.data.store import Examples, Population
-from shoal.errors import DataError, DeviceError, NetworkError, StoreUnavailable
+from shoal.errors import DataError, DeviceError, StoreUnavailable
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.device_secret import DeviceSecret, Pseudonyms, credential
@@ -49,14 +48,9 @@ KEPT_BYTES: Final = 256 << 20
 """Examples of all users together that are kept in memory between rounds."""
 IDLE_S: Final = 30.0
 """After which the process that runs programs ends, where it is soon started again."""
-STATUS_S: Final = 0.5
-UNWATCHED_S: Final = 2.0
-"""Between two looks at the devices where nobody looks on: a process that waits is to cost nothing."""
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
 _AGAIN: Final = ("Work that was not counted is done anew", "What is in hand is kept")
-LINE_S: Final = 10.0
-"""Between two lines of status where nobody looks on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +72,8 @@ class Settings:
     """What runs programs."""
     visits: bool = False
     """Come and go, rather than stay and wait."""
-    population: str = "default"
+    populations: tuple[str, ...] = ("default",)
+    """Which each device is of."""
     tasks: tuple[str, ...] = ()
     """Those to serve; none: any."""
     floor: Floor = field(default_factory=Floor)
@@ -105,15 +100,15 @@ class Settings:
             return user
         return self.id if len(self.users) == 1 else f"{self.id}/{user}"
 
-    def credential(self, device: str, secret: DeviceSecret) -> bytes:
+    def credential(self, population: str, device: str, secret: DeviceSecret) -> bytes:
         """What a device shows at check-in."""
-        return credential(self.token, secret.of_member(self.population, device)) if self.token else b""
+        return credential(self.token, secret.of_member(population, device)) if self.token else b""
 
-    def pseudonyms(self, device: str, secret: DeviceSecret) -> Pseudonyms | None:
+    def pseudonyms(self, population: str, device: str, secret: DeviceSecret) -> Pseudonyms | None:
         """What a device is called in which window; None: always the same."""
         if self.pseudonym_window_s is None:
             return None
-        return Pseudonyms(secret=secret, population=self.population, device=device, window_s=self.pseudonym_window_s)
+        return Pseudonyms(secret=secret, population=population, device=device, window_s=self.pseudonym_window_s)
 
 
 def choose(population: Population, *, first: int, count: int | None) -> tuple[str, ...]:
@@ -173,7 +168,7 @@ def _run(
 ) -> None:
     host = make_host(settings, runtime_of(settings))
     watch.lap("start")
-    crew = _Crew(settings, screen, host)
+    crew = Crew(settings.server, settings.patience_s, screen, host)
     try:
         run_until_told(play(settings, population, host, watch=crew.watch, on_progress=crew.heard), parent=parent)
     except Stopped as stopped:
@@ -284,9 +279,10 @@ async def play(
         Device(
             name, partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=heard,
-            population=settings.population, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(name, secret),
-            pseudonyms=settings.pseudonyms(name, secret), num_examples=num_examples,
+            population=of, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(of, name, secret),
+            pseudonyms=settings.pseudonyms(of, name, secret), num_examples=num_examples,
         )
+        for of in settings.populations
         for user in settings.users
         for name in (settings.device_id(user),)
     ]  # fmt: skip
@@ -297,7 +293,7 @@ async def play(
     watching_machine = [asyncio.create_task(gate.run())] if gate is not None else []
     playing = {asyncio.create_task(while_open(device, gate)): device for device in devices}
     try:
-        await _until_over(playing, watching, *watching_machine)
+        await _until_all_over(playing, watching, *watching_machine)
     except asyncio.CancelledError:
         try:
             reporting = [task for task, device in playing.items() if device.interrupt()]
@@ -342,6 +338,27 @@ def _telemetry(settings: Settings, host: DeviceHost) -> "dict[str, TelemetryDevi
     }
 
 
+async def _until_all_over(playing: "Mapping[asyncio.Task[None], Device]", *others: "asyncio.Task[None]") -> None:
+    """A population whose run is over, or that no user's data fit, leaves the others alone."""
+    of: dict[str, dict[asyncio.Task[None], Device]] = {}
+    for task, device in playing.items():
+        of.setdefault(device.population, {})[task] = device
+    waiting = {asyncio.create_task(_until_over(group, *others)): name for name, group in of.items()}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for over in done:
+                name, error = waiting.pop(over), over.exception()
+                if error is not None and not (isinstance(error, DataError) and waiting):
+                    raise error
+                if error is not None:
+                    log.warning("population %r is left out: %s", name, error)
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
 async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", *others: "asyncio.Task[None]") -> None:
     """A user whose data do not fit leaves the others alone, unless all fail; anything else ends them all.
 
@@ -373,80 +390,7 @@ async def _until_over(playing: "Mapping[asyncio.Task[None], Device]", *others: "
         log.warning("in all %s were left out: their examples do not fit", named(sorted(failed)))
 
 
-class _Crew:
-    """What the devices of this process are doing, and how long they did what."""
-
-    def __init__(self, settings: Settings, screen: Screen, host: DeviceHost) -> None:
-        self._settings, self._screen, self._host = settings, screen, host
-        self.devices: Sequence[Device] = ()
-        self.seconds: dict[str, float] = {}
-        self._stages: dict[str, tuple[str, float]] = {}
-        self._answered_s = time.monotonic()
-
-    def heard(self, device: Device) -> None:
-        """A device is at another stage."""
-        now_s = time.monotonic()
-        stage, since_s = self._stages.get(device.device_id, ("", now_s))
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now_s - since_s
-        self._stages[device.device_id] = (device.progress.stage, now_s)
-        # "waiting" is said when a check-in is sent, which needs no answer yet; every other stage needs one.
-        if device.progress.stage not in ("reconnecting", "waiting", "connecting"):
-            self._answered_s = now_s
-
-    async def watch(self, devices: Sequence[Device]) -> None:
-        """Shows the status until it is cancelled. Raises NetworkError when patience is at its end."""
-        self.devices = devices
-        line_s, told, is_watched = time.monotonic(), "", _is_watched()
-        while True:
-            await asyncio.sleep(
-                STATUS_S if is_watched else min(UNWATCHED_S, max(STATUS_S, self._settings.patience_s / 4))
-            )
-            now_s = time.monotonic()
-            if self._is_alone():
-                self._give_up(now_s)
-            else:
-                self._answered_s = now_s
-            text = f"{self._text()}  down {words.size(self._host.down_bytes)}"
-            self._screen.live(text)
-            if now_s - line_s >= LINE_S and text != told and not is_watched:
-                line_s, told = now_s, text
-                self._screen.say(text)
-
-    def _is_alone(self) -> bool:
-        stages = [device.progress.stage for device in self.devices]
-        return bool(stages) and all(s in ("reconnecting", "connecting", "finished") for s in stages)
-
-    def _give_up(self, now_s: float) -> None:
-        if now_s - self._answered_s > self._settings.patience_s:
-            last = next((d.progress.last_error for d in self.devices if d.progress.last_error), "no answer")
-            raise NetworkError(
-                f"No answer from {self._settings.server} for {words.duration(self._settings.patience_s)} ({last}). Is the host "
-                "running, and are --server and --ca right? The run may also be over."
-            )
-
-    def _text(self) -> str:
-        stages = Counter(device.progress.stage for device in self.devices)
-        doing = ", ".join(f"{number} {stage}" for stage, number in sorted(stages.items()))
-        last = next((d.progress.last_error for d in self.devices if d.progress.stage == "reconnecting"), "")
-        return f"{doing}  {self.totals()}" + (f"  (last: {last[:160]})" if last else "")
-
-    def totals(self) -> str:
-        """Counts over the devices, in words."""
-        p = [device.progress for device in self.devices]
-        counts = {
-            "counted": sum(x.counted for x in p), "refused": sum(x.refused for x in p),
-            "released": sum(x.released for x in p), "tries that failed": sum(x.failures for x in p),
-        }  # fmt: skip
-        return ", ".join(f"{number} {name}" for name, number in counts.items() if number or name == "counted")
-
-
-def _is_watched() -> bool:
-    import sys
-
-    return sys.stderr.isatty()
-
-
-def _tell(settings: Settings, crew: _Crew, host: DeviceHost, screen: Screen, watch: Stopwatch) -> None:
+def _tell(settings: Settings, crew: Crew, host: DeviceHost, screen: Screen, watch: Stopwatch) -> None:
     progress = [device.progress for device in crew.devices]
     told = {stage: s for stage, s in crew.seconds.items() if stage}
     up = sum(p.up_bytes for p in progress)

@@ -165,7 +165,7 @@ class Device:
         self._home = link
         """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._rest_s, self._on_progress = stays, rest_s, on_progress
-        self._population, self._tasks = population, tuple(tasks)
+        self.population, self._tasks = population, tuple(tasks)
         self._entry = population, device_id
         """Of the device's file, which is no name that anybody hears."""
         self._credential, self._pseudonyms = credential, pseudonyms
@@ -418,7 +418,7 @@ class Device:
         self._say("waiting")
         self._checked_in, self._called = stream, (stream, name)
         check_in = pb.CheckIn(
-            population=self._population,
+            population=self.population,
             tasks=self._tasks,
             unfit=[*self._unfit, *short],
             device_id=name,
@@ -507,7 +507,8 @@ class Device:
 
     async def _produce(self, work: _Work) -> None:
         """One assignment, from the plan to an update that is ready to be reported."""
-        trained, costs = await self._train(work)
+        with self._host.using(work.assigned.plan):
+            trained, costs = await self._train(work)
         self._say("reporting")
         begun = time.perf_counter()
         work.update = trained.update

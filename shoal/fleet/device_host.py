@@ -8,8 +8,10 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -42,6 +44,8 @@ MakeRunner = Callable[[Plan], Runner]
 V = TypeVar("V")
 
 PULL_CREDIT: Final = 64 << 20
+RUNNERS_HELD: Final = 4
+"""That nobody works with, beside those that somebody does."""
 PLANS_HELD: Final = 4
 """Whose latest model is held beside the runner's copy."""
 MAX_INDEX_BYTES: Final = 64 << 20
@@ -99,6 +103,7 @@ class DeviceHost:
     file: DeviceFile = field(init=False)
     """What its devices keep."""
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
+    _in_use: Counter[str] = field(default_factory=Counter)
     _models: dict[str, "asyncio.Future[None]"] = field(default_factory=dict)
     _latest: dict[str, dict[str, tuple[str, np.ndarray]]] = field(default_factory=dict)
     """Plan -> name -> hash and values of the model that was fetched last: what rounds do not change is fetched once, and of what they do
@@ -122,6 +127,25 @@ class DeviceHost:
         if assigned.plan not in self._plans:
             self._plans[assigned.plan] = asyncio.ensure_future(self._prepare(assigned, link, spent))
         return await self._shared(self._plans, assigned.plan)
+
+    @contextmanager
+    def using(self, plan: str) -> Iterator[None]:
+        """While a device works with a plan its runner stays; of the others the last few do, as each may be a process."""
+        self._in_use[plan] += 1
+        try:
+            yield
+        finally:
+            self._in_use[plan] -= 1
+            if plan in self._plans:
+                self._plans[plan] = self._plans.pop(plan)  # used last
+            self._close_idle()
+
+    def _close_idle(self) -> None:
+        for plan, future in [*self._plans.items()][:-RUNNERS_HELD]:
+            if future.done() and not self._in_use[plan]:
+                del self._plans[plan], self._in_use[plan]
+                if not future.cancelled() and future.exception() is None:
+                    future.result().runner.close()
 
     async def _prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         try:

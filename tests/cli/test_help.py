@@ -102,6 +102,6 @@ def test_version(shoal: Shoal) -> None:
 
 
 def test_wrong_use_is_one_line(shoal: Shoal) -> None:
-    for arguments in (("nothing",), ("simulate", "--nothing"), ("host", "--port", "x"), ("device",)):
+    for arguments in (("nothing",), ("simulate", "--nothing"), ("host", "--port", "x"), ("predict",)):
         made = shoal(*arguments)
         assert made.code == 2 and made.out == "" and made.err.count("\n") == 1 and "--help" in made.err, made

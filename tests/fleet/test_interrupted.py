@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import pytest
 from shoal.errors import StoreUnavailable
 from shoal.fleet.device import Device
 from shoal.fleet.device_file import DeviceFile
-from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.device_host import RUNNERS_HELD, DeviceHost
 from shoal.fleet.link import Link, LocalLink
 from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.plan import Plan
 from shoal.policy import RoundPolicy
 from shoal.tensors import Tensors
 from tests.fleet import toy
@@ -129,6 +131,64 @@ async def test_a_full_disk_costs_the_restart_and_not_the_update(
         await asyncio.wait_for(running.run(), timeout=15)
         assert running.progress.counted == 1
     assert "will not outlive this process: the disk is full" in caplog.text
+
+
+class Closing(toy.ToyRunner):
+    """Says which are open."""
+
+    open: ClassVar[list[str]] = []
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.open.append(plan.hash)
+
+    def close(self) -> None:
+        self.open.remove(self.manifest.hash)
+
+
+@toy.in_loop
+async def test_of_the_plans_that_came_by_a_few_runners_are_kept() -> None:
+    Closing.open.clear()
+    host = DeviceHost(make_runner=Closing, runtime=toy.RUNTIME)
+    for number in range(RUNNERS_HELD + 3):
+        async with toy.fleet(toy.plan(POLICY, task=f"task-{number}")) as fleet:
+            fleet.start(toy.device("a", fleet.link, host=host))
+            await asyncio.wait_for(asyncio.gather(*fleet.tasks), timeout=15)
+    assert len(Closing.open) == len(set(Closing.open)) == RUNNERS_HELD
+    with host.using(first := Closing.open[0]):
+        for number in range(100, 103 + RUNNERS_HELD):
+            async with toy.fleet(toy.plan(POLICY, task=f"task-{number}")) as fleet:
+                fleet.start(toy.device("a", fleet.link, host=host))
+                await asyncio.wait_for(asyncio.gather(*fleet.tasks), timeout=15)
+        assert first in Closing.open, "somebody works with it"
+    host.close()
+    assert not Closing.open
+
+
+@toy.in_loop
+async def test_a_device_of_two_populations_works_for_one_at_a_time() -> None:
+    at_once, most = [0], [0]
+
+    class Counting(toy.ToyRunner):
+        def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
+            at_once[0] += 1
+            most[0] = max(most[0], at_once[0])
+            time.sleep(0.01)
+            super().block(batches, mask, key)
+            at_once[0] -= 1
+
+    host = DeviceHost(make_runner=Counting, runtime=toy.RUNTIME)
+    made = [toy.plan(POLICY, task=name) for name in ("one", "two")]
+    async with toy.fleet(made[0], rounds=3) as one, toy.fleet(made[1], rounds=3, population="other") as two:
+        devices = [
+            Device(
+                "a", lambda: toy.examples(num=NUM), link=link, host=host, rng=np.random.default_rng(0), population=name
+            )
+            for link, name in ((one.link, "default"), (two.link, "other"))
+        ]
+        one.start(*devices)
+        await asyncio.wait_for(asyncio.gather(*one.tasks, *two.tasks), timeout=20)
+    assert [device.progress.counted for device in devices] == [3, 3] and most == [1]
 
 
 class OnlyNow:

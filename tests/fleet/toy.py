@@ -249,12 +249,13 @@ async def fleet(
     events_kept: int = 100,
     config: Mapping[str, Any] | None = None,
     entrance: Entrance | None = None,
+    population: str = "default",
 ) -> AsyncIterator[Fleet]:
     """A running host in this process; `tasks[0]` ends with its last version."""
     store = store or MemoryStore()
     model = {s.name: np.zeros(s.shape, s.numpy_dtype) for s in made.manifest.broadcast}
     kept = {"events_kept": events_kept, **(config or {})}
-    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0, config=kept)
+    run_id = begin_run(store, made, model, kind="host", rounds=rounds, seed=0, config=kept, population=population)
     host = Host(store, run_id, KEYS, limits=limits, rng=np.random.default_rng(0), entrance=entrance)
     running = Fleet(store, host)
     running.tasks.append(asyncio.create_task(host.run()))
