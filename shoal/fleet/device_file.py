@@ -4,25 +4,22 @@ In it: device state by run, what was spent (revealed updates, privacy of example
 update that is not counted yet), the last contribution to each run, what each day has cost the machine, and small facts by name. Models
 lie beside it (`kept_model.py`). Without a folder the same tables are in memory, and end with the process.
 
-A transaction is on the disk when it returns (write-ahead log, synchronous=FULL). Nobody but the owner may read the file. It holds what the
+What is written is on the disk when the call returns, and nobody but the owner may read the file (`record/private_file.py`). It holds what the
 device was sent and what it made of its own examples; never an example, and nothing secret of another device.
 """
 
-import os
 import sqlite3
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
 from shoal.errors import ProtocolError, StoreError
-from shoal.record.sqlite_errors import BUSY_TIMEOUT_S, explain
+from shoal.record.private_file import PrivateFile
 from shoal.tensors import Tensors, pack, unpack
 
 FILE_NAME: Final = "device.sqlite"
 VERSION: Final = 1
+_KIND: Final = 0x53684476
 MOST_STATE_BYTES: Final = 512 << 20
 """Of the device state of all runs together; of more, that of the run which was heard of longest ago is forgotten."""
 MOST_WORK_BYTES: Final = 512 << 20
@@ -75,58 +72,38 @@ class DeviceFile:
         Raises:
             StoreError: it cannot be opened, or a newer shoal made it.
         """
-        self.path = None if folder is None else folder / FILE_NAME
-        self._what = "device's memory" if self.path is None else f"device file {self.path}"
-        self._lock = threading.Lock()
-        in_memory = self.path is None or (read_only and not self.path.exists())
-        with self._explained():
-            if not in_memory and not read_only:
-                assert self.path is not None
-                _make_private(self.path)
-            where = ":memory:" if in_memory else f"{self.path.absolute().as_uri()}{'?mode=ro' if read_only else ''}"  # type: ignore[union-attr]
-            self._db = sqlite3.connect(where, uri=not in_memory, timeout=BUSY_TIMEOUT_S, check_same_thread=False)
-            self._open(read_only=read_only and not in_memory)
-
-    def _open(self, *, read_only: bool) -> None:
-        if not read_only:
-            self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0 and not read_only:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;")
-        elif version != VERSION:
-            raise StoreError(
-                f"The {self._what} has schema {version}, this shoal reads {VERSION}. Take the shoal that wrote it, or another --state folder."
-            )
+        path = None if folder is None else folder / FILE_NAME
+        self._file = PrivateFile(
+            path, kind="device file", application_id=_KIND, version=VERSION, schema=_SCHEMA, read_only=read_only
+        )
 
     @property
     def is_durable(self) -> bool:
         """Whether it outlives the process."""
-        return self.path is not None
+        return self._file.path is not None
 
     def close(self) -> None:
         """Nothing can be asked of it afterwards."""
-        with self._lock:
-            self._db.close()
+        self._file.close()
 
     # Small facts.
 
     def fact(self, name: str) -> bytes | None:
         """What was kept under a name."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute("SELECT value FROM fact WHERE name = ?", (name,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def keep_fact(self, name: str, value: bytes) -> None:
         """Keeps a small value under a name, in place of the one before."""
-        with self._writing() as db:
+        with self._file.writing() as db:
             db.execute("INSERT OR REPLACE INTO fact VALUES (?, ?)", (name, value))
 
     # Device state.
 
     def state(self, run: str, device: str) -> Tensors | None:
         """What a device kept from its last counted round of a run."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute("SELECT tensors FROM state WHERE run = ? AND device = ?", (run, device)).fetchone()
         return None if row is None else self._unpacked(row[0])
 
@@ -134,30 +111,30 @@ class DeviceFile:
 
     def is_spent(self, device: str, digest: bytes) -> bool:
         """Whether an update was revealed in a sum."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute("SELECT 1 FROM spent WHERE device = ? AND digest = ?", (device, digest)).fetchone()
         return row is not None
 
     def spend(self, device: str, digest: bytes) -> None:
         """Writes down that an update may be revealed from now on."""
-        with self._writing() as db:
+        with self._file.writing() as db:
             db.execute("INSERT OR IGNORE INTO spent VALUES (?, ?)", (device, digest))
 
     def rhos(self, device: str) -> list[float]:
         """The zCDP of every update that was made of a device's examples."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             return [rho for (rho,) in db.execute("SELECT rho FROM examples WHERE device = ?", (device,))]
 
     def add_rho(self, device: str, rho: float) -> None:
         """Writes down what another one spends."""
-        with self._writing() as db:
+        with self._file.writing() as db:
             db.execute("INSERT INTO examples VALUES (?, ?)", (device, rho))
 
     # Work in hand.
 
     def work(self, population: str, device: str, *, wall_s: float) -> Tensors | None:
         """What was in hand when the device ended; None where there is nothing, or its token has expired."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute(
                 "SELECT content FROM work WHERE population = ? AND device = ? AND expires_s > ?", (population, device, wall_s)
             ).fetchone()  # fmt: skip
@@ -168,19 +145,19 @@ class DeviceFile:
         data = pack(content)
         if len(data) > MOST_WORK_BYTES:
             return self.drop_work(population, device)
-        with self._writing() as db:
+        with self._file.writing() as db:
             db.execute("INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?)", (population, device, expires_s, data))
 
     def drop_work(self, population: str, device: str) -> None:
         """There is none any more."""
-        with self._writing() as db:
+        with self._file.writing() as db:
             db.execute("DELETE FROM work WHERE population = ? AND device = ?", (population, device))
 
     # Contributions and costs.
 
     def contributed_s(self, population: str, device: str) -> float | None:
         """When an update of the device was last counted, seconds since the epoch."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute(
                 "SELECT wall_s FROM contribution WHERE population = ? AND device = ?", (population, device)
             ).fetchone()
@@ -192,7 +169,7 @@ class DeviceFile:
         Where states take too much room, that of the run heard of longest ago is forgotten.
         """
         data = pack(state) if state else b""
-        with self._writing() as db:
+        with self._file.writing() as db:
             if state:
                 db.execute(
                     "INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?, ?)", (run, device, wall_s, len(data), data)
@@ -203,7 +180,7 @@ class DeviceFile:
 
     def day(self, number: int) -> Day:
         """What a day has cost."""
-        with self._reading() as db:
+        with self._file.reading() as db:
             row = db.execute(
                 "SELECT cpu_s, moved_bytes, battery_percent, peak_bytes FROM day WHERE number = ?", (number,)
             ).fetchone()
@@ -213,7 +190,7 @@ class DeviceFile:
 
     def keep_day(self, number: int, day: Day) -> None:
         """Keeps what a day has cost so far; that of days long gone is dropped."""
-        with self._writing() as db:
+        with self._file.writing() as db:
             db.execute(
                 "INSERT OR REPLACE INTO day VALUES (?, ?, ?, ?, ?)",
                 (number, day.cpu_s, day.moved_bytes, day.battery_percent, day.peak_bytes),
@@ -223,37 +200,13 @@ class DeviceFile:
                 (DAYS_KEPT,),
             )
 
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._explained(), self._lock:
-            yield self._db
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._explained(), self._lock, self._db:
-            yield self._db
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise explain(error, self._what) from error
-        except OSError as error:
-            raise StoreError(f"The {self._what} cannot be made: {error}.") from error
-
     def _unpacked(self, data: bytes) -> Tensors:
         try:
             return unpack(data)[0]
         except ProtocolError as error:
-            raise StoreError(f"The {self._what} is damaged: {error} Choose another --state folder.") from error
+            raise StoreError(f"The {self._file.what} is damaged: {error} Choose another --state folder.") from error
 
 
 def _forget_states(db: sqlite3.Connection) -> None:
     while db.execute("SELECT COALESCE(SUM(size), 0) FROM state").fetchone()[0] > MOST_STATE_BYTES:
         db.execute("DELETE FROM state WHERE rowid = (SELECT rowid FROM state ORDER BY used_s, rowid LIMIT 1)")
-
-
-def _make_private(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))

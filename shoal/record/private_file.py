@@ -25,30 +25,47 @@ class PrivateFile:
     """See the module's text. Calls may come from any thread."""
 
     def __init__(
-        self, path: Path, *, kind: str, application_id: int, version: int, schema: str, must_exist: bool = False
+        self,
+        path: Path | None,
+        *,
+        kind: str,
+        application_id: int,
+        version: int,
+        schema: str,
+        must_exist: bool = False,
+        read_only: bool = False,
     ) -> None:
         """
         Args:
-            path: of the file; it and its folder are made where there is none.
+            path: of the file; it and its folder are made where there is none. None: in memory, and gone when it is closed.
             kind: what it is called in errors: "example store".
             application_id: number that SQLite keeps in files of this kind.
             version: of the schema.
             schema: statements that make it.
             must_exist: raise where there is no file.
+            read_only: for one who only looks: nothing is made, and what is not there is as if empty.
 
         Raises:
             StoreError: it is not there, of another kind or version, damaged, or cannot be opened.
         """
-        self.path, self.what = path, f"{kind} {path}"
+        self.path, self.what = path, f"{kind} {path or 'in memory'}"
         self._kind, self._application_id, self._version = kind, application_id, version
         self._lock = threading.RLock()
-        if must_exist and not path.exists():
+        is_there = path is not None and path.exists()
+        if must_exist and not is_there:
             raise StoreError(f"There is no {kind} at {path}. Check the path; whoever fills it makes it.")
         with self._explained():
-            _make_private(path)
-            self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, check_same_thread=False, isolation_level=None)
+            if path is not None and not read_only:
+                _make_private(path)
+            if path is None or (read_only and not is_there):
+                where, read_only = ":memory:", False
+            else:
+                where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rw'}"
+            self._db = sqlite3.connect(
+                where, uri=True, timeout=BUSY_TIMEOUT_S, check_same_thread=False, isolation_level=None
+            )
             try:
-                self._open(schema)
+                self._check() if read_only else self._open(schema)
             except BaseException:
                 self._db.close()
                 raise
