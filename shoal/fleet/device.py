@@ -33,7 +33,6 @@ from shoal.fleet.secure_phases import MASKED
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
-from shoal.plan.secure import update_of
 from shoal.plan.train import NOISE_SEED_BYTES, train
 from shoal.tensors import Index, Tensors, dtype_name, to_bytes
 
@@ -436,7 +435,7 @@ class Device:
         prepared = await host.prepare(assigned, self._link, spent)
         work.task = prepared.manifest.task
         is_secure = prepared.manifest.promises.group == "secure"
-        if is_secure and update_of(prepared.manifest, assigned.model) in host.spent(self.device_id):
+        if is_secure and _is_spent(host, self.device_id, prepared.manifest, assigned.model):
             raise DeviceError(
                 "An update from these tensors was revealed in a secure group before, and is never offered again: it waits for other tensors "
                 "(the next version, or a run with another --seed).",
@@ -603,6 +602,12 @@ class Device:
     def _say(self, stage: str) -> None:
         self.progress.stage = stage
         self._on_progress(self)
+
+
+def _is_spent(host: DeviceHost, device_id: str, manifest: Manifest, model: str) -> bool:
+    from shoal.plan.secure import update_of  # what it needs is much, and most tasks need none of it
+
+    return update_of(manifest, model) in host.spent(device_id)
 
 
 def _runtime_info(runtime: Runtime) -> pb.RuntimeInfo:
