@@ -267,7 +267,7 @@ def _idle() -> dict[str, dict[str, float]]:
             found["before work"] = _taken(psutil.Process(device.pid))
             with _device(folder, address, "two"):
                 time.sleep(15.0)
-            rounds = len(re.findall(r"version \d+/", (folder / "host.log").read_text()))
+            rounds = len(re.findall(r"version +\d+/", (folder / "host.log").read_text()))
             time.sleep(GONE_S)
             found["after rounds"] = _taken(psutil.Process(device.pid))
     print(f"between the two it took part in {rounds} rounds")

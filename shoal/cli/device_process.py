@@ -279,7 +279,7 @@ async def play(
         Device(
             name, partial(examples_of, user), link=link, host=host,
             rng=np.random.default_rng(), stays=not settings.visits, on_progress=heard,
-            population=of, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(of, name, secret),
+            population=of, place=settings.server, tasks=settings.tasks, rest_s=settings.rest_s, credential=settings.credential(of, name, secret),
             pseudonyms=settings.pseudonyms(of, name, secret), num_examples=num_examples,
         )
         for of in settings.populations

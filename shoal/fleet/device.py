@@ -38,7 +38,6 @@ from shoal.fleet.secure_phases import MASKED
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
-from shoal.plan.secure import update_of
 from shoal.plan.train import NOISE_SEED_BYTES, Interrupted, Paused, train
 from shoal.tensors import Index, Tensors, dtype_name, to_bytes
 
@@ -140,6 +139,7 @@ class Device:
         stays: bool = True,
         rest_s: float = 0.0,
         population: str = "default",
+        place: str = "",
         tasks: Sequence[str] = (),
         credential: bytes = b"",
         pseudonyms: Pseudonyms | None = None,
@@ -156,6 +156,7 @@ class Device:
             stays: whether it waits for the next assignment; else it goes away after each and comes when it was told to.
             rest_s: least time from one update that is counted to the next training, whatever a host says.
             population: which it is of.
+            place: whose: what it has in hand for one is offered to no other. The host's address, say.
             tasks: names of those that it serves; none: any.
             credential: shown at check-in, to a host that serves members only.
             pseudonyms: what it is called when it checks in; None: by its name.
@@ -166,7 +167,7 @@ class Device:
         """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._rest_s, self._on_progress = stays, rest_s, on_progress
         self.population, self._tasks = population, tuple(tasks)
-        self._entry = population, device_id
+        self._entry = f"{place} {population}", device_id
         """Of the device's file, which is no name that anybody hears."""
         self._credential, self._pseudonyms = credential, pseudonyms
         self._called: tuple[Stream, str] | None = None
@@ -298,7 +299,11 @@ class Device:
                 self._host.down_bytes += sum(len(blob.data) for blob in message.assigned.inline)
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
-                if self._work is None:
+                if self._work is None and self._to_rest_s() > 0.0:  # it was counted for another population meanwhile
+                    resting = pb.GaveUp(token=message.assigned.token, stage="resting")
+                    await stream.send(pb.FromDevice(gave_up=resting))
+                    self._away_s = 0.0
+                elif self._work is None:
                     self._work = _Work(message.assigned, message.assigned.run, self._name_of(stream, self._name()))
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted" if self._producing is None:
@@ -557,7 +562,7 @@ class Device:
         prepared = await host.prepare(assigned, self._link, spent)
         work.task = prepared.manifest.task
         is_secure = prepared.manifest.promises.group == "secure"
-        if is_secure and update_of(prepared.manifest, assigned.model) in host.spent(self.device_id):
+        if is_secure and _is_spent(host, self.device_id, prepared.manifest, assigned.model):
             raise DeviceError(
                 "An update from these tensors was revealed in a secure group before, and is never offered again: it waits for other tensors "
                 "(the next version, or a run with another --seed).",
@@ -767,7 +772,7 @@ class Device:
     def _to_rest_s(self) -> float:
         if not self._rest_s:
             return 0.0
-        last_s = self._host.file.contributed_s(*self._entry)
+        last_s = self._host.file.contributed_s(self.device_id)
         return 0.0 if last_s is None else last_s + self._rest_s - self._host.clock.wall_s()
 
     async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
@@ -810,6 +815,12 @@ class Device:
     def _say(self, stage: str) -> None:
         self.progress.stage = stage
         self._on_progress(self)
+
+
+def _is_spent(host: DeviceHost, device_id: str, manifest: Manifest, model: str) -> bool:
+    from shoal.plan.secure import update_of  # what it needs is much, and most tasks need none of it
+
+    return update_of(manifest, model) in host.spent(device_id)
 
 
 def _content(work: _Work) -> Tensors:

@@ -35,9 +35,9 @@ CREATE TABLE spent (device TEXT, digest BLOB, PRIMARY KEY (device, digest)) WITH
 CREATE TABLE examples (device TEXT, rho REAL NOT NULL);
 CREATE INDEX examples_of ON examples (device);
 CREATE TABLE work (
-    population TEXT, device TEXT, expires_s REAL NOT NULL, content BLOB NOT NULL, PRIMARY KEY (population, device)
+    place TEXT, device TEXT, expires_s REAL NOT NULL, content BLOB NOT NULL, PRIMARY KEY (place, device)
 );
-CREATE TABLE contribution (population TEXT, device TEXT, wall_s REAL NOT NULL, PRIMARY KEY (population, device));
+CREATE TABLE contribution (place TEXT, device TEXT, wall_s REAL NOT NULL, PRIMARY KEY (place, device));
 CREATE TABLE day (
     number INTEGER PRIMARY KEY, cpu_s REAL NOT NULL, moved_bytes INTEGER NOT NULL, battery_percent REAL NOT NULL,
     peak_bytes INTEGER NOT NULL
@@ -132,38 +132,36 @@ class DeviceFile:
 
     # Work in hand.
 
-    def work(self, population: str, device: str, *, wall_s: float) -> Tensors | None:
+    def work(self, place: str, device: str, *, wall_s: float) -> Tensors | None:
         """What was in hand when the device ended; None where there is nothing, or its token has expired."""
         with self._file.reading() as db:
             row = db.execute(
-                "SELECT content FROM work WHERE population = ? AND device = ? AND expires_s > ?", (population, device, wall_s)
+                "SELECT content FROM work WHERE place = ? AND device = ? AND expires_s > ?", (place, device, wall_s)
             ).fetchone()  # fmt: skip
         return None if row is None else self._unpacked(row[0])
 
-    def keep_work(self, population: str, device: str, content: Tensors, *, expires_s: float) -> None:
+    def keep_work(self, place: str, device: str, content: Tensors, *, expires_s: float) -> None:
         """Keeps the work in hand, in place of the one before; one that is too large is not kept."""
         data = pack(content)
         if len(data) > MOST_WORK_BYTES:
-            return self.drop_work(population, device)
+            return self.drop_work(place, device)
         with self._file.writing() as db:
-            db.execute("INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?)", (population, device, expires_s, data))
+            db.execute("INSERT OR REPLACE INTO work VALUES (?, ?, ?, ?)", (place, device, expires_s, data))
 
-    def drop_work(self, population: str, device: str) -> None:
+    def drop_work(self, place: str, device: str) -> None:
         """There is none any more."""
         with self._file.writing() as db:
-            db.execute("DELETE FROM work WHERE population = ? AND device = ?", (population, device))
+            db.execute("DELETE FROM work WHERE place = ? AND device = ?", (place, device))
 
     # Contributions and costs.
 
-    def contributed_s(self, population: str, device: str) -> float | None:
-        """When an update of the device was last counted, seconds since the epoch."""
+    def contributed_s(self, device: str) -> float | None:
+        """When an update of the device was last counted, by anybody; seconds since the epoch."""
         with self._file.reading() as db:
-            row = db.execute(
-                "SELECT wall_s FROM contribution WHERE population = ? AND device = ?", (population, device)
-            ).fetchone()
-        return None if row is None else float(row[0])
+            (wall_s,) = db.execute("SELECT MAX(wall_s) FROM contribution WHERE device = ?", (device,)).fetchone()
+        return None if wall_s is None else float(wall_s)
 
-    def counted(self, population: str, device: str, *, run: str, state: Tensors, wall_s: float) -> None:
+    def counted(self, place: str, device: str, *, run: str, state: Tensors, wall_s: float) -> None:
         """An update was counted: the work is dropped and the state it leaves is kept, at once or not at all.
 
         Where states take too much room, that of the run heard of longest ago is forgotten.
@@ -175,8 +173,8 @@ class DeviceFile:
                     "INSERT OR REPLACE INTO state VALUES (?, ?, ?, ?, ?)", (run, device, wall_s, len(data), data)
                 )
                 _forget_states(db)
-            db.execute("DELETE FROM work WHERE population = ? AND device = ?", (population, device))
-            db.execute("INSERT OR REPLACE INTO contribution VALUES (?, ?, ?)", (population, device, wall_s))
+            db.execute("DELETE FROM work WHERE place = ? AND device = ?", (place, device))
+            db.execute("INSERT OR REPLACE INTO contribution VALUES (?, ?, ?)", (place, device, wall_s))
 
     def day(self, number: int) -> Day:
         """What a day has cost."""

@@ -7,7 +7,6 @@ from shoal import validate
 from shoal.errors import TaskRefused
 from shoal.fleet.example_ledger import ExampleBudget, cost, epsilon
 from shoal.plan.manifest import Manifest
-from shoal.plan.secure import LEAST_MINIMUM
 
 if TYPE_CHECKING:
     from shoal.privacy.identity import Trusted
@@ -89,6 +88,8 @@ class Floor:
             return f"promises sums over at least {promises.minimum_group} members, this device asks for {self.minimum_group}"
         if secure is None:
             return ""
+        from shoal.plan.secure import LEAST_MINIMUM  # what it needs is much, and most tasks need none of it
+
         if promises.minimum_group < LEAST_MINIMUM:
             return "has secure groups whose sums may be one member's own"
         withstood = int(secure.colluders * secure.members)

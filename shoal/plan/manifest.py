@@ -15,7 +15,6 @@ from shoal.codec.rounding import ROUNDINGS, Rounding
 from shoal.errors import PlanError
 from shoal.fixed import STEPS, FixedPoint, SumSpec, fixed_points
 from shoal.policy import About, Privacy, RoundPolicy, ServerRule, check_task_name
-from shoal.privacy.device_noise import noise_room
 from shoal.tensors import (
     PARSE_ERRORS,
     TensorSpec,
@@ -333,6 +332,8 @@ class Manifest:
 
         In secure mode that many are added up outside of the group, in 64 bits: its own sum is made for its own members.
         """
+        from shoal.privacy.device_noise import noise_room  # for servers: a device that waits is small
+
         secure = self.promises.privacy.secure
         members = max_members if secure is None else secure.members
         bits, max_weight = self.promises.sum_bits, self.training.max_weight

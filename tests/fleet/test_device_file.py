@@ -42,7 +42,7 @@ def test_all_of_it_outlives_the_process(tmp_path: Path) -> None:
     kept = again.state("run", "anna")
     assert kept is not None
     np.testing.assert_array_equal(kept["control/w"], STATE["control/w"])
-    assert again.contributed_s("default", "anna") == 7.0 and again.contributed_s("other", "anna") is None
+    assert again.contributed_s("anna") == 7.0 and again.contributed_s("bert") is None
     assert again.day(3) == Day(cpu_s=1.5, moved_bytes=7, battery_percent=0.5, peak_bytes=1 << 40)
     assert again.day(4) == Day()
 

@@ -120,7 +120,7 @@ async def test_a_device_with_pseudonyms_keeps_its_state_under_its_own_name() -> 
         device, host = turned(fleet)
         fleet.start(device)
         await asyncio.gather(*fleet.tasks)
-        assert host.file.contributed_s("default", "anna") is not None
+        assert host.file.contributed_s("anna") is not None
 
 
 @toy.in_loop

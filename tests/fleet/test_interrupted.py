@@ -89,7 +89,7 @@ async def test_one_that_nobody_needs_any_more_is_dropped(tmp_path: Path) -> None
         late = device(fleet.link, tmp_path)
         await asyncio.wait_for(late.run(), timeout=15)
         assert Halting.blocks == 2 and late.progress.counted == 0
-        assert DeviceFile(tmp_path).work("default", "a", wall_s=0.0) is None
+        assert DeviceFile(tmp_path).work(" default", "a", wall_s=0.0) is None
 
 
 class Cut(LocalLink):
@@ -105,7 +105,7 @@ async def test_an_update_that_was_not_sent_outlives_the_process(tmp_path: Path) 
     Halting.go_on.set()
     async with toy.fleet(toy.plan(POLICY, {"params/w": (20_000,)})) as fleet:
         task = asyncio.create_task(device(Cut(fleet.host.edge), tmp_path).run())
-        while DeviceFile(tmp_path, read_only=True).work("default", "a", wall_s=0.0) is None:
+        while DeviceFile(tmp_path, read_only=True).work(" default", "a", wall_s=0.0) is None:
             await asyncio.sleep(0.01)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -113,7 +113,7 @@ async def test_an_update_that_was_not_sent_outlives_the_process(tmp_path: Path) 
         await asyncio.wait_for(again.run(), timeout=15)
         assert Halting.blocks == 3 and again.progress.counted == 1
         np.testing.assert_array_equal(fleet.model["params/w"], np.full(20_000, 1.5, np.float32))
-        assert DeviceFile(tmp_path).work("default", "a", wall_s=0.0) is None
+        assert DeviceFile(tmp_path).work(" default", "a", wall_s=0.0) is None
 
 
 @toy.in_loop

@@ -1,7 +1,8 @@
 """What a device without JAX says that it is, and which variant of a plan it takes. Needs no IREE."""
 
 import dataclasses
-from importlib import metadata
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -68,22 +69,25 @@ def test_versions_are_three_numbers() -> None:
     ]  # fmt: skip
 
 
+def test_the_version_is_that_of_what_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "iree_base_runtime-3.13.0rc1.dist-info").mkdir()
+    monkeypatch.setattr(sys, "path", ["", str(tmp_path / "none"), str(tmp_path)])
+    assert this_runtime().version == (3, 13, 0)
+
+
 def test_an_unknown_target_is_refused_with_those_there_are() -> None:
     with pytest.raises(ValueError, match="aarch64-linux-android, got 'pdp11'"):
         find_target("pdp11")
 
 
 def test_a_machine_that_nothing_is_compiled_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: "3.13.0")
+    monkeypatch.setattr(iree_targets, "installed_version", lambda: "3.13.0")
     monkeypatch.setattr(iree_targets.platform, "machine", lambda: "riscv64")
     with pytest.raises(PlanError, match="riscv64"):
         this_runtime()
 
 
 def test_without_the_runtime_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
+    monkeypatch.setattr(sys, "path", [])
     with pytest.raises(MissingExtra, match="iree-runtime"):
         this_runtime()
