@@ -186,6 +186,8 @@ class Device:
         self._checked_in: Stream | None = None
         self._is_leaving = False
         self._refusals = 0
+        self._rested_from: float | None = None
+        """When the last update was counted that it has rested from."""
         self._laters = 0
         """How often it was sent away since the last assignment."""
         self._failures = 0
@@ -752,28 +754,14 @@ class Device:
         while self._work is None and (left_s := min(self._to_rest_s(), latest_s - self._host.clock.now_s())) > 0.0:
             self._say("resting")
             await self._sleep(min(left_s, LOOK_S))  # the machine may be suspended meanwhile, or its clock be set
-
-    async def _until_enough(self) -> None:
-        """Where its examples come and go: until it has some, and more than were too few."""
-        while self._work is None and self._num_examples is not None:
-            count = await asyncio.to_thread(self._num_examples)
-            if count and not (self._wants_more and count <= min(self._short.values())):
-                break
-            self._say("waiting for examples")
-            await self._sleep(EXAMPLES_LOOK_S)
-        self._wants_more = False
-
-    async def _too_few(self) -> list[str]:
-        """Tasks for which it has no more examples than were too few."""
-        assert self._num_examples is not None
-        count = await asyncio.to_thread(self._num_examples)
-        return [task for task, held in self._short.items() if count <= held]
+        if self._rest_s and self._work is None:
+            self._rested_from = self._host.file.contributed_s(self.device_id)
 
     def _to_rest_s(self) -> float:
-        if not self._rest_s:
+        last_s = self._host.file.contributed_s(self.device_id) if self._rest_s else None
+        if last_s is None or last_s == self._rested_from:
             return 0.0
-        last_s = self._host.file.contributed_s(self.device_id)
-        return 0.0 if last_s is None else last_s + self._rest_s - self._host.clock.wall_s()
+        return last_s + self._rest_s - self._host.clock.wall_s()
 
     async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
         self.progress.failures += 1
