@@ -757,6 +757,22 @@ class Device:
         if self._rest_s and self._work is None:
             self._rested_from = self._host.file.contributed_s(self.device_id)
 
+    async def _until_enough(self) -> None:
+        """Where its examples come and go: until it has some, and more than were too few."""
+        while self._work is None and self._num_examples is not None:
+            count = await asyncio.to_thread(self._num_examples)
+            if count and not (self._wants_more and count <= min(self._short.values())):
+                break
+            self._say("waiting for examples")
+            await self._sleep(EXAMPLES_LOOK_S)
+        self._wants_more = False
+
+    async def _too_few(self) -> list[str]:
+        """Tasks for which it has no more examples than were too few."""
+        assert self._num_examples is not None
+        count = await asyncio.to_thread(self._num_examples)
+        return [task for task, held in self._short.items() if count <= held]
+
     def _to_rest_s(self) -> float:
         last_s = self._host.file.contributed_s(self.device_id) if self._rest_s else None
         if last_s is None or last_s == self._rested_from:
