@@ -117,6 +117,26 @@ async def test_an_update_that_was_not_sent_outlives_the_process(tmp_path: Path) 
 
 
 @toy.in_loop
+async def test_what_is_in_hand_for_one_host_is_offered_to_no_other(tmp_path: Path) -> None:
+    async with toy.fleet(toy.plan(POLICY)) as fleet, toy.fleet(toy.plan(POLICY)) as other:
+        await interrupt(device(fleet.link, tmp_path, place="one:1"))
+        asked: list[pb.StatusRequest] = []
+
+        class Watched(LocalLink):
+            async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
+                asked.append(request)
+                return await super().status(request)
+
+        elsewhere = device(Watched(other.host.edge), tmp_path, place="two:1")
+        await asyncio.wait_for(elsewhere.run(), timeout=15)
+        assert elsewhere.progress.counted == 1 and not asked, "it has trained anew, for this one"
+        back = device(fleet.link, tmp_path, place="one:1")
+        Halting.blocks = 0
+        await asyncio.wait_for(back.run(), timeout=15)
+        assert back.progress.counted == 1 and Halting.blocks == 1
+
+
+@toy.in_loop
 async def test_a_full_disk_costs_the_restart_and_not_the_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
