@@ -365,6 +365,7 @@ class Device:
         if self._producing is not None:
             return  # it will be reported on this stream
         status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
+        work.stopped = False  # as it was when the run before was interrupted
         match status.state:
             case pb.StatusReply.COUNTED if work.update is not None:
                 await self._settle()
@@ -377,7 +378,6 @@ class Device:
                 self.progress.last_error = "its secure group failed after the update was revealed in it"
                 await self._drop_work()
             case _ if work.report is None:
-                work.stopped = False
                 self._producing = asyncio.create_task(self._produce(work))
                 return
             case _:

@@ -91,11 +91,14 @@ async def test_one_that_nobody_needs_any_more_is_dropped(tmp_path: Path) -> None
 
 
 class Cut(LocalLink):
-    """Nothing can be sent over it after a training."""
+    """While it is cut nothing can be sent over it after a training."""
+
+    is_cut = True
 
     async def push(self, slices: Any) -> pb.PushReply:
-        await asyncio.Event().wait()
-        raise AssertionError("nobody wakes it")
+        if self.is_cut:
+            await asyncio.Event().wait()
+        return await super().push(slices)
 
 
 @toy.in_loop
@@ -112,6 +115,23 @@ async def test_an_update_that_was_not_sent_outlives_the_process(tmp_path: Path) 
         assert Halting.blocks == 3 and again.progress.counted == 1
         np.testing.assert_array_equal(fleet.model["params/w"], np.full(20_000, 1.5, np.float32))
         assert DeviceFile(tmp_path).work("default", "a", wall_s=0.0) is None
+
+
+@toy.in_loop
+async def test_an_update_that_was_interrupted_while_it_was_sent_is_sent_by_the_next_run() -> None:
+    Halting.go_on.set()
+    async with toy.fleet(toy.plan(POLICY, {"params/w": (20_000,)})) as fleet:
+        cut = Cut(fleet.host.edge)
+        running = device(cut, None)
+        task = asyncio.create_task(running.run())
+        while running.progress.stage != "reporting":
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        cut.is_cut = False
+        await asyncio.wait_for(running.run(), timeout=15)
+        assert Halting.blocks == 3 and (running.progress.counted, running.progress.failures) == (1, 0)
+        np.testing.assert_array_equal(fleet.model["params/w"], np.full(20_000, 1.5, np.float32))
 
 
 @toy.in_loop
