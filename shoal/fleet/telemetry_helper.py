@@ -23,6 +23,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.errors import ProtocolError, StoreError
+from shoal.fleet.append import append_for_good
 from shoal.fleet.wire import telemetry_pb2 as pb
 from shoal.privacy.masks import public_key
 from shoal.privacy.noise import discrete_gaussian
@@ -101,7 +102,8 @@ class OpenedSeeds:
         names = [_name(each) for each in sealed]
         if self._folder is not None:
             try:
-                _append_for_good(self._folder / f"{day}.opened", b"".join(names))
+                self._folder.mkdir(parents=True, exist_ok=True)
+                append_for_good(self._folder / f"{day}.opened", b"".join(names))
             except OSError as error:
                 raise StoreError(f"What this helper has opened cannot be written to {self._folder}: {error}") from error
         self._of.setdefault(day, set()).update(names)
@@ -204,24 +206,3 @@ class Helper:
 def _name(sealed: bytes) -> bytes:
     # A seal names its seed: who makes another seal of the same seed knows the seed, and has nothing to learn from it.
     return bytes.fromhex(sha256(sealed))[:_SEEN_BYTES]
-
-
-def _append_for_good(path: Path, data: bytes) -> None:
-    """Appends to a file, on disk when it returns; not at all where it fails. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("ab") as file:
-        begun = file.tell()
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, begun)  # else what follows would stand askew
-            raise
-    if is_new:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -60,7 +60,12 @@ def test_the_secret_is_kept_and_shown_to_nobody(tmp_path: Path) -> None:
 
 def test_what_a_member_shows_to_one_host_is_good_for_no_other() -> None:
     made = DeviceSecret(bytes(range(32)))
-    whose = [(b"h" * 32, "default", "a"), (b"g" * 32, "default", "a"), (b"h" * 32, "x", "a"), (b"h" * 32, "default", "b")]
+    whose = [
+        (b"h" * 32, "default", "a"),
+        (b"g" * 32, "default", "a"),
+        (b"h" * 32, "x", "a"),
+        (b"h" * 32, "default", "b"),
+    ]
     assert len({made.data, *(made.of_member(*each) for each in whose)}) == 5
     assert made.of_member(*whose[0]) == made.of_member(*whose[0])
 
