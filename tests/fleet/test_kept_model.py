@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +99,14 @@ def test_an_older_version_takes_nobody_s_place(tmp_path: Path) -> None:
         assert kept_model.find(tmp_path).version == expected
     kept_model.keep(tmp_path, plan, built.model, run="another", version=0)
     assert kept_model.find(tmp_path).run == "another"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    built, plan = made()
+    kept_model.keep(tmp_path, plan, built.model, run="a", version=1)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in sorted(tmp_path.rglob("*"))]
+    assert modes == [0o700, 0o600], "the folder and the model"
 
 
 def test_a_write_that_was_cut_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
