@@ -12,6 +12,7 @@ from shoal.errors import StoreUnavailable
 from shoal.fleet.device import Device
 from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link, LocalLink
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.policy import RoundPolicy
@@ -42,11 +43,9 @@ def _halts() -> None:
     Halting.blocks = 0
 
 
-def device(link: Link, folder: Path | None, name: str = "a", **changes: Any) -> Device:
-    host = DeviceHost(make_runner=Halting, runtime=toy.RUNTIME, state_folder=folder)
-    return Device(
-        name, lambda: toy.examples(1.5, NUM), link=link, host=host, rng=np.random.default_rng(0), **changes
-    )  # fmt: skip
+def device(link: Link, folder: Path | None, name: str = "a", **terms: Any) -> Device:
+    host = DeviceHost(make_runner=Halting, runtime=toy.RUNTIME, state_folder=folder, **terms)
+    return Device(name, lambda: toy.examples(1.5, NUM), link=link, host=host, rng=np.random.default_rng(0))
 
 
 async def interrupt(running: Device) -> None:
@@ -115,6 +114,40 @@ async def test_an_update_that_was_not_sent_outlives_the_process(tmp_path: Path) 
         assert Halting.blocks == 3 and again.progress.counted == 1
         np.testing.assert_array_equal(fleet.model["params/w"], np.full(20_000, 1.5, np.float32))
         assert DeviceFile(tmp_path).work("default", "a", wall_s=0.0) is None
+
+
+class Heard(LocalLink):
+    """Counts what was offered or asked by token."""
+
+    tokens = 0
+
+    async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
+        self.tokens += 1
+        return await super().status(request)
+
+
+@pytest.mark.parametrize(
+    "terms", [{}, {"trusted_key": bytes(32)}, {"floor": Floor(secure=True)}], ids=["same", "other key", "other floor"]
+)
+@toy.in_loop
+async def test_an_update_for_another_host_or_on_other_terms_is_not_offered(
+    tmp_path: Path, terms: dict[str, Any]
+) -> None:
+    Halting.go_on.set()
+    async with toy.fleet(toy.plan(POLICY, {"params/w": (20_000,)})) as fleet:
+        task = asyncio.create_task(device(Cut(fleet.host.edge), tmp_path).run())
+        while DeviceFile(tmp_path, read_only=True).work("default", "a", wall_s=0.0) is None:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        heard = Heard(fleet.host.edge)
+        again = device(heard, tmp_path, **terms)
+        task = asyncio.create_task(again.run())
+        while not task.done() and again.progress.stage not in ("waiting", "reporting"):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert bool(heard.tokens) != bool(terms)
 
 
 @toy.in_loop

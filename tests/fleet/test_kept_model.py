@@ -92,6 +92,15 @@ def test_each_device_answers_with_leaves_of_its_own(tmp_path: Path) -> None:
     assert not np.allclose(answers[0], answers[1]) and not np.allclose(answers[0], answers[2])
 
 
+def test_another_host_that_names_its_run_alike_has_no_leaves_of_it(tmp_path: Path) -> None:
+    built, plan = made(is_personal=True)
+    _, run_id, _ = trained(plan, built, tmp_path)
+    other = built.plan.sign(HostKeys(bytes(64)).signing)
+    kept_model.keep(tmp_path, other, built.model, run=run_id, version=99)
+    predicted = asyncio.run(offline(other, tmp_path).predict("anna", {"x": np.zeros((1, D), np.float32)}))
+    np.testing.assert_allclose(predicted[0], built.model["params/b"], rtol=1e-6)
+
+
 def test_an_older_version_takes_nobody_s_place(tmp_path: Path) -> None:
     built, plan = made()
     for version, expected in ((3, 3), (2, 3), (4, 4)):
