@@ -759,7 +759,9 @@ class Device:
     async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
         self.progress.failures += 1
         self.progress.last_error = str(error)
-        gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
+        # An error of its data names files, fields and values, which are nobody else's.
+        why = "Its examples do not fit the task, or cannot be had." if isinstance(error, DataError) else str(error)
+        gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=why[:500])
         await stream.send(pb.FromDevice(gave_up=gave_up))
         task = error.task if isinstance(error, TaskRefused) else work.task
         if isinstance(error, DataError | TaskRefused) and task:
