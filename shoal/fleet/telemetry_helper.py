@@ -88,7 +88,7 @@ class OpenedSeeds:
 
     @property
     def newest(self) -> int:
-        """The last day of which any were opened; 0: none were."""
+        """The last day on which, or of which, any were opened; 0: none were."""
         return max(self._of, default=0)
 
     def has(self, day: int, sealed: bytes) -> bool:
@@ -138,7 +138,7 @@ class Helper:
         self._opened, self.terms, self._random = opened, terms or Terms(), random
         self._answers: OrderedDict[str, pb.Opened] = OrderedDict()
         self._newest = opened.newest
-        """Day of the newest answer: a clock that is set back does not bring back what was forgotten."""
+        """Day of the newest answer, over restarts: a clock that is set back does not bring back what was forgotten."""
 
     def open(self, batch: pb.Batch, *, wall_s: float) -> pb.Opened:
         """The sum of the batch's masks, with noise; or which of its seeds are bad, and nothing is opened.
@@ -155,6 +155,10 @@ class Helper:
         seeds, bad = self._unsealed(batch)
         if bad:
             return pb.Opened(bad=bad)
+        if today > self._opened.newest:
+            self._opened.add(
+                today, ()
+            )  # what is forgotten now stays closed, also after a restart by a clock that was set right
         self._opened.forget(today - DAYS_BACK)
         self._opened.add(batch.day, batch.sealed)
         self._newest = today
