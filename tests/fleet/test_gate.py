@@ -137,8 +137,15 @@ def test_interfaces_of_mobile_networks_are_metered(tmp_path: Path) -> None:
     table = tmp_path / "route"
     head = "Iface Destination Gateway Flags RefCnt Use Metric Mask\n"
     table.write_text(head + "wwan0 00000000 0102A8C0 0003 0 0 600 00000000\neth0 0002A8C0 0 1 0 0 0 00FFFFFF\n")
-    assert probe._default_interfaces(table) == ["wwan0"]
+    assert probe._default_interfaces(tmp_path) == ["wwan0"]
     assert probe._default_interfaces(tmp_path / "none") == []
+
+
+def test_a_mobile_network_that_has_ipv6_alone_is_metered_too(tmp_path: Path) -> None:
+    some, none = "fe80" + "0" * 28, "0" * 32
+    rows = [f"{some} 40 {none} 00 {none} 100 1 0 1 eth0", f"{none} 00 {none} 00 {some} 400 3 0 3 rmnet0"]
+    (tmp_path / "ipv6_route").write_text("\n".join(rows) + "\n")
+    assert probe._default_interfaces(tmp_path) == ["rmnet0"]
 
 
 def test_what_cannot_be_told_here_is_said() -> None:
