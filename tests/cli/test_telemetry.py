@@ -16,6 +16,7 @@ from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_link import GrpcTelemetryLink
 from shoal.privacy.masks import public_key
 from shoal.privacy.telemetry import DAY_S, ENTRIES, SCHEMA, UNITS, Day
+from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from shoal.record.store import TelemetryRow
 from tests.record.builders import run_row
@@ -93,6 +94,12 @@ def test_a_run_without_telemetry_says_how_to_get_some(tmp_path: Path, shoal: Sho
 def test_what_does_not_fit_is_refused_in_words(arguments: list[str], words: str, shoal: Shoal) -> None:
     made = shoal(*arguments)
     assert made.code and words in made.err, made
+
+
+def test_a_helper_is_served_by_one_process(shoal: Shoal, tmp_path: Path) -> None:
+    with only_writer(tmp_path):  # flock is held by a descriptor, not by a process
+        made = shoal("telemetry", "helper", tmp_path, "--port", 0)
+    assert made.code and "is being written by another process" in made.err
 
 
 def test_a_host_that_is_taken_up_again_takes_telemetry_again(tmp_path: Path) -> None:
