@@ -3,14 +3,17 @@
 import asyncio
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.cli import host_process
+from shoal.fleet.device_file import FILE_NAME
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_link import GrpcTelemetryLink
@@ -147,4 +150,5 @@ def test_a_host_with_a_helper_keeps_sums_when_its_run_ends(
     assert host.wait() == 0, host.text
     made = shoal("telemetry", "show", run, "--json").json
     assert made["reports"] == 5 and abs(made["totals"]["hour/03"]["value"] - 5) <= 8
-    assert len(list((tmp_path / "kept").glob("*.telemetry"))) == 6
+    with closing(sqlite3.connect(tmp_path / "kept" / FILE_NAME)) as kept:
+        assert kept.execute("SELECT COUNT(*) FROM fact WHERE name LIKE 'telemetry %'").fetchone() == (6,)
