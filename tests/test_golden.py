@@ -268,7 +268,7 @@ def test_what_a_device_comes_in_by() -> None:
     )  # fmt: skip
     told = {
         "invitation": invitation.text,
-        "credential": credential(invitation.token, secret.of_member("watches", "anna")).hex(),
+        "credential": credential(invitation.token, secret.of_member(invitation.plan_key, "watches", "anna")).hex(),
         "pseudonyms": [pseudonyms.name(day * 86_400.0) for day in range(3)],
         "window_ends_s": pseudonyms.left_s(0.0),
     }

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
-from shoal.cli.join import STATE, Door, client_certificate, pseudonym_window_s, read_invitation, refuse_unwelcome
+from shoal.cli.join import (
+    STATE,
+    Door,
+    client_certificate,
+    pseudonym_window_s,
+    read_invitation,
+    refuse_unwelcome,
+    unprotected,
+)
 from shoal.cli.join import join as come_in
 from shoal.cli.screen import Screen, Stopwatch
 
@@ -261,6 +269,8 @@ def device(
         populations = (invitation.population,)
         door = come_in(invitation, state=state, patience_s=patience, screen=screen)
     refuse_unwelcome(door, client)
+    if why := unprotected(door):
+        screen.say(why)
     if telemetry and state is None:
         raise ValueError(
             "Expected --state FOLDER with --telemetry: a device that forgets what it told of tells of a day twice."

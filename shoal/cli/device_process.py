@@ -102,7 +102,10 @@ class Settings:
 
     def credential(self, population: str, device: str, secret: DeviceSecret) -> bytes:
         """What a device shows at check-in."""
-        return credential(self.token, secret.of_member(population, device)) if self.token else b""
+        if not self.token:
+            return b""
+        assert self.trusted_key is not None  # an invitation names it
+        return credential(self.token, secret.of_member(self.trusted_key, population, device))
 
     def pseudonyms(self, population: str, device: str, secret: DeviceSecret) -> Pseudonyms | None:
         """What a device is called in which window; None: always the same."""

@@ -79,6 +79,15 @@ def refuse_unwelcome(door: Door, client: "ClientCertificate | None") -> None:
         raise NetworkError(why)
 
 
+def unprotected(door: Door) -> str:
+    """What somebody on the way to the host can do, in words; "" where there is TLS, or nobody between."""
+    from shoal.fleet.proxy import is_loopback
+
+    if door.authority is not None or is_loopback(door.server.rpartition(":")[0].strip("[]")):
+        return ""
+    return f"without --ca FILE (or --join LINE) whoever is on the way to {door.server} can read updates and answer in its place"
+
+
 def refuse_ended(client: "ClientCertificate") -> None:
     """Raises ValueError where a device's certificate is none, or not good now."""
     from datetime import UTC, datetime

@@ -16,6 +16,7 @@ from shoal.fleet.grpc_server import Tls
 from shoal.fleet.telemetry_helper import Helper, OpenedSeeds, Terms
 from shoal.fleet.telemetry_server import HelperServer
 from shoal.privacy.masks import public_key
+from shoal.record.lock import only_writer
 
 KEY: Final = "helper.key"
 
@@ -39,12 +40,15 @@ def run(settings: Settings, *, screen: Screen) -> None:
     Raises:
         Stopped: it was told to end.
         NetworkError: the port is taken.
+        StoreError: another process serves this helper: each would open what the other has opened.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     path = settings.folder / KEY
-    private = read_secret(path) if path.exists() else make_secret(path)
-    helper = Helper(private, OpenedSeeds(settings.folder / "opened"), terms=settings.terms)
-    run_until_told(_serve(settings, helper, public_key(private), screen))
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with only_writer(settings.folder, what="helper", hint=""):
+        private = read_secret(path) if path.exists() else make_secret(path)
+        helper = Helper(private, OpenedSeeds(settings.folder / "opened"), terms=settings.terms)
+        run_until_told(_serve(settings, helper, public_key(private), screen))
 
 
 async def _serve(settings: Settings, helper: Helper, public: bytes, screen: Screen) -> None:

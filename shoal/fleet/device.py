@@ -30,16 +30,17 @@ from shoal.errors import (
     TooFewExamples,
     UpdateRefused,
 )
-from shoal.fleet.device_host import DeviceHost, Prepared, Spent
+from shoal.fleet.device_host import DeviceHost, Prepared, Spent, name_of_run
 from shoal.fleet.device_secret import Pseudonyms
 from shoal.fleet.example_ledger import cost
+from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link, Stream, longest_s
 from shoal.fleet.secure_phases import MASKED
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Runtime
 from shoal.plan.runner import Update
 from shoal.plan.train import NOISE_SEED_BYTES, Interrupted, Paused, train
-from shoal.tensors import Index, Tensors, dtype_name, to_bytes
+from shoal.tensors import Index, Tensors, dtype_name, sha256, to_bytes
 
 if TYPE_CHECKING:
     from shoal.fleet.secure_offer import SecureOffer
@@ -73,9 +74,10 @@ class _Work:
     """An assignment, and its update once there is one."""
 
     assigned: pb.Assigned
-    run: str
     name: str
     """Under which the device has checked in for it."""
+    key: bytes
+    """That signed its plan: as the host says, and once the plan is here, as was verified."""
     task: str = ""
     """Its name, once the plan is here."""
     stopped: bool = False
@@ -93,6 +95,11 @@ class _Work:
     """How often the Edge has asked for what it had been sent."""
     is_kept: bool = False
     """It is in the device's file."""
+
+    @property
+    def run(self) -> str:
+        """What the device keeps its state of the run under."""
+        return name_of_run(self.assigned.run, self.key)
 
     @property
     def has_revealed(self) -> bool:
@@ -306,7 +313,9 @@ class Device:
                     await stream.send(pb.FromDevice(gave_up=resting))
                     self._away_s = 0.0
                 elif self._work is None:
-                    self._work = _Work(message.assigned, message.assigned.run, self._name_of(stream, self._name()))
+                    self._work = _Work(
+                        message.assigned, self._name_of(stream, self._name()), message.assigned.plan_public_key
+                    )
                     self._producing = asyncio.create_task(self._produce(self._work))
             case "counted" if self._producing is None:
                 self._failures = self._refusals = 0
@@ -385,6 +394,7 @@ class Device:
         if self._producing is not None:
             return  # it will be reported on this stream
         status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
+        work.stopped = False  # as it was when the run before was interrupted
         match status.state:
             case pb.StatusReply.COUNTED if work.update is not None:
                 await self._settle()
@@ -397,7 +407,6 @@ class Device:
                 self.progress.last_error = "its secure group failed after the update was revealed in it"
                 await self._drop_work()
             case _ if work.report is None:
-                work.stopped = False
                 self._producing = asyncio.create_task(self._produce(work))
                 return
             case _:
@@ -562,7 +571,7 @@ class Device:
         begun = time.perf_counter()
         self._say("fetching")
         prepared = await host.prepare(assigned, self._link, spent)
-        work.task = prepared.manifest.task
+        work.task, work.key = prepared.manifest.task, prepared.plan.public_key
         is_secure = prepared.manifest.promises.group == "secure"
         if is_secure and _is_spent(host, self.device_id, prepared.manifest, assigned.model):
             raise DeviceError(
@@ -713,7 +722,7 @@ class Device:
         """Puts the work in hand into the device's file, where that outlives the process."""
         if not self._host.file.is_durable or work.secure is not None:
             return
-        content = _content(work)
+        content = {**_content(work), "floor": _as_array(_digest(self._host.floor))}
         expires_s = work.assigned.expires_s
         work.is_kept = await self._try_to_write(
             "what it has in hand will not outlive this process",
@@ -728,8 +737,16 @@ class Device:
             return None
         try:
             work = _of_content(content)
+            is_ours = content["floor"].tobytes() == _digest(self._host.floor)
         except (KeyError, ValueError, DecodeError) as error:
             log.warning("%s: what it had in hand cannot be read: %r", self.device_id, error)
+            return None
+        trusted = self._host.trusted_key
+        if not is_ours or (trusted is not None and trusted != work.key):
+            log.warning(
+                "%s: what it had in hand is for another host, or was made on other terms: it is not offered",
+                self.device_id,
+            )
             return None
         if work.report is not None and work.update is not None:
             work.report.slices.extend(self._inline(work.update))
@@ -782,7 +799,9 @@ class Device:
     async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
         self.progress.failures += 1
         self.progress.last_error = str(error)
-        gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=str(error)[:500])
+        # An error of its data names files, fields and values, which are nobody else's.
+        why = "Its examples do not fit the task, or cannot be had." if isinstance(error, DataError) else str(error)
+        gave_up = pb.GaveUp(token=work.assigned.token, stage=self.progress.stage, why=why[:500])
         await stream.send(pb.FromDevice(gave_up=gave_up))
         task = error.task if isinstance(error, TaskRefused) else work.task
         if isinstance(error, TooFewExamples) and task and self._num_examples is not None:
@@ -829,7 +848,8 @@ def _is_spent(host: DeviceHost, device_id: str, manifest: Manifest, model: str) 
 
 def _content(work: _Work) -> Tensors:
     """Work in hand as one set of tensors."""
-    content = {"assigned": _as_array(work.assigned.SerializeToString()), "name": _as_array(work.name.encode())}
+    told = {"assigned": work.assigned.SerializeToString(), "name": work.name.encode(), "key": work.key}
+    content = {name: _as_array(data) for name, data in told.items()}
     if work.paused is not None:
         content["blocks"] = np.array(work.paused.blocks)
         content |= {f"carry {name}": value for name, value in work.paused.carry.items()}
@@ -850,7 +870,7 @@ def _of_content(content: Tensors) -> _Work:
         return {name.removeprefix(kind): value for name, value in content.items() if name.startswith(kind)}
 
     assigned = pb.Assigned.FromString(content["assigned"].tobytes())
-    work = _Work(assigned, assigned.run, content["name"].tobytes().decode(), is_kept=True)
+    work = _Work(assigned, content["name"].tobytes().decode(), content["key"].tobytes(), is_kept=True)
     if "blocks" in content:
         work.paused = Paused(int(content["blocks"]), named("carry "))
     if "report" in content:
@@ -858,6 +878,11 @@ def _of_content(content: Tensors) -> _Work:
         work.update = Update(named("sum "), work.report.weight, named("state "))
         work.sends = work.update.sums
     return work
+
+
+def _digest(floor: Floor) -> bytes:
+    """Of what a device asks of plans: what it made when it asked for less it does not offer when it asks for more."""
+    return bytes.fromhex(sha256(repr(floor).encode()))
 
 
 def _as_array(data: bytes) -> np.ndarray:

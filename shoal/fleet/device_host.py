@@ -259,7 +259,7 @@ class DeviceHost:
         model = kept_model.find(self.state_folder, task)
         if self.trusted_key is not None:
             model.plan.verify(self.trusted_key)
-        own = self.state(model.run, device, model.plan.manifest)
+        own = self.state(name_of_run(model.run, model.plan.public_key), device, model.plan.manifest)
         prepared = self._plans.get(model.plan.hash)
         if prepared is not None and prepared.done() and not prepared.cancelled() and prepared.exception() is None:
             return model.predict(prepared.result().runner, fields, own=own)
@@ -336,7 +336,7 @@ class DeviceHost:
         return _checked(bytes(data), hash)
 
     def state(self, run: str, device: str, manifest: Manifest) -> Tensors | None:
-        """What a device kept from its last counted round of a run; None if it has nothing that fits."""
+        """What a device kept from its last counted round of a run (`name_of_run`); None if it has nothing that fits."""
         if not manifest.device_state:
             return None
         kept = self.file.state(run, device)
@@ -372,6 +372,11 @@ class DeviceHost:
     def _runners(self) -> list[Runner]:
         done = [future for future in self._plans.values() if future.done() and not future.cancelled()]
         return [future.result().runner for future in done if future.exception() is None]
+
+
+def name_of_run(run: str, key: bytes) -> str:
+    """What a device calls a run: another host, whose plans another key signs, may give the same name, and is not to have what this one left."""
+    return f"{run} of {key.hex()}"
 
 
 def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> None:

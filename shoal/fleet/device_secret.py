@@ -42,9 +42,12 @@ class DeviceSecret:
             file.keep_fact(FACT, data)
         return cls(data)
 
-    def of_member(self, population: str, device: str) -> bytes:
-        """What a host that serves members only knows a device by, 32 bytes: another one for each population and device."""
-        return _mac(self.data, b"member", population, device)
+    def of_member(self, host: bytes, population: str, device: str) -> bytes:
+        """What a host that serves members only knows a device by, 32 bytes.
+
+        Another one for each host (the key that signs its plans), population and device: what one host is shown opens no other's door.
+        """
+        return _mac(self.data, b"member", host.hex(), population, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ class ExampleLedger:
 
 def epsilon(rho: float, delta: float = DELTA) -> float:
     """What so much zCDP comes to."""
-    from shoal.privacy.accounting import epsilon_of_zcdp  # SciPy, which most devices do without
+    from shoal.privacy.zcdp import epsilon_of_zcdp
 
     return epsilon_of_zcdp(rho, delta)
 

@@ -1,7 +1,7 @@
 """The model used where it is: the newest version that a device was sent of each task, answered without a host.
 
 One file a task in the device's `--state`, `models/….model`: the signed plan with its `predict`, and the tensors as they were sent. A newer version takes
-its place in one rename, so who reads meanwhile reads either, whole. A device with private leaves (a head of its own, say) answers with these.
+its place in one rename, so who reads meanwhile reads either, whole. Nobody but the owner may read it. A device with private leaves (a head of its own, say) answers with these.
 """
 
 import os
@@ -79,10 +79,11 @@ def keep(folder: Path, plan: Plan, tensors: Tensors, *, run: str, version: int) 
         kept = _header(path)
         if kept.get("run") == run and kept.get("version", 0) >= version:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
     plan_bytes = np.frombuffer(plan.to_bytes(), np.uint8)
-    with partial.open("wb") as file:
+    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pack({_PLAN: plan_bytes, **tensors}, header))
         file.flush()
         os.fsync(file.fileno())

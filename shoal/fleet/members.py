@@ -22,6 +22,7 @@ from typing import Final, Self
 
 from shoal.clock import Clock, SystemClock
 from shoal.errors import DataError, StoreError
+from shoal.fleet.append import append_for_good
 from shoal.fleet.device_secret import CREDENTIAL, SECRET_BYTES
 from shoal.fleet.invitation import TOKEN_BYTES
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -118,10 +119,7 @@ class Members:
     def _add(self, name: str, member: _Member, wall_s: float) -> None:
         line = {"member": name, "secret": member.secret, "invitation": member.invitation, "since_s": int(wall_s)}
         try:
-            with (self._folder / _MEMBERS).open("ab") as file:
-                file.write(json.dumps(line).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_for_good(self._folder / _MEMBERS, json.dumps(line).encode() + b"\n")
         except OSError as error:
             raise StoreError(f"A new member cannot be written down: {error.strerror}.") from error
         self._know(name, member)

@@ -64,8 +64,10 @@ async def while_open(device: Device, gate: Gate | None) -> None:
         device.rest()
         await gate.until_open()
         running, closing = asyncio.ensure_future(device.run()), asyncio.ensure_future(gate.until_closed())
+        has_closed = False
         try:
             await asyncio.wait({running, closing}, return_when=asyncio.FIRST_COMPLETED)
+            has_closed = closing.done()  # it may be open again by the time that the device has left
             if not running.done() and device.interrupt():
                 await asyncio.wait({running}, timeout=LEAVE_S)
         finally:
@@ -74,6 +76,6 @@ async def while_open(device: Device, gate: Gate | None) -> None:
             await asyncio.gather(running, closing, return_exceptions=True)
         if not running.cancelled() and (error := running.exception()) is not None:
             raise error
-        if device.is_over or not gate.why:  # or it was interrupted for good
+        if device.is_over or not has_closed:  # or it was interrupted for good
             return
     await device.run()

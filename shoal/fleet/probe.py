@@ -84,13 +84,18 @@ def _is_unmetered() -> bool | None:
     return None
 
 
-def _default_interfaces(table: Path = Path("/proc/net/route")) -> list[str]:
-    """Interfaces over which what leaves this machine goes; none where nothing can."""
+def _default_interfaces(tables: Path = Path("/proc/net")) -> list[str]:
+    """Interfaces over which what leaves this machine goes, by IPv4 or IPv6; none where nothing can."""
+    four = [row[0] for row in _rows(tables / "route") if len(row) > 7 and row[1] == row[7] == "0" * 8]
+    six = [row[9] for row in _rows(tables / "ipv6_route") if len(row) > 9 and row[:2] == ["0" * 32, "00"]]
+    return [*four, *six]
+
+
+def _rows(table: Path) -> list[list[str]]:
     try:
-        rows = [line.split() for line in table.read_text().splitlines()[1:]]
+        return [line.split() for line in table.read_text().splitlines()]
     except OSError:
         return []
-    return [row[0] for row in rows if len(row) > 7 and row[1] == row[7] == "00000000"]
 
 
 @final

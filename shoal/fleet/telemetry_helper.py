@@ -23,6 +23,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.errors import ProtocolError, StoreError
+from shoal.fleet.append import append_for_good
 from shoal.fleet.wire import telemetry_pb2 as pb
 from shoal.privacy.masks import public_key
 from shoal.privacy.noise import discrete_gaussian
@@ -87,7 +88,7 @@ class OpenedSeeds:
 
     @property
     def newest(self) -> int:
-        """The last day of which any were opened; 0: none were."""
+        """The last day on which, or of which, any were opened; 0: none were."""
         return max(self._of, default=0)
 
     def has(self, day: int, sealed: bytes) -> bool:
@@ -101,7 +102,8 @@ class OpenedSeeds:
         names = [_name(each) for each in sealed]
         if self._folder is not None:
             try:
-                _append_for_good(self._folder / f"{day}.opened", b"".join(names))
+                self._folder.mkdir(parents=True, exist_ok=True)
+                append_for_good(self._folder / f"{day}.opened", b"".join(names))
             except OSError as error:
                 raise StoreError(f"What this helper has opened cannot be written to {self._folder}: {error}") from error
         self._of.setdefault(day, set()).update(names)
@@ -136,7 +138,7 @@ class Helper:
         self._opened, self.terms, self._random = opened, terms or Terms(), random
         self._answers: OrderedDict[str, pb.Opened] = OrderedDict()
         self._newest = opened.newest
-        """Day of the newest answer: a clock that is set back does not bring back what was forgotten."""
+        """Day of the newest answer, over restarts: a clock that is set back does not bring back what was forgotten."""
 
     def open(self, batch: pb.Batch, *, wall_s: float) -> pb.Opened:
         """The sum of the batch's masks, with noise; or which of its seeds are bad, and nothing is opened.
@@ -153,6 +155,10 @@ class Helper:
         seeds, bad = self._unsealed(batch)
         if bad:
             return pb.Opened(bad=bad)
+        if today > self._opened.newest:
+            self._opened.add(
+                today, ()
+            )  # what is forgotten now stays closed, also after a restart by a clock that was set right
         self._opened.forget(today - DAYS_BACK)
         self._opened.add(batch.day, batch.sealed)
         self._newest = today
@@ -204,24 +210,3 @@ class Helper:
 def _name(sealed: bytes) -> bytes:
     # A seal names its seed: who makes another seal of the same seed knows the seed, and has nothing to learn from it.
     return bytes.fromhex(sha256(sealed))[:_SEEN_BYTES]
-
-
-def _append_for_good(path: Path, data: bytes) -> None:
-    """Appends to a file, on disk when it returns; not at all where it fails. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.exists()
-    with path.open("ab") as file:
-        begun = file.tell()
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        except OSError:
-            os.truncate(path, begun)  # else what follows would stand askew
-            raise
-    if is_new:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

@@ -5,6 +5,7 @@ from typing import Any, Final
 import grpc
 
 from shoal.errors import NetworkError, ProtocolError
+from shoal.fleet.proxy import proxy_options
 from shoal.fleet.wire import telemetry_pb2 as pb
 from shoal.fleet.wire import telemetry_pb2_grpc as rpc
 
@@ -59,9 +60,9 @@ def _channel(
     address: str, ca: bytes | None, server_name: str | None = None, client: tuple[bytes, bytes] | None = None
 ) -> Any:
     # A pool of its own: else gRPC may put the call on a connection that is there already, a session's.
-    options = [("grpc.use_local_subchannel_pool", 1)]
+    options = [("grpc.use_local_subchannel_pool", 1), *proxy_options(address)]
     if server_name:
-        options.append(("grpc.ssl_target_name_override", server_name))  # type: ignore[arg-type]
+        options.append(("grpc.ssl_target_name_override", server_name))
     if ca is None:
         return grpc.aio.insecure_channel(address, options=options)
     return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(ca, *(client or ())), options=options)

@@ -20,11 +20,13 @@ from math import ceil, exp, expm1, isfinite, log, log1p, pi, sqrt
 from typing import Final
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from scipy.special import gammaln, log_ndtr, logsumexp
 
 from shoal import validate
 from shoal.errors import MissingExtra
+from shoal.privacy.zcdp import check_delta
+from shoal.privacy.zcdp import epsilon_of_zcdp as epsilon_of_zcdp
+from shoal.privacy.zcdp import gaussian_zcdp as gaussian_zcdp
 
 ORDERS: Final = np.concatenate([1 + np.arange(1, 100) / 10, np.arange(11.0, 64), [128.0, 256.0, 512.0, 1024.0]])
 """Orders of Rényi divergence at which a curve is kept; those of `dp-accounting`."""
@@ -70,7 +72,7 @@ def skellam_rdp(variance: float, *, l2: float, l1: float, orders: np.ndarray = O
 
 def epsilon_of_rdp(rdp: np.ndarray, delta: float, orders: np.ndarray = ORDERS) -> float:
     """The least epsilon that a curve promises at delta: of several releases give the sum of their curves."""
-    _check_delta(delta)
+    check_delta(delta)
     bounds = rdp + np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
     # Total variation is at most sqrt(1 - exp(-KL)), and KL at most the divergence of any order.
     hidden = bool(np.any(delta**2 + np.expm1(-rdp) > 0))
@@ -85,28 +87,6 @@ def delta_of_rdp(rdp: np.ndarray, epsilon: float, orders: np.ndarray = ORDERS) -
     return min(total_variation, exp(min(0.0, float(np.min(bounds)))))
 
 
-def gaussian_zcdp(noise_multiplier: float) -> float:
-    """The rho of one release with Gaussian or discrete Gaussian noise. Those of several releases add up."""
-    validate.positive(noise_multiplier=noise_multiplier)
-    return 1 / (2 * noise_multiplier**2)
-
-
-def epsilon_of_zcdp(rho: float, delta: float) -> float:
-    """The least epsilon at delta of whatever is rho-zCDP, over all orders."""
-    validate.not_negative(rho=rho)
-    _check_delta(delta)
-    if rho == 0:
-        return 0.0
-
-    def at(log_order: float) -> float:
-        order = 1 + exp(log_order)
-        return order * rho + log1p(-1 / order) - log(delta * order) / (order - 1)
-
-    middle = log(log(1 / delta) / rho) / 2  # the best order of the simpler rho + 2 sqrt(rho ln(1/delta))
-    found = minimize_scalar(at, bounds=(middle - 5, middle + 5), method="bounded", options={"xatol": 1e-9})
-    return max(0.0, float(found.fun))
-
-
 def gaussian_delta(epsilon: float, noise_multiplier: float) -> float:
     """The exact delta of one release with Gaussian noise. Of T releases with multiplier z: that of one with z / sqrt(T)."""
     validate.not_negative(epsilon=epsilon)
@@ -118,7 +98,7 @@ def gaussian_delta(epsilon: float, noise_multiplier: float) -> float:
 
 def gaussian_epsilon(delta: float, noise_multiplier: float) -> float:
     """The exact epsilon at delta of one release with Gaussian noise."""
-    _check_delta(delta)
+    check_delta(delta)
     if gaussian_delta(0.0, noise_multiplier) <= delta:
         return 0.0
     return _smallest(lambda epsilon: gaussian_delta(epsilon, noise_multiplier) <= delta, start=1.0)
@@ -149,7 +129,7 @@ def calibrate(
 
 def pld_epsilon(noise_multiplier: float, delta: float, *, releases: int = 1, sampling: float = 1.0) -> float:
     """Epsilon at delta by privacy loss distributions: nearly exact for the Gaussian, sampled or not. Needs `shoal[privacy]`."""
-    _check_delta(delta)
+    check_delta(delta)
     validate.positive(noise_multiplier=noise_multiplier)
     try:
         from dp_accounting import dp_event, pld
@@ -158,11 +138,6 @@ def pld_epsilon(noise_multiplier: float, delta: float, *, releases: int = 1, sam
     release = dp_event.PoissonSampledDpEvent(sampling, dp_event.GaussianDpEvent(noise_multiplier))
     accountant = pld.PLDAccountant(value_discretization_interval=1e-3).compose(release, releases)
     return float(accountant.get_epsilon(delta))
-
-
-def _check_delta(delta: float) -> None:
-    if not 0 < delta < 1:
-        raise ValueError(f"Expected 0 < delta < 1, got delta={delta!r}.")
 
 
 def _smallest(is_enough: Callable[[float], bool], *, start: float) -> float:

@@ -13,7 +13,7 @@ References:
 
 from shoal import validate
 from shoal.policy import ExamplePrivacy
-from shoal.privacy.accounting import epsilon_of_zcdp, gaussian_zcdp
+from shoal.privacy.zcdp import epsilon_of_zcdp, gaussian_zcdp
 
 
 def rho(privacy: ExamplePrivacy, *, epochs: int, rounds: int = 1) -> float:

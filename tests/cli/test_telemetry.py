@@ -3,19 +3,23 @@
 import asyncio
 import os
 import re
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from shoal.cli import host_process
+from shoal.fleet.device_file import FILE_NAME
 from shoal.fleet.telemetry_device import report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_link import GrpcTelemetryLink
 from shoal.privacy.masks import public_key
 from shoal.privacy.telemetry import DAY_S, ENTRIES, SCHEMA, UNITS, Day
+from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from shoal.record.store import TelemetryRow
 from tests.record.builders import run_row
@@ -95,6 +99,12 @@ def test_what_does_not_fit_is_refused_in_words(arguments: list[str], words: str,
     assert made.code and words in made.err, made
 
 
+def test_a_helper_is_served_by_one_process(shoal: Shoal, tmp_path: Path) -> None:
+    with only_writer(tmp_path):  # flock is held by a descriptor, not by a process
+        made = shoal("telemetry", "helper", tmp_path, "--port", 0)
+    assert made.code and "is being written by another process" in made.err
+
+
 def test_a_host_that_is_taken_up_again_takes_telemetry_again(tmp_path: Path) -> None:
     """With the command that it says itself, which `shoal host` understands."""
     settings = host_process.Settings(
@@ -140,4 +150,5 @@ def test_a_host_with_a_helper_keeps_sums_when_its_run_ends(
     assert host.wait() == 0, host.text
     made = shoal("telemetry", "show", run, "--json").json
     assert made["reports"] == 5 and abs(made["totals"]["hour/03"]["value"] - 5) <= 8
-    assert len(list((tmp_path / "kept").glob("*.telemetry"))) == 6
+    with closing(sqlite3.connect(tmp_path / "kept" / FILE_NAME)) as kept:
+        assert kept.execute("SELECT COUNT(*) FROM fact WHERE name LIKE 'telemetry %'").fetchone() == (6,)

@@ -62,6 +62,23 @@ def without_jax(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "hook"), str(ROOT)])}
 
 
+def test_a_device_without_jax_keeps_account_of_its_examples(without_jax: dict[str, str]) -> None:
+    program = """
+from shoal.fleet.device_file import DeviceFile
+from shoal.fleet.example_ledger import ExampleBudget, ExampleLedger
+from shoal.policy import ExamplePrivacy
+from shoal.privacy.examples import rho
+
+ledger = ExampleLedger(DeviceFile(None), "anna")
+ledger.add(rho(ExamplePrivacy(clip_norm=1.0, noise_multiplier=2.0, delta=1e-6), epochs=2))
+print(ledger.rho, ExampleBudget(epsilon=8.0).allows(ledger.rho), ExampleBudget(epsilon=0.5).allows(ledger.rho))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], check=False, env=without_jax, capture_output=True, text=True, timeout=30
+    )
+    assert done.stdout.split() == ["0.25", "True", "False"], done.stderr
+
+
 # What is refused.
 
 

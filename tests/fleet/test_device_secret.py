@@ -56,7 +56,18 @@ def test_the_secret_is_kept_and_shown_to_nobody(tmp_path: Path) -> None:
     made = DeviceSecret.of(DeviceFile(tmp_path))
     assert DeviceSecret.of(DeviceFile(tmp_path)) == made != DeviceSecret.of(DeviceFile(None))
     assert len(made.data) == 32 and made.data.hex() not in repr(made)
-    assert made.of_member("default", "a") != made.of_member("default", "b") != made.data
+
+
+def test_what_a_member_shows_to_one_host_is_good_for_no_other() -> None:
+    made = DeviceSecret(bytes(range(32)))
+    whose = [
+        (b"h" * 32, "default", "a"),
+        (b"g" * 32, "default", "a"),
+        (b"h" * 32, "x", "a"),
+        (b"h" * 32, "default", "b"),
+    ]
+    assert len({made.data, *(made.of_member(*each) for each in whose)}) == 5
+    assert made.of_member(*whose[0]) == made.of_member(*whose[0])
 
 
 def test_a_window_is_not_too_short() -> None:

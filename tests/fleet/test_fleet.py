@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from shoal.errors import NetworkError, ProgramError, ProtocolError
+from shoal.data.store import Examples
+from shoal.errors import DataError, NetworkError, ProgramError, ProtocolError
 from shoal.fleet import device_host
+from shoal.fleet.device import Device
 from shoal.fleet.link import LocalLink
 from shoal.fleet.session import MAX_OUTGOING
 from shoal.fleet.staging import Limits
@@ -580,3 +582,16 @@ async def test_what_a_device_says_makes_no_line_of_the_log(caplog: pytest.LogCap
     said = [record.getMessage() for record in caplog.records if "x" in record.getMessage()]
     assert len([line for line in said if "the run was deleted" in line]) >= 2
     assert not any(character in line for line in said for character in "\n\x1b")
+
+
+@toy.in_loop
+async def test_what_is_wrong_with_examples_is_the_device_s_to_know(caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> Examples:
+        raise DataError("Row 5 of /home/anna/results.csv: expected a number, got 'positive'.")
+
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet:
+        device = Device("a", broken, link=fleet.link, host=toy.device_host(), rng=np.random.default_rng(0))
+        with caplog.at_level(logging.INFO), pytest.raises(DataError, match="Row 5"):
+            await device.run()
+    (told,) = [record.getMessage() for record in caplog.records if "gave up in" in record.getMessage()]
+    assert "examples do not fit" in told and "anna" not in told and "positive" not in told

@@ -3,10 +3,12 @@
 import asyncio
 import datetime
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -14,13 +16,16 @@ from shoal.clock import ManualClock
 from shoal.errors import DataError
 from shoal.fleet import probe
 from shoal.fleet.conditions import CONDITIONS, Conditions, Eligibility
+from shoal.fleet.device import Device
 from shoal.fleet.device_file import Day, DeviceFile
+from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.gate import WRITE_S, Gate
 from shoal.fleet.impact import COOLER_BY, Impact, ImpactBudget, Sample
 from shoal.fleet.meter import Meter
 from shoal.fleet.politeness import while_open
 from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.policy import RoundPolicy
+from shoal.tensors import Tensors
 from tests.fleet import toy
 
 GOOD = Conditions(charging=True, idle=True, unmetered=True)
@@ -132,8 +137,15 @@ def test_interfaces_of_mobile_networks_are_metered(tmp_path: Path) -> None:
     table = tmp_path / "route"
     head = "Iface Destination Gateway Flags RefCnt Use Metric Mask\n"
     table.write_text(head + "wwan0 00000000 0102A8C0 0003 0 0 600 00000000\neth0 0002A8C0 0 1 0 0 0 00FFFFFF\n")
-    assert probe._default_interfaces(table) == ["wwan0"]
+    assert probe._default_interfaces(tmp_path) == ["wwan0"]
     assert probe._default_interfaces(tmp_path / "none") == []
+
+
+def test_a_mobile_network_that_has_ipv6_alone_is_metered_too(tmp_path: Path) -> None:
+    some, none = "fe80" + "0" * 28, "0" * 32
+    rows = [f"{some} 40 {none} 00 {none} 100 1 0 1 eth0", f"{none} 00 {none} 00 {some} 400 3 0 3 rmnet0"]
+    (tmp_path / "ipv6_route").write_text("\n".join(rows) + "\n")
+    assert probe._default_interfaces(tmp_path) == ["rmnet0"]
 
 
 def test_what_cannot_be_told_here_is_said() -> None:
@@ -327,6 +339,37 @@ async def test_a_device_rests_while_its_machine_may_not_work(tmp_path: Path) -> 
         assert device.progress.counted == done
         await door.turn(GOOD)
         await until(lambda: device.progress.counted > done)
+
+
+class Lingering(toy.ToyRunner):
+    """Its blocks take as long as the test likes."""
+
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def block(self, batches: Tensors, mask: np.ndarray, key: np.ndarray) -> None:
+        super().block(batches, mask, key)
+        self.at_work.set()
+        assert self.go_on.wait(timeout=20)
+
+
+@toy.in_loop
+async def test_a_gate_that_opens_before_a_device_has_left_lets_it_in_again(tmp_path: Path) -> None:
+    door = Door(tmp_path)
+    Lingering.at_work.clear()
+    Lingering.go_on.clear()
+    async with toy.fleet(toy.plan(RoundPolicy(goal=1, minimum_group=1, over_selection=1.0))) as fleet:
+        host = DeviceHost(make_runner=Lingering, runtime=toy.RUNTIME)
+        device = Device(
+            "a", lambda: toy.examples(1.5, 8), link=fleet.link, host=host, rng=np.random.default_rng(0)
+        )  # fmt: skip
+        playing = asyncio.create_task(while_open(device, door.gate))
+        await door.turn(GOOD)
+        await asyncio.to_thread(Lingering.at_work.wait, 20)
+        await door.turn(replace(GOOD, idle=False))
+        await door.turn(GOOD)  # within the block
+        Lingering.go_on.set()
+        await asyncio.wait_for(playing, timeout=15)
+        assert device.is_over and device.progress.counted == 1
 
 
 @toy.in_loop

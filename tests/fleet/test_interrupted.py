@@ -13,6 +13,7 @@ from shoal.errors import StoreUnavailable
 from shoal.fleet.device import Device
 from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.device_host import RUNNERS_HELD, DeviceHost
+from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link, LocalLink
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
@@ -44,10 +45,11 @@ def _halts() -> None:
     Halting.blocks = 0
 
 
-def device(link: Link, folder: Path | None, name: str = "a", **changes: Any) -> Device:
-    host = DeviceHost(make_runner=Halting, runtime=toy.RUNTIME, state_folder=folder)
+def device(link: Link, folder: Path | None, name: str = "a", *, place: str = "", **terms: Any) -> Device:
+    """`terms`: of its host."""
+    host = DeviceHost(make_runner=Halting, runtime=toy.RUNTIME, state_folder=folder, **terms)
     return Device(
-        name, lambda: toy.examples(1.5, NUM), link=link, host=host, rng=np.random.default_rng(0), **changes
+        name, lambda: toy.examples(1.5, NUM), link=link, host=host, rng=np.random.default_rng(0), place=place
     )  # fmt: skip
 
 
@@ -93,11 +95,14 @@ async def test_one_that_nobody_needs_any_more_is_dropped(tmp_path: Path) -> None
 
 
 class Cut(LocalLink):
-    """Nothing can be sent over it after a training."""
+    """While it is cut nothing can be sent over it after a training."""
+
+    is_cut = True
 
     async def push(self, slices: Any) -> pb.PushReply:
-        await asyncio.Event().wait()
-        raise AssertionError("nobody wakes it")
+        if self.is_cut:
+            await asyncio.Event().wait()
+        return await super().push(slices)
 
 
 @toy.in_loop
@@ -134,6 +139,57 @@ async def test_what_is_in_hand_for_one_host_is_offered_to_no_other(tmp_path: Pat
         Halting.blocks = 0
         await asyncio.wait_for(back.run(), timeout=15)
         assert back.progress.counted == 1 and Halting.blocks == 1
+
+
+class Heard(LocalLink):
+    """Counts what was offered or asked by token."""
+
+    tokens = 0
+
+    async def status(self, request: pb.StatusRequest) -> pb.StatusReply:
+        self.tokens += 1
+        return await super().status(request)
+
+
+@pytest.mark.parametrize(
+    "terms", [{}, {"trusted_key": bytes(32)}, {"floor": Floor(secure=True)}], ids=["same", "other key", "other floor"]
+)
+@toy.in_loop
+async def test_an_update_for_another_host_or_on_other_terms_is_not_offered(
+    tmp_path: Path, terms: dict[str, Any]
+) -> None:
+    Halting.go_on.set()
+    async with toy.fleet(toy.plan(POLICY, {"params/w": (20_000,)})) as fleet:
+        task = asyncio.create_task(device(Cut(fleet.host.edge), tmp_path).run())
+        while DeviceFile(tmp_path, read_only=True).work(" default", "a", wall_s=0.0) is None:
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        heard = Heard(fleet.host.edge)
+        again = device(heard, tmp_path, **terms)
+        task = asyncio.create_task(again.run())
+        while not task.done() and again.progress.stage not in ("waiting", "reporting"):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert bool(heard.tokens) != bool(terms)
+
+
+@toy.in_loop
+async def test_an_update_that_was_interrupted_while_it_was_sent_is_sent_by_the_next_run() -> None:
+    Halting.go_on.set()
+    async with toy.fleet(toy.plan(POLICY, {"params/w": (20_000,)})) as fleet:
+        cut = Cut(fleet.host.edge)
+        running = device(cut, None)
+        task = asyncio.create_task(running.run())
+        while running.progress.stage != "reporting":
+            await asyncio.sleep(0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        cut.is_cut = False
+        await asyncio.wait_for(running.run(), timeout=15)
+        assert Halting.blocks == 3 and (running.progress.counted, running.progress.failures) == (1, 0)
+        np.testing.assert_array_equal(fleet.model["params/w"], np.full(20_000, 1.5, np.float32))
 
 
 @toy.in_loop

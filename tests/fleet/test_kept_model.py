@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import stat
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,6 +92,15 @@ def test_each_device_answers_with_leaves_of_its_own(tmp_path: Path) -> None:
     assert not np.allclose(answers[0], answers[1]) and not np.allclose(answers[0], answers[2])
 
 
+def test_another_host_that_names_its_run_alike_has_no_leaves_of_it(tmp_path: Path) -> None:
+    built, plan = made(is_personal=True)
+    _, run_id, _ = trained(plan, built, tmp_path)
+    other = built.plan.sign(HostKeys(bytes(64)).signing)
+    kept_model.keep(tmp_path, other, built.model, run=run_id, version=99)
+    predicted = asyncio.run(offline(other, tmp_path).predict("anna", {"x": np.zeros((1, D), np.float32)}))
+    np.testing.assert_allclose(predicted[0], built.model["params/b"], rtol=1e-6)
+
+
 def test_an_older_version_takes_nobody_s_place(tmp_path: Path) -> None:
     built, plan = made()
     for version, expected in ((3, 3), (2, 3), (4, 4)):
@@ -97,6 +108,14 @@ def test_an_older_version_takes_nobody_s_place(tmp_path: Path) -> None:
         assert kept_model.find(tmp_path).version == expected
     kept_model.keep(tmp_path, plan, built.model, run="another", version=0)
     assert kept_model.find(tmp_path).run == "another"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
+def test_nobody_else_may_read_it(tmp_path: Path) -> None:
+    built, plan = made()
+    kept_model.keep(tmp_path, plan, built.model, run="a", version=1)
+    modes = [stat.S_IMODE(path.stat().st_mode) for path in sorted(tmp_path.rglob("*"))]
+    assert modes == [0o700, 0o600], "the folder and the model"
 
 
 def test_a_write_that_was_cut_leaves_the_version_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import OPTIONS, SERVER_OPTIONS
 from shoal.fleet.handshake import pinned_certificate
 from shoal.fleet.proxy import Proxy, proxy_for, proxy_options
+from shoal.fleet.telemetry_link import GrpcTelemetryLink
 from shoal.fleet.tls import load_or_make_tls, pin_of
+from shoal.fleet.wire import telemetry_pb2
 from tests.fleet import toy
 from tests.fleet.test_fleet import until
 
@@ -85,6 +87,17 @@ async def test_a_device_takes_part_through_a_proxy(tmp_path: Path, monkeypatch: 
             await asyncio.gather(*fleet.tasks)
             await link.close()
         assert len(tunnel.asked) >= 2 and set(tunnel.asked) == {f"CONNECT {NAME}:443 HTTP/1.1"}
+
+
+@pytest.mark.integration
+@toy.in_loop
+async def test_telemetry_goes_through_the_same_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    tunnel = Tunnel(0, answer=b"HTTP/1.1 403 Forbidden\r\n\r\n")
+    async with tunnel as port:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")
+        with pytest.raises(NetworkError):
+            await GrpcTelemetryLink(f"{NAME}:443").tell(telemetry_pb2.Report())
+    assert set(tunnel.asked) == {f"CONNECT {NAME}:443 HTTP/1.1"}
 
 
 @pytest.mark.integration
