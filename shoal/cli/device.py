@@ -209,7 +209,7 @@ def device(
     invitation = None
     if join:
         said = {"--server": server, "--ca": ca, "--key": key, "--server-name": server_name}
-        invitation = read_invitation(join, {**said, "--population": population != "default"})
+        invitation = read_invitation(join, {**said, "--population": population != "default"}, state=state)
     else:
         if not server:
             raise ValueError("Expected --server HOST:PORT, or --join LINE of `shoal invite`.")

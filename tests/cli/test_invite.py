@@ -10,6 +10,7 @@ import pytest
 
 from shoal.cli.host_checks import check_port, reserve
 from shoal.cli.host_door import DoorFile
+from shoal.cli.join import read_invitation
 from shoal.cli.words import parse_duration
 from shoal.fleet.device_secret import credential
 from shoal.fleet.grpc_server import Tls
@@ -127,6 +128,17 @@ def test_a_line_that_is_of_no_use_is_said(
     monkeypatch.chdir(tmp_path)
     made = shoal("device", "--data", "users", *arguments)
     assert made.code == 1 and made.out == "" and expected in made.err.splitlines()[-1], made
+
+
+def test_who_came_in_by_a_line_may_come_again_when_it_has_ended(tmp_path: Path) -> None:
+    authority = MADE[2]
+    ended = line(token=b"t" * 16, pin=pin_of(authority), expires_s=1_000)
+    with pytest.raises(ValueError, match="ended on 1970-01-01"):
+        read_invitation(ended, {}, state=tmp_path)
+    (tmp_path / f"authority-{pin_of(authority).hex()[:16]}.pem").write_bytes(authority)
+    assert read_invitation(ended, {}, state=tmp_path).token == b"t" * 16
+    with pytest.raises(ValueError, match="ended on 1970-01-01"):
+        read_invitation(line(expires_s=1_000), {}, state=tmp_path)
 
 
 def test_tls_authorities_are_one_command_each(shoal: Shoal, tmp_path: Path) -> None:
