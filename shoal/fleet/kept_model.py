@@ -79,16 +79,25 @@ def keep(folder: Path, plan: Plan, tensors: Tensors, *, run: str, version: int) 
         kept = _header(path)
         if kept.get("run") == run and kept.get("version", 0) >= version:
             return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_suffix(".partial")
     plan_bytes = np.frombuffer(plan.to_bytes(), np.uint8)
-    with partial.open("wb") as file:
-        file.write(pack({_PLAN: plan_bytes, **tensors}, header))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.unlink(missing_ok=True)  # one that was left has the rights that it was made with
+    try:
+        with open(partial, "wb", opener=_owners) as file:
+            file.write(pack({_PLAN: plan_bytes, **tensors}, header))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     for old in sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda each: each.stat().st_mtime)[:-MOST_TASKS]:
         old.unlink()
+
+
+def _owners(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _header(path: Path) -> Mapping[str, Any]:
