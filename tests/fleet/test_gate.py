@@ -18,7 +18,7 @@ from shoal.fleet.device_file import Day, DeviceFile
 from shoal.fleet.gate import WRITE_S, Gate
 from shoal.fleet.impact import COOLER_BY, Impact, ImpactBudget, Sample
 from shoal.fleet.meter import Meter
-from shoal.fleet.politeness import while_open
+from shoal.fleet.politeness import Politeness, while_open
 from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.policy import RoundPolicy
 from tests.fleet import toy
@@ -247,6 +247,24 @@ async def test_a_gate_is_closed_until_it_knows_and_tells_each_change_once(tmp_pa
     assert await machine.look() == ""
     await asyncio.wait_for(machine.gate.until_open(), timeout=1)
     assert machine.told == ["", "it is not charging", "the hook is gone", ""]
+
+
+@toy.in_loop
+async def test_a_probe_that_fails_when_a_device_starts_means_rest(tmp_path: Path) -> None:
+    machine, said = Machine(tmp_path), tmp_path / "app.json"
+    polite = Politeness(when=("charging",), probe=f"file:{said}", settle_s=0.0)
+    gate = polite.gate(Meter(list, lambda: 0), file=machine.file, clock=machine.clock)
+    assert gate is not None
+    await gate._look()
+    assert "app.json cannot be read" in gate.why
+    said.write_text('{"charging": true}')
+    await gate._look()
+    assert gate.why == ""
+
+
+def test_a_probe_of_nothing_that_is_asked_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected --when charging, idle or unmetered with --probe"):
+        Politeness(probe="file:app.json").gate(Meter(list, lambda: 0), file=DeviceFile(tmp_path), clock=ManualClock(0.0))
 
 
 @toy.in_loop
