@@ -203,6 +203,7 @@ def device(
     from shoal import validate
     from shoal.cli.ending import end_with_parent
     from shoal.fleet.conditions import CONDITIONS
+    from shoal.fleet.proxy import is_loopback
 
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
@@ -247,6 +248,10 @@ def device(
     door = Door(server=server, population=population, key=key, authority=authority, server_name=server_name)
     if invitation is not None:
         door = come_in(invitation, state=state, patience_s=patience, screen=screen)
+    if door.authority is None and not is_loopback(door.server.rpartition(":")[0].strip("[]")):
+        screen.say(
+            f"no TLS: whoever is on the way to {door.server} can read and change everything (--join LINE, or --ca FILE)"
+        )
     refuse_unwelcome(door, client)
     if telemetry and state is None:
         raise ValueError(

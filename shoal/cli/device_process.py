@@ -54,6 +54,7 @@ UNWATCHED_S: Final = 2.0
 GRACE_S: Final = 3.0
 """For the others, once a device has heard that the run is over."""
 _AGAIN: Final = ("Work that was not counted is done anew", "What is in hand is kept")
+_CUT: Final = "Socket closed"
 LINE_S: Final = 10.0
 """Between two lines of status where nobody looks on."""
 
@@ -388,15 +389,20 @@ class _Crew:
         if now_s - self._answered_s > self._settings.patience_s:
             last = next((d.progress.last_error for d in self.devices if d.progress.last_error), "no answer")
             raise NetworkError(
-                f"No answer from {self._settings.server} for {words.duration(self._settings.patience_s)} ({last}). Is the host "
+                f"No answer from {self._settings.server} for {words.duration(self._settings.patience_s)} ({last}).{self._hint(last)} Is the host "
                 "running, and are --server and --ca right? The run may also be over."
             )
+
+    def _hint(self, error: str) -> str:
+        """What a host with TLS does to a device without is all that gRPC tells of it."""
+        is_cut = self._settings.authority is None and _CUT in error
+        return " If it has TLS, give --join LINE, or --ca FILE." if is_cut else ""
 
     def _text(self) -> str:
         stages = Counter(device.progress.stage for device in self.devices)
         doing = ", ".join(f"{number} {stage}" for stage, number in sorted(stages.items()))
         last = next((d.progress.last_error for d in self.devices if d.progress.stage == "reconnecting"), "")
-        return f"{doing}  {self.totals()}" + (f"  (last: {last[:160]})" if last else "")
+        return f"{doing}  {self.totals()}" + (f"  (last: {last[:160]}){self._hint(last)}" if last else "")
 
     def totals(self) -> str:
         """Counts over the devices, in words."""

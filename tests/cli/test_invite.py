@@ -4,7 +4,9 @@ import shlex
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
@@ -139,6 +141,29 @@ def test_who_came_in_by_a_line_may_come_again_when_it_has_ended(tmp_path: Path) 
     assert read_invitation(ended, {}, state=tmp_path).token == b"t" * 16
     with pytest.raises(ValueError, match="ended on 1970-01-01"):
         read_invitation(line(expires_s=1_000), {}, state=tmp_path)
+
+
+def test_a_device_without_tls_is_told_that_its_host_may_have_it(shoal: Shoal, place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        Thread(target=_hang_up_on_all, args=(host,), daemon=True).start()
+        made = shoal("device", "--server", f"127.0.0.1:{host.getsockname()[1]}", "--data", place / "users", "--in-process", "--patience", 1)  # fmt: skip
+        host.shutdown(socket.SHUT_RDWR)
+    assert made.code == 1 and "If it has TLS, give --join LINE, or --ca FILE." in made.err, made
+    assert "no TLS" not in made.err, "nobody is on the way"
+
+
+def _hang_up_on_all(host: socket.socket) -> None:
+    """As TLS does to who speaks none."""
+    with suppress(OSError):
+        while True:
+            there, _ = host.accept()
+            there.recv(1024)
+            there.close()
+
+
+def test_without_tls_a_host_elsewhere_is_not_gone_to_in_silence(shoal: Shoal, place: Path) -> None:
+    made = shoal("device", "--server", "192.0.2.254:1", "--data", place / "users", "--in-process", "--first", 99)
+    assert "no TLS: whoever is on the way to 192.0.2.254:1" in made.err, made
 
 
 def test_tls_authorities_are_one_command_each(shoal: Shoal, tmp_path: Path) -> None:
