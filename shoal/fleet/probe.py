@@ -28,6 +28,8 @@ MOST_BYTES: Final = 4096
 FILE: Final = "file:"
 _METERED: Final = ("wwan", "ppp", "rmnet", "pdp_ip")
 """What interfaces of mobile networks are called (Linux, Android, macOS)."""
+_ANYWHERE: Final = "0" * 32
+"""Where the route to everywhere else leads, as IPv6's table has it."""
 
 
 @runtime_checkable
@@ -84,13 +86,18 @@ def _is_unmetered() -> bool | None:
     return None
 
 
-def _default_interfaces(table: Path = Path("/proc/net/route")) -> list[str]:
-    """Interfaces over which what leaves this machine goes; none where nothing can."""
+def _default_interfaces(tables: Path = Path("/proc/net")) -> list[str]:
+    """Interfaces over which what leaves this machine goes, by IPv4 or IPv6; none where nothing can."""
+    older = [row[0] for row in _rows(tables / "route") if len(row) > 7 and row[1] == row[7] == "00000000"]
+    newer = [row[9] for row in _rows(tables / "ipv6_route") if len(row) > 9 and row[:2] == [_ANYWHERE, "00"]]
+    return older + [name for name in newer if name != "lo"]  # where unreachable routes lead
+
+
+def _rows(table: Path) -> list[list[str]]:
     try:
-        rows = [line.split() for line in table.read_text().splitlines()[1:]]
+        return [line.split() for line in table.read_text().splitlines()]
     except OSError:
         return []
-    return [row[0] for row in rows if len(row) > 7 and row[1] == row[7] == "00000000"]
 
 
 @final

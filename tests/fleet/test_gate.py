@@ -132,8 +132,18 @@ def test_interfaces_of_mobile_networks_are_metered(tmp_path: Path) -> None:
     table = tmp_path / "route"
     head = "Iface Destination Gateway Flags RefCnt Use Metric Mask\n"
     table.write_text(head + "wwan0 00000000 0102A8C0 0003 0 0 600 00000000\neth0 0002A8C0 0 1 0 0 0 00FFFFFF\n")
-    assert probe._default_interfaces(table) == ["wwan0"]
+    assert probe._default_interfaces(tmp_path) == ["wwan0"]
     assert probe._default_interfaces(tmp_path / "none") == []
+
+
+def test_so_are_those_of_mobile_networks_that_have_ipv6_alone(tmp_path: Path) -> None:
+    none, where = "0" * 32, "fe80" + "0" * 27 + "1"
+    (tmp_path / "ipv6_route").write_text(
+        f"fe80{'0' * 28} 40 {none} 00 {none} 00000100 00000001 00000000 00000001     eth0\n"
+        f"{none} 00 {none} 00 {where} 00000400 00000001 00000000 00450003    rmnet_data0\n"
+        f"{none} 00 {none} 00 {none} ffffffff 00000001 00000000 00200200       lo\n"
+    )
+    assert probe._default_interfaces(tmp_path) == ["rmnet_data0"]
 
 
 def test_what_cannot_be_told_here_is_said() -> None:
@@ -264,7 +274,9 @@ async def test_a_probe_that_fails_when_a_device_starts_means_rest(tmp_path: Path
 
 def test_a_probe_of_nothing_that_is_asked_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected --when charging, idle or unmetered with --probe"):
-        Politeness(probe="file:app.json").gate(Meter(list, lambda: 0), file=DeviceFile(tmp_path), clock=ManualClock(0.0))
+        Politeness(probe="file:app.json").gate(
+            Meter(list, lambda: 0), file=DeviceFile(tmp_path), clock=ManualClock(0.0)
+        )
 
 
 @toy.in_loop
