@@ -41,7 +41,9 @@ class Politeness:
             ValueError: what is asked for cannot be told here, or what says so is given and nothing asked for.
         """
         if self.probe and not self.when:
-            raise ValueError("Expected --when charging, idle or unmetered with --probe, which only says whether they hold.")
+            raise ValueError(
+                "Expected --when charging, idle or unmetered with --probe, which only says whether they hold."
+            )
         if not self.when and not self.budget.given():
             return None
         system = SystemProbe(meter.cpu_s)
