@@ -207,6 +207,7 @@ def test_a_second_machine_needs_one_line(
     host.until(ready.exists)
     assert f"shoal invite {run}" in host.text
     text = invited(shoal, run, "--uses", 6).text
+    assert Invitation.parse(text).plan_key.hex() in host.text, "which shoal predict asks for, of native code"
     monkeypatch.chdir(tmp_path)
     stranger = shoal("device", "--join", line(address=Invitation.parse(text).address), "--data", place / "users", "--in-process", "--patience", 2)  # fmt: skip
     assert stranger.code == 1, "neither its certificate nor a token"
