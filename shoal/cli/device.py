@@ -226,7 +226,7 @@ def device(
     invitation = None
     if join:
         said = {"--server": server, "--ca": ca, "--key": key, "--server-name": server_name}
-        invitation = read_invitation(join, {**said, "--population": population})
+        invitation = read_invitation(join, {**said, "--population": population}, state=state)
     else:
         if not server:
             raise ValueError("Expected --server HOST:PORT, or --join LINE of `shoal invite`.")

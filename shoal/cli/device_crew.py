@@ -13,6 +13,7 @@ from shoal.errors import NetworkError
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 
+_CUT: Final = "Socket closed"
 STATUS_S: Final = 0.5
 UNWATCHED_S: Final = 2.0
 """Between two looks at the devices where nobody looks on: a process that waits is to cost nothing."""
@@ -23,9 +24,17 @@ LINE_S: Final = 10.0
 class Crew:
     """What the devices of this process are doing, and how long they did what."""
 
-    def __init__(self, server: str, patience_s: float, screen: Screen, host: DeviceHost) -> None:
-        """`patience_s`: without any answer from the server before it gives up."""
+    def __init__(
+        self, server: str, patience_s: float, screen: Screen, host: DeviceHost, *, has_authority: bool
+    ) -> None:
+        """
+        Args:
+            server, has_authority: where the host is, and whether its certificate is asked for.
+            patience_s: without any answer before it gives up.
+            screen, host: where it is shown, and what the devices share.
+        """
         self._server, self._patience_s, self._screen, self._host = server, patience_s, screen, host
+        self._has_authority = has_authority
         self.devices: Sequence[Device] = ()
         self.seconds: dict[str, float] = {}
         self._stages: dict[Device, tuple[str, float]] = {}
@@ -66,15 +75,19 @@ class Crew:
         if now_s - self._answered_s > self._patience_s:
             last = next((d.progress.last_error for d in self.devices if d.progress.last_error), "no answer")
             raise NetworkError(
-                f"No answer from {self._server} for {words.duration(self._patience_s)} ({last}). Is the host "
+                f"No answer from {self._server} for {words.duration(self._patience_s)} ({last}).{self._hint(last)} Is the host "
                 "running, and are --server and --ca right? The run may also be over."
             )
+
+    def _hint(self, error: str) -> str:
+        """What a host with TLS does to a device without is all that gRPC tells of it."""
+        return " If it has TLS, give --join LINE, or --ca FILE." if not self._has_authority and _CUT in error else ""
 
     def _text(self) -> str:
         stages = Counter(device.progress.stage for device in self.devices)
         doing = ", ".join(f"{number} {stage}" for stage, number in sorted(stages.items()))
         last = next((d.progress.last_error for d in self.devices if d.progress.stage == "reconnecting"), "")
-        return f"{doing}  {self.totals()}" + (f"  (last: {last[:160]})" if last else "")
+        return f"{doing}  {self.totals()}" + (f"  (last: {last[:160]}){self._hint(last)}" if last else "")
 
     def totals(self) -> str:
         """Counts over the devices, in words."""

@@ -16,7 +16,13 @@ def main() -> None:
     _load_asyncio_without_ssl()
     device = plain.load_command("shoal.cli.device", "device")
     epilog: str = import_module("shoal.cli.device").EPILOG
-    plain.run(device, name="shoal-device", epilog=epilog.replace("shoal device", "shoal-device"), runtime="iree")
+    plain.run(device, name="shoal-device", epilog=_examples(epilog), runtime="iree")
+
+
+def _examples(epilog: str) -> str:
+    """Those of `shoal device`, as they are for native code: whose it may be has to be said."""
+    lines = epilog.replace(" --runtime iree --key KEY", "").replace("shoal device", "shoal-device").splitlines()
+    return "\n".join(dict.fromkeys(f"{line} --key KEY" if " --server " in line else line for line in lines))
 
 
 def _load_asyncio_without_ssl() -> None:

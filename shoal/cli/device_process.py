@@ -171,7 +171,7 @@ def _run(
 ) -> None:
     host = make_host(settings, runtime_of(settings))
     watch.lap("start")
-    crew = Crew(settings.server, settings.patience_s, screen, host)
+    crew = Crew(settings.server, settings.patience_s, screen, host, has_authority=settings.authority is not None)
     try:
         run_until_told(play(settings, population, host, watch=crew.watch, on_progress=crew.heard), parent=parent)
     except Stopped as stopped:

@@ -373,6 +373,8 @@ def _announce(settings: Settings, door: DoorFile, ca: Path | None, screen: Scree
         reached = where if settings.address not in EVERY_ADDRESS else f"THIS-MACHINE:{door.port}"
         trusted = [*(["--ca", ca] if ca else []), "--key", door.plan_key]
         screen.say(f"devices: {command_line(['shoal', 'device', '--server', reached, '--data', 'PATH', *trusted])}")
+    else:  # for `shoal predict --key`; a line tells devices
+        screen.say(f"plans are signed by {door.plan_key}")
     if door.members_only or len(door.populations) > 1:
         screen.say(f"invite others: {command_line(['shoal', 'invite', settings.folder])}")
     elif door.is_reachable:

@@ -32,14 +32,19 @@ class Door:
     token: bytes = b""
 
 
-def read_invitation(line: str, given: dict[str, object]) -> "Invitation":
-    """Raises ValueError: it is none, has ended, or options say the same."""
+def read_invitation(line: str, given: dict[str, object], *, state: Path | None) -> "Invitation":
+    """What a line says; whoever came in by it before, which `state` tells, may come again when it has ended: the host knows members.
+
+    Raises:
+        ValueError: it is none, has ended, or options say the same.
+    """
     from shoal.fleet.invitation import Invitation
 
     if twice := [name for name, value in given.items() if value]:
         raise ValueError(f"Leave out {', '.join(twice)} with --join: the invitation says it.")
     made = Invitation.parse(line)
-    made.check(time.time())
+    if not (made.token and _kept(_authority(state or STATE, made.pin), made.pin)):
+        made.check(time.time())
     return made
 
 
@@ -52,7 +57,7 @@ def join(invitation: "Invitation", *, state: Path | None, patience_s: float, scr
     """
     authority = None
     if invitation.pin:
-        kept = None if state is None else state / f"authority-{invitation.pin.hex()[:16]}.pem"
+        kept = None if state is None else _authority(state, invitation.pin)
         authority = _kept(kept, invitation.pin) or _fetched(invitation, patience_s, screen)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -136,6 +141,10 @@ def pseudonym_window_s(text: str, *, member: Path | None, client: Path | None, j
     if (window_s := parse_duration(text)) < SHORTEST_WINDOW_S:
         raise ValueError(f"Expected --pseudonyms of at least {SHORTEST_WINDOW_S:.0f}s, got {text!r}.")
     return window_s
+
+
+def _authority(state: Path, pin: bytes) -> Path:
+    return state / f"authority-{pin.hex()[:16]}.pem"
 
 
 def _kept(path: Path | None, pin: bytes) -> bytes | None:

@@ -54,7 +54,8 @@ def show(
     rows = [row for row in rows if row.schema == SCHEMA.hex() and len(row.sums) == BOUNDS.size]
     if not rows:
         raise DataError(
-            f"Run {run_id} has no telemetry of this version's form: start it with --telemetry, and its devices (docs/telemetry.md)."
+            f"Run {run_id} has no telemetry of this version's form. It needs --telemetry, of the host and of devices, and a day's first "
+            "sum comes up to two days after it, once enough devices have told (docs/telemetry.md)."
         )
     sums = np.sum([row.sums for row in rows], axis=0)
     found = totals(sums, variance=sum(row.noise**2 for row in rows))

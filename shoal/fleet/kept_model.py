@@ -81,15 +81,23 @@ def keep(folder: Path, plan: Plan, tensors: Tensors, *, run: str, version: int) 
             return
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
     plan_bytes = np.frombuffer(plan.to_bytes(), np.uint8)
-    with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(pack({_PLAN: plan_bytes, **tensors}, header))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    partial.unlink(missing_ok=True)  # one that was left has the rights that it was made with
+    try:
+        with open(partial, "wb", opener=_owners) as file:
+            file.write(pack({_PLAN: plan_bytes, **tensors}, header))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk needs the room
+        raise
     for old in sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda each: each.stat().st_mtime)[:-MOST_TASKS]:
         old.unlink()
+
+
+def _owners(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _header(path: Path) -> Mapping[str, Any]:

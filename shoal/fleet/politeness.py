@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from shoal.clock import Clock
+from shoal.errors import DataError
 from shoal.fleet.conditions import SETTLE_S, Eligibility
 from shoal.fleet.device import Device
 from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.gate import Gate
 from shoal.fleet.impact import ImpactBudget
 from shoal.fleet.meter import Meter
-from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
+from shoal.fleet.probe import OwnersProbe, Probe, SystemProbe, untold
 
 log = logging.getLogger("shoal.device")
 
@@ -37,14 +38,17 @@ class Politeness:
         """What lets devices work while the machine may; None: they always may.
 
         Raises:
-            DataError: the probe cannot be read.
-            ValueError: what is asked for cannot be told here.
+            ValueError: what is asked for cannot be told here, or what says so is given and nothing asked for.
         """
+        if self.probe and not self.when:
+            raise ValueError(
+                "Expected --when charging, idle or unmetered with --probe, which only says whether they hold."
+            )
         if not self.when and not self.budget.given():
             return None
         system = SystemProbe(meter.cpu_s)
         probe = OwnersProbe(self.probe, system) if self.probe else system
-        if self.when and (unknown := untold(probe, self.when)):
+        if self.when and (unknown := _untold(probe, self.when)):
             raise ValueError(
                 f"Expected --probe COMMAND or file:PATH with --when: this system does not say whether it is {unknown}."
             )
@@ -52,6 +56,13 @@ class Politeness:
             log.warning("no temperature can be read here: --max-temperature does nothing")
         eligibility = Eligibility(self.when, settle_s=self.settle_s)
         return Gate(eligibility, probe, self.budget, meter, file=file, clock=clock, on_change=_say)
+
+
+def _untold(probe: Probe, wanted: tuple[str, ...]) -> str:
+    try:
+        return untold(probe, wanted)
+    except DataError:  # an app that has not said anything yet: it rests, and says why
+        return ""
 
 
 def _say(why: str) -> None:

@@ -28,6 +28,8 @@ MOST_BYTES: Final = 4096
 FILE: Final = "file:"
 _METERED: Final = ("wwan", "ppp", "rmnet", "pdp_ip")
 """What interfaces of mobile networks are called (Linux, Android, macOS)."""
+_ANYWHERE: Final = "0" * 32
+"""Where the route to everywhere else leads, as IPv6's table has it."""
 
 
 @runtime_checkable
@@ -88,7 +90,7 @@ def _default_interfaces(tables: Path = Path("/proc/net")) -> list[str]:
     """Interfaces over which what leaves this machine goes, by IPv4 or IPv6; none where nothing can."""
     four = [row[0] for row in _rows(tables / "route") if len(row) > 7 and row[1] == row[7] == "0" * 8]
     six = [row[9] for row in _rows(tables / "ipv6_route") if len(row) > 9 and row[:2] == ["0" * 32, "00"]]
-    return [*four, *six]
+    return [*four, *(name for name in six if name != "lo")]  # where unreachable routes lead
 
 
 def _rows(table: Path) -> list[list[str]]:

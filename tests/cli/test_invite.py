@@ -4,12 +4,15 @@ import shlex
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from shoal.cli.host_checks import check_port, reserve
 from shoal.cli.host_door import DoorFile
+from shoal.cli.join import read_invitation
 from shoal.cli.words import parse_duration
 from shoal.fleet.device_secret import credential
 from shoal.fleet.grpc_server import Tls
@@ -129,6 +132,40 @@ def test_a_line_that_is_of_no_use_is_said(
     assert made.code == 1 and made.out == "" and expected in made.err.splitlines()[-1], made
 
 
+def test_who_came_in_by_a_line_may_come_again_when_it_has_ended(tmp_path: Path) -> None:
+    authority = MADE[2]
+    ended = line(token=b"t" * 16, pin=pin_of(authority), expires_s=1_000)
+    with pytest.raises(ValueError, match="ended on 1970-01-01"):
+        read_invitation(ended, {}, state=tmp_path)
+    (tmp_path / f"authority-{pin_of(authority).hex()[:16]}.pem").write_bytes(authority)
+    assert read_invitation(ended, {}, state=tmp_path).token == b"t" * 16
+    with pytest.raises(ValueError, match="ended on 1970-01-01"):
+        read_invitation(line(expires_s=1_000), {}, state=tmp_path)
+
+
+def test_a_device_without_tls_is_told_that_its_host_may_have_it(shoal: Shoal, place: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as host:
+        Thread(target=_hang_up_on_all, args=(host,), daemon=True).start()
+        made = shoal("device", "--server", f"127.0.0.1:{host.getsockname()[1]}", "--data", place / "users", "--in-process", "--patience", 1)  # fmt: skip
+        host.shutdown(socket.SHUT_RDWR)
+    assert made.code == 1 and "If it has TLS, give --join LINE, or --ca FILE." in made.err, made
+    assert "no TLS" not in made.err, "nobody is on the way"
+
+
+def _hang_up_on_all(host: socket.socket) -> None:
+    """As TLS does to who speaks none."""
+    with suppress(OSError):
+        while True:
+            there, _ = host.accept()
+            there.recv(1024)
+            there.close()
+
+
+def test_without_tls_a_host_elsewhere_is_not_gone_to_in_silence(shoal: Shoal, place: Path) -> None:
+    made = shoal("device", "--server", "192.0.2.254:1", "--data", place / "users", "--in-process", "--first", 99)
+    assert "whoever is on the way to 192.0.2.254:1" in made.err, made
+
+
 def test_tls_authorities_are_one_command_each(shoal: Shoal, tmp_path: Path) -> None:
     assert shoal("enrol", "tls-authority", tmp_path / "tls").out.strip() == str(tmp_path / "tls" / "ca.pem")
     server = shoal("enrol", "tls-server", tmp_path / "tls", "train.example.org", "192.0.2.7", "--into", tmp_path)
@@ -170,6 +207,7 @@ def test_a_second_machine_needs_one_line(
     host.until(ready.exists)
     assert f"shoal invite {run}" in host.text
     text = invited(shoal, run, "--uses", 6).text
+    assert Invitation.parse(text).plan_key.hex() in host.text, "which shoal predict asks for, of native code"
     monkeypatch.chdir(tmp_path)
     stranger = shoal("device", "--join", line(address=Invitation.parse(text).address), "--data", place / "users", "--in-process", "--patience", 2)  # fmt: skip
     assert stranger.code == 1, "neither its certificate nor a token"

@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 import shoal.cli as shoal_cli
-from shoal.cli import plain
-from shoal.cli.device import device
+from shoal.cli import device_main, plain
+from shoal.cli.device import EPILOG, device
 from shoal.fleet.device_host import DeviceHost
 from shoal.plan.iree_targets import TARGETS
 from shoal.plan.jax_runner import JaxRunner
@@ -131,6 +131,12 @@ print(json.dumps(light))
     assert done.returncode == 0, done.stderr
     light = json.loads(done.stdout)
     assert not {"cryptography", "urllib3", "http", *NOT_THERE} & set(light), "what only work needs comes with work"
+
+
+def test_every_example_of_shoal_device_says_whose_programs_are_run() -> None:
+    lines = [line for line in device_main._examples(EPILOG).splitlines() if "shoal-device" in line]
+    assert len(lines) > 5 and all((" --join " in line) != (" --key KEY" in line) for line in lines)
+    assert not any("--runtime" in line for line in lines), "there is one"
 
 
 def test_shoal_device_has_the_options_of_shoal_device(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,7 @@ from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.gate import WRITE_S, Gate
 from shoal.fleet.impact import COOLER_BY, Impact, ImpactBudget, Sample
 from shoal.fleet.meter import Meter
-from shoal.fleet.politeness import while_open
+from shoal.fleet.politeness import Politeness, while_open
 from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
 from shoal.policy import RoundPolicy
 from shoal.tensors import Tensors
@@ -141,11 +141,14 @@ def test_interfaces_of_mobile_networks_are_metered(tmp_path: Path) -> None:
     assert probe._default_interfaces(tmp_path / "none") == []
 
 
-def test_a_mobile_network_that_has_ipv6_alone_is_metered_too(tmp_path: Path) -> None:
-    some, none = "fe80" + "0" * 28, "0" * 32
-    rows = [f"{some} 40 {none} 00 {none} 100 1 0 1 eth0", f"{none} 00 {none} 00 {some} 400 3 0 3 rmnet0"]
-    (tmp_path / "ipv6_route").write_text("\n".join(rows) + "\n")
-    assert probe._default_interfaces(tmp_path) == ["rmnet0"]
+def test_so_are_those_of_mobile_networks_that_have_ipv6_alone(tmp_path: Path) -> None:
+    none, where = "0" * 32, "fe80" + "0" * 27 + "1"
+    (tmp_path / "ipv6_route").write_text(
+        f"fe80{'0' * 28} 40 {none} 00 {none} 00000100 00000001 00000000 00000001     eth0\n"
+        f"{none} 00 {none} 00 {where} 00000400 00000001 00000000 00450003    rmnet_data0\n"
+        f"{none} 00 {none} 00 {none} ffffffff 00000001 00000000 00200200       lo\n"
+    )
+    assert probe._default_interfaces(tmp_path) == ["rmnet_data0"]
 
 
 def test_what_cannot_be_told_here_is_said() -> None:
@@ -259,6 +262,26 @@ async def test_a_gate_is_closed_until_it_knows_and_tells_each_change_once(tmp_pa
     assert await machine.look() == ""
     await asyncio.wait_for(machine.gate.until_open(), timeout=1)
     assert machine.told == ["", "it is not charging", "the hook is gone", ""]
+
+
+@toy.in_loop
+async def test_a_probe_that_fails_when_a_device_starts_means_rest(tmp_path: Path) -> None:
+    machine, said = Machine(tmp_path), tmp_path / "app.json"
+    polite = Politeness(when=("charging",), probe=f"file:{said}", settle_s=0.0)
+    gate = polite.gate(Meter(list, lambda: 0), file=machine.file, clock=machine.clock)
+    assert gate is not None
+    await gate._look()
+    assert "app.json cannot be read" in gate.why
+    said.write_text('{"charging": true}')
+    await gate._look()
+    assert gate.why == ""
+
+
+def test_a_probe_of_nothing_that_is_asked_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Expected --when charging, idle or unmetered with --probe"):
+        Politeness(probe="file:app.json").gate(
+            Meter(list, lambda: 0), file=DeviceFile(tmp_path), clock=ManualClock(0.0)
+        )
 
 
 @toy.in_loop

@@ -129,6 +129,15 @@ def test_a_write_that_was_cut_leaves_the_version_before(tmp_path: Path, monkeypa
     with pytest.raises(OSError, match="no space"):
         kept_model.keep(tmp_path, plan, built.model, run="a", version=2)
     assert kept_model.find(tmp_path).version == 1
+    assert len(list((tmp_path / "models").iterdir())) == 1, "what was begun takes no room"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="rights as POSIX has them")
+def test_only_the_owner_can_read_a_model(tmp_path: Path) -> None:
+    built, plan = made()
+    kept_model.keep(tmp_path, plan, built.model, run="a", version=1)
+    (path,) = (tmp_path / "models").iterdir()
+    assert [each.stat().st_mode & 0o777 for each in (path.parent, path)] == [0o700, 0o600]
 
 
 def test_a_file_that_was_changed_is_refused(tmp_path: Path) -> None:
