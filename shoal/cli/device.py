@@ -13,8 +13,8 @@ from shoal.cli.join import (
     client_certificate,
     pseudonym_window_s,
     read_invitation,
+    refuse_unprotected,
     refuse_unwelcome,
-    unprotected,
 )
 from shoal.cli.join import join as come_in
 from shoal.cli.screen import Screen, Stopwatch
@@ -205,6 +205,7 @@ def device(
             help="What runs programs: jax, or iree: no JAX here, native code from --key's holder (docs/devices.md).",
         ),
     ] = "jax",
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow a host on a network without TLS.")] = False,
     in_process: Annotated[
         bool, typer.Option("--in-process", help="Run programs in this process, without limits: for trials.")
     ] = False,
@@ -268,9 +269,8 @@ def device(
     if invitation is not None:
         populations = (invitation.population,)
         door = come_in(invitation, state=state, patience_s=patience, screen=screen)
+    refuse_unprotected(door, insecure=insecure)
     refuse_unwelcome(door, client)
-    if why := unprotected(door):
-        screen.say(why)
     if telemetry and state is None:
         raise ValueError(
             "Expected --state FOLDER with --telemetry: a device that forgets what it told of tells of a day twice."

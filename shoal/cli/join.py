@@ -84,13 +84,16 @@ def refuse_unwelcome(door: Door, client: "ClientCertificate | None") -> None:
         raise NetworkError(why)
 
 
-def unprotected(door: Door) -> str:
-    """What somebody on the way to the host can do, in words; "" where there is TLS, or nobody between."""
+def refuse_unprotected(door: Door, *, insecure: bool) -> None:
+    """Raises ValueError where a network is between and there is no TLS, unless the owner says that this is as it should be."""
     from shoal.fleet.proxy import is_loopback
 
-    if door.authority is not None or is_loopback(door.server.rpartition(":")[0].strip("[]")):
-        return ""
-    return f"without --ca FILE (or --join LINE) whoever is on the way to {door.server} can read updates and answer in its place"
+    if insecure or door.authority is not None or is_loopback(door.server.rpartition(":")[0].strip("[]")):
+        return
+    raise ValueError(
+        f"Expected --join LINE, or --ca FILE: without TLS whoever is on the way to {door.server} can read updates and answer in its place. "
+        "On a network that you trust: --insecure."
+    )
 
 
 def refuse_ended(client: "ClientCertificate") -> None:

@@ -161,9 +161,11 @@ def _hang_up_on_all(host: socket.socket) -> None:
             there.close()
 
 
-def test_without_tls_a_host_elsewhere_is_not_gone_to_in_silence(shoal: Shoal, place: Path) -> None:
-    made = shoal("device", "--server", "192.0.2.254:1", "--data", place / "users", "--in-process", "--first", 99)
-    assert "whoever is on the way to 192.0.2.254:1" in made.err, made
+def test_a_host_elsewhere_is_gone_to_without_tls_only_if_that_is_asked_for(shoal: Shoal, place: Path) -> None:
+    asked = ("device", "--server", "192.0.2.254:1", "--data", place / "users", "--in-process", "--first", 99)
+    made = shoal(*asked)
+    assert made.code == 1 and "whoever is on the way to 192.0.2.254:1" in made.err, made
+    assert "users from 99 on" in shoal(*asked, "--insecure").err
 
 
 def test_tls_authorities_are_one_command_each(shoal: Shoal, tmp_path: Path) -> None:
