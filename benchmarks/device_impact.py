@@ -39,7 +39,7 @@ SETTLES_S: Final = 20.0
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
-    pairs = 4 if quick else 40
+    pairs = 4 if quick else 24
     rows = []
     with tempfile.TemporaryDirectory(prefix="shoal-impact-") as scratch:
         data = _pictures(Path(scratch) / "me.npz")
