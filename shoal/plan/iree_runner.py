@@ -72,10 +72,10 @@ class IreeRunner(ProgramRunner):
             raise PlanError(f"Program {name!r} of task {self.manifest.task!r} has no function main.")
         return context, function
 
-    def _put(self, value: np.ndarray) -> Held:
+    def _put(self, value: np.ndarray | np.generic) -> Held:
         return _put(self._device, value)
 
-    def _lend(self, value: np.ndarray) -> Held:
+    def _lend(self, value: np.ndarray | np.generic) -> Held:
         return _put(self._device, value)
 
     def _make_ready(self, name: str) -> tuple[Any, Any]:
@@ -110,7 +110,7 @@ def open_device(threads: int | None) -> Any:
     return iree.get_device("local-task")
 
 
-def _put(device: Any, value: np.ndarray) -> Held:
+def _put(device: Any, value: np.ndarray | np.generic) -> Held:
     return device.allocator.allocate_buffer_copy(
         memory_type=iree.MemoryType.DEVICE_LOCAL, allowed_usage=iree.BufferUsage.DEFAULT, device=device,
         buffer=np.ascontiguousarray(value).reshape(value.shape),

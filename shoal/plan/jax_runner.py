@@ -23,11 +23,11 @@ class JaxRunner(ProgramRunner):
         """Picks the variants that this JAX can run. Raises PlanError where one is missing."""
         super().__init__(plan, this_runtime())
 
-    def _put(self, value: np.ndarray) -> jax.Array:
+    def _put(self, value: np.ndarray | np.generic) -> jax.Array:
         held: jax.Array = jax.device_put(value, may_alias=False)
         return held
 
-    def _lend(self, value: np.ndarray) -> np.ndarray:
+    def _lend(self, value: np.ndarray | np.generic) -> np.ndarray | np.generic:
         return value
 
     def _make_ready(self, name: str) -> Any:

@@ -41,11 +41,11 @@ class ProgramRunner(ABC):
     # What each says.
 
     @abstractmethod
-    def _put(self, value: np.ndarray) -> Held:
+    def _put(self, value: np.ndarray | np.generic) -> Held:
         """Takes a tensor over: what becomes of `value` afterwards changes it no more."""
 
     @abstractmethod
-    def _lend(self, value: np.ndarray) -> Held:
+    def _lend(self, value: np.ndarray | np.generic) -> Held:
         """A tensor for one call, which nobody changes meanwhile."""
 
     @abstractmethod
