@@ -169,6 +169,7 @@ def test_new_writes_a_task_and_never_overwrites(tmp_path: Path, shoal: Shoal, mo
     assert shoal("new", "no/such/folder/x").code == 1 and shoal("new", "...").code == 1
 
 
+@pytest.mark.slow
 def test_predict_with_what_a_device_has_kept(trained: Path, tmp_path: Path, shoal: Shoal) -> None:
     from shoal.api import load
     from shoal.fleet import kept_model

@@ -42,6 +42,7 @@ def test_inspect_tells_and_verifies(tmp_path: Path, run: Run) -> None:
     assert told["tables"]["items"]["rows"] == ROWS and told["damaged"] == {}
 
 
+@pytest.mark.slow
 def test_long_work_shows_how_far_it_is(tmp_path: Path, run: Run, trace: Path) -> None:
     small_store(tmp_path / "store").close()
     assert "items: checking: 63 blocks" in run("inspect", tmp_path / "store", "--verify").stderr

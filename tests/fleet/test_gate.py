@@ -349,7 +349,7 @@ async def until(true: Callable[[], bool]) -> None:
 @toy.in_loop
 async def test_a_device_rests_while_its_machine_may_not_work(tmp_path: Path) -> None:
     door = Door(tmp_path)
-    async with toy.fleet(toy.plan(RoundPolicy(goal=1, minimum_group=1)), rounds=2000) as fleet:
+    async with toy.fleet(toy.plan(RoundPolicy(goal=1, minimum_group=1, over_selection=1.0)), rounds=2000) as fleet:
         device = toy.device("a", fleet.link)
         fleet.tasks.append(asyncio.create_task(while_open(device, door.gate)))
         await until(lambda: device.progress.stage == "resting")

@@ -234,7 +234,7 @@ async def fuzzed(number: int, *, seed: int, most_bytes: int) -> None:
 
 
 @pytest.mark.usefixtures("_in_a_hurry")
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0])
 @toy.in_loop
 async def test_whatever_an_edge_says_the_device_goes_on(seed: int) -> None:
     await fuzzed(1_500, seed=seed, most_bytes=20 << 20)
