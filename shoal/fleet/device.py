@@ -7,15 +7,12 @@ nothing: the token and the update are kept, and after reconnecting the device fi
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from shoal.codec.packed import PACKED, pack
+from shoal.codec.packed import PACKED
 from shoal.data.store import Examples
 from shoal.errors import (
     DataError,
@@ -25,30 +22,26 @@ from shoal.errors import (
     PlanError,
     ProgramError,
     ProtocolError,
-    StoreError,
     TaskRefused,
     TooFewExamples,
-    UpdateRefused,
 )
-from shoal.fleet.device_host import DeviceHost, Prepared, Spent, name_of_run
+from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.device_secret import Pseudonyms
-from shoal.fleet.example_ledger import cost
-from shoal.fleet.floor import Floor
 from shoal.fleet.link import Link, Stream, longest_s
+from shoal.fleet.progress import FINISHED, Progress
 from shoal.fleet.secure_phases import MASKED
+from shoal.fleet.sending import MAX_INLINE_BYTES, inline, slices
+from shoal.fleet.training import SPENT, Training
 from shoal.fleet.wire import fleet_pb2 as pb
-from shoal.plan.manifest import Manifest, Runtime
-from shoal.plan.runner import Update
-from shoal.plan.train import NOISE_SEED_BYTES, Interrupted, Paused, train
-from shoal.tensors import Index, Tensors, dtype_name, sha256, to_bytes
+from shoal.fleet.work import Work, WorkInFile
+from shoal.plan.manifest import Runtime
+from shoal.plan.train import Interrupted
 
 if TYPE_CHECKING:
     from shoal.fleet.secure_offer import SecureOffer
 
 log = logging.getLogger("shoal.device")
 
-SLICE_BYTES: Final = 64 << 10  # four of them are in the memory of the server for each device that sends
-MAX_INLINE_BYTES: Final = 24 << 10
 BACK_OFF_S: Final = (0.1, 5.0)
 REFUSED_DELAY_S: Final = 0.5
 REFUSED_LONGEST_S: Final = 60.0
@@ -59,77 +52,10 @@ LOOK_S: Final = 60.0
 """Between two looks at the clock of a device that rests."""
 EXAMPLES_LOOK_S: Final = 5.0
 """Between two looks of a device that waits for examples."""
-FINISHED: Final = "finished"
-"""Stage at which the host has said that the run is over."""
-SPENT: Final = "spent"
-"""Stage at which a device gives up what it may not offer again."""
 RENAMED_S: Final = 5.0
 """For so long at most a device with pseudonyms stays away before it comes under the next."""
 LONGEST_AWAY_S: Final = 86_400.0
 """Whatever an Edge says."""
-
-
-@dataclass
-class _Work:
-    """An assignment, and its update once there is one."""
-
-    assigned: pb.Assigned
-    name: str
-    """Under which the device has checked in for it."""
-    key: bytes
-    """That signed its plan: as the host says, and once the plan is here, as was verified."""
-    task: str = ""
-    """Its name, once the plan is here."""
-    stopped: bool = False
-    training: bool = False
-    """A thread is at it, which stops between two blocks and cannot be cancelled."""
-    update: Update | None = None
-    report: pb.Report | None = None
-    sends: Tensors = field(default_factory=dict)
-    """What is pushed: the update's sums, or in a secure group what they look like under their masks."""
-    secure: "SecureOffer | None" = None
-    """The update's way through secure groups, where the task has them."""
-    paused: Paused | None = None
-    """Where its training was interrupted."""
-    repeats: int = 0
-    """How often the Edge has asked for what it had been sent."""
-    is_kept: bool = False
-    """It is in the device's file."""
-
-    @property
-    def run(self) -> str:
-        """What the device keeps its state of the run under."""
-        return name_of_run(self.assigned.run, self.key)
-
-    @property
-    def has_revealed(self) -> bool:
-        """Its update was revealed in a sum: it is offered no more, whatever is said of it."""
-        return self.secure is not None and self.secure.has_revealed
-
-
-@dataclass(frozen=True, slots=True)
-class _Trained:
-    """What the worker gives back."""
-
-    update: Update
-    root: str
-    """Of its sums."""
-    started_s: float
-    """When it was the device's turn (`time.perf_counter`)."""
-    compile_s: float
-
-
-@dataclass
-class Progress:
-    """What a device has done; for the command line."""
-
-    stage: str = "connecting"
-    counted: int = 0
-    refused: int = 0
-    released: int = 0
-    failures: int = 0
-    last_error: str = ""
-    up_bytes: int = 0
 
 
 class Device:
@@ -169,13 +95,11 @@ class Device:
             pseudonyms: what it is called when it checks in; None: by its name.
             num_examples: how many there are now, where examples come and go: with too few of them it waits for more.
         """
-        self.device_id, self._examples, self._link, self._host, self._rng = device_id, examples, link, host, rng
+        self.device_id, self._link, self._host, self._rng = device_id, link, host, rng
         self._home = link
         """Where it goes when the Edge that it was sent to does not answer."""
         self._stays, self._rest_s, self._on_progress = stays, rest_s, on_progress
         self.population, self._tasks = population, tuple(tasks)
-        self._entry = f"{place} {population}", device_id
-        """Of the device's file, which is no name that anybody hears."""
         self._credential, self._pseudonyms = credential, pseudonyms
         self._called: tuple[Stream, str] | None = None
         """A stream, and the name that it knows the device by: no stream hears two."""
@@ -188,7 +112,7 @@ class Device:
         """Nothing is to be done here with so many examples."""
         self._away_s: float | None = None
         """How long it is to be gone, once it was told so."""
-        self._work: _Work | None = None
+        self._work: Work | None = None
         self._producing: asyncio.Task[None] | None = None
         self._checked_in: Stream | None = None
         self._is_leaving = False
@@ -200,6 +124,11 @@ class Device:
         self._failures = 0
         """Streams that broke since the last assignment: each makes the next pause longer."""
         self.progress = Progress()
+        self._in_file = WorkInFile(host, f"{place} {population}", device_id)
+        self._training = Training(
+            device_id, examples, host=host, progress=self.progress, say=self._say,
+            is_interrupted=lambda: self._is_leaving,
+        )  # fmt: skip
 
     async def run(self) -> None:
         """Serves until the host says that the run is over, or until it is interrupted; then it may be called again.
@@ -313,7 +242,7 @@ class Device:
                     await stream.send(pb.FromDevice(gave_up=resting))
                     self._away_s = 0.0
                 elif self._work is None:
-                    self._work = _Work(
+                    self._work = Work(
                         message.assigned, self._name_of(stream, self._name()), message.assigned.plan_public_key
                     )
                     self._producing = asyncio.create_task(self._produce(self._work))
@@ -468,18 +397,16 @@ class Device:
         """Stops what is under way; the server needs it no more."""
         work, self._work = self._work, None
         await self._stop(work)
-        if work is not None and work.is_kept:
-            await self._try_to_write(
-                "what it had in hand is not forgotten", lambda: self._host.file.drop_work(*self._entry)
-            )
+        if work is not None:
+            await self._in_file.drop(work)
 
     async def _put_aside(self) -> None:
         """Stops what is under way; it is gone on with later, if it is useful then."""
         await self._stop(self._work)
         if self._work is not None and not self._work.has_revealed and self._work.update is None:
-            await self._keep_work(self._work)
+            await self._in_file.keep(self._work)
 
-    async def _stop(self, work: _Work | None) -> None:
+    async def _stop(self, work: Work | None) -> None:
         producing, self._producing = self._producing, None
         if work is not None:
             work.stopped = True
@@ -515,16 +442,16 @@ class Device:
         await self._report(work, stream)
         self._say("reported")
 
-    async def _report(self, work: _Work, stream: Stream) -> None:
+    async def _report(self, work: Work, stream: Stream) -> None:
         self._called = (stream, work.name)  # by its token, whatever it is called by now
         await stream.send(pb.FromDevice(report=work.report))
         if self._is_leaving:
             await stream.send(pb.FromDevice(ping=pb.Ping()))
 
-    async def _produce(self, work: _Work) -> None:
+    async def _produce(self, work: Work) -> None:
         """One assignment, from the plan to an update that is ready to be reported."""
         with self._host.using(work.assigned.plan):
-            trained, costs = await self._train(work)
+            trained, costs = await self._training.train(work, self._link)
         self._say("reporting")
         begun = time.perf_counter()
         work.update = trained.update
@@ -536,14 +463,14 @@ class Device:
             token=work.assigned.token,
             root=trained.root,
             weight=trained.update.weight,
-            slices=self._inline(trained.update),
+            slices=inline(trained.update, self.progress),
             costs=costs,
         )
-        await self._keep_work(work)
+        await self._in_file.keep(work)
         await self._push(work)
         work.report.costs.wire_s += time.perf_counter() - begun
 
-    async def _answer(self, work: _Work, secure: "SecureOffer", message: pb.GroupMessage, stream: Stream) -> None:
+    async def _answer(self, work: Work, secure: "SecureOffer", message: pb.GroupMessage, stream: Stream) -> None:
         """To a message of the secure group that the update is in."""
         phase, data = await asyncio.to_thread(secure.hear, message.phase, message.data)
         if phase == "complaint":
@@ -554,7 +481,7 @@ class Device:
             return await self._masked(work, stream)
         await stream.send(pb.FromDevice(group=pb.GroupMessage(token=message.token, phase=phase, data=data)))
 
-    async def _masked(self, work: _Work, stream: Stream) -> None:
+    async def _masked(self, work: Work, stream: Stream) -> None:
         """Sends the masked update: within its message where it is small."""
         data = work.sends[MASKED]
         is_small = data.nbytes <= MAX_INLINE_BYTES
@@ -566,105 +493,7 @@ class Device:
         told = pb.GroupMessage(token=work.assigned.token, phase=MASKED, data=inline)
         await stream.send(pb.FromDevice(group=told))
 
-    async def _train(self, work: _Work) -> tuple[_Trained, pb.Costs]:
-        host, assigned, spent = self._host, work.assigned, Spent()
-        begun = time.perf_counter()
-        self._say("fetching")
-        prepared = await host.prepare(assigned, self._link, spent)
-        work.task, work.key = prepared.manifest.task, prepared.plan.public_key
-        is_secure = prepared.manifest.promises.group == "secure"
-        if is_secure and _is_spent(host, self.device_id, prepared.manifest, assigned.model):
-            raise DeviceError(
-                "An update from these tensors was revealed in a secure group before, and is never offered again: it waits for other tensors "
-                "(the next version, or a run with another --seed).",
-                stage=SPENT,
-            )
-        await host.ensure_model(assigned, prepared, self._link, spent)
-        self._say("queued")
-        loop = asyncio.get_running_loop()
-        trained = await loop.run_in_executor(host.worker, self._train_now, work, prepared)
-        if is_secure:
-            work.secure = await asyncio.to_thread(self._secure_offer, work, prepared.manifest, trained.update)
-        costs = pb.Costs(
-            compute_s=trained.update.seconds.get("compute", 0.0),
-            compile_s=spent.start_s + trained.compile_s,
-            data_s=trained.update.seconds.get("data", 0.0),
-            # For its turn, and for what another device of the process fetched or started.
-            wait_s=trained.started_s - begun - spent.wire_s - spent.start_s,
-            wire_s=spent.wire_s,
-        )
-        privacy = prepared.manifest.promises.privacy
-        if not (
-            is_secure or privacy.noise_multiplier or privacy.examples
-        ):  # else they would say what nothing else does
-            costs.padding, costs.examples = trained.update.padding, trained.update.weight
-        return trained, costs
-
-    def _train_now(self, work: _Work, prepared: Prepared) -> _Trained:
-        """In the worker's thread, when it is this device's turn."""
-        started_s = time.perf_counter()
-        if work.stopped:
-            raise DeviceError("The training was stopped before it began.", stage="train")
-        if not prepared.runner.has_model(work.assigned.model):
-            raise DeviceError("The model was pushed out by a newer one before training began.", stage="train")
-        spends = cost(prepared.manifest)
-        self._refuse_overspending(prepared.manifest)
-        work.training = True
-        self.progress.stage = "training"
-        try:
-            compile_s = prepared.runner.compile()
-            update = train(
-                prepared.runner,
-                prepared.manifest,
-                work.assigned.model,
-                self._examples(),
-                self._host.state(work.run, self.device_id, prepared.manifest),
-                seed=work.assigned.configuration.seed,
-                member=work.name,
-                noise_seed=self._host.random(NOISE_SEED_BYTES),
-                should_stop=lambda: work.stopped,
-                is_interrupted=lambda: self._is_leaving,
-                paused=work.paused,
-            )
-        except Interrupted as error:
-            work.paused = error.paused or work.paused
-            raise
-        finally:
-            work.training = False
-        if spends:
-            self._host.example_ledger(self.device_id).add(spends)
-        return _Trained(update, Index.of(update.sums, prepared.manifest.update).root, started_s, compile_s)
-
-    def _refuse_overspending(self, manifest: Manifest) -> None:
-        budget = self._host.floor.examples
-        if budget is None or not (why := self._host.example_ledger(self.device_id).overspent(manifest, budget)):
-            return
-        log.warning("%s: %s", self.device_id, why)
-        # What the server is told says nothing of what was spent elsewhere.
-        raise DataError(f"The examples' privacy budget does not allow another update of task {manifest.task!r}.")
-
-    def _secure_offer(self, work: _Work, manifest: Manifest, update: Update) -> "SecureOffer":
-        from shoal.fleet.secure_offer import SecureOffer  # what it needs is much, and most tasks need none of it
-
-        host = self._host
-        try:
-            return SecureOffer(
-                manifest, work.assigned.model, update.sums, update.weight, spent=host.spent(self.device_id), floor=host.floor,
-                identity=host.identity, wall_s=host.clock.wall_s,
-            )  # fmt: skip
-        except UpdateRefused as error:  # in a secure group nobody else would see it
-            log.warning("%s: its update is of no use: %s", self.device_id, error)
-            # What the server is told holds no number of the update.
-            raise DeviceError(f"The update is of no use: {error.reason}.", stage="train") from None
-
-    def _inline(self, update: Update) -> list[pb.PushSlice]:
-        """A small update, which goes with its report."""
-        if sum(value.nbytes + len(name) + 32 for name, value in update.sums.items()) > MAX_INLINE_BYTES:
-            return []
-        self.progress.up_bytes += sum(value.nbytes for value in update.sums.values())
-        return [pb.PushSlice(tensor=name, data=to_bytes(value)) for name, value in update.sums.items()]
-
-    async def _push(self, work: _Work) -> None:
+    async def _push(self, work: Work) -> None:
         """Sends what the Edge does not have yet of the update; goes on where a broken push ended."""
         assert work.report is not None
         tries = 0
@@ -672,7 +501,7 @@ class Device:
             try:
                 status = await self._link.status(pb.StatusRequest(token=work.assigned.token))
                 async with asyncio.timeout(longest_s(sum(value.nbytes for value in work.sends.values()))):
-                    await self._link.push(self._slices(work, dict(status.received)))
+                    await self._link.push(slices(work, dict(status.received), self.progress))
                 return
             except TimeoutError:
                 raise NetworkError("The Edge takes slices too slowly, or not at all.") from None
@@ -682,87 +511,23 @@ class Device:
                     raise
                 await self._pause(BACK_OFF_S[0] * 2**tries)
 
-    async def _slices(self, work: _Work, received: dict[str, int]) -> AsyncIterator[pb.PushSlice]:
-        assert work.report is not None
-        token: pb.Token | None = work.assigned.token
-        # What is under a mask is as random as can be.
-        is_packed = work.assigned.configuration.codec_up == PACKED and MASKED not in work.sends
-        for name, value in work.sends.items():
-            data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
-            for offset in range(received.get(name, 0), data.size, SLICE_BYTES):
-                if work.stopped:
-                    return
-                piece = data[offset : offset + SLICE_BYTES].tobytes()
-                part = pb.PushSlice(token=token, tensor=name, offset=offset, root=work.report.root)
-                if is_packed:
-                    part.data, part.unpacked = pack(piece, dtype_name(value.dtype)), len(piece)
-                else:
-                    part.data = piece
-                yield part
-                self.progress.up_bytes += len(part.data)
-                token = None
-
     async def _settle(self) -> None:
         """The update was counted: now what it leaves on the device is kept."""
         work = self._work
         if work is None or work.update is None:
             return  # nothing was sent that could be counted
         self._work = None
-        state, file, wall_s = work.update.device_state, self._host.file, self._host.clock.wall_s()
-        counted = partial(file.counted, *self._entry, run=work.run, state=state, wall_s=wall_s)
         # Without its state the device is not what the server takes it for; the rest can be done without.
-        while not await self._try_to_write("what a counted update leaves is not kept", counted) and state:
+        while not await self._in_file.counted(work, work.update) and work.update.device_state:
             self._say("disk full")
             await self._pause(REFUSED_LONGEST_S)
         self.progress.counted += 1
 
-    # What is in hand, over a restart.
-
-    async def _keep_work(self, work: _Work) -> None:
-        """Puts the work in hand into the device's file, where that outlives the process."""
-        if not self._host.file.is_durable or work.secure is not None:
-            return
-        content = {**_content(work), "floor": _as_array(_digest(self._host.floor))}
-        expires_s = work.assigned.expires_s
-        work.is_kept = await self._try_to_write(
-            "what it has in hand will not outlive this process",
-            lambda: self._host.file.keep_work(*self._entry, content, expires_s=expires_s),
-        )
-
-    def _read_work(self) -> _Work | None:
-        """What was in hand when the process before ended."""
-        file = self._host.file
-        content = file.work(*self._entry, wall_s=self._host.clock.wall_s()) if file.is_durable else None
-        if content is None:
-            return None
-        try:
-            work = _of_content(content)
-            is_ours = content["floor"].tobytes() == _digest(self._host.floor)
-        except (KeyError, ValueError, DecodeError) as error:
-            log.warning("%s: what it had in hand cannot be read: %r", self.device_id, error)
-            return None
-        trusted = self._host.trusted_key
-        if not is_ours or (trusted is not None and trusted != work.key):
-            log.warning(
-                "%s: what it had in hand is for another host, or was made on other terms: it is not offered",
-                self.device_id,
-            )
-            return None
-        if work.report is not None and work.update is not None:
-            work.report.slices.extend(self._inline(work.update))
+    def _read_work(self) -> Work | None:
+        work = self._in_file.read()
+        if work is not None and work.report is not None and work.update is not None:
+            work.report.slices.extend(inline(work.update, self.progress))
         return work
-
-    async def _try_to_write(self, otherwise: str, write: Callable[[], None]) -> bool:
-        """Whether it could be; else a warning says what that means."""
-        try:
-            if self._host.file.is_durable:
-                await asyncio.to_thread(write)
-            else:
-                write()
-        except StoreError as error:
-            log.warning("%s: %s: %s", self.device_id, otherwise, error)
-            return False
-        return True
 
     async def _rest(self) -> None:
         """Until as long has passed since the last update that was counted as the device wants to rest."""
@@ -796,7 +561,7 @@ class Device:
             return 0.0
         return last_s + self._rest_s - self._host.clock.wall_s()
 
-    async def _give_up(self, work: _Work, error: Exception, stream: Stream) -> None:
+    async def _give_up(self, work: Work, error: Exception, stream: Stream) -> None:
         self.progress.failures += 1
         self.progress.last_error = str(error)
         # An error of its data names files, fields and values, which are nobody else's.
@@ -838,55 +603,6 @@ class Device:
     def _say(self, stage: str) -> None:
         self.progress.stage = stage
         self._on_progress(self)
-
-
-def _is_spent(host: DeviceHost, device_id: str, manifest: Manifest, model: str) -> bool:
-    from shoal.plan.secure import update_of  # what it needs is much, and most tasks need none of it
-
-    return update_of(manifest, model) in host.spent(device_id)
-
-
-def _content(work: _Work) -> Tensors:
-    """Work in hand as one set of tensors."""
-    told = {"assigned": work.assigned.SerializeToString(), "name": work.name.encode(), "key": work.key}
-    content = {name: _as_array(data) for name, data in told.items()}
-    if work.paused is not None:
-        content["blocks"] = np.array(work.paused.blocks)
-        content |= {f"carry {name}": value for name, value in work.paused.carry.items()}
-    if work.report is not None and work.update is not None:
-        report = pb.Report()
-        report.CopyFrom(work.report)
-        del report.slices[:]  # the update has them
-        content["report"] = _as_array(report.SerializeToString())
-        content |= {f"sum {name}": value for name, value in work.update.sums.items()}
-        content |= {f"state {name}": value for name, value in work.update.device_state.items()}
-    return content
-
-
-def _of_content(content: Tensors) -> _Work:
-    """What `_content` made."""
-
-    def named(kind: str) -> Tensors:
-        return {name.removeprefix(kind): value for name, value in content.items() if name.startswith(kind)}
-
-    assigned = pb.Assigned.FromString(content["assigned"].tobytes())
-    work = _Work(assigned, content["name"].tobytes().decode(), content["key"].tobytes(), is_kept=True)
-    if "blocks" in content:
-        work.paused = Paused(int(content["blocks"]), named("carry "))
-    if "report" in content:
-        work.report = pb.Report.FromString(content["report"].tobytes())
-        work.update = Update(named("sum "), work.report.weight, named("state "))
-        work.sends = work.update.sums
-    return work
-
-
-def _digest(floor: Floor) -> bytes:
-    """Of what a device asks of plans: what it made when it asked for less it does not offer when it asks for more."""
-    return bytes.fromhex(sha256(repr(floor).encode()))
-
-
-def _as_array(data: bytes) -> np.ndarray:
-    return np.frombuffer(data, np.uint8)
 
 
 def _runtime_info(runtime: Runtime) -> pb.RuntimeInfo:
