@@ -97,9 +97,7 @@ class Edge:
         )  # fmt: skip
         self._seen = self._updates.sums.analytics
         self._sessions: dict[str, Session] = {}
-        self._streams = Streams(
-            clock, lambda kind: self._seen.error(kind, clock.now_s()), per_address=self._entrance.per_address
-        )
+        self._streams = Streams(clock, lambda kind: self._seen.error(kind, clock.now_s()), entrance=self._entrance)
         self._nonces: dict[str, bytes] = {}  # device -> what it was assigned last
         policy = self._manifest.server.rounds
         self._pace = Pace(devices_a_round=policy.most_at_once, resting=policy.most_resting, now_s=clock.now_s())

@@ -42,6 +42,10 @@ class Entrance:
         validate.positive(per_address=self.per_address)
 
 
+OPEN: Final = Entrance()
+"""Whoever comes, within the usual bounds."""
+
+
 class Allowance:
     """So much at once, and so much a second after that (a token bucket)."""
 

@@ -107,7 +107,7 @@ class Frontdoor:
         self._resting: set[str] = set()
         self._over: dict[str, str] = {}
         self._visits: dict[str, _Visit] = {}
-        self._streams = Streams(clock, per_address=self._entrance.per_address)
+        self._streams = Streams(clock, entrance=self._entrance)
         self._events: list[t.Event] = []
         self._pending: asyncio.TimerHandle | asyncio.Handle | None = None
         self._waking: asyncio.TimerHandle | None = None

@@ -8,7 +8,7 @@ from typing import Final
 
 from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
-from shoal.fleet.entrance import MESSAGES_AT_ONCE, MESSAGES_PER_S, PER_ADDRESS, Allowance, Crowds
+from shoal.fleet.entrance import MESSAGES_AT_ONCE, MESSAGES_PER_S, OPEN, Allowance, Crowds, Entrance
 from shoal.fleet.session import Session, Stream
 from shoal.fleet.strangers import Strangers
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -22,6 +22,8 @@ MAX_STRANGERS: Final = 10_000
 """Of them, those that have not said who they are."""
 CHECK_IN_WAIT_S: Final = 30.0
 """How long a stream may take to say who it is."""
+LOOK_AGAIN_S: Final = 300.0
+"""How long a stream may be of one who may come in no more: after that it is ended, and who checks in anew is looked at."""
 BUSY_DELAY_S: Final = (5.0, 15.0)
 
 
@@ -29,16 +31,16 @@ class Streams:
     """See the module's text."""
 
     def __init__(
-        self, clock: Clock, on_error: Callable[[str], None] = lambda kind: None, *, per_address: int = PER_ADDRESS
+        self, clock: Clock, on_error: Callable[[str], None] = lambda kind: None, *, entrance: Entrance = OPEN
     ) -> None:
         """
         Args:
             clock: time.
             on_error: told what kind of error a stream has ended with.
-            per_address: see `Entrance`.
+            entrance: who may come in; one who was let in is looked at again now and then.
         """
-        self._clock, self._on_error = clock, on_error
-        self._crowds = Crowds(per_address)
+        self._clock, self._on_error, self._looks_again = clock, on_error, entrance.admit is not None
+        self._crowds = Crowds(entrance.per_address)
         self.num = 0
         """That are open."""
         self._strangers: Strangers[Session] = Strangers(MAX_STRANGERS)
@@ -68,18 +70,20 @@ class Streams:
                     self._send_away(session, too_many)
                 async with asyncio.timeout(CHECK_IN_WAIT_S) as unknown:
                     while not session.is_ended and (message := await stream.read()) is not None:
+                        was_known = session.is_known
                         _check_size(message)
                         if wait_s := words.take(now_s := self._clock.now_s()):
                             await self._clock.sleep_until(now_s + wait_s)
                         await handle(message)
-                        if session.is_known and unknown.when() is not None:
-                            unknown.reschedule(None)
+                        if session.is_known and not was_known:
+                            unknown.reschedule(self._ends_at())
                             self._strangers.gone(session, stream.address)
             except asyncio.CancelledError:
                 if not session.is_ended:
                     raise  # by the device
             except Exception as error:
-                session.send(self._answer(error))
+                is_due = isinstance(error, TimeoutError) and session.is_known
+                session.send(pb.FromEdge(later=_check_in_again()) if is_due else self._answer(error))
             session.is_ended = True
             await session.until_told()
         finally:
@@ -87,6 +91,10 @@ class Streams:
             self._strangers.gone(session, stream.address)
             self._crowds.gone(stream.address)
             session.drop()
+
+    def _ends_at(self) -> float | None:
+        """By the loop's clock; of a door that is open to all streams last as long as they may."""
+        return asyncio.get_running_loop().time() + LOOK_AGAIN_S if self._looks_again else None
 
     def _send_away(self, session: Session, why: str) -> None:
         self._on_error("server busy")
@@ -111,6 +119,10 @@ class Streams:
                 self._on_error("server failed")
                 log.error("a message of a device could not be handled", exc_info=error)
                 return pb.FromEdge(later=busy("the server has failed at this message; it was logged there"))
+
+
+def _check_in_again() -> pb.Later:
+    return pb.Later(delay_max_s=1.0, why="this host looks again at who is a member")
 
 
 def busy(why: str) -> pb.Later:

@@ -13,8 +13,8 @@ from typing import Final, Protocol, runtime_checkable
 
 from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
-from shoal.fleet.progress import Progress
 from shoal.fleet.device_file import DeviceFile
+from shoal.fleet.progress import Progress
 from shoal.fleet.telemetry_diary import Diary, Tell
 from shoal.fleet.wire import telemetry_pb2 as pb
 from shoal.privacy.split_sums import context, split

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shoal.errors import DataError, PlanError, StoreError
+from shoal.fleet import streams
 from shoal.fleet.device import Device
 from shoal.fleet.device_secret import credential
 from shoal.fleet.entrance import Entrance
@@ -135,6 +136,38 @@ async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path:
         assert fleet.members == [0, 1]
         with pytest.raises(PlanError, match="was for 1"):  # the line, pasted once more elsewhere
             await member("b", fleet, credential(TOKEN, b"x" * 32)).run()
+
+
+@pytest.mark.parametrize("has_frontdoor", [False, True])
+@toy.in_loop
+async def test_who_was_removed_is_gone_soon_and_who_was_not_takes_part_over_many_streams(
+    has_frontdoor: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "LOOK_AGAIN_S", 0.05)
+    entrance = Entrance(admit=Members.begin(tmp_path).admit)
+    invite(tmp_path, TOKEN, population="default", expires_s=1 << 40, uses=3)
+    async with toy.fleet(
+        toy.plan(toy.exact("a", "c")), rounds=200, entrance=None if has_frontdoor else entrance
+    ) as fleet:
+        hosts = SeveralHosts([fleet.host], entrance=entrance)
+        link = toy.LocalLink(hosts.frontdoor) if has_frontdoor else fleet.link
+        async with toy.peer(link, "b") as peer:
+            await peer.check_in(credential=credential(TOKEN, b"t" * 32))
+            kind, message = await peer.hear()
+            assert kind == "later" and "who is a member" in message.why
+            remove(tmp_path, "b", population="default")
+        async with toy.peer(link, "b") as peer:
+            await peer.check_in(credential=credential(TOKEN, b"t" * 32))
+            kind, message = await peer.hear()
+            assert kind == "incompatible" and "was removed" in message.needs
+        for name in ("a", "c"):
+            stays = toy.device(name, link)
+            stays._credential = credential(TOKEN, name.encode() * 32)
+            stays._drawn = lambda answer: 0.0  # type: ignore[method-assign]
+            fleet.start(stays)
+        await asyncio.gather(*fleet.tasks)
+        assert fleet.members == [0, *[2] * 200]
+        await hosts.frontdoor.close()
 
 
 @toy.in_loop

@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError
 from shoal.clock import ManualClock
 from shoal.errors import NetworkError, ProtocolError, StoreError
 from shoal.fleet import telemetry_helper, telemetry_host
-from shoal.fleet.progress import Progress
 from shoal.fleet.device_file import DeviceFile
+from shoal.fleet.progress import Progress
 from shoal.fleet.telemetry_device import Kept, KeptFact, TelemetryDevice, report_of
 from shoal.fleet.telemetry_diary import Tell
 from shoal.fleet.telemetry_helper import Helper, OpenedSeeds, Terms
