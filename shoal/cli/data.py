@@ -154,13 +154,13 @@ def take(
     After Ctrl-C, a kill or a crash the same command goes on where it was.
     """
     from shoal.cli import take_process
-    from shoal.cli.device import check_server
     from shoal.cli.ending import end_with_parent
     from shoal.cli.words import parse_duration, parse_size
+    from shoal.fleet import address
     from shoal.fleet.take import Terms
 
     parent = end_with_parent() if with_parent else 0
-    check_server(server, option="--server")
+    address.split(server, what="--server")
     if server_name and ca is None:
         raise ValueError("--server-name is for a server with TLS: give its authority with --ca FILE too.")
     terms = Terms(

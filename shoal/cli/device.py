@@ -11,6 +11,7 @@ from shoal.cli.join import (
     STATE,
     Door,
     client_certificate,
+    kept_line,
     pseudonym_window_s,
     read_invitation,
     refuse_unprotected,
@@ -220,18 +221,23 @@ def device(
     """  # fmt: skip
     from shoal import validate
     from shoal.cli.ending import end_with_parent
+    from shoal.fleet import address
     from shoal.fleet.conditions import CONDITIONS
 
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
     invitation = None
+    if not server:
+        join = join or kept_line(state)
     if join:
         said = {"--server": server, "--ca": ca, "--key": key, "--server-name": server_name}
         invitation = read_invitation(join, {**said, "--population": population}, state=state)
     else:
         if not server:
-            raise ValueError("Expected --server HOST:PORT, or --join LINE of `shoal invite`.")
-        check_server(server, option="--server")
+            raise ValueError(
+                "Expected --server HOST:PORT, or --join LINE of `shoal invite`, which the --state folder keeps for the next time."
+            )
+        address.split(server, what="--server")
     if not data:
         raise ValueError("Expected --data PATH (or --data name:digits): what should this device learn from?")
     trusted = parse_key(key)
@@ -357,13 +363,6 @@ def options_memory(text: str) -> int:
     if made < 1 << 20:
         raise ValueError(f"Expected --memory of at least 1MiB, got {text!r}.")
     return made
-
-
-def check_server(server: str, *, option: str) -> None:
-    """Raises ValueError unless it is host:port."""
-    host, _, port = server.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"Expected {option} HOST:PORT, got {server!r}.")
 
 
 def _helper(text: str) -> bytes | None:

@@ -71,16 +71,16 @@ def edge(
     import socket
 
     from shoal.cli import edge_process
-    from shoal.cli.device import check_server
     from shoal.cli.host_checks import check_client_ca, check_tls
+    from shoal.fleet.address import split
     from shoal.fleet.proxy import is_loopback
 
-    check_server(coordinator, option="--coordinator")
+    place, _ = split(coordinator, what="--coordinator")
     check_tls(address, tls=False, cert=tls_cert, key=tls_key, insecure=insecure)
     check_client_ca(client_ca, tls=tls_cert is not None)
     if public:
-        check_server(public, option="--public")
-    if ca is None and not insecure and not is_loopback(coordinator.rpartition(":")[0]):
+        split(public, what="--public")
+    if ca is None and not insecure and not is_loopback(place):
         raise ValueError(
             f"Refused to reach {coordinator} without encryption: give --ca; --insecure if the network is trusted."
         )

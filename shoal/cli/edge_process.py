@@ -11,11 +11,11 @@ from typing import Final
 
 from shoal.cli import words
 from shoal.cli.ending import run_until_told
-from shoal.cli.host_checks import joined
 from shoal.cli.host_edges import RESTART, read_credential
 from shoal.cli.screen import Screen
 from shoal.clock import SystemClock
 from shoal.errors import NetworkError
+from shoal.fleet.address import joined
 from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.entrance import Entrance
 from shoal.fleet.grpc_server import GrpcServer

@@ -4,6 +4,7 @@ import socket
 from pathlib import Path
 from typing import Final
 
+from shoal.fleet.address import split
 from shoal.fleet.proxy import is_loopback
 
 LOW_PORTS: Final = 1024
@@ -47,9 +48,7 @@ def check_tls(address: str, *, tls: bool, cert: Path | None, key: Path | None, i
 
 def check_helper(address: str, ca: Path | None, *, several_edges: bool) -> None:
     """Whether a host may take telemetry."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise ValueError(f"Expected --telemetry HOST:PORT, where the helper is, got {address!r}.")
+    split(address, what="--telemetry, where the helper is,")
     if several_edges:
         raise ValueError(
             "Expected no --edges or --edge-port with --telemetry: in this version Edges elsewhere take none."
@@ -100,8 +99,3 @@ def _cannot_listen(address: str, port: int, error: OSError) -> str:
             f"machine to all by `sysctl net.ipv4.ip_unprivileged_port_start={port}`; or forward {port} to another --port."
         )
     return f"{why} Choose another with --port, or --port 0 for any free one."
-
-
-def joined(address: str, port: int) -> str:
-    """host:port, also for IPv6."""
-    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"

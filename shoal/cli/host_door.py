@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from shoal.cli.host_checks import joined
 from shoal.errors import DataError
+from shoal.fleet.address import joined, split
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.invitation import Invitation
 from shoal.fleet.proxy import is_loopback
@@ -101,12 +101,10 @@ class DoorFile:
 
     def _reached_at(self, public: str) -> tuple[str, int]:
         if public:
-            host, colon, port = public.rpartition(":")
+            host, colon, _ = public.rpartition(":")
             if not colon or (public.count(":") > 1 and not host.endswith("]")):  # HOST, also of IPv6
-                return public.strip("[]"), self.port
-            if not host or not port.isdigit() or not 0 < int(port) < 65536:
-                raise ValueError(f"Expected --address HOST or HOST:PORT, got {public!r}.")
-            return host.strip("[]"), int(port)
+                return split(joined(public.strip("[]"), self.port), what="--address")
+            return split(public, what="--address")
         return own_address() if self.address in EVERY_ADDRESS else self.address, self.port
 
 

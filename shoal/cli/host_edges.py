@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from shoal.cli.failures import command_line
-from shoal.cli.host_checks import joined
 from shoal.cli.screen import Screen
 from shoal.errors import NetworkError, StoreError
+from shoal.fleet.address import joined
 from shoal.fleet.edges import Edges
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.host import Host

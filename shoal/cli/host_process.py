@@ -17,7 +17,7 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
-from shoal.cli.host_checks import joined, reserve
+from shoal.cli.host_checks import reserve
 from shoal.cli.host_door import EVERY_ADDRESS, DoorFile
 from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun, follow
@@ -27,6 +27,7 @@ from shoal.clock import SystemClock
 from shoal.data.store import Examples
 from shoal.errors import StoreError
 from shoal.fleet import tls as tls_files
+from shoal.fleet.address import joined
 from shoal.fleet.entrance import PER_ADDRESS, Entrance
 from shoal.fleet.following import Following
 from shoal.fleet.grpc_server import GrpcServer, Tls

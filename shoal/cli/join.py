@@ -1,5 +1,6 @@
 """What `shoal device --join LINE` goes by: the host's address, its certificate, whose plans are run, what makes it a member."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 STATE: Final = Path("shoal-device")
 """Where a member keeps what it is known by, if it is not told where."""
+LINE: Final = "invitation"
+"""File of that folder: the line, so that it has to be given once only."""
 LOOK_S: Final = 5.0
 """For a look at the host's certificate that may come to nothing."""
 AGAIN_S: Final = (0.5, 10.0)
@@ -30,6 +33,14 @@ class Door:
     authority: bytes | None
     server_name: str
     token: bytes = b""
+
+
+def kept_line(state: Path | None) -> str:
+    """The line that the folder's devices came in by before; empty: by none."""
+    try:
+        return (state or STATE).joinpath(LINE).read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def read_invitation(line: str, given: dict[str, object], *, state: Path | None) -> "Invitation":
@@ -49,7 +60,7 @@ def read_invitation(line: str, given: dict[str, object], *, state: Path | None) 
 
 
 def join(invitation: "Invitation", *, state: Path | None, patience_s: float, screen: Screen) -> Door:
-    """Looks for the host's certificate, unless it is kept, for as long as patience lasts.
+    """Looks for the host's certificate, unless it is kept, for as long as patience lasts. Keeps both and the line in the `state` folder.
 
     Raises:
         NetworkError: the host was not reached.
@@ -62,6 +73,8 @@ def join(invitation: "Invitation", *, state: Path | None, patience_s: float, scr
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             kept.write_bytes(authority)
+    if state is not None:
+        _keep_line(state / LINE, invitation.text)
     return Door(
         server=invitation.address, population=invitation.population, key=invitation.plan_key.hex(), authority=authority,
         server_name=invitation.server_name, token=invitation.token,
@@ -86,9 +99,10 @@ def refuse_unwelcome(door: Door, client: "ClientCertificate | None") -> None:
 
 def refuse_unprotected(door: Door, *, insecure: bool) -> None:
     """Raises ValueError where a network is between and there is no TLS, unless the owner says that this is as it should be."""
+    from shoal.fleet.address import split
     from shoal.fleet.proxy import is_loopback
 
-    if insecure or door.authority is not None or is_loopback(door.server.rpartition(":")[0].strip("[]")):
+    if insecure or door.authority is not None or is_loopback(split(door.server)[0]):
         return
     raise ValueError(
         f"Expected --join LINE, or --ca FILE: without TLS whoever is on the way to {door.server} can read updates and answer in its place. "
@@ -144,6 +158,16 @@ def pseudonym_window_s(text: str, *, member: Path | None, client: Path | None, j
     if (window_s := parse_duration(text)) < SHORTEST_WINDOW_S:
         raise ValueError(f"Expected --pseudonyms of at least {SHORTEST_WINDOW_S:.0f}s, got {text!r}.")
     return window_s
+
+
+def _keep_line(path: Path, line: str) -> None:
+    """It may hold a token: nobody but the owner reads it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.unlink(missing_ok=True)
+    with open(partial, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(line + "\n")
+    partial.replace(path)
 
 
 def _authority(state: Path, pin: bytes) -> Path:

@@ -100,7 +100,7 @@ def _on_device(
     from shoal.fleet import kept_model
     from shoal.plan.train import only_field
 
-    model = kept_model.find(state, task)
+    model = kept_model.find(state, task, trusted)
     if model.is_native and trusted is None:
         raise ValueError(
             f"Expected --key with {state}: the programs that it keeps are native code (`shoal device --runtime iree`), which is run for "

@@ -12,11 +12,11 @@ from typing import Any, Final
 from shoal.cli import data_argument, words
 from shoal.cli.ending import run_until_told
 from shoal.cli.failures import Stopped, command_line
-from shoal.cli.host_checks import joined
 from shoal.cli.host_process import write_ready
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.data.store import Examples
 from shoal.fleet import tls as tls_files
+from shoal.fleet.address import joined
 from shoal.fleet.grpc_data import DataServer
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.process import be_a_server

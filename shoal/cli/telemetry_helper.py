@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Final
 
 from shoal.cli.ending import run_until_told
-from shoal.cli.host_checks import joined
 from shoal.cli.screen import Screen
 from shoal.clock import SystemClock
 from shoal.fleet import tls as tls_files
+from shoal.fleet.address import joined
 from shoal.fleet.enrolment import make_secret, read_secret
 from shoal.fleet.grpc_server import Tls
 from shoal.fleet.telemetry_helper import Helper, OpenedSeeds, Terms

@@ -256,7 +256,7 @@ class DeviceHost:
     def _predict(self, device: str, fields: Mapping[str, np.ndarray], task: str) -> np.ndarray:
         if self.state_folder is None:
             raise DataError("Expected a device that keeps its state in a folder: without one no model is kept.")
-        model = kept_model.find(self.state_folder, task)
+        model = kept_model.find(self.state_folder, task, self.trusted_key)
         if self.trusted_key is not None:
             model.plan.verify(self.trusted_key)
         own = self.state(name_of_run(model.run, model.plan.public_key), device, model.plan.manifest)

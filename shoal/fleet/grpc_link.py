@@ -8,6 +8,7 @@ from typing import Any, Final
 import grpc
 
 from shoal.errors import NetworkError, ProtocolError
+from shoal.fleet.address import is_address
 from shoal.fleet.grpc_server import OPTIONS
 from shoal.fleet.link import STALLED_S, Link, Stream
 from shoal.fleet.proxy import proxy_options
@@ -17,7 +18,6 @@ from shoal.fleet.wire import fleet_pb2_grpc as rpc
 CALL_TIMEOUT_S: Final = 60.0
 _STALLED: Final = "The host has let a transfer stall; it goes on where it was."
 MAX_EDGES: Final = 100
-MAX_ADDRESS: Final = 300
 _ENDED: Final = (grpc.aio.UsageError, asyncio.InvalidStateError)
 """What grpc raises, as it happens to notice it, where a call has ended under its user."""
 SERVICE: Final[str] = pb.DESCRIPTOR.services_by_name["Fleet"].full_name
@@ -111,8 +111,8 @@ class GrpcLink:
             raise _translated(error) from error
 
     def elsewhere(self, address: str) -> Link:
-        """The link to another Edge, with the same authority; this one where too many were named already."""
-        if address not in self._known and len(self._known) < MAX_EDGES and len(address) <= MAX_ADDRESS:
+        """The link to another Edge, with the same authority; this one where too many were named already, or what is named is no HOST:PORT."""
+        if address not in self._known and len(self._known) < MAX_EDGES and is_address(address):
             self._known[address] = other = GrpcLink(
                 address, ca=self._ca, server_name=self._server_name, client=self._client
             )

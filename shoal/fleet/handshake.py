@@ -18,6 +18,7 @@ from urllib.parse import unquote_to_bytes
 from cryptography import x509
 
 from shoal.errors import NetworkError, ProtocolError, StoreError
+from shoal.fleet.address import split
 from shoal.fleet.proxy import Proxy, proxy_for
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ class _Handshake:
         self._heard = 0
         self._raw = _connected(address, proxy_for(address), self._ends_s)
         self._in, self._out = ssl.MemoryBIO(), ssl.MemoryBIO()
-        name = server_name or address.rpartition(":")[0].strip("[]")
+        name = server_name or split(address)[0]
         self._tls = context.wrap_bio(self._in, self._out, server_hostname=name)
         try:
             self._shake()
@@ -203,8 +204,7 @@ def _load(context: ssl.SSLContext, client: ClientCertificate) -> str:
 
 
 def _connected(address: str, proxy: Proxy | None, ends_s: float) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    goal = (host.strip("[]"), int(port)) if proxy is None else (proxy.host, proxy.port)
+    goal = split(address) if proxy is None else (proxy.host, proxy.port)
     try:
         raw = socket.create_connection(goal, timeout=_left_s(address, ends_s))
     except OSError as error:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
 
+from shoal.fleet.address import split
 from shoal.fleet.check_in import MAX_WORD
 
 PREFIX: Final = "shoal1:"
@@ -57,6 +58,7 @@ class Invitation:
                 raise ValueError(
                     f"Expected an {what} of 1 to {_MOST_BYTES} bytes that can be printed, got {text[:MAX_WORD]!r}."
                 )
+        split(self.address)
         if len(self.plan_key) != _KEY_BYTES or len(self.pin) not in (0, PIN_BYTES):
             raise ValueError(
                 f"Expected a key of {_KEY_BYTES} bytes and a pin of 0 or {PIN_BYTES}, got {len(self.plan_key)} and {len(self.pin)}."

@@ -1,6 +1,6 @@
 """The model used where it is: the newest version that a device was sent of each task, answered without a host.
 
-One file a task in the device's `--state`, `models/….model`: the signed plan with its `predict`, and the tensors as they were sent. A newer version takes
+One file a task and host (the key that signs its plans) in the device's `--state`, `models/….model`: the signed plan with its `predict`, and the tensors as they were sent. A newer version takes
 its place in one rename, so who reads meanwhile reads either, whole. Nobody but the owner may read it. A device with private leaves (a head of its own, say) answers with these.
 """
 
@@ -73,8 +73,9 @@ def keep(folder: Path, plan: Plan, tensors: Tensors, *, run: str, version: int) 
         tensors: as the plan's manifest says.
         run, version: which they are.
     """
-    path = _path(folder, plan.manifest.task)
-    header = {"run": run, "version": version}
+    task, key = plan.manifest.task, plan.public_key.hex()
+    path = folder / "models" / f"{sha256(f'{key} {task}'.encode())[:32]}{SUFFIX}"
+    header = {"run": run, "version": version, "task": task, "key": key}
     if path.exists():
         kept = _header(path)
         if kept.get("run") == run and kept.get("version", 0) >= version:
@@ -126,29 +127,31 @@ def read(path: Path) -> KeptModel:
         raise PlanError(f"Expected a model that a device has kept in {path}: {error}") from error
 
 
-def find(folder: Path, task: str = "") -> KeptModel:
+def find(folder: Path, task: str = "", key: bytes | None = None) -> KeptModel:
     """The model of a task that a device has kept.
 
     Args:
         folder: its state folder.
         task: by name; empty: the only one.
+        key: that signed its plan; None: any, if there is one model alone.
 
     Raises:
-        DataError: there is none, or there are several and none was named.
+        DataError: there is none, or there are several.
     """
-    paths = [_path(folder, task)] if task else sorted(folder.glob(f"models/*{SUFFIX}"))
-    found = [read(path) for path in paths if path.exists()]
-    if not found:
+    heads = {path: _header(path) for path in sorted(folder.glob(f"models/*{SUFFIX}"))}
+    fit = [
+        path
+        for path, head in heads.items()
+        if task in ("", head.get("task")) and (key is None or head.get("key") == key.hex())
+    ]
+    if not fit:
         what = f"a model of task {task!r}" if task else "a model"
+        whose = "" if key is None else f" from the holder of key {key.hex()[:8]}…"
         raise DataError(
-            f"Expected {what} in {folder}: there is none yet. A device keeps one once it has been sent a version (shoal device … --state {folder}) of a "
-            "task that has `predict`."
+            f"Expected {what}{whose} in {folder}: there is none yet. A device keeps one once it has been sent a version (shoal device … --state {folder}) "
+            "of a task that has `predict`."
         )
-    if len(found) > 1:
-        names = ", ".join(sorted(model.name for model in found))
-        raise DataError(f"Expected one task's model in {folder}, there are several: name one of {names} with --task.")
-    return found[0]
-
-
-def _path(folder: Path, task: str) -> Path:
-    return folder / "models" / f"{sha256(task.encode())[:32]}{SUFFIX}"
+    if len(fit) > 1:
+        names = ", ".join(sorted(f"{heads[path].get('task')} (--key {heads[path].get('key')})" for path in fit))
+        raise DataError(f"Expected one model in {folder}, there are several: name one with --task or --key: {names}.")
+    return read(fit[0])

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from shoal.fleet.address import split
+
 NAMES: Final = ("grpc_proxy", "https_proxy", "HTTPS_PROXY", "http_proxy")
 
 
@@ -35,7 +37,7 @@ def proxy_for(address: str, environ: Mapping[str, str] = os.environ) -> Proxy | 
     Raises:
         ValueError: the environment names one that cannot be used.
     """
-    host = address.rpartition(":")[0].strip("[]")
+    host, _ = split(address)
     name = next((name for name in NAMES if environ.get(name)), None)
     left_out = {"no": environ.get("no_proxy") or environ.get("NO_PROXY") or ""}
     if name is None or is_loopback(host):

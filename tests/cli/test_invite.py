@@ -217,6 +217,9 @@ def test_a_second_machine_needs_one_line(
     assert joined.code == 0 and joined.json["counted"] == 9, joined
     assert len(list((tmp_path / "shoal-device").glob("authority-*.pem"))) == 1
     assert host.wait(20) == 0, host.text
+    assert (tmp_path / "shoal-device" / "invitation").stat().st_mode & 0o777 == 0o600
+    again = shoal("device", "--data", place / "users", "--in-process", "--patience", 1)
+    assert again.code == 1 and Invitation.parse(text).address in again.err, "it has kept the line"
 
 
 @pytest.mark.parametrize(("server", "lacks"), [("train.example.org:8500", "--insecure"), ("127.0.0.1:8500", "--state")])

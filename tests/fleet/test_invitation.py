@@ -17,10 +17,16 @@ ONE = Invitation(
 
 words = st.text(st.characters(min_codepoint=33, max_codepoint=0x24F, exclude_categories=["C", "Z"]), max_size=60)
 
+addresses = st.builds(
+    "{}:{}".format,
+    st.from_regex(r"[A-Za-z0-9]([a-z0-9.-]*[a-z0-9])?", fullmatch=True).map(lambda n: n[:200].rstrip(".-")),
+    st.integers(1, 65_535),
+)
+
 
 @given(
     st.builds(
-        Invitation, address=words.filter(bool), population=words.filter(bool), server_name=words, plan_key=st.binary(min_size=32, max_size=32),
+        Invitation, address=addresses, population=words.filter(bool), server_name=words, plan_key=st.binary(min_size=32, max_size=32),
         pin=st.sampled_from([b"", b"x" * 32]), token=st.sampled_from([b"", b"y" * 16]), expires_s=st.integers(0, (1 << 63) - 1),
     )
 )  # fmt: skip
@@ -90,7 +96,7 @@ def test_an_invitation_ends() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"address": ""}, {"population": "x" * 256}, {"plan_key": b"x"}, {"pin": b"x"}, {"token": b"x"}, {"server_name": "a\nb"}, {"expires_s": -1}],
+    [{"address": ""}, {"address": "two words:1"}, {"address": "no-port"}, {"population": "x" * 256}, {"plan_key": b"x"}, {"pin": b"x"}, {"token": b"x"}, {"server_name": "a\nb"}, {"expires_s": -1}],
 )  # fmt: skip
 def test_what_cannot_be_an_invitation_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="Expected"):

@@ -64,8 +64,8 @@ def trained(plan: Plan, built: Built, folder: Path, *, rounds: int = 3) -> tuple
     return store, run_id, runner
 
 
-def offline(plan: Plan, folder: Path | None) -> DeviceHost:
-    return DeviceHost(make_runner=JaxRunner, runtime=this_runtime(), state_folder=folder)
+def offline(plan: Plan, folder: Path | None, key: bytes | None = None) -> DeviceHost:
+    return DeviceHost(make_runner=JaxRunner, runtime=this_runtime(), state_folder=folder, trusted_key=key)
 
 
 def test_the_newest_version_that_was_sent_answers_without_a_host(tmp_path: Path) -> None:
@@ -92,12 +92,16 @@ def test_each_device_answers_with_leaves_of_its_own(tmp_path: Path) -> None:
     assert not np.allclose(answers[0], answers[1]) and not np.allclose(answers[0], answers[2])
 
 
-def test_another_host_that_names_its_run_alike_has_no_leaves_of_it(tmp_path: Path) -> None:
+def test_another_host_that_names_its_run_alike_has_no_leaves_of_it_and_takes_no_model_s_place(tmp_path: Path) -> None:
     built, plan = made(is_personal=True)
     _, run_id, _ = trained(plan, built, tmp_path)
     other = built.plan.sign(HostKeys(bytes(64)).signing)
     kept_model.keep(tmp_path, other, built.model, run=run_id, version=99)
-    predicted = asyncio.run(offline(other, tmp_path).predict("anna", {"x": np.zeros((1, D), np.float32)}))
+    x = {"x": np.zeros((1, D), np.float32)}
+    with pytest.raises(DataError, match="there are several: name one with --task or --key"):
+        asyncio.run(offline(other, tmp_path).predict("anna", x))
+    assert kept_model.find(tmp_path, key=plan.public_key).version == 2
+    predicted = asyncio.run(offline(other, tmp_path, key=other.public_key).predict("anna", x))
     np.testing.assert_allclose(predicted[0], built.model["params/b"], rtol=1e-6)
 
 
@@ -159,7 +163,7 @@ def test_which_model_is_meant_is_asked(tmp_path: Path) -> None:
     for name in ("one", "two"):
         built, plan = made(name=name)
         kept_model.keep(tmp_path, plan, built.model, run="a", version=1)
-    with pytest.raises(DataError, match="name one of one, two"):
+    with pytest.raises(DataError, match=r"--key: one \(--key \w+\), two"):
         kept_model.find(tmp_path)
     assert kept_model.find(tmp_path, "two").name == "two"
     with pytest.raises(DataError, match="task 'three'"):
