@@ -43,6 +43,14 @@ def kept_line(state: Path | None) -> str:
         return ""
 
 
+def kept_key(state: Path) -> bytes | None:
+    """Whose plans the folder's devices run, by the line that they came in by."""
+    from shoal.fleet.invitation import Invitation
+
+    line = kept_line(state)
+    return Invitation.parse(line).plan_key if line else None
+
+
 def read_invitation(line: str, given: dict[str, object], *, state: Path | None) -> "Invitation":
     """What a line says; whoever came in by it before, which `state` tells, may come again when it has ended: the host knows members.
 

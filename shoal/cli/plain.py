@@ -2,14 +2,14 @@
 
 A command's module says `typer.Option(…)` in its annotations. Where it is loaded through `load_command`, that is a note of ours
 with the same words, and the parser is made of these: so no option has to be written twice. What is covered is what
-`shoal device` needs: options (no arguments) of str, int, float, bool, Path and lists of them, with `min`.
+`shoal device` and `shoal predict` need: arguments without a default, and options of str, int, float, bool, Path and lists of them, with `min`.
 """
 
 import argparse
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -41,7 +41,15 @@ def load_command(module: str, name: str) -> Command:
     return command
 
 
-def run(command: Command, *, name: str, epilog: str, arguments: Sequence[str] | None = None, **fixed: object) -> None:
+def run(
+    command: Command,
+    *,
+    name: str,
+    epilog: str,
+    arguments: Sequence[str] | None = None,
+    left_out: Collection[str] = (),
+    **fixed: object,
+) -> None:
     """Runs it as a command line and ends the process, as `shoal` does.
 
     Args:
@@ -49,9 +57,10 @@ def run(command: Command, *, name: str, epilog: str, arguments: Sequence[str] | 
         name: of the program.
         epilog: below the help.
         arguments: None: those of the process.
+        left_out: parameters that cannot be given here.
         fixed: values that stand for options' own defaults.
     """
-    parser = _parser(command, name, epilog, fixed)
+    parser = _parser(command, name, epilog, left_out, fixed)
     try:
         given = vars(parser.parse_args(arguments))
         code: object = command(**given)
@@ -68,12 +77,16 @@ class _Parser(argparse.ArgumentParser):
         leave(wrong_use(self.prog, message))
 
 
-def _parser(command: Command, name: str, epilog: str, fixed: dict[str, object]) -> argparse.ArgumentParser:
+def _parser(
+    command: Command, name: str, epilog: str, left_out: Collection[str], fixed: dict[str, object]
+) -> argparse.ArgumentParser:
     parser = _Parser(
         prog=name, description=inspect.getdoc(command), epilog=epilog.replace("\b\n", ""), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     for parameter in inspect.signature(command).parameters.values():
+        if parameter.name in left_out:
+            continue
         default = fixed.get(parameter.name, parameter.default)
         _add(parser, parameter.name, parameter.annotation, default)
     return parser
@@ -87,6 +100,9 @@ def _add(parser: argparse.ArgumentParser, name: str, annotation: Any, default: o
     help = option.help.replace("%", "%%")
     if inner is bool:
         parser.add_argument(*option.names, dest=name, action="store_true", default=default, help=help)
+        return
+    if not option.names:
+        parser.add_argument(name, type=_converter(inner, option), metavar=option.metavar, help=help)
         return
     shown = option.show_default if isinstance(option.show_default, str) else default
     if not is_required and shown not in (None, ""):

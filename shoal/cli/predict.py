@@ -7,6 +7,7 @@ import typer
 
 from shoal.cli import options, words
 from shoal.cli.device import parse_key
+from shoal.cli.join import kept_key
 from shoal.cli.screen import Screen, Stopwatch
 
 if TYPE_CHECKING:
@@ -46,33 +47,44 @@ def predict(
         str, typer.Option("--task", help="In a device's folder: which task's model.", show_default="the only one")
     ] = "",
     key: Annotated[
-        str, typer.Option("--key", help="In a device's folder: whose plans are run; needed where they are native code.")
+        str,
+        typer.Option(
+            "--key",
+            help="In a device's folder: whose plans are run; needed where they are native code, unless the device came in by a line.",
+        ),
     ] = "",
     json: options.AsJson = False,
 ) -> None:
     """Predict with a version of a run, or with the newest that a device was sent.
 
     The task's source is not needed. On a device no host is asked, and no data leave."""
+    from shoal.fleet.device_file import FILE_NAME as DEVICE_FILE
+
     screen, watch = Screen(json=json), Stopwatch()
     fields = _read(input)
     if out is not None and out.suffix != ".npz":
         raise ValueError(f"Expected --out FILE.npz, got {out}.")
-    if (run / "models").is_dir():
+    if any((run / name).exists() for name in ("models", DEVICE_FILE)):
         if version is not None or run_id is not None:
             raise ValueError(
                 f"Expected neither --version nor --id with {run}, a device's folder: it keeps the newest version."
             )
-        return _on_device(run, fields, device, task, parse_key(key), out, screen, watch)
+        return _on_device(run, fields, device, task, parse_key(key) or kept_key(run), out, screen, watch)
     if device or task or key:
         raise ValueError(
             f"Expected a device's --state folder with --device, --task and --key, got {run}, which holds no models."
         )
-    import shoal
-    from shoal.record.run import latest_run
+    try:
+        from shoal.api import load
+        from shoal.record.run import latest_run
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{run} is no device's --state folder, and to read runs all of shoal has to be installed."
+        ) from error
 
     found = latest_run(run, task=run_id or "")
     run = found.path
-    model = shoal.load(run, version=version, task=found.run.id)
+    model = load(run, version=version, task=found.run.id)
     if not model.plan.manifest.variants("predict"):
         raise ValueError(
             f"Task {model.name!r} has no `predict`. Give it one: (params, state, batch) -> (B, …); where {run} has runs of "

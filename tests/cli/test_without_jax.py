@@ -244,18 +244,36 @@ def test_devices_with_and_without_jax_train_together(
     with open_run(tmp_path / "run") as run:
         _, error = run.history("error")
         assert error[-1] < 0.5 * error[0]
-    _predicts_as_jax(shoal, tmp_path, place, key)
+    _predicts_as_jax(shoal, tmp_path, without_jax, key)
 
 
-def _predicts_as_jax(shoal: Shoal, tmp_path: Path, place: Path, key: str) -> None:
+def _predicts_as_jax(shoal: Shoal, tmp_path: Path, without_jax: dict[str, str], key: str) -> None:
     """What the device has kept answers as the run's own version does, and only for the key."""
     x = np.linspace(-1, 1, 9, dtype=np.float32)
     np.savez(tmp_path / "x.npz", x=x)
     refused = shoal("predict", tmp_path / "kept", tmp_path / "x.npz")
     assert refused.code == 1 and "Expected --key" in last(refused.err)
     other = shoal("predict", tmp_path / "kept", tmp_path / "x.npz", "--key", "ab" * 32)
-    assert other.code == 1 and "this device trusts abab" in last(other.err)
+    assert other.code == 1 and "from the holder of key abab" in last(other.err)
     kept = shoal("predict", tmp_path / "kept", tmp_path / "x.npz", "--key", key, "--json")
     assert kept.code == 0, kept
+    without = subprocess.run(
+        [sys.executable, "-m", "shoal.cli.device_main", "predict", tmp_path / "kept", tmp_path / "x.npz", "--key", key, "--json"],
+        env=without_jax, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert without.returncode == 0, without.stderr
+    assert json.loads(without.stdout)["prediction"] == kept.json["prediction"]
     whole = shoal("predict", tmp_path / "run", tmp_path / "x.npz", "--version", kept.json["version"], "--json")
     np.testing.assert_allclose(kept.json["prediction"], whole.json["prediction"], rtol=1e-5, atol=1e-6)
+
+
+def test_shoal_device_predicts_with_what_a_device_has_kept_alone(
+    without_jax: dict[str, str], place: Path, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "x.npy", np.ones(3))
+    for folder, words in ((tmp_path, "no device's --state folder"), (tmp_path / "none", "no device's --state folder")):
+        done = subprocess.run(
+            [sys.executable, "-m", "shoal.cli.device_main", "predict", folder, tmp_path / "x.npy"],
+            env=without_jax, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 1 and words in done.stderr and len(done.stderr.splitlines()) == 1, done
