@@ -261,7 +261,9 @@ def test_plans_that_hold_examples_out_and_rules_with_options() -> None:
 def test_what_a_device_comes_in_by() -> None:
     """The line of an invitation; what a member shows; what a device is called in which window."""
     secret = DeviceSecret(bytes(range(32)))
-    pseudonyms = Pseudonyms(secret=secret, population="watches", device="anna", window_s=86_400.0)
+    pseudonyms = Pseudonyms(
+        secret=secret, host="train.example.org:443", population="watches", device="anna", window_s=86_400.0
+    )
     invitation = Invitation(
         address="train.example.org:443", server_name="host", population="watches", plan_key=bytes(32), pin=b"p" * 32, token=b"t" * 16,
         expires_s=2_000_000_000,

@@ -111,7 +111,9 @@ class Settings:
         """What a device is called in which window; None: always the same."""
         if self.pseudonym_window_s is None:
             return None
-        return Pseudonyms(secret=secret, population=population, device=device, window_s=self.pseudonym_window_s)
+        return Pseudonyms(
+            secret=secret, host=self.server, population=population, device=device, window_s=self.pseudonym_window_s
+        )
 
 
 def choose(population: Population, *, first: int, count: int | None) -> tuple[str, ...]:

@@ -61,6 +61,8 @@ class Pseudonyms:
     """
 
     secret: DeviceSecret
+    host: str
+    """HOST:PORT: two hosts that compare what they store find no name twice."""
     population: str
     device: str
     """Its own name for itself, which nobody else is told."""
@@ -72,7 +74,9 @@ class Pseudonyms:
     def name(self, wall_s: float) -> str:
         """At a time, in seconds since the epoch."""
         number = floor(self._windows(wall_s))
-        return _mac(self.secret.data, b"pseudonym", self.population, self.device, str(number)).hex()[:_NAME_DIGITS]
+        return _mac(self.secret.data, b"pseudonym", self.host, self.population, self.device, str(number)).hex()[
+            :_NAME_DIGITS
+        ]
 
     def left_s(self, wall_s: float) -> float:
         """How long the name of that time is good, in seconds; above 0."""
@@ -80,7 +84,10 @@ class Pseudonyms:
         return (floor(windows) + 1 - windows) * self.window_s
 
     def _windows(self, wall_s: float) -> float:
-        shift = int.from_bytes(_mac(self.secret.data, b"window", self.population, self.device)[:6], "big") / 2**48
+        shift = (
+            int.from_bytes(_mac(self.secret.data, b"window", self.host, self.population, self.device)[:6], "big")
+            / 2**48
+        )
         return wall_s / self.window_s + shift
 
 

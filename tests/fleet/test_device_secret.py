@@ -27,7 +27,7 @@ DAY_S = 86_400.0
 
 def names(**changes: Any) -> Pseudonyms:
     return Pseudonyms(
-        **{"secret": SECRET, "population": "default", "device": "anna", "window_s": DAY_S, **changes}
+        **{"secret": SECRET, "host": "train.example.org:443", "population": "default", "device": "anna", "window_s": DAY_S, **changes}
     )  # fmt: skip
 
 
@@ -40,10 +40,15 @@ def test_a_name_lasts_its_window_and_no_longer(wall_s: float, window_s: float) -
     assert made.name(wall_s) != made.name(wall_s + left_s + 1e-3 * window_s)
 
 
-def test_names_differ_by_window_device_population_and_secret() -> None:
+def test_names_differ_by_window_device_host_population_and_secret() -> None:
     days = [names().name(day * DAY_S) for day in range(100)]
-    others = [names(device="bert"), names(population="x"), names(secret=DeviceSecret(bytes(32)))]
-    assert len({*days, *(each.name(0.0) for each in others)}) == 103
+    others = [
+        names(device="bert"),
+        names(host="other.example.org:443"),
+        names(population="x"),
+        names(secret=DeviceSecret(bytes(32))),
+    ]
+    assert len({*days, *(each.name(0.0) for each in others)}) == 104
     assert all(len(name) == 32 for name in days)
 
 
