@@ -155,6 +155,7 @@ def take(
     """
     from shoal.cli import take_process
     from shoal.cli.ending import end_with_parent
+    from shoal.cli.host_checks import read_certificates
     from shoal.cli.words import parse_duration, parse_size
     from shoal.fleet import address
     from shoal.fleet.take import Terms
@@ -171,7 +172,7 @@ def take(
         stays=stay,
         patience_s=parse_duration(patience),
     )
-    authority = None if ca is None else ca.read_bytes()
+    authority = None if ca is None else read_certificates(ca, option="--ca")
     take_process.run(
         terms, store, server, authority, server_name or None, screen=Screen(json=json), watch=Stopwatch(), parent=parent
     )

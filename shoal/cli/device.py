@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shoal.cli import options
+from shoal.cli.host_checks import read_certificates
 from shoal.cli.join import (
     STATE,
     Door,
@@ -250,7 +251,7 @@ def device(
     limit = options_memory(memory)
     for condition in when or ():
         validate.one_of(CONDITIONS, **{"--when": condition})
-    authority = None if ca is None else ca.read_bytes()
+    authority = None if ca is None else read_certificates(ca, option="--ca")
     if server_name and authority is None:
         raise ValueError("--server-name is for a host with TLS: give its authority with --ca FILE too.")
     if id and len(id.encode()) > 100:

@@ -11,6 +11,7 @@ from typing import Final
 
 from shoal.cli import words
 from shoal.cli.ending import run_until_told
+from shoal.cli.host_checks import read_certificates
 from shoal.cli.host_edges import RESTART, read_credential
 from shoal.cli.screen import Screen
 from shoal.clock import SystemClock
@@ -71,7 +72,7 @@ async def _serve(settings: Settings, folder: Path, screen: Screen) -> None:
     node = EdgeNode(
         settings.coordinator, credential=read_credential(settings.credential), name=settings.name,
         blobs=FolderBlobs(folder), clock=SystemClock(), address=settings.public,
-        ca=None if settings.ca is None else settings.ca.read_bytes(), server_name=settings.server_name or None,
+        ca=None if settings.ca is None else read_certificates(settings.ca, option="--ca"), server_name=settings.server_name or None,
         entrance=Entrance(per_address=settings.per_address), on_lost=restarts,
     )  # fmt: skip
     tls = read_tls(settings.tls_key, settings.tls_cert) if settings.tls_key and settings.tls_cert else None

@@ -23,12 +23,19 @@ def check_client_ca(file: Path | None, *, tls: bool) -> None:
         raise ValueError(
             "Expected TLS with --client-ca: add --tls, or --tls-cert and --tls-key, and leave out --insecure."
         )
+    read_certificates(file, option="--client-ca")
+
+
+def read_certificates(file: Path, *, option: str) -> bytes:
+    """A file of PEM certificates. Raises ValueError where it is none."""
     from cryptography import x509
 
+    data = file.read_bytes()
     try:
-        x509.load_pem_x509_certificates(file.read_bytes())
+        x509.load_pem_x509_certificates(data)
     except ValueError as error:
-        raise ValueError(f"Expected PEM certificates in --client-ca {file}, got something else: {error}.") from error
+        raise ValueError(f"Expected PEM certificates in {option} {file}, got something else: {error}.") from error
+    return data
 
 
 def check_tls(address: str, *, tls: bool, cert: Path | None, key: Path | None, insecure: bool) -> None:

@@ -17,10 +17,11 @@ from shoal.cli.ending import run_until_told
 from shoal.cli.evaluation import Evaluation
 from shoal.cli.failures import Stopped, command_line
 from shoal.cli.host_asked import Asked
-from shoal.cli.host_checks import reserve
+from shoal.cli.host_checks import read_certificates, reserve
 from shoal.cli.host_door import EVERY_ADDRESS, DoorFile
 from shoal.cli.host_edges import EdgeSettings, attached
 from shoal.cli.host_run import ServedRun, follow
+from shoal.cli.join import LOOK_S
 from shoal.cli.run_summary import RunSummary, summarize
 from shoal.cli.screen import Screen, Stopwatch
 from shoal.clock import SystemClock
@@ -232,6 +233,8 @@ async def _serve(settings: Settings, store: Store, keys: HostKeys, held_out: Exa
         evaluated = [follow(store, run_id, keys, screen) for run_id in following]
         host = _together(store, runs, evaluated, entrance) if several else runs[0].host
         address, telemetry = joined(settings.address, settings.port), _telemetry(settings, store)
+        if telemetry is not None and (why := await asyncio.to_thread(_no_helper, settings)):
+            screen.say(f"the telemetry helper does not answer: {why} Reports wait for it")
         async with served(host, evaluations, address=address, tls=tls, telemetry=telemetry) as server:
             _announce(settings, post(server.port), ca, screen)
             await host.run()
@@ -349,8 +352,17 @@ def _entrance(settings: Settings, members: Members | None) -> Entrance:
 def _telemetry(settings: Settings, store: Store) -> TelemetryHost | None:
     if not settings.telemetry:
         return None
-    ca = None if settings.telemetry_ca is None else settings.telemetry_ca.read_bytes()
+    ca = None if settings.telemetry_ca is None else read_certificates(settings.telemetry_ca, option="--telemetry-ca")
     return TelemetryHost(store, settings.run_ids[0], GrpcHelperLink(settings.telemetry, ca=ca), clock=SystemClock())
+
+
+def _no_helper(settings: Settings) -> str:
+    """Why the helper cannot be had: else that would be found out when the first day is over."""
+    from shoal.fleet.handshake import refusal, unreached
+
+    where, ca = settings.telemetry, settings.telemetry_ca
+    why = unreached(where, timeout_s=LOOK_S)
+    return why or (refusal(where, ca=ca.read_bytes(), timeout_s=LOOK_S) if ca is not None else "")
 
 
 def _tls(settings: Settings) -> tuple[Tls | None, Path | None]:

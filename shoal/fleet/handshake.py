@@ -64,6 +64,15 @@ def pinned_certificate(address: str, pin: bytes, *, timeout_s: float = TIMEOUT_S
     )
 
 
+def unreached(address: str, *, timeout_s: float = TIMEOUT_S) -> str:
+    """Why nobody answers at host:port, in words; "" where somebody does."""
+    try:
+        _connected(address, proxy_for(address), time.monotonic() + timeout_s).close()
+    except NetworkError as error:
+        return str(error)
+    return ""
+
+
 def refusal(
     address: str, *, ca: bytes, client: ClientCertificate | None = None, server_name: str = "", timeout_s: float = TIMEOUT_S
 ) -> str:  # fmt: skip

@@ -16,7 +16,7 @@ from shoal.errors import DataError, NetworkError, ProtocolError, StoreError
 from shoal.fleet import handshake
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import Tls
-from shoal.fleet.handshake import ClientCertificate, pinned_certificate, refusal
+from shoal.fleet.handshake import ClientCertificate, pinned_certificate, refusal, unreached
 from shoal.fleet.tls import load_or_make_tls, make_tls, names_in, pin_of, read_tls
 from shoal.fleet.tls_authority import issue, make_authority
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -237,3 +237,10 @@ async def test_a_handshake_that_stalls_is_ended_and_an_honest_device_is_served(
         for reader, writer in stalled:
             assert await asyncio.wait_for(reader.read(100), timeout=5) == b""
             writer.close()
+
+
+def test_whether_anybody_answers_is_found_out_before_it_is_needed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert unreached(f"127.0.0.1:{port}") == ""
+    assert f"Cannot reach 127.0.0.1:{port}" in unreached(f"127.0.0.1:{port}")
