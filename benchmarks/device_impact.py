@@ -6,8 +6,8 @@ matrices in the first-level cache), memory (copies of 64 MiB) and waking (a prog
 that takes, as a user feels it). Judged at the default priority; beside it what `low` and `normal` cost, and a foreground on one core only: its neighbour is
 then the device's, which no priority prevents (they share memory, and where cores are threads of one, more), but `--when idle` does.
 
-I2: a device that has checked in and waits, with conditions looked at every few seconds: resident memory of all its processes, and processor time
-over a minute.
+I2: a device that has checked in and waits: of `shoal-device`, JAX-free, see `device_idle.py`; beside it `shoal device` with JAX, with conditions looked at
+every few seconds: resident memory of all its processes, and processor time over a minute.
 """
 
 import multiprocessing
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import c_double
+from importlib.util import find_spec
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,8 @@ from typing import Any, Final
 import numpy as np
 import psutil
 
+from benchmarks.device_idle import idle as measure_idle
+from benchmarks.device_idle import idle_goals
 from benchmarks.frame import Goal, percentile_interval, run, table
 
 HERE: Final = Path(__file__).parent
@@ -75,10 +78,14 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
         (r for r in rows if r["priority"] == "lowest" and r["cores"] == os.cpu_count()), key=lambda r: r["slower"]
     )
     why = "it needs the full run" if quick else ""
+    lacks = "" if find_spec("iree") is not None and find_spec("iree.compiler") is not None else "it needs shoal[iree]"
+    idle = None if why or lacks else measure_idle()
     goals = [
-        Goal("I1", f"slow-down of a foreground on the same cores, the worst of three ({judged['foreground']}), in %", 100 * judged["slower"], "<= 5", why),
+        Goal("I1", f"slow-down of a foreground on the same cores, the worst of three ({judged['foreground']}), in %", 100 * judged["slower"], "<= 5", why,
+             100 * judged["high"]),
+        *idle_goals(idle, why or lacks),
     ]  # fmt: skip
-    return goals, {"rows": rows, "waiting": waiting}
+    return goals, {"rows": rows, "waiting": waiting, "idle": idle}
 
 
 # The device.

@@ -5,15 +5,11 @@ seconds of computing as the child tells them, at the same number of threads. The
 alone, which any x86-64 with AVX2 runs, stands beside, and so does what compiling took. The worst ratio is judged, at the worse end of its interval.
 
 R2: bytes of everything but Python itself, pip and setuptools. `pip install` is what a fresh environment holds after `pip install packaging/shoal-device`,
-compiled Python included; `bundle` is what `packaging/shoal-device/bundle.py $SHOAL_PEERS/device-bundle --numpy WHEEL` made beforehand, from a wheel of NumPy
-without BLAS: that takes a compiler and minutes.
-
-I2: `shoal-device` from that environment, waiting for a round of a host on this machine: its own memory (PSS, and RSS beside) and processor time, its children's
-included, before its first round and after one, when the process that runs programs has gone.
+compiled Python included; `bundle` is what `packaging/shoal-device/bundle.py OUT --without-blas $SHOAL_PEERS/wheels` makes, with a NumPy without BLAS: the first time that takes a
+compiler and minutes.
 """
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,10 +22,10 @@ from typing import Any, Final
 
 import numpy as np
 import optax
-import psutil
 from flax import nnx
 
 import shoal
+from benchmarks.device_idle import PACKAGE, device_environment
 from benchmarks.frame import PEERS, Goal, percentile_interval, run, table
 from shoal.plan.build import Built, build
 from shoal.plan.child import ChildRunner
@@ -37,9 +33,6 @@ from shoal.plan.child_engines import EngineName
 from shoal.plan.iree_targets import TARGETS, this_runtime
 from shoal.tensors import Tensors
 
-ROOT: Final = Path(__file__).parents[1]
-PACKAGE: Final = ROOT / "packaging" / "shoal-device"
-BUNDLE: Final = PEERS / "device-bundle"
 BLOCKS: Final = 3
 B: Final = 32
 K: Final = 4
@@ -47,9 +40,6 @@ PAIRS: Final = 20
 THREADS: Final = (1, 2)
 ENGINES: Final[tuple[EngineName, ...]] = ("iree", "jax")
 OTHER_THAN_SHOAL: Final = ("pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils-precedence")
-IDLE_S: Final = 30.0
-GONE_S: Final = 40.0
-"""After its last round a device's process for programs has ended."""
 
 
 class Mlp(nnx.Module):
@@ -83,14 +73,12 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     judged = [speed for speed in speeds if speed.variant == "best"]
     worst = max(judged, key=lambda speed: speed.high)
     installed = None if quick else _installed()
-    idle = None if quick else _idle()
     why = "a quick run is short" if quick else ""
     goals = [
         Goal("R1", "training by IREE, times XLA's, the worst of CNN and MLP at 1 and 2 threads", worst.ratio, "<= 1.3", why, worst.high),
         *_size_goals(installed),
-        *_idle_goals(idle),
     ]  # fmt: skip
-    return goals, {"speeds": [vars(speed) for speed in speeds], "installed": installed, "idle": idle}
+    return goals, {"speeds": [vars(speed) for speed in speeds], "installed": installed}
 
 
 # R1.
@@ -205,22 +193,15 @@ def _empty_cache() -> Iterator[None]:
 
 def _installed() -> dict[str, dict[str, float]]:
     """Way to install -> package -> MB."""
-    found = {"pip install": _packages(_environment())}
-    if BUNDLE.is_dir():
-        found["bundle"] = _packages(BUNDLE)
+    found = {"pip install": _packages(device_environment())}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "bundle"
+        subprocess.run([sys.executable, PACKAGE / "bundle.py", out, "--without-blas", PEERS / "wheels"], check=True)
+        found["bundle"] = _packages(out)
     for way, packages in found.items():
         most = sorted(packages.items(), key=lambda item: -item[1])
         print(f"{way}: {sum(packages.values()):.1f} MB: " + ", ".join(f"{name} {size:.1f}" for name, size in most[:10]))
     return found
-
-
-def _environment() -> Path:
-    """A fresh environment with `shoal-device`, made anew each time; its libraries' folder."""
-    place = PEERS / "device-environment"
-    subprocess.run([sys.executable, "-m", "venv", "--clear", place], check=True)
-    subprocess.run([place / "bin" / "pip", "install", "--quiet", PACKAGE], check=True)
-    (libraries,) = place.glob("lib/python*/site-packages")
-    return libraries
 
 
 def _packages(folder: Path) -> dict[str, float]:
@@ -235,118 +216,7 @@ def _packages(folder: Path) -> dict[str, float]:
 def _size_goals(installed: dict[str, dict[str, float]] | None) -> Iterator[Goal]:
     totals = {way: sum(packages.values()) for way, packages in (installed or {}).items()}
     yield Goal("R2", "MB that `pip install` of shoal-device takes", totals.get("pip install"), "<= 80")
-    missing = (
-        "" if installed is None or "bundle" in totals else f"make it: {PACKAGE / 'bundle.py'} {BUNDLE} --numpy WHEEL"
-    )
-    yield Goal("R2b", "MB of the bundle, NumPy without BLAS", totals.get("bundle"), "<= 80", missing)
-
-
-# I2.
-
-LINE: Final = """
-import jax.numpy as jnp
-import shoal
-
-task = shoal.Task(
-    name="line", init=lambda key: {"w": jnp.zeros(())}, batch={"x": ((), "float32"), "y": ((), "float32")},
-    loss=lambda params, state, batch, key: jnp.square(params["w"] * batch["x"] - batch["y"]),
-    local=shoal.Local(batch_size=4), rounds=shoal.RoundPolicy(goal=2, minimum_group=2),
-)
-"""
-
-
-def _idle() -> dict[str, dict[str, float]]:
-    """State -> MB and percent of a core. Rounds need two devices: one waits until another comes, and when that has gone."""
-    found = {}
-    with tempfile.TemporaryDirectory() as text:
-        folder = Path(text)
-        (folder / "line.py").write_text(LINE)
-        np.savez(folder / "me.npz", x=np.ones(5, np.float32), y=np.ones(5, np.float32))
-        with _host(folder) as address, _device(folder, address, "one") as device:
-            time.sleep(10.0)
-            found["before work"] = _taken(psutil.Process(device.pid))
-            with _device(folder, address, "two"):
-                time.sleep(15.0)
-            rounds = len(re.findall(r"version +\d+/", (folder / "host.log").read_text()))
-            time.sleep(GONE_S)
-            found["after rounds"] = _taken(psutil.Process(device.pid))
-    print(f"between the two it took part in {rounds} rounds")
-    table(
-        ["a device that waits", "PSS, MB", "RSS, MB", "threads", "children", "% of a core"],
-        [
-            [state, *(f"{row[name]:.3g}" for name in ("pss", "rss", "threads", "children", "cpu"))]
-            for state, row in found.items()
-        ],
-    )
-    return found
-
-
-@contextmanager
-def _host(folder: Path) -> Iterator[str]:
-    ready, (target,) = folder / "ready", _targets("best")
-    command = [
-        "host",
-        folder / "line.py",
-        "--port",
-        0,
-        "--run",
-        folder / "run",
-        "--iree",
-        target,
-        "--rounds",
-        1_000_000,
-        "--ready-file",
-        ready,
-    ]
-    windows = ["--selection-window", 100_000, "--over-selection", 1, "--reporting-window", 5]
-    with _process([sys.executable, "-m", "shoal", *command, *windows], folder / "host.log"):
-        while not ready.exists():
-            time.sleep(0.2)
-        yield ready.read_text()
-
-
-@contextmanager
-def _device(folder: Path, address: str, name: str) -> "Iterator[subprocess.Popen[bytes]]":
-    (key,) = re.findall(r"--key ([0-9a-f]{64})", (folder / "host.log").read_text())
-    command = PEERS / "device-environment" / "bin" / "shoal-device"
-    given = ["--server", address, "--data", folder / "me.npz", "--key", key, "--id", name]
-    with _process([command, *given], folder / f"{name}.log") as process:
-        yield process
-
-
-@contextmanager
-def _process(command: Sequence[object], log: Path) -> "Iterator[subprocess.Popen[bytes]]":
-    with log.open("w") as file:
-        process = subprocess.Popen([str(word) for word in command], stdout=file, stderr=file, cwd=log.parent)
-        try:
-            yield process
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def _taken(device: psutil.Process) -> dict[str, float]:
-    children = device.children(recursive=True)
-    all_of_it = [device, *children]
-    memory = [process.memory_full_info() for process in all_of_it]
-    before, begun = sum(sum(process.cpu_times()[:2]) for process in all_of_it), time.monotonic()
-    time.sleep(IDLE_S)
-    after = sum(sum(process.cpu_times()[:2]) for process in all_of_it)
-    return {
-        "pss": sum(each.pss for each in memory) / 1e6, "rss": sum(each.rss for each in memory) / 1e6, "threads": device.num_threads(),
-        "children": len(children), "cpu": 100 * (after - before) / (time.monotonic() - begun),
-    }  # fmt: skip
-
-
-def _idle_goals(idle: dict[str, dict[str, float]] | None) -> Iterator[Goal]:
-    rows = list((idle or {}).values())
-    yield Goal(
-        "I2a",
-        "MB (PSS) of a device that waits, the more of before and after a round",
-        max((r["pss"] for r in rows), default=None),
-        "<= 60",
-    )
-    yield Goal("I2b", "% of a core that it takes", max((r["cpu"] for r in rows), default=None), "<= 0.1")
+    yield Goal("R2b", "MB of the bundle, NumPy without BLAS", totals.get("bundle"), "<= 80")
 
 
 if __name__ == "__main__":
