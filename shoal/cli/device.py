@@ -367,17 +367,19 @@ def options_memory(text: str) -> int:
 
 
 def _helper(text: str) -> bytes | None:
-    from shoal.privacy.masks import are_keys
+    if not text:
+        return None
+    from shoal.privacy.masks import are_keys  # what it needs is much
 
     try:
         made = bytes.fromhex(text)
     except ValueError:
         made = b"?"
-    if made and not are_keys(made):
+    if not are_keys(made):
         raise ValueError(
             f"Expected --telemetry KEY of 64 hexadecimal digits, as `shoal telemetry helper` prints it, got {text!r}."
         )
-    return made or None
+    return made
 
 
 def parse_key(text: str) -> bytes | None:

@@ -91,14 +91,14 @@ def join(invitation: "Invitation", *, state: Path | None, patience_s: float, scr
 
 def refuse_unwelcome(door: Door, client: "ClientCertificate | None") -> None:
     """Raises NetworkError where host and device do not believe each other's certificates, ValueError where a file is wrong."""
-    from shoal.fleet.handshake import refusal
-
     if door.authority is None:
         if client is not None:
             raise ValueError(
                 "--client-cert is for a host with TLS: give its authority with --ca FILE, or an invitation with --join."
             )
         return
+    from shoal.fleet.handshake import refusal  # it brings much that a device without TLS has no use for
+
     if client is not None:
         refuse_ended(client)
     if why := refusal(door.server, ca=door.authority, client=client, server_name=door.server_name, timeout_s=LOOK_S):
@@ -138,11 +138,13 @@ def refuse_ended(client: "ClientCertificate") -> None:
 
 def client_certificate(certificate: Path | None, key: Path | None) -> "ClientCertificate | None":
     """What --client-cert and --client-key name. Raises ValueError where one is missing."""
-    from shoal.fleet.handshake import ClientCertificate
-
     if (certificate is None) != (key is None):
         raise ValueError("Expected --client-cert and --client-key together.")
-    return None if certificate is None or key is None else ClientCertificate(certificate, key)
+    if certificate is None or key is None:
+        return None
+    from shoal.fleet.handshake import ClientCertificate
+
+    return ClientCertificate(certificate, key)
 
 
 def pseudonym_window_s(text: str, *, member: Path | None, client: Path | None, joins: bool) -> float | None:
