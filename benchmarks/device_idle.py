@@ -21,7 +21,7 @@ from benchmarks.frame import PEERS, Goal, table
 from shoal.plan.iree_targets import TARGETS, this_runtime
 
 PACKAGE: Final = Path(__file__).parents[1] / "packaging" / "shoal-device"
-IDLE_S: Final = 30.0
+IDLE_S: Final = 90.0
 GONE_S: Final = 40.0
 """After its last round a device's process for programs has ended."""
 

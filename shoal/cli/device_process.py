@@ -27,7 +27,6 @@ from shoal.fleet.example_ledger import DELTA, epsilon
 from shoal.fleet.floor import Floor
 from shoal.fleet.gate import Gate
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.meter import Meter
 from shoal.fleet.politeness import LEAVE_S, Politeness, while_open
 from shoal.fleet.process import switch_threads_often
 from shoal.plan.child_engines import EngineName
@@ -36,6 +35,7 @@ from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.priority import Priority
 from shoal.plan.runner import Limits, Runner
+from shoal.plan.signature import is_good, is_good_apart
 from shoal.record.lock import only_writer
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def make_host(settings: Settings, runtime: Runtime, *, looks_only: bool = False)
     return DeviceHost(
         make_runner=partial(_make_runner, settings), runtime=runtime, trusted_key=settings.trusted_key,
         limits=Limits(memory_bytes=settings.memory_bytes), state_folder=settings.state, looks_only=looks_only, floor=settings.floor,
-        identity=settings.identity,
+        identity=settings.identity, is_signed=is_good_apart if settings.engine == "iree" else is_good,
     )  # fmt: skip
 
 
@@ -322,7 +322,7 @@ def _gate(settings: Settings, host: DeviceHost, devices: Sequence[Device]) -> Ga
     def moved_bytes() -> int:
         return host.down_bytes + sum(device.progress.up_bytes for device in devices)
 
-    return settings.politeness.gate(Meter(host.processes, moved_bytes), file=host.file, clock=host.clock)
+    return settings.politeness.gate(host.processes, moved_bytes, file=host.file, clock=host.clock)
 
 
 def _telemetry(settings: Settings, host: DeviceHost) -> "dict[str, TelemetryDevice]":

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from typing import Final, final
+from typing import Final, Protocol, final, runtime_checkable
 
 from shoal import validate
 
@@ -59,3 +59,22 @@ class Eligibility:
         if not self.wanted or now_s - self._since_s >= self._settle_s:
             return ""
         return f"its conditions have held for less than {self._settle_s:g} s"
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Reads the conditions. Calls may take a while."""
+
+    def read(self) -> Conditions:
+        """Raises DataError: it could not be read."""
+        ...
+
+
+def untold(probe: Probe, wanted: tuple[str, ...]) -> str:
+    """What of the wanted conditions cannot be told here, in words; empty: nothing. Raises as `Probe.read`.
+
+    Whether a machine is idle shows only after a while.
+    """
+    read = probe.read()
+    unknown = [f.name for f in fields(read) if f.name in wanted and f.name != "idle" and getattr(read, f.name) is None]
+    return " or ".join(unknown)

@@ -33,6 +33,7 @@ from shoal.plan.check import check_plan, readable
 from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
+from shoal.plan.signature import is_good
 from shoal.tensors import Index, Tensors, from_bytes, sha256, total_bytes
 
 if TYPE_CHECKING:
@@ -94,6 +95,8 @@ class DeviceHost:
     """With its certificate, for secure groups of certified members."""
     state_folder: Path | None = None
     """Where what devices keep outlives the process (`device_file.py`, `kept_model.py`); None: in memory."""
+    is_signed: Callable[[bytes, bytes, bytes], bool] = is_good
+    """Whether a key's signature of a message is good (`plan/signature.py`)."""
     random: Callable[[int], bytes] = os.urandom
     """So many bytes that nobody can foretell, for noise on examples."""
     clock: Clock = field(default_factory=SystemClock)
@@ -160,7 +163,8 @@ class DeviceHost:
         data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
         manifest = Manifest.parse(data)
         unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
-        unproven.verify(self.trusted_key if self.trusted_key is not None else unproven.public_key)
+        trusted = self.trusted_key if self.trusted_key is not None else unproven.public_key
+        await asyncio.to_thread(unproven.verify, trusted, self.is_signed)
         self._trust(unproven.public_key)
         check_plan(manifest, self.limits)
         if (kept := total_bytes(manifest.device_state)) > MOST_STATE_BYTES:
@@ -177,7 +181,7 @@ class DeviceHost:
         needed = (*DEVICE_PROGRAMS, *(("predict",) if self.state_folder is not None and "predict" in chosen else ()))
         programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in needed}
         plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
-        plan.verify(plan.public_key)
+        plan.check_programs()
         spent.wire_s += time.perf_counter() - begun_s
         runner = await asyncio.to_thread(self.make_runner, plan)
         return Prepared(plan, runner)

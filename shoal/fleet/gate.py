@@ -13,10 +13,9 @@ from typing import Final, final
 
 from shoal.clock import Clock
 from shoal.errors import DataError, StoreError
-from shoal.fleet.conditions import Conditions, Eligibility
+from shoal.fleet.conditions import Conditions, Eligibility, Probe
 from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.impact import Impact, ImpactBudget, Sample
-from shoal.fleet.probe import Probe
 
 log = logging.getLogger("shoal.device")
 

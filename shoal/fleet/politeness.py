@@ -2,18 +2,17 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from shoal.clock import Clock
 from shoal.errors import DataError
-from shoal.fleet.conditions import SETTLE_S, Eligibility
+from shoal.fleet.conditions import SETTLE_S, Eligibility, Probe, untold
 from shoal.fleet.device import Device
 from shoal.fleet.device_file import DeviceFile
 from shoal.fleet.gate import Gate
 from shoal.fleet.impact import ImpactBudget
-from shoal.fleet.meter import Meter
-from shoal.fleet.probe import OwnersProbe, Probe, SystemProbe, untold
 
 log = logging.getLogger("shoal.device")
 
@@ -34,8 +33,16 @@ class Politeness:
     budget: ImpactBudget = field(default_factory=ImpactBudget)
     """What a day may cost."""
 
-    def gate(self, meter: Meter, *, file: DeviceFile, clock: Clock) -> Gate | None:
+    def gate(
+        self, processes: Callable[[], list[int]], moved_bytes: Callable[[], int], *, file: DeviceFile, clock: Clock
+    ) -> Gate | None:
         """What lets devices work while the machine may; None: they always may.
+
+        Args:
+            processes: ids of those that run programs now.
+            moved_bytes: down and up, since the process began.
+            file: where each day's costs are kept.
+            clock: time.
 
         Raises:
             ValueError: what is asked for cannot be told here, or what says so is given and nothing asked for.
@@ -46,6 +53,10 @@ class Politeness:
             )
         if not self.when and not self.budget.given():
             return None
+        from shoal.fleet.meter import Meter  # with these comes psutil, which has 4 MB
+        from shoal.fleet.probe import OwnersProbe, SystemProbe
+
+        meter = Meter(processes, moved_bytes)
         system = SystemProbe(meter.cpu_s)
         probe = OwnersProbe(self.probe, system) if self.probe else system
         if self.when and (unknown := _untold(probe, self.when)):

@@ -9,14 +9,14 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Final, Protocol, final, runtime_checkable
+from typing import Final, final
 
 import psutil
 
 from shoal.errors import DataError
-from shoal.fleet.conditions import CONDITIONS, Conditions
+from shoal.fleet.conditions import CONDITIONS, Conditions, Probe
 
 IDLE_BELOW: Final = 0.15
 """Share of all cores that others may use on an idle machine."""
@@ -30,15 +30,6 @@ _METERED: Final = ("wwan", "ppp", "rmnet", "pdp_ip")
 """What interfaces of mobile networks are called (Linux, Android, macOS)."""
 _ANYWHERE: Final = "0" * 32
 """Where the route to everywhere else leads, as IPv6's table has it."""
-
-
-@runtime_checkable
-class Probe(Protocol):
-    """Reads the conditions. Calls may take a while."""
-
-    def read(self) -> Conditions:
-        """Raises DataError: it could not be read."""
-        ...
 
 
 @final
@@ -147,13 +138,3 @@ def _parsed(data: bytes, source: str) -> dict[str, bool]:
     ):
         raise DataError(f"{wanted}, got {data[:80]!r}.")
     return value
-
-
-def untold(probe: Probe, wanted: tuple[str, ...]) -> str:
-    """What of the wanted conditions cannot be told here, in words; empty: nothing. Raises as `Probe.read`.
-
-    Whether a machine is idle shows only after a while.
-    """
-    read = probe.read()
-    unknown = [f.name for f in fields(read) if f.name in wanted and f.name != "idle" and getattr(read, f.name) is None]
-    return " or ".join(unknown)

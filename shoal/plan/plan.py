@@ -9,7 +9,7 @@ Guarantees:
     * No program's bytes are handed out before their hash was compared with the signed one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -18,6 +18,7 @@ import numpy as np
 
 from shoal.errors import PlanError, ProtocolError
 from shoal.plan.manifest import FORMAT, Manifest, Program
+from shoal.plan.signature import is_good
 from shoal.tensors import PARSE_ERRORS, pack, sha256, unpack
 
 if TYPE_CHECKING:
@@ -47,23 +48,24 @@ class Plan:
         public = key.public_key().public_bytes_raw()
         return type(self)(self.manifest, self.programs, public, key.sign(_CONTEXT + self.manifest.data))
 
-    def verify(self, trusted_key: bytes) -> None:
-        """Raises PlanError unless the manifest was signed by the trusted key and every program at hand has its hash."""
-        # Loaded for the first plan only: a device that waits for one is small.
-        from cryptography.exceptions import InvalidSignature
-        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    def verify(self, trusted_key: bytes, is_good: Callable[[bytes, bytes, bytes], bool] = is_good) -> None:
+        """Raises PlanError unless the manifest was signed by the trusted key and every program at hand has its hash.
 
+        `is_good` says whether a key's signature of a message is.
+        """
         if self.public_key != trusted_key:
             raise PlanError(
                 f"The plan of task {self.manifest.task!r} is signed by {self.public_key.hex()[:16] or 'nobody'}…, "
                 f"this device trusts {trusted_key.hex()[:16]}…. Nothing of it was run."
             )
-        try:
-            Ed25519PublicKey.from_public_bytes(self.public_key).verify(self.signature, _CONTEXT + self.manifest.data)
-        except (InvalidSignature, ValueError) as error:
+        if not is_good(self.public_key, self.signature, _CONTEXT + self.manifest.data):
             raise PlanError(
                 f"The signature of the plan of task {self.manifest.task!r} is wrong. Nothing of it was run."
-            ) from error
+            )
+        self.check_programs()
+
+    def check_programs(self) -> None:
+        """Raises PlanError unless every program at hand has the hash that the manifest names it by."""
         for hash, data in self.programs.items():
             if sha256(data) != hash:
                 raise PlanError(

@@ -135,7 +135,7 @@ print(json.dumps(light))
     done = subprocess.run([sys.executable, "-c", code], env=without_jax, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     light = json.loads(done.stdout)
-    assert light and not {"cryptography", "urllib3", "http", *NOT_THERE} & set(light), (
+    assert light and not {"cryptography", "psutil", "urllib3", "http", *NOT_THERE} & set(light), (
         "what only work needs comes with work"
     )
 

@@ -15,7 +15,7 @@ import pytest
 from shoal.clock import ManualClock
 from shoal.errors import DataError
 from shoal.fleet import probe
-from shoal.fleet.conditions import CONDITIONS, Conditions, Eligibility
+from shoal.fleet.conditions import CONDITIONS, Conditions, Eligibility, untold
 from shoal.fleet.device import Device
 from shoal.fleet.device_file import Day, DeviceFile
 from shoal.fleet.device_host import DeviceHost
@@ -23,7 +23,7 @@ from shoal.fleet.gate import WRITE_S, Gate
 from shoal.fleet.impact import COOLER_BY, Impact, ImpactBudget, Sample
 from shoal.fleet.meter import Meter
 from shoal.fleet.politeness import Politeness, while_open
-from shoal.fleet.probe import OwnersProbe, SystemProbe, untold
+from shoal.fleet.probe import OwnersProbe, SystemProbe
 from shoal.policy import RoundPolicy
 from shoal.tensors import Tensors
 from tests.fleet import toy
@@ -268,7 +268,7 @@ async def test_a_gate_is_closed_until_it_knows_and_tells_each_change_once(tmp_pa
 async def test_a_probe_that_fails_when_a_device_starts_means_rest(tmp_path: Path) -> None:
     machine, said = Machine(tmp_path), tmp_path / "app.json"
     polite = Politeness(when=("charging",), probe=f"file:{said}", settle_s=0.0)
-    gate = polite.gate(Meter(list, lambda: 0), file=machine.file, clock=machine.clock)
+    gate = polite.gate(list, lambda: 0, file=machine.file, clock=machine.clock)
     assert gate is not None
     await gate._look()
     assert "app.json cannot be read" in gate.why
@@ -279,9 +279,7 @@ async def test_a_probe_that_fails_when_a_device_starts_means_rest(tmp_path: Path
 
 def test_a_probe_of_nothing_that_is_asked_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Expected --when charging, idle or unmetered with --probe"):
-        Politeness(probe="file:app.json").gate(
-            Meter(list, lambda: 0), file=DeviceFile(tmp_path), clock=ManualClock(0.0)
-        )
+        Politeness(probe="file:app.json").gate(list, lambda: 0, file=DeviceFile(tmp_path), clock=ManualClock(0.0))
 
 
 @toy.in_loop
