@@ -1,0 +1,88 @@
+"""Sums over members: each gets its piece of the sum (reduce-scatter), and the pieces become the whole again (all-gather).
+
+Members lie on two axes, `slow` and `data`. A sum goes over the fast axis first, so that over the slow one goes 1/size of it (the 2-D
+reduction of Kumar et al. 2020, "Exploring the limits of concurrency in ML training on Google TPUs"), and comes back the other way round. What
+travels may be rounded to bfloat16: then pieces are exchanged (all-to-all) and added up in float32 where they arrive. That moves the bytes
+of a ring's reduce-scatter, rounds each gradient once instead of each partial sum, and needs no collective that adds bfloat16, which XLA turns
+into float32 on a CPU.
+
+All of it is called inside `jax.shard_map`, by every member at once. Piece number d S + s is that of member (s, d).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from shoal.pod.mesh import DATA, MEMBER_AXES, MeshSpec
+
+SumType = Literal["float32", "bfloat16"]
+How = Literal["reduce_scatter", "exchange", "whole"]
+
+
+@dataclass(frozen=True)
+class Members:
+    """The members' axes, and how sums over them are taken."""
+
+    mesh: MeshSpec
+    sum_type: SumType = "float32"
+    """What of gradients is on the wire."""
+    how: How = "reduce_scatter"
+    """`exchange`: pieces are exchanged and added here; `whole`: the whole sum is taken and a piece kept, where nothing else is right
+    (`self_check.py`)."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """In the order in which sums go over them: the fast one first."""
+        return tuple(axis for axis in (DATA, *MEMBER_AXES) if axis in self.mesh.member_axes)[
+            : len(self.mesh.member_axes)
+        ]
+
+    @property
+    def num(self) -> int:
+        return self.mesh.num_members
+
+    @property
+    def spec(self) -> PartitionSpec:
+        """Of an array whose first dimension is the members' pieces."""
+        return PartitionSpec(self.axes) if self.axes else PartitionSpec()
+
+    def index(self) -> Any:
+        """Number of the piece that is this member's."""
+        return jax.lax.axis_index(self.axes) if self.axes else jnp.zeros((), jnp.int32)
+
+    def total(self, values: Any) -> Any:
+        """Sum over members of small things, such as metrics and squared norms: one collective for each array."""
+        return jax.lax.psum(values, self.axes) if self.axes else values
+
+    def scatter(self, tensor: Any, dim: int = 0) -> Any:
+        """What each has, added up; the member's own piece of it along a dimension that N divides."""
+        for axis in self.axes:
+            tensor = self._scatter(tensor, axis, dim)
+        return tensor
+
+    def gather(self, piece: Any, dim: int = 0) -> Any:
+        """The pieces of all, one after the other along a dimension."""
+        for axis in reversed(self.axes):
+            piece = jax.lax.all_gather(piece, axis, axis=dim, tiled=True)
+        return piece
+
+    def own(self, tensor: Any, dim: int = 0) -> Any:
+        """The member's own piece of what all have."""
+        size = tensor.shape[dim] // self.num
+        return jax.lax.dynamic_slice_in_dim(tensor, self.index() * size, size, dim)
+
+    def _scatter(self, tensor: Any, axis: str, dim: int) -> Any:
+        wide, num = tensor.dtype, self.mesh.sizes[axis]
+        sent = tensor.astype(self.sum_type) if self.sum_type != "float32" else tensor
+        if self.how == "whole":
+            whole = jax.lax.psum(sent, axis).astype(wide)
+            size = whole.shape[dim] // num
+            return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * size, size, dim)
+        if self.how == "exchange" or sent.dtype != wide:
+            arrived = jax.lax.all_to_all(sent, axis, split_axis=dim, concat_axis=dim, tiled=True).astype(wide)
+            shape = arrived.shape
+            return jnp.sum(arrived.reshape(*shape[:dim], num, shape[dim] // num, *shape[dim + 1 :]), axis=dim)
+        return jax.lax.psum_scatter(sent, axis, scatter_dimension=dim, tiled=True)

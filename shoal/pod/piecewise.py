@@ -1,0 +1,298 @@
+"""Any optax optimizer on pieces of tensors, with the result that it has on whole ones.
+
+Each member has a piece of every gradient, parameter and optimizer tensor. What an optimizer does element by element it does to a piece as it
+is. What it adds up over a tensor (the norms of LARS and LAMB, a global norm to clip by) has to be added up over members too: the classic mistake
+in sharding these. So an optimizer is not run but read: its update is traced, the trace is evaluated operation by operation, and where a
+sum takes in all of a piece it is added up over members. Sums that do not wait for one another go in one collective: LAMB takes two for all its
+norms.
+
+Guarantees:
+    * What is returned equals the update of whole tensors, but for the order in which numbers are added.
+    * An optimizer of which that is not known (it sorts, draws random numbers, divides by a tensor's size) is refused.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.extend import core
+
+Total = Callable[[Any], Any]
+"""Sum of a vector over members, the same for all."""
+
+_CALLS: Final = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "checkpoint": "jaxpr",
+}
+"""Operations that are functions -> where their trace is."""
+_ELEMENTWISE: Final = {
+    "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp",
+    "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg",
+    "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "sign", "sin", "sqrt", "square", "stop_gradient", "sub", "tanh",
+    "xor",
+}  # fmt: skip
+_RESHAPES: Final = {"reshape", "squeeze", "expand_dims", "broadcast_in_dim"}
+"""Which leave a piece as it is where they leave its number of elements."""
+_TRIED_SHAPES: Final = ((7,), (3, 5), ())
+_TRIED_MEMBERS: Final = 4
+
+
+def update(
+    optimizer: optax.GradientTransformation, gradients: Any, state: Any, params: Any, *, is_piece: Any, total: Total
+) -> tuple[Any, Any]:
+    """`optimizer.update(gradients, state, params)` of whole tensors, on pieces of them.
+
+    Args:
+        optimizer: any that acts on elements and on sums over tensors.
+        gradients, state, params: pytrees; of some leaves the member has a piece, of others the whole.
+        is_piece: (gradients, state, params) once more, with bools for leaves.
+        total: sum over members.
+
+    Returns:
+        Updates and state, pieces where their inputs were.
+
+    Raises:
+        ValueError: the optimizer does something else with a piece.
+    """
+    closed, shape = _trace(optimizer, gradients, state, params)
+    values = [
+        _Value(value, piece)
+        for value, piece in zip(jax.tree.leaves((gradients, state, params)), jax.tree.leaves(is_piece), strict=True)
+    ]
+    outputs = _evaluated(closed, values, total)
+    made: tuple[Any, Any] = jax.tree.unflatten(jax.tree.structure(shape), [each.value for each in outputs])
+    return made
+
+
+def check(optimizer: optax.GradientTransformation, whole: Any = None, pieces: Any = None) -> None:
+    """Tries the optimizer on small tensors, whole and in pieces, and compares what it does to those of a model.
+
+    Args:
+        optimizer: any.
+        whole, pieces: the model's parameters and a member's pieces of them, pytrees with shapes.
+
+    Raises:
+        ValueError: the results differ, or what it does depends on the shapes: an update of pieces is not known to be right for it.
+    """
+    if whole is not None and _work(optimizer, whole) != _work(optimizer, pieces):
+        raise ValueError(
+            "Expected an optimizer with update='sharded' that does the same to tensors of any shape, got one that does not (Adafactor, say, keeps "
+            "rows and columns of matrices). Take update='replicated'."
+        )
+    rng = np.random.default_rng(0)
+
+    def drawn() -> dict[str, Any]:
+        return {str(n): jnp.asarray(rng.normal(size=shape), jnp.float32) for n, shape in enumerate(_TRIED_SHAPES)}
+
+    params, gradients = drawn(), [drawn(), drawn()]
+    flags = jax.tree.map(lambda _: True, params)
+
+    def one(gradient: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        is_piece = (flags, state_pieces(optimizer, params, flags), flags)
+        return update(
+            optimizer, gradient, state, params, is_piece=is_piece, total=lambda values: jax.lax.psum(values, "members")
+        )
+
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
+        whole, cut = optimizer.init(params), jax.vmap(optimizer.init)(_cut(params))
+        for gradient in gradients:
+            expected, whole = optimizer.update(gradient, whole, params)
+            found, cut = jax.vmap(one, axis_name="members")(_cut(gradient), cut, _cut(params))
+            for name, wanted in expected.items():
+                if not np.allclose(found[name].reshape(-1)[: wanted.size], wanted.reshape(-1), rtol=1e-4, atol=1e-6):
+                    raise ValueError(
+                        "Expected an optimizer with update='sharded' whose update of pieces is that of whole tensors, got one of which it is not: it draws "
+                        "random numbers, say, or divides by a tensor's size. Take update='replicated'."
+                    )
+
+
+def _trace(optimizer: optax.GradientTransformation, *arguments: Any) -> tuple[core.ClosedJaxpr, Any]:
+    with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
+        closed, shape = jax.make_jaxpr(optimizer.update, return_shape=True)(*arguments)
+    return closed, shape
+
+
+def _work(optimizer: optax.GradientTransformation, params: Any) -> Counter[str]:
+    """What an update does to tensors of these shapes, less what only reshapes them."""
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    closed, _ = _trace(optimizer, like, jax.eval_shape(optimizer.init, like), like)
+    names = (operation.name for operation in _Flat(closed).operations)
+    return Counter(name for name in names if name not in _RESHAPES)
+
+
+def _cut(params: Any) -> Any:
+    """Of each tensor the pieces of all, (members, columns, 1, …)."""
+
+    def pieces(leaf: Any) -> Any:
+        columns = -(-leaf.size // _TRIED_MEMBERS)
+        flat = jnp.pad(leaf.reshape(-1), (0, _TRIED_MEMBERS * columns - leaf.size))
+        return flat.reshape(_TRIED_MEMBERS, columns, *(1,) * (leaf.ndim - 1))
+
+    return jax.tree.map(pieces, params)
+
+
+def state_pieces(optimizer: optax.GradientTransformation, params: Any, is_piece: Any) -> Any:
+    """Which leaves of an optimizer's state are pieces: the state's structure, with bools for leaves.
+
+    A leaf is one if it is larger where the parameters' pieces are.
+
+    Args:
+        params: of which some are pieces.
+        is_piece: the same with bools for leaves, or one bool for all.
+    """
+    flags = jax.tree.map(lambda _: is_piece, params) if isinstance(is_piece, bool) else is_piece
+
+    def grown(leaf: Any, flag: bool) -> jax.ShapeDtypeStruct:
+        shape = leaf.shape
+        return jax.ShapeDtypeStruct((shape[0] + 1, *shape[1:]) if flag else shape, leaf.dtype)
+
+    before = jax.eval_shape(
+        optimizer.init, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    )
+    after = jax.eval_shape(optimizer.init, jax.tree.map(grown, params, flags))
+    return jax.tree.map(lambda one, other: one.shape != other.shape, before, after)
+
+
+@dataclass(slots=True)
+class _Value:
+    """One of the trace's values."""
+
+    value: Any
+    is_piece: bool
+    """Else every member has the same."""
+    waits: bool = False
+    """It is a member's own part of a sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Operation:
+    """One of the trace, with numbers for its values."""
+
+    eqn: core.JaxprEqn | None
+    """None: a choice between the outputs of branches, by number."""
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.eqn.primitive.name if self.eqn is not None else "select_n"
+
+    def done(self, values: Sequence[Any]) -> list[Any]:
+        """What comes of its inputs."""
+        if self.eqn is None:
+            index, *branches = values
+            return [
+                jnp.where(index == 0, branches[0], branches[1])
+                if len(branches) == 2
+                else jax.lax.select_n(index, *branches)
+            ]
+        with self.eqn.ctx.manager:
+            made = self.eqn.primitive.bind(*values, **self.eqn.params)
+        return list(made) if self.eqn.primitive.multiple_results else [made]
+
+
+class _Flat:
+    """A trace without functions in it: what they do stands where they are called."""
+
+    def __init__(self, closed: core.ClosedJaxpr) -> None:
+        self.operations: list[_Operation] = []
+        self.constants: dict[int, Any] = {}
+        self._numbers = count()
+        self.inputs = [next(self._numbers) for _ in closed.jaxpr.invars]
+        self.outputs = self._put(closed.jaxpr, closed.consts, self.inputs)
+
+    def _put(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
+        known = dict(zip(jaxpr.invars, inputs, strict=True))
+        known |= {var: self._constant(value) for var, value in zip(jaxpr.constvars, consts, strict=True)}
+
+        def number(atom: Any) -> int:
+            return self._constant(atom.val) if isinstance(atom, core.Literal) else known[atom]
+
+        for eqn in jaxpr.eqns:
+            called = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+            taken = [number(atom) for atom in eqn.invars]
+            if eqn.primitive.name == "cond":
+                given = self._chosen(eqn.params["branches"], taken[0], taken[1:])
+            elif called is None:
+                given = [next(self._numbers) for _ in eqn.outvars]
+                self.operations.append(_Operation(eqn, tuple(taken), tuple(given)))
+            else:
+                inner, inner_consts = (
+                    (called.jaxpr, called.consts) if isinstance(called, core.ClosedJaxpr) else (called, ())
+                )
+                given = self._put(inner, inner_consts, taken)
+            known |= zip(eqn.outvars, given, strict=True)
+        return [number(atom) for atom in jaxpr.outvars]
+
+    def _chosen(self, branches: Sequence[core.ClosedJaxpr], index: int, inputs: Sequence[int]) -> list[int]:
+        """All branches are gone through, and of each output the one is taken whose turn it is."""
+        outputs = zip(*(self._put(branch.jaxpr, branch.consts, inputs) for branch in branches), strict=True)
+        given = []
+        for each in outputs:
+            given.append(next(self._numbers))
+            self.operations.append(_Operation(None, (index, *each), (given[-1],)))
+        return given
+
+    def _constant(self, value: Any) -> int:
+        made = next(self._numbers)
+        self.constants[made] = value
+        return made
+
+
+def _evaluated(closed: core.ClosedJaxpr, inputs: Sequence[_Value], total: Total) -> list[_Value]:
+    """The trace's outputs. What waits for a sum is put off until all else is done that can be; then the sums are taken together."""
+    flat = _Flat(closed)
+    known = {number: _Value(value, False) for number, value in flat.constants.items()} | dict(
+        zip(flat.inputs, inputs, strict=True)
+    )
+    left = flat.operations
+    while left:
+        put_off = []
+        for operation in left:
+            if all(number in known and not known[number].waits for number in operation.inputs):
+                made = _done(operation, [known[number] for number in operation.inputs])
+                known |= zip(operation.outputs, made, strict=True)
+            else:
+                put_off.append(operation)
+        _add_up([value for value in known.values() if value.waits], total)
+        left = put_off
+    return [known[number] for number in flat.outputs]
+
+
+def _add_up(waiting: list[_Value], total: Total) -> None:
+    for dtype in sorted({jnp.result_type(each.value) for each in waiting}, key=str):
+        group = [each for each in waiting if jnp.result_type(each.value) == dtype]
+        sums = total(jnp.stack([each.value for each in group]))
+        for number, each in enumerate(group):
+            each.value, each.waits = sums[number], False
+
+
+def _done(operation: _Operation, inputs: list[_Value]) -> list[_Value]:
+    outputs = operation.done([each.value for each in inputs])
+    is_piece, waits = _kind(operation.name, inputs, outputs)
+    return [_Value(value, is_piece, waits) for value in outputs]
+
+
+def _kind(name: str, inputs: list[_Value], outputs: list[Any]) -> tuple[bool, bool]:
+    """Whether outputs are pieces, and whether they are parts of sums."""
+    pieces = [each.value for each in inputs if each.is_piece]
+    if not pieces:
+        return False, False
+    size, shape = jnp.size(outputs[0]), jnp.shape(outputs[0])
+    if name in _ELEMENTWISE or (name in _RESHAPES and size == jnp.size(pieces[0])):
+        return True, False
+    if shape == () and (name == "reduce_sum" or (name == "dot_general" and len(pieces) == len(inputs))):
+        return False, True
+    raise ValueError(
+        f"Expected an optimizer that acts on elements and on sums over tensors with update='sharded', got one that does {name!r} to a "
+        "tensor. Take update='replicated'."
+    )
