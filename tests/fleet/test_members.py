@@ -129,7 +129,7 @@ async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path:
     invite(tmp_path, TOKEN, population="default", expires_s=1 << 40, uses=1)
     entrance = Entrance(admit=members.admit)
     async with toy.fleet(toy.plan(toy.exact("a")), entrance=entrance) as fleet:
-        with pytest.raises(PlanError, match="an invitation, as this host serves members only"):
+        with pytest.raises(PlanError, match="The host asks for an invitation, as this host serves members only"):
             await member("a", fleet, b"").run()
         fleet.start(member("a", fleet, credential(TOKEN, b"s" * 32)))
         await asyncio.gather(*fleet.tasks)
