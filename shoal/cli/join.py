@@ -38,7 +38,7 @@ class Door:
 def kept_line(state: Path | None) -> str:
     """The line that the folder's devices came in by before; empty: by none."""
     try:
-        return (state or STATE).joinpath(LINE).read_text()
+        return (state or STATE).joinpath(LINE).read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return ""
 
@@ -60,7 +60,9 @@ def read_invitation(line: str, given: dict[str, object], *, state: Path | None) 
     from shoal.fleet.invitation import Invitation
 
     if twice := [name for name, value in given.items() if value]:
-        raise ValueError(f"Leave out {', '.join(twice)} with --join: the invitation says it.")
+        raise ValueError(
+            f"Leave out {', '.join(twice)}: the invitation says it, which --join gives or the --state folder keeps."
+        )
     made = Invitation.parse(line)
     if not (made.token and _kept(_authority(state or STATE, made.pin), made.pin)):
         made.check(time.time())
