@@ -35,10 +35,10 @@ class Door:
     token: bytes = b""
 
 
-def kept_line(state: Path | None) -> str:
+def kept_line(state: Path) -> str:
     """The line that the folder's devices came in by before; empty: by none."""
     try:
-        return (state or STATE).joinpath(LINE).read_bytes().decode(errors="replace")
+        return (state / LINE).read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return ""
 
@@ -175,10 +175,11 @@ def pseudonym_window_s(text: str, *, member: Path | None, client: Path | None, j
 def _keep_line(path: Path, line: str) -> None:
     """It may hold a token: nobody but the owner reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
     with open(partial, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

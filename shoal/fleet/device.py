@@ -177,6 +177,8 @@ class Device:
             try:
                 await self._rest()
                 await self._until_enough()
+                if self._producing is not None:  # the stream before broke: who has nothing to say yet is sent away
+                    await asyncio.wait({self._producing})
                 async with self._link.session() as stream:
                     if await self._serve(stream):
                         return

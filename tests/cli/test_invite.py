@@ -230,7 +230,7 @@ def test_a_second_machine_needs_one_line(
     assert len(list((tmp_path / "shoal-device").glob("authority-*.pem"))) == 1
     assert host.wait(20) == 0, host.text
     assert (tmp_path / "shoal-device" / "invitation").stat().st_mode & 0o777 == 0o600
-    again = shoal("device", "--data", place / "users", "--in-process", "--patience", 1)
+    again = shoal("device", "--state", "shoal-device", "--data", place / "users", "--in-process", "--patience", 1)
     assert again.code == 1 and Invitation.parse(text).address in again.err, "it has kept the line"
 
 
