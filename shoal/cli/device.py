@@ -228,8 +228,8 @@ def device(
     parent = end_with_parent() if with_parent else 0
     screen, watch = Screen(json=json), Stopwatch()
     invitation = None
-    if not server:
-        join = join or kept_line(state)
+    if not server and not join and state is not None and (join := kept_line(state)):
+        screen.say(f"comes in by the line that is kept in {state}")
     if join:
         said = {"--server": server, "--ca": ca, "--key": key, "--server-name": server_name}
         invitation = read_invitation(join, {**said, "--population": population}, state=state)

@@ -103,8 +103,8 @@ class DoorFile:
         if public:
             host, colon, _ = public.rpartition(":")
             if not colon or (public.count(":") > 1 and not host.endswith("]")):  # HOST, also of IPv6
-                return split(joined(public.strip("[]"), self.port), what="--address")
-            return split(public, what="--address")
+                public = joined(public.strip("[]"), self.port)
+            return split(public, what="--address HOST or")
         return own_address() if self.address in EVERY_ADDRESS else self.address, self.port
 
 

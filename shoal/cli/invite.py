@@ -90,5 +90,7 @@ def _remove(run: Path, device: str, population: str, screen: Screen) -> None:
     from shoal.fleet import members
 
     members.remove(run, device, population=population)
-    screen.line(f"{device} is no member any more: it is refused when it checks in next")
+    screen.line(
+        f"{device} is no member any more: the host ends its stream within five minutes, and refuses it from then on"
+    )
     screen.document({"removed": device, "population": population})

@@ -35,10 +35,10 @@ class Door:
     token: bytes = b""
 
 
-def kept_line(state: Path | None) -> str:
+def kept_line(state: Path) -> str:
     """The line that the folder's devices came in by before; empty: by none."""
     try:
-        return (state or STATE).joinpath(LINE).read_text()
+        return (state / LINE).read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return ""
 
@@ -60,7 +60,9 @@ def read_invitation(line: str, given: dict[str, object], *, state: Path | None) 
     from shoal.fleet.invitation import Invitation
 
     if twice := [name for name, value in given.items() if value]:
-        raise ValueError(f"Leave out {', '.join(twice)} with --join: the invitation says it.")
+        raise ValueError(
+            f"Leave out {', '.join(twice)}: the invitation says it, which --join gives or the --state folder keeps."
+        )
     made = Invitation.parse(line)
     if not (made.token and _kept(_authority(state or STATE, made.pin), made.pin)):
         made.check(time.time())
@@ -173,10 +175,11 @@ def pseudonym_window_s(text: str, *, member: Path | None, client: Path | None, j
 def _keep_line(path: Path, line: str) -> None:
     """It may hold a token: nobody but the owner reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
     with open(partial, "w", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

@@ -110,6 +110,7 @@ def _on_device(
 
     from shoal.cli.device_process import Settings, make_host, runtime_of
     from shoal.fleet import kept_model
+    from shoal.fleet.device_host import name_of_run
     from shoal.plan.train import only_field
 
     model = kept_model.find(state, task, trusted)
@@ -124,6 +125,8 @@ def _on_device(
     )
     host = make_host(settings, runtime_of(settings), looks_only=True)
     watch.lap("start")
+    if device and host.state(name_of_run(model.run, model.plan.public_key), device, model.plan.manifest) is None:
+        screen.say(f"nothing of {device!r} is kept in {state}: the model's own leaves are used")
     try:
         made = run(host.predict(device, fields, task=model.name))
     finally:

@@ -177,6 +177,8 @@ class Device:
             try:
                 await self._rest()
                 await self._until_enough()
+                if self._producing is not None:  # the stream before broke: who has nothing to say yet is sent away
+                    await asyncio.wait({self._producing})
                 async with self._link.session() as stream:
                     if await self._serve(stream):
                         return
@@ -271,7 +273,7 @@ class Device:
             case "later":
                 self._laters += 1
                 # A host that has nothing to do is asked less and less often, whatever it says.
-                least_s = min(BACK_OFF_S[1], BACK_OFF_S[0] * 2.0 ** (self._laters - 10))
+                least_s = min(BACK_OFF_S[1], BACK_OFF_S[0] * 2.0 ** min(self._laters - 10, 20))
                 self._away_s = max(self._drawn(message.later), least_s)
                 if message.later.other_edge:
                     self._link = self._link.elsewhere(message.later.other_edge)
@@ -280,7 +282,8 @@ class Device:
             case "incompatible":
                 if self._unfit:  # and nothing else is to be done here
                     raise next(iter(self._unfit.values()))
-                raise PlanError(message.incompatible.needs)
+                needs = message.incompatible.needs
+                raise PlanError(f"The host asks for {needs}." if needs[:1].islower() else needs)
             case "finished":
                 if self._unfit and not self.progress.counted:
                     raise next(iter(self._unfit.values()))
@@ -313,7 +316,7 @@ class Device:
         await self._drop_work()
         if reason == "protocol":
             raise ProtocolError(detail)
-        await self._pause(min(REFUSED_LONGEST_S, REFUSED_DELAY_S * 2.0**self._refusals))
+        await self._pause(min(REFUSED_LONGEST_S, REFUSED_DELAY_S * 2.0 ** min(self._refusals, 20)))
 
     async def _resume(self, stream: Stream) -> None:
         """On a new stream: first what became of the update in hand, if there is one."""
@@ -583,7 +586,7 @@ class Device:
             if not self._refusals:
                 log.warning("%s: %s", self.device_id, error)
             self._refusals += 1
-            await self._pause(min(REFUSED_LONGEST_S, REFUSED_DELAY_S * 2.0**self._refusals))
+            await self._pause(min(REFUSED_LONGEST_S, REFUSED_DELAY_S * 2.0 ** min(self._refusals, 20)))
             return await self._check_in(stream)
         log.warning("%s: %s", self.device_id, error)
         await self._pause(REFUSED_DELAY_S)

@@ -163,8 +163,9 @@ class DeviceHost:
         data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
         manifest = Manifest.parse(data)
         unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
-        trusted = self.trusted_key if self.trusted_key is not None else unproven.public_key
-        await asyncio.to_thread(unproven.verify, trusted, self.is_signed)
+        await asyncio.to_thread(unproven.verify, self.trusted_key or unproven.public_key, self.is_signed)
+        if (first := self.trusted_key) is not None and first != unproven.public_key:
+            unproven.verify(first, self.is_signed)  # another plan was the first meanwhile: this says so
         self._trust(unproven.public_key)
         check_plan(manifest, self.limits)
         if (kept := total_bytes(manifest.device_state)) > MOST_STATE_BYTES:

@@ -20,7 +20,7 @@ from shoal.clock import Clock
 from shoal.errors import ProtocolError
 from shoal.fleet import group as g
 from shoal.fleet.analytics import Seen
-from shoal.fleet.check_in import check_device_id, needs
+from shoal.fleet.check_in import check_device_id, needs, shown
 from shoal.fleet.configuration import Configuration
 from shoal.fleet.entrance import Entrance
 from shoal.fleet.group_sums import GroupResult
@@ -310,6 +310,7 @@ class Edge:
             )
             old.end()
         session.device, session.is_known = device, True
+        session.shown = None if self._entrance.admit is None else shown(check_in)
         self._sessions[device] = session
         self._forget_lost_work(device)
         session.stays = check_in.stay

@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from shoal.clock import Clock
 from shoal.errors import ProtocolError
 from shoal.fleet import turns as t
-from shoal.fleet.check_in import check_device_id, essence, needs
+from shoal.fleet.check_in import check_device_id, essence, needs, shown
 from shoal.fleet.coordinator import Coordinator
 from shoal.fleet.edge import Edge
 from shoal.fleet.entrance import Entrance
@@ -234,6 +234,7 @@ class Frontdoor:
         self._replace(device, visit)
         self._leave(visit)
         visit.told.device, visit.told.stays, visit.told.is_known = device, check_in.stay, True
+        visit.told.shown = None if self._entrance.admit is None else shown(check_in)
         visit.runs = frozenset(fitting).difference(visit.refused) or frozenset(fitting)
         visit.check_in = essence(check_in)  # without `stay`: when it is through it is dealt out anew
         if not visit.told.has_arrived:

@@ -144,9 +144,12 @@ def find(folder: Path, task: str = "", key: bytes | None = None) -> KeptModel:
         for path, head in heads.items()
         if task in ("", head.get("task")) and (key is None or head.get("key") == key.hex())
     ]
+    fit = [path for path in fit if heads[path]] or fit  # a broken one is not asked about where others are
     if not fit:
         what = f"a model of task {task!r}" if task else "a model"
+        others = sorted({str(head["key"]) for head in heads.values() if "key" in head})
         whose = "" if key is None else f" from the holder of key {key.hex()[:8]}…"
+        whose += f" (there are some from --key {', '.join(others)})" if key is not None and others else ""
         raise DataError(
             f"Expected {what}{whose} in {folder}: there is none yet. A device keeps one once it has been sent a version (shoal device … --state {folder}) "
             "of a task that has `predict`."

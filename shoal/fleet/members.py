@@ -169,7 +169,7 @@ def invite(run_folder: Path, token: bytes, *, population: str, expires_s: int, u
 
 
 def remove(run_folder: Path, device: str, *, population: str) -> None:
-    """The device is no member any more, from its next check-in on, which is minutes away at most; its name serves nobody.
+    """The device is no member any more, from its next check-in or the host's next look on, which is minutes away at most; its name serves nobody.
 
     Raises:
         DataError: no member has that name.

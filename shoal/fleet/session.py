@@ -49,6 +49,7 @@ class Session:
         "has_arrived",
         "is_ended",
         "is_known",
+        "shown",
         "stays",
         "waiting",
         "waiting_since_s",
@@ -61,6 +62,8 @@ class Session:
         """Its coming was counted for the pace, and it has had no work since: whoever checks in again and again is one device."""
         self.is_known = False
         """It has checked in, or holds an assignment."""
+        self.shown: pb.CheckIn | None = None
+        """What let it in, of a host that does not serve whoever comes."""
         self.is_ended = False
         """By this side: it hears no more than what is queued."""
         self.waiting = False

@@ -8,7 +8,7 @@ from typing import Final
 
 from shoal.clock import Clock
 from shoal.errors import NetworkError, ProtocolError, StoreError
-from shoal.fleet.entrance import MESSAGES_AT_ONCE, MESSAGES_PER_S, OPEN, Allowance, Crowds, Entrance
+from shoal.fleet.entrance import MESSAGES_AT_ONCE, MESSAGES_PER_S, OPEN, Admit, Allowance, Crowds, Entrance
 from shoal.fleet.session import Session, Stream
 from shoal.fleet.strangers import Strangers
 from shoal.fleet.wire import fleet_pb2 as pb
@@ -23,7 +23,7 @@ MAX_STRANGERS: Final = 10_000
 CHECK_IN_WAIT_S: Final = 30.0
 """How long a stream may take to say who it is."""
 LOOK_AGAIN_S: Final = 300.0
-"""How long a stream may be of one who may come in no more: after that it is ended, and who checks in anew is looked at."""
+"""How long a stream may be of one who may come in no more: so often who has checked in is looked at again."""
 BUSY_DELAY_S: Final = (5.0, 15.0)
 
 
@@ -39,7 +39,7 @@ class Streams:
             on_error: told what kind of error a stream has ended with.
             entrance: who may come in; one who was let in is looked at again now and then.
         """
-        self._clock, self._on_error, self._looks_again = clock, on_error, entrance.admit is not None
+        self._clock, self._on_error, self._admit = clock, on_error, entrance.admit
         self._crowds = Crowds(entrance.per_address)
         self.num = 0
         """That are open."""
@@ -61,6 +61,7 @@ class Streams:
         words = Allowance(MESSAGES_AT_ONCE, MESSAGES_PER_S, now_s=self._clock.now_s())
         if (crowded_out := self._strangers.come(session, stream.address)) is not None:
             crowded_out.end()
+        looking: asyncio.Task[None] | None = None
         # One coroutine, not three in one another: ten thousand of them wait here.
         try:
             try:
@@ -70,31 +71,44 @@ class Streams:
                     self._send_away(session, too_many)
                 async with asyncio.timeout(CHECK_IN_WAIT_S) as unknown:
                     while not session.is_ended and (message := await stream.read()) is not None:
-                        was_known = session.is_known
                         _check_size(message)
                         if wait_s := words.take(now_s := self._clock.now_s()):
                             await self._clock.sleep_until(now_s + wait_s)
                         await handle(message)
-                        if session.is_known and not was_known:
-                            unknown.reschedule(self._ends_at())
+                        if session.is_known and unknown.when() is not None:
+                            unknown.reschedule(None)
                             self._strangers.gone(session, stream.address)
+                            if self._admit is not None:
+                                looking = asyncio.create_task(self._look_again(session, self._admit))
             except asyncio.CancelledError:
                 if not session.is_ended:
                     raise  # by the device
             except Exception as error:
-                is_due = isinstance(error, TimeoutError) and session.is_known
-                session.send(pb.FromEdge(later=_check_in_again()) if is_due else self._answer(error))
+                session.send(self._answer(error))
             session.is_ended = True
             await session.until_told()
         finally:
+            if looking is not None:
+                looking.cancel()
             self.num -= 1
             self._strangers.gone(session, stream.address)
             self._crowds.gone(stream.address)
             session.drop()
 
-    def _ends_at(self) -> float | None:
-        """By the loop's clock; of a door that is open to all streams last as long as they may."""
-        return asyncio.get_running_loop().time() + LOOK_AGAIN_S if self._looks_again else None
+    async def _look_again(self, session: Session, admit: Admit) -> None:
+        """Ends the session of one who may come in no more; of all others no stream ends, and nobody's work is disturbed."""
+        while True:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            if session.shown is None:
+                continue  # it has shown a token, and is given no work before it checks in
+            try:
+                why = await admit(session.shown)
+            except (NetworkError, StoreError, OSError) as error:
+                log.warning("whether a device may still come in is not known: %s", error)
+                continue
+            if why:
+                session.send(pb.FromEdge(incompatible=pb.Incompatible(needs=why)))
+                return session.end()
 
     def _send_away(self, session: Session, why: str) -> None:
         self._on_error("server busy")
@@ -119,10 +133,6 @@ class Streams:
                 self._on_error("server failed")
                 log.error("a message of a device could not be handled", exc_info=error)
                 return pb.FromEdge(later=busy("the server has failed at this message; it was logged there"))
-
-
-def _check_in_again() -> pb.Later:
-    return pb.Later(delay_max_s=1.0, why="this host looks again at who is a member")
 
 
 def busy(why: str) -> pb.Later:

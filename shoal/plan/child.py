@@ -17,6 +17,7 @@ Cost: 1 to 2 s to start a child; then about 0.3 ms a call, and a copy through a 
 """
 
 import json
+import os
 import sys
 import threading
 import weakref
@@ -28,11 +29,10 @@ from typing import Any, Final, Self, final
 
 import numpy as np
 
-import shoal
 from shoal.errors import PlanError, ProgramError
 from shoal.plan.check import check_plan
 from shoal.plan.child_engines import EngineName
-from shoal.plan.child_process import Child, ChildEnded, environment_for
+from shoal.plan.child_process import Child, ChildEnded, environment_for, python_path
 from shoal.plan.compile_cache import cache_folder
 from shoal.plan.manifest import Runtime
 from shoal.plan.plan import Plan
@@ -87,7 +87,7 @@ class ChildRunner:
             self._limits, python=python, priority=priority, cache=cache, engine=engine, threads=threads
         )
         self._idle_s = idle_s
-        self._environment = environment_for(python_path=_python_path(python), threads=threads)
+        self._environment = environment_for(python_path=_path_of(python), threads=threads)
         self._most_bytes = max(total_bytes(program.outputs) for program in plan.manifest.programs)
         self._lock = threading.Lock()
         self._child: Child | None = None
@@ -337,7 +337,7 @@ def probe(*, python: str | None = None, threads: int | None = None) -> Runtime:
     """
     command = child_command(Limits(), python=python, priority="normal", cache=None, engine="jax", threads=threads)
     try:
-        child = Child(command, environment_for(python_path=_python_path(python), threads=threads))
+        child = Child(command, environment_for(python_path=_path_of(python), threads=threads))
         try:
             return Runtime.from_json(child.hello(timeout_s=START_S)["runtime"])
         finally:
@@ -365,13 +365,8 @@ def child_command(
     return [python or sys.executable, "-P", "-m", "shoal.plan.child_main", json.dumps(settings)]
 
 
-def _python_path(python: str | None) -> str:
-    import os
-
-    home = Path(shoal.__file__).resolve().parent.parent
-    own = [] if python is not None else os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    # An installed shoal lies among other libraries, which must not take the place of the other interpreter's.
-    return os.pathsep.join([*([] if (home / "numpy").exists() else [str(home)]), *filter(None, own)])
+def _path_of(python: str | None) -> str:
+    return python_path("" if python is not None else os.environ.get("PYTHONPATH", ""))
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -18,10 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
+from pathlib import Path
 from typing import Any, Final, cast, final
 
 import numpy as np
 
+import shoal
 from shoal.errors import ProtocolError
 from shoal.plan.channel import Channel
 from shoal.plan.check import readable
@@ -249,6 +251,13 @@ def environment_for(*, python_path: str, threads: int | None) -> dict[str, str]:
     if threads is not None:
         kept |= {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
     return kept
+
+
+def python_path(own: str) -> str:
+    """PYTHONPATH of a process that finds shoal as this one has, whatever folder it is started in; `own`: what else it is to hold."""
+    home = Path(shoal.__file__).resolve().parent.parent
+    # An installed shoal lies among other libraries, which must not take the place of the other interpreter's.
+    return os.pathsep.join([*([] if (home / "numpy").exists() else [str(home)]), *filter(None, own.split(os.pathsep))])
 
 
 def _is_kept(name: str) -> bool:

@@ -4,6 +4,7 @@ The library for that takes 9 MB once it is loaded. A device that waits for hours
 loaded, and gone, elsewhere: `python -m shoal.plan.signature` reads key, signature and message from standard input.
 """
 
+import os
 import subprocess
 import sys
 from typing import Final
@@ -13,7 +14,8 @@ from shoal.errors import DeviceError
 KEY_BYTES: Final = 32
 SIGNATURE_BYTES: Final = 64
 APART_S: Final = 60.0
-_GOOD, _BAD = 0, 3  # 1 and 2 are what Python ends with when it fails
+_GOOD, _BAD = 4, 3
+"""How the process ends: neither as one does that did something else, nor as Python when it fails (1, 2)."""
 
 
 def is_good(key: bytes, signature: bytes, message: bytes) -> bool:
@@ -32,15 +34,23 @@ def is_good_apart(key: bytes, signature: bytes, message: bytes) -> bool:
     """As `is_good`, in a process of its own. Raises DeviceError where there can be none."""
     if (len(key), len(signature)) != (KEY_BYTES, SIGNATURE_BYTES):
         return False
+    from shoal.plan.child_process import python_path  # not in the process that checks
+
+    # -P: no module of the working directory says what is signed.
+    command = [sys.executable, "-P", "-m", "shoal.plan.signature"]
+    environment = {**os.environ, "PYTHONPATH": python_path(os.environ.get("PYTHONPATH", ""))}
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "shoal.plan.signature"], input=key + signature + message, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, timeout=APART_S, check=False,
+            command, input=key + signature + message, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            timeout=APART_S, check=False, env=environment,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise DeviceError(f"The plan's signature could not be checked: {error}.", stage="fetch") from error
     if done.returncode not in (_GOOD, _BAD):
-        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        last = (
+            done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            or f"its process ended with {done.returncode}"
+        )
         raise DeviceError(f"The plan's signature could not be checked: {last[:300]}.", stage="fetch")
     return done.returncode == _GOOD
 

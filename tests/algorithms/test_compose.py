@@ -28,6 +28,7 @@ def test_with_neutral_settings_they_are_the_one_that_is_left() -> None:
     same_bits(made, Ways(shoal.scaffold(task(), devices=len(MEMBERS))).simulate(rounds=3).model)
 
 
+@pytest.mark.slow
 def test_on_a_fleet_in_one_program_and_resumed(ways: Ways, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "cached", lambda key: Layout(devices=1, together=3))
     whole = ways.simulate(rounds=4).model

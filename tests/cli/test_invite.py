@@ -143,6 +143,18 @@ def test_who_came_in_by_a_line_may_come_again_when_it_has_ended(tmp_path: Path) 
         read_invitation(line(expires_s=1_000), {}, state=tmp_path)
 
 
+def test_a_line_that_is_kept_is_none_of_who_names_a_host_otherwise_and_a_broken_one_is_said(
+    shoal: Shoal, tmp_path: Path
+) -> None:
+    (tmp_path / "invitation").write_text(line() + "\n")
+    device = ("device", "--data", "users", "--state", tmp_path)
+    made = shoal(*device, "--key", KEY.hex())
+    assert made.code == 1 and "Leave out --key" in made.err and "--state folder keeps" in made.err, made
+    (tmp_path / "invitation").write_bytes(b"\xff\xfe")
+    made = shoal(*device)
+    assert made.code == 1 and "Error:" not in made.err and "shoal1:" in made.err, made
+
+
 def test_a_device_without_tls_is_told_that_its_host_may_have_it(shoal: Shoal, place: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as host:
         Thread(target=_hang_up_on_all, args=(host,), daemon=True).start()
@@ -218,7 +230,7 @@ def test_a_second_machine_needs_one_line(
     assert len(list((tmp_path / "shoal-device").glob("authority-*.pem"))) == 1
     assert host.wait(20) == 0, host.text
     assert (tmp_path / "shoal-device" / "invitation").stat().st_mode & 0o777 == 0o600
-    again = shoal("device", "--data", place / "users", "--in-process", "--patience", 1)
+    again = shoal("device", "--state", "shoal-device", "--data", place / "users", "--in-process", "--patience", 1)
     assert again.code == 1 and Invitation.parse(text).address in again.err, "it has kept the line"
 
 

@@ -73,6 +73,7 @@ def test_every_order_is_a_permutation_and_is_the_same_again(queries, size, multi
     assert (order[len(order) - len(unseen) :] == unseen).all()  # never seen: last, in order of id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [Settings(), OURS])
 def test_hidden_groups_are_found(chosen):
     rng = np.random.default_rng(1)

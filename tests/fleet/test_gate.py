@@ -4,7 +4,8 @@ import asyncio
 import datetime
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from shoal.clock import ManualClock
-from shoal.errors import DataError
+from shoal.errors import DataError, NetworkError
 from shoal.fleet import probe
 from shoal.fleet.conditions import CONDITIONS, Conditions, Eligibility, untold
 from shoal.fleet.device import Device
@@ -21,9 +22,11 @@ from shoal.fleet.device_file import Day, DeviceFile
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.gate import WRITE_S, Gate
 from shoal.fleet.impact import COOLER_BY, Impact, ImpactBudget, Sample
+from shoal.fleet.link import LocalLink, Stream
 from shoal.fleet.meter import Meter
 from shoal.fleet.politeness import Politeness, while_open
 from shoal.fleet.probe import OwnersProbe, SystemProbe
+from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.policy import RoundPolicy
 from shoal.tensors import Tensors
 from tests.fleet import toy
@@ -417,3 +420,48 @@ async def test_a_device_s_error_passes_the_gate(tmp_path: Path) -> None:
         await door.turn(GOOD)
         with pytest.raises(DataError, match="reads field 'y'"):
             await asyncio.wait_for(playing, timeout=15)
+
+
+class Breaking(LocalLink):
+    """Its first stream breaks once the training has begun."""
+
+    sessions = 0
+
+    @asynccontextmanager
+    async def session(self) -> AsyncGenerator[Stream, None]:
+        self.sessions += 1
+        async with super().session() as stream:
+            if self.sessions == 1:
+                yield BrokenStream(stream)
+            else:
+                yield stream
+
+
+class BrokenStream:
+    def __init__(self, stream: Stream) -> None:
+        self._stream, self.send = stream, stream.send
+
+    async def receive(self) -> pb.FromEdge:
+        heard = asyncio.ensure_future(self._stream.receive())
+        began = asyncio.ensure_future(asyncio.to_thread(Lingering.at_work.wait, 20))
+        await asyncio.wait({heard, began}, return_when=asyncio.FIRST_COMPLETED)
+        if heard.done():
+            return heard.result()
+        heard.cancel()
+        raise NetworkError("cut")
+
+
+@toy.in_loop
+async def test_whose_stream_breaks_while_it_trains_comes_back_when_it_has_something_to_say() -> None:
+    Lingering.at_work.clear()
+    Lingering.go_on.clear()
+    async with toy.fleet(toy.plan(toy.exact("a"))) as fleet:
+        host, link = DeviceHost(make_runner=Lingering, runtime=toy.RUNTIME), Breaking(fleet.host.edge)
+        device = Device("a", lambda: toy.examples(1.5, 8), link=link, host=host, rng=np.random.default_rng(0))
+        fleet.start(device)
+        await until(lambda: device.progress.failures == 1)
+        await asyncio.sleep(0.5)  # longer than it waits before it connects again
+        assert link.sessions == 1, "a stream on which nobody says who he is is one of a stranger"
+        Lingering.go_on.set()
+        await asyncio.gather(*fleet.tasks)
+        assert device.progress.counted == 1 and link.sessions == 2

@@ -9,10 +9,12 @@ import random
 import tracemalloc
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
+from threading import Barrier
 from typing import Any, Final
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from google.protobuf.message import DecodeError, Message
 
 from shoal.clock import SystemClock
@@ -20,12 +22,13 @@ from shoal.errors import PlanError, ProtocolError, ShoalError
 from shoal.fleet import device as device_module
 from shoal.fleet import link as link_module
 from shoal.fleet.device import Device
-from shoal.fleet.device_host import DeviceHost
+from shoal.fleet.device_host import DeviceHost, Prepared, Spent
 from shoal.fleet.link import LocalLink
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits
+from shoal.plan.signature import is_good
 from shoal.tensors import Index, sha256
 from tests.fleet import toy
 
@@ -303,6 +306,34 @@ async def test_a_plan_by_another_key_than_the_first_is_not_run() -> None:
         await asyncio.wait_for(device(await only_assigns(good, good.assigned), host).run(), timeout=10)
 
 
+@toy.in_loop
+async def test_of_two_plans_at_once_by_two_keys_one_is_run() -> None:
+    good = await honest()
+    other = Ed25519PrivateKey.from_private_bytes(b"o" * 32)
+    data = good.blobs[good.assigned.plan].replace(b'"task":"toy"', b'"task":"toi"')
+    plan = Plan(Manifest.parse(data), good.plan.programs).sign(other)
+    second = pb.Assigned()
+    second.CopyFrom(good.assigned)
+    second.plan, second.plan_signature, second.plan_public_key = sha256(data), plan.signature, plan.public_key
+    served = Honest(second, {**good.blobs, second.plan: data}, good.plan)
+    both = Barrier(2)
+
+    def is_signed(key: bytes, signature: bytes, message: bytes) -> bool:
+        both.wait(timeout=10)  # each is checked before either is trusted
+        return is_good(key, signature, message)
+
+    host = toy.device_host()
+    host.is_signed = is_signed
+    link = LocalLink(await only_assigns(served, second))
+    prepared = await asyncio.gather(
+        *(host.prepare(assigned, link, Spent()) for assigned in (good.assigned, second)), return_exceptions=True
+    )
+    (refused,) = (each for each in prepared if isinstance(each, BaseException))
+    (taken,) = (each for each in prepared if isinstance(each, Prepared))
+    assert isinstance(refused, PlanError) and "this device trusts" in str(refused)
+    assert host.trusted_key == taken.plan.public_key
+
+
 async def endless(request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
     offset = request.offset
     while True:
@@ -378,8 +409,9 @@ async def test_an_edge_that_sends_away_is_asked_less_and_less(monkeypatch: pytes
 
     edge = Told(says, silent)
     task = asyncio.create_task(device(edge).run())
-    while edge.sessions < 100:
+    while edge.sessions < 1_500 and not task.done():
         await asyncio.sleep(0)
+    assert not task.done(), "for days, if need be"
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     assert sum(slept[:5]) < 0.1, "one or two are as the host says"

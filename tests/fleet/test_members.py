@@ -1,7 +1,9 @@
 """Hosts that serve members only: who becomes one, by what, and who does not."""
 
 import asyncio
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from shoal.fleet.entrance import Entrance
 from shoal.fleet.members import Members, invite, remove
 from shoal.fleet.several import SeveralHosts
 from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.policy import RoundPolicy
 from tests.fleet import toy
 
 TOKEN, OTHER = b"t" * 16, b"o" * 16
@@ -129,7 +132,7 @@ async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path:
     invite(tmp_path, TOKEN, population="default", expires_s=1 << 40, uses=1)
     entrance = Entrance(admit=members.admit)
     async with toy.fleet(toy.plan(toy.exact("a")), entrance=entrance) as fleet:
-        with pytest.raises(PlanError, match="an invitation, as this host serves members only"):
+        with pytest.raises(PlanError, match="The host asks for an invitation, as this host serves members only"):
             await member("a", fleet, b"").run()
         fleet.start(member("a", fleet, credential(TOKEN, b"s" * 32)))
         await asyncio.gather(*fleet.tasks)
@@ -140,7 +143,7 @@ async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path:
 
 @pytest.mark.parametrize("has_frontdoor", [False, True])
 @toy.in_loop
-async def test_who_was_removed_is_gone_soon_and_who_was_not_takes_part_over_many_streams(
+async def test_who_was_removed_is_gone_soon_and_who_was_not_keeps_its_stream(
     has_frontdoor: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams, "LOOK_AGAIN_S", 0.05)
@@ -153,21 +156,50 @@ async def test_who_was_removed_is_gone_soon_and_who_was_not_takes_part_over_many
         link = toy.LocalLink(hosts.frontdoor) if has_frontdoor else fleet.link
         async with toy.peer(link, "b") as peer:
             await peer.check_in(credential=credential(TOKEN, b"t" * 32))
-            kind, message = await peer.hear()
-            assert kind == "later" and "who is a member" in message.why
+            hearing = asyncio.create_task(peer.hear())
+            await asyncio.sleep(0.3)
+            assert not hearing.done(), "it is a member"
             remove(tmp_path, "b", population="default")
+            kind, message = await hearing
+            assert kind == "incompatible" and "was removed" in message.needs
         async with toy.peer(link, "b") as peer:
             await peer.check_in(credential=credential(TOKEN, b"t" * 32))
             kind, message = await peer.hear()
             assert kind == "incompatible" and "was removed" in message.needs
-        for name in ("a", "c"):
-            stays = toy.device(name, link)
+        devices = [toy.device(name, link) for name in ("a", "c")]
+        for name, stays in zip(("a", "c"), devices, strict=True):
             stays._credential = credential(TOKEN, name.encode() * 32)
             stays._drawn = lambda answer: 0.0  # type: ignore[method-assign]
             fleet.start(stays)
         await fleet.tasks[0]
         assert fleet.members == [0, *[2] * 200]
+        assert [each.progress.failures + each._laters for each in devices] == [0, 0]
         await hosts.frontdoor.close()
+
+
+@toy.in_loop
+async def test_a_look_at_members_takes_nobodys_place_in_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "LOOK_AGAIN_S", 0.05)
+    entrance = Entrance(admit=Members.begin(tmp_path).admit)
+    invite(tmp_path, TOKEN, population="default", expires_s=1 << 40, uses=4)
+    policy = RoundPolicy(goal=2, minimum_group=1, minimum_fraction=1.0, over_selection=1.0)
+    trained: set[str] = set()
+    async with toy.fleet(toy.plan(policy), rounds=1, entrance=entrance) as fleet:
+        for name in ("a", "b", "c", "d"):
+            device = toy.device(name, fleet.link)
+            device._credential = credential(TOKEN, name.encode() * 32)
+
+            def slowly(work: Any, prepared: Any, name: str = name, train: Any = device._training._train_now) -> Any:
+                trained.add(name)
+                time.sleep(1.0)
+                return train(work, prepared)
+
+            device._training._train_now = slowly  # type: ignore[method-assign]
+            fleet.start(device)
+        await fleet.tasks[0]
+        assert fleet.members == [0, 2] and len(trained) == 2
 
 
 @toy.in_loop

@@ -63,6 +63,7 @@ async def played(folder: Path, run_id: str) -> str:
                 process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.integration
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal stops a process there")
 @pytest.mark.timeout(60)

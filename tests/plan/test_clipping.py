@@ -42,7 +42,7 @@ def norm(delta: dict[str, np.ndarray]) -> float:
     return float(np.sqrt(sum(np.sum(np.square(np.asarray(value, np.float64))) for value in delta.values())))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     values=st.lists(st.floats(-(2.0**127), 2.0**127, width=32), min_size=1, max_size=9),
     clip=st.floats(1e-3, 1e3),

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -43,6 +44,29 @@ def test_a_process_that_fails_is_no_word_on_the_signature(monkeypatch: pytest.Mo
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(DeviceError, match="could not be checked"):
         is_good_apart(PUBLIC, signed, b"m")
+
+
+@pytest.mark.integration
+def test_no_folder_of_that_name_says_what_is_signed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "shoal" / "plan"
+    package.mkdir(parents=True)
+    for name in ("shoal/__init__.py", "shoal/plan/__init__.py", "shoal/plan/signature.py"):
+        (tmp_path / name).write_text("import sys; sys.exit(4)\n")
+    monkeypatch.chdir(tmp_path)
+    assert not is_good_apart(PUBLIC, bytes(64), b"m")
+    assert is_good_apart(PUBLIC, KEY.sign(b"m"), b"m")
+
+
+@pytest.mark.integration
+def test_a_program_that_does_something_else_and_ends_well_has_not_said_yes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = tmp_path / "app"
+    app.write_text("#!/bin/sh\nexit 0\n")
+    app.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(app))
+    with pytest.raises(DeviceError, match="ended with 0"):
+        is_good_apart(PUBLIC, bytes(64), b"m")
 
 
 def test_nor_is_one_that_ends_in_an_error_or_takes_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
