@@ -32,8 +32,9 @@ from shoal.pod.loss_scaling import LossScaling
 from shoal.pod.mesh import DATA, MeshSpec
 from shoal.pod.order import Order
 from shoal.pod.piecewise import check
+from shoal.pod.placement import State, Update
 from shoal.pod.rules import Rules, specs
-from shoal.pod.step import Program, State, Update
+from shoal.pod.step import Program
 from shoal.task import Task
 from shoal.tensors import TensorSpec
 
@@ -150,6 +151,14 @@ class Trainer:
             check(self.task.local.optimizer, *made.optimized_shapes)
         return made
 
+    def settings(self) -> dict[str, Any]:
+        """How it trains, as JSON."""
+        program = self.program
+        return {
+            "mesh": str(self.spec), "update": program.update, "sums": program.members.sum_type, "batch_size": self.batch_size,
+            "steps_per_call": self.steps_per_call, "accumulate": program.accumulate, "window": self.window,
+        }  # fmt: skip
+
     def order(self, num_examples: int, *, seed: int) -> Order:
         """Which examples its batches have."""
         local = self.task.local
@@ -198,7 +207,10 @@ class Trainer:
     def steps(self, like: State, call: Call, key: np.ndarray) -> Any:
         """The compiled program for calls of that many steps."""
         if call.num_steps not in self._compiled:
-            lowered = jax.jit(self.program.steps, donate_argnums=0).lower(like, call.batches, call.mask, key)
+            run = jax.jit(
+                self.program.steps, donate_argnums=0, out_shardings=(self.program.shardings, self.program.replicated)
+            )
+            lowered = run.lower(like, call.batches, call.mask, key)
             self._compiled[call.num_steps] = lowered.compile()
         return self._compiled[call.num_steps]
 
