@@ -1,7 +1,7 @@
 """`shoal train`: trains a task on a mesh of accelerators."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -23,6 +23,7 @@ EPILOG = options.examples(
     "shoal train task.py --data images.npz --steps 5000 --mesh data=4,model=2 --rule 'params/*/kernel=-,model'",
     "shoal train task.py --data name:digits --epochs 10 --run runs/2026-01-31-digits --resume",
 )
+TRIED_SIZES: Final = tuple(2**power for power in range(4, 14))
 
 
 def train(
@@ -55,11 +56,13 @@ def train(
     ] = "",
     sums: Annotated[str, typer.Option("--sums", help="What of gradients is sent: float32 or bfloat16.")] = "float32",
     batch: Annotated[
-        int | None,
+        str,
         typer.Option(
-            "--batch", min=1, help="Examples of a step, of all members.", show_default=options.AS_THE_TASK_SAYS
+            "--batch",
+            help="Examples of a step, of all members; auto: tries sizes, and says what it found.",
+            show_default=options.AS_THE_TASK_SAYS,
         ),
-    ] = None,
+    ] = "",
     accumulate: Annotated[
         int, typer.Option("--accumulate", min=1, help="Parts a member's share of a batch is taken in.")
     ] = 1,
@@ -71,6 +74,13 @@ def train(
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", min=1, help="Examples within which they are shuffled.", show_default="all")
+    ] = None,
+    remat: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--remat",
+            help="Paths of the model, such as 'Decoder/block_*', whose activations are made again on the way back.",
+        ),
     ] = None,
     loss_scaling: Annotated[bool, typer.Option("--loss-scaling", help="For models that compute in float16.")] = False,
     commit_every: Annotated[
@@ -97,14 +107,17 @@ def train(
         screen, watch = Screen(json=json), Stopwatch()
         if (epochs is None) == (steps is None):
             raise ValueError("Expected one of --epochs and --steps: how long is to be trained?")
-        made, trainer = _trainer(
-            task, mesh, rules=_pairs(rule, "--rule"), inputs=_pairs(split_input, "--input"), update=update, sums=sums, batch=batch,
-            accumulate=accumulate, steps_per_call=steps_per_call, window=window, loss_scaling=loss_scaling,
-        )  # fmt: skip
+        made = _load(task, mesh)
         told.check()
         watch.lap("start")
         examples, measured = _examples(made, data, held_out, user_column, screen)
         watch.lap("data")
+        settings = {
+            "rules": _pairs(rule, "--rule"), "inputs": _pairs(split_input, "--input"), "update": update, "sum_type": sums, "remat": remat or [],
+            "accumulate": accumulate, "window": window, "scaling": loss_scaling,
+        }  # fmt: skip
+        trainer = _trainer(made, mesh, batch, steps_per_call, settings, examples, seed, screen)
+        watch.lap("start")
         schedule = _schedule(trainer, len(examples), epochs, steps, commit_every, checkpoint_every)
         _say(trainer, schedule, len(examples), seed, screen)
         from shoal.cli import run_folder
@@ -149,31 +162,46 @@ def _begin(trainer: "Trainer", schedule: "Schedule", seed: int, folder: Path, co
         store.close()
 
 
-def _trainer(
-    task: str, mesh: str, *, rules: dict[str, str], inputs: dict[str, str], update: str, sums: str, batch: int | None, accumulate: int,
-    steps_per_call: int | None, window: int | None, loss_scaling: bool,
-) -> "tuple[Task, Trainer]":  # fmt: skip
+def _load(task: str, mesh: str) -> "Task":
+    """The task; before it, as many devices as the mesh has, since JAX starts with it."""
     from shoal.cli.task_argument import load_task
     from shoal.plan.compile_cache import cache_folder, switch_on
-    from shoal.pod.loss_scaling import LossScaling
     from shoal.pod.mesh import MeshSpec
-    from shoal.pod.trainer import Trainer
     from shoal.pod.virtual_devices import make_virtual_devices
+
+    if mesh:
+        make_virtual_devices(MeshSpec.parse(mesh).num_devices)
+    switch_on(cache_folder())
+    return load_task(task)
+
+
+def _trainer(
+    task: "Task", mesh: str, batch: str, steps_per_call: int | None, settings: dict[str, Any], examples: "Examples", seed: int, screen: Screen
+) -> "Trainer":  # fmt: skip
+    from shoal.pod.auto_batch import try_batches
+    from shoal.pod.loss_scaling import LossScaling
+    from shoal.pod.trainer import Trainer
     from shoal.validate import one_of
 
-    one_of(("float32", "bfloat16"), sums=sums)
-    one_of(("", "replicated", "sharded", "fully_sharded"), update=update)
-    spec = MeshSpec.parse(mesh) if mesh else None
-    if spec is not None:
-        make_virtual_devices(spec.num_devices)
-    switch_on(cache_folder())
-    made = load_task(task)
-    kind: Any = update or None
-    travels: Any = sums
-    return made, Trainer(
-        made, mesh=spec, rules=rules, inputs=inputs, update=kind, sum_type=travels, batch_size=batch, accumulate=accumulate,
-        steps_per_call=steps_per_call, window=window, scaling=LossScaling() if loss_scaling else None,
-    )  # fmt: skip
+    one_of(("float32", "bfloat16"), sums=settings["sum_type"])
+    one_of(("", "replicated", "sharded", "fully_sharded"), update=settings["update"])
+    if not (batch in ("", "auto") or (batch.isascii() and batch.isdigit() and int(batch))):
+        raise ValueError(f"Expected --batch NUMBER or auto, got {batch!r}.")
+    settings = settings | {
+        "update": settings["update"] or None, "scaling": LossScaling() if settings["scaling"] else None, "mesh": mesh or None,
+    }  # fmt: skip
+
+    def made(size: int | None, steps_per_call: int | None) -> Trainer:
+        return Trainer(task, batch_size=size, steps_per_call=steps_per_call, **settings)
+
+    if batch != "auto":
+        return made(int(batch) if batch else None, steps_per_call)
+    members = made(None, 1).spec.num_members
+    sizes = [size for size in TRIED_SIZES if size >= members and size % members == 0] or [members]
+    trial = try_batches(lambda size: made(size, 1), examples, sizes, seed=seed)
+    for line in trial.lines():
+        screen.say(line)
+    return made(trial.chosen, steps_per_call)
 
 
 def _examples(

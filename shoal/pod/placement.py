@@ -45,6 +45,8 @@ class Placement:
     """Parts that a member's share of a batch is taken in, one after the other: 1/accumulate of the memory for activations."""
     scaling: LossScaling | None = None
     """Of the loss, for models that compute in float16."""
+    remat: tuple[str, ...] = ()
+    """Globs over paths of the model, whose activations are made again on the way back (`remat.py`)."""
 
     @cached_property
     def like(self) -> Any:

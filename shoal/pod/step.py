@@ -28,6 +28,7 @@ from shoal.local import PARTS, Named, masked_sums, seed_key
 from shoal.pod.loss_scaling import all_finite, chosen
 from shoal.pod.piecewise import state_pieces, update
 from shoal.pod.placement import WHOLE, Placement, State
+from shoal.pod.remat import rematerialized
 from shoal.task import LOSS_BOUND, Sum, Tree
 
 _GATHERED: Final = "gathered"
@@ -83,6 +84,29 @@ class Program(Placement):
         made: tuple[State, Named] = run(state, batches | {"mask": mask}, key)
         return made
 
+    def gradient(self, state: State, batch: Named, mask: Any, key: Any) -> Named:
+        """The gradient of a batch's mean loss, as the optimizer would get it; to measure it. Only of replicated updates.
+
+        Args:
+            state: of `begin`.
+            batch: field -> (B, …).
+            mask: (B,), True for real examples.
+            key: (2,) uint32.
+        """
+        assert self.update == "replicated", self.update
+
+        def inside(state: State, batch: Named, key: Any) -> Named:
+            count = self.members.total(jnp.sum(batch["mask"], dtype=jnp.int32))
+            part, _, _ = self._gradient(state, batch, count, self._step_key(state, key))
+            made: Named = self.members.total(part)
+            return made
+
+        fields = {name: self.rows(0) for name in (*batch, "mask")}
+        made: Named = self._inside(inside, (self.manual_specs, fields, WHOLE), WHOLE)(
+            state, batch | {"mask": mask}, key
+        )
+        return made
+
     def evaluate(self, params: Named, state: Named, batch: Named, mask: Any) -> Named:
         """What all members' parts of a batch add to each metric of `task.evaluate`.
 
@@ -132,8 +156,7 @@ class Program(Placement):
 
     def _step(self, state: State, batch: Named, key: Any) -> tuple[State, Named]:
         count = self.members.total(jnp.sum(batch["mask"], dtype=jnp.int32))
-        step_key = jax.random.fold_in(jax.random.fold_in(seed_key(key), state["step"]), self.members.index())
-        gradient, after, metrics = self._gradient(state, batch, count, step_key)
+        gradient, after, metrics = self._gradient(state, batch, count, self._step_key(state, key))
         kept = {name: state["params"][name] for name in self.learned}
         summed, pieces = self._summed(kept, gradient)
         if self.scaling is None:
@@ -149,12 +172,17 @@ class Program(Placement):
         done |= {"state": self._mean_state(after, state["state"], count), "step": state["step"] + 1}
         return done, self.members.total(metrics)
 
+    def _step_key(self, state: State, key: Any) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(seed_key(key), state["step"]), self.members.index())
+
     def _gradient(self, state: State, batch: Named, count: Any, key: Any) -> tuple[Named, Named, Named]:
         """This member's part of the gradient, of the model's state and of the metric sums, from its examples in `accumulate` parts."""
         frozen = {name: state["params"][name] for name in self.params_shape.names if name not in self.learned}
         kept = {name: state["params"][name] for name in self.learned}
         scale = self.scaling.factor(state["scale"]) if self.scaling else None
         num = self.members.num * self.accumulate
+
+        losses = rematerialized(self.task.losses, self.remat)
 
         def objective(learned: Named, part: Named, number: Any) -> tuple[Any, tuple[Named, Named]]:
             if self.update == "fully_sharded":
@@ -163,7 +191,7 @@ class Program(Placement):
                 }
             params, mask = self.params_shape.tree(frozen | learned), part["mask"]
             own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
-            result = self.task.losses(params, self.state_shape.tree(state["state"]), part, own_key)
+            result = losses(params, self.state_shape.tree(state["state"]), part, own_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
             mean = total / jnp.maximum(count, 1).astype(total.dtype)
             if self.task.penalty is not None:
