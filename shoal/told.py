@@ -15,14 +15,26 @@ class Told:
     `check`, in every loop that waits. Outside the main thread nothing is changed.
     """
 
-    def __init__(self, numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM), *, from_anybody: bool = True) -> None:
+    def __init__(
+        self,
+        numbers: Sequence[int] = (signal.SIGINT, signal.SIGTERM),
+        *,
+        from_anybody: bool = True,
+        is_patient: bool = False,
+    ) -> None:
         """
         Args:
             numbers: the signals.
             from_anybody: whoever heard them before; else only where nobody did.
+            is_patient: the first one is told by `number` alone, for work that looks there; the second is the KeyboardInterrupt.
         """
         self.number = 0
-        self._numbers, self._from_anybody = numbers, from_anybody
+        self._numbers, self._from_anybody, self._heard, self._raises_at = (
+            numbers,
+            from_anybody,
+            0,
+            2 if is_patient else 1,
+        )
         self._before: dict[int, Any] = {}
 
     @property
@@ -51,6 +63,6 @@ class Told:
             raise KeyboardInterrupt from None
 
     def _tell(self, number: int, _: object) -> None:
-        is_first, self.number = not self.number, number
-        if is_first:
+        self._heard, self.number = self._heard + 1, number
+        if self._heard == self._raises_at:
             raise KeyboardInterrupt

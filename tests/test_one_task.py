@@ -1,7 +1,8 @@
-"""The mission as a test: `examples/one_task.py` as a plain loop, in simulation, on a fleet in one process, over sockets.
+"""The mission as a test: `examples/one_task.py` as a plain loop, in simulation, on a fleet in one process, over sockets, on a mesh.
 
-The last three hold the same bits: they run the plan's own programs one member at a time and close a round with the same
-code. The plain loop shares nothing with them but the order of examples and the keys, and agrees to rounding.
+Simulation and fleets hold the same bits: they run the plan's own programs one member at a time and close a round with the same
+code. The plain loop shares nothing with them but the order of examples and the keys, and agrees to rounding; so does a mesh, where a round is one
+step of each member.
 """
 
 import asyncio
@@ -30,6 +31,7 @@ from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.stablehlo import this_runtime
+from shoal.pod.trainer import Trainer
 from shoal.policy import Selection
 from shoal.record.memory import MemoryStore
 from shoal.simulate.engine import go_on
@@ -331,3 +333,25 @@ def test_a_task_learns_with_a_little_noise_on_its_examples() -> None:
 def examples_of_all() -> dict[str, np.ndarray]:
     members = population()
     return {name: np.concatenate([members[user].fields[name] for user in members]) for name in ("image", "label")}
+
+
+def test_a_step_on_a_mesh_is_a_round_of_members_who_take_one_step() -> None:
+    one_step = shoal.Local(optimizer=optax.sgd(0.1), batch_size=64, steps_per_block=1)
+    ways = Ways(small_task(local=one_step))
+    simulated = ways.simulated()
+    everyone = shoal.data.Examples.concatenate([ways.members[name] for name in MEMBERS])
+    trainer = Trainer(
+        ways.task, mesh="slow=2,data=2", devices=jax.devices()[:4], batch_size=len(everyone), update="sharded"
+    )
+    state = trainer.train(everyone, steps=ROUNDS, commit_every=ROUNDS, seed=SEED)
+    np.testing.assert_allclose(trainer.whole(state)["params/w"], simulated["params/w"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_task_of_the_fleet_learns_on_a_mesh() -> None:
+    everyone = shoal.data.Examples.concatenate([examples for _, examples in population().items()])
+    losses: list[float] = []
+    trainer = Trainer(task, mesh="data=4", devices=jax.devices()[:4], batch_size=32, steps_per_call=1)
+    trainer.train(
+        everyone, steps=40, commit_every=10, on_version=lambda version: losses.append(version.training["loss"])
+    )
+    assert losses[-1] < 0.7 * losses[0], losses

@@ -134,19 +134,7 @@ def train(
             store = open_store(folder)
             try:
                 run_id = found.run.id if found is not None else store.runs()[-1].id
-                _run(
-                    trainer,
-                    store,
-                    run_id,
-                    examples,
-                    measured,
-                    schedule,
-                    folder,
-                    screen,
-                    watch,
-                    told,
-                    command_line(again),
-                )
+                _run(trainer, store, run_id, examples, measured, schedule, folder, screen, watch, command_line(again))
             finally:
                 store.close()
 
@@ -248,20 +236,23 @@ def _say(trainer: "Trainer", schedule: "Schedule", num_examples: int, seed: int,
 
 def _run(
     trainer: "Trainer", store: "Store", run_id: str, examples: "Examples", held_out: "Examples | None", schedule: "Schedule", folder: Path,
-    screen: Screen, watch: Stopwatch, told: Told, again: str,
+    screen: Screen, watch: Stopwatch, again: str,
 ) -> None:  # fmt: skip
     from shoal.cli.run_summary import summarize
     from shoal.cli.train_lines import TrainLines
     from shoal.pod.run import go_on
 
     before, lines = summarize(store, run_id), TrainLines(trainer.batch_size, schedule.versions, screen)
-    with screen.hearing("shoal.pod"):
+    with screen.hearing("shoal.pod"), Told(is_patient=True) as told:
         state = go_on(
             trainer, store, run_id, examples, schedule, held_out=held_out, folder=folder, on_version=lines.version,
             on_call=lines.call, should_stop=lambda step: bool(told.number),
         )  # fmt: skip
     if told.number:
-        raise Stopped(f"stopped at step {int(state['step'])} of {schedule.steps}. Go on with: {again}", code=told.code)
+        raise Stopped(
+            f"stopped at step {int(state['step'])} of {schedule.steps}, which is kept. Go on with: {again}",
+            code=told.code,
+        )
     watch.lap("training")
     summary = summarize(store, run_id)
     inside = summary.seconds_since(before)

@@ -69,12 +69,10 @@ def try_batches(
     found = conform(examples, make(sizes[0]).task)
     rng = np.random.default_rng(seed)
     rates: dict[int, float] = {}
-    smallest, state = make(sizes[0]), None
+    smallest = make(sizes[0])
+    state = smallest.program.begin(jax.random.key(seed))
     for size in [size for size in sizes if size <= len(found)] or [sizes[0]]:
-        trainer = smallest if size == sizes[0] else make(size)
-        reached, rates[size] = _rate(trainer, found, rng, seed)
-        state = state or reached
-    assert state is not None
+        state, rates[size] = _rate(smallest if size == sizes[0] else make(size), state, found, rng)
     return BatchTrial(rates=rates, noise_scale=_noise_scale(smallest, state, found, rng))
 
 
@@ -93,10 +91,9 @@ def noise_scale(small: float, large: float, *, batch: int, batches: int) -> floa
     return covariance / gradient if gradient > 0 and covariance >= 0 else float("inf")
 
 
-def _rate(trainer: Trainer, examples: Examples, rng: np.random.Generator, seed: int) -> tuple[State, float]:
-    """The state after some steps, and examples a second."""
+def _rate(trainer: Trainer, state: State, examples: Examples, rng: np.random.Generator) -> tuple[State, float]:
+    """The state after some more steps, and examples a second."""
     program = trainer.program
-    state = program.begin(jax.random.key(seed))
     rows, mask = _rows(trainer, examples, rng, (trainer.steps_per_call,))
     arrays = placed(examples, rows, mask, program.row_shardings(1))
     fields = {name: array for name, array in arrays.items() if name != "mask"}

@@ -191,7 +191,9 @@ class Program(Placement):
                 }
             params, mask = self.params_shape.tree(frozen | learned), part["mask"]
             own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
-            result = losses(params, self.state_shape.tree(state["state"]), part, own_key)
+            # Where a member has padding alone, the loss sees it as real: a mean over no example is not a number, which no mask takes out again.
+            seen = part | {"mask": mask | ~jnp.any(mask)}
+            result = losses(params, self.state_shape.tree(state["state"]), seen, own_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
             mean = total / jnp.maximum(count, 1).astype(total.dtype)
             if self.task.penalty is not None:
