@@ -330,7 +330,7 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
             kept = device_state[f"private/{spec.name}"]
             values[spec.name] = jnp.where(device_state["rounds"] > 0, kept, values[spec.name])
         opt = named(task.local.optimizer.init(learned_tree(values)), "opt")
-        zeros = {f"metric/{name}/{part}": jnp.zeros((), jnp.float32) for name in metric_bounds for part in _PARTS}
+        zeros = {f"metric/{name}/{part}": jnp.zeros((), jnp.float32) for name in metric_bounds for part in PARTS}
         counters = {"step": jnp.zeros((), jnp.int32), "weight": jnp.zeros((), jnp.int32)}
         if private:
             counters["rounds"] = device_state["rounds"]
@@ -378,7 +378,7 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
         after = dict(zip(learned, _leaves(reached), strict=True)) | named(opt, "opt") | state
         after |= {"step": carry["step"] + 1, "weight": carry["weight"] + count}
         for name, metric in _with_loss(result, metric_bounds).items():
-            for part, value in zip(_PARTS, _masked_sums(metric, seen), strict=True):
+            for part, value in zip(PARTS, masked_sums(metric, seen), strict=True):
                 after[f"metric/{name}/{part}"] = carry[f"metric/{name}/{part}"] + value
         live = count > 0
         kept = {name: jnp.where(live, value, carry[name]) for name, value in after.items()}
@@ -392,7 +392,7 @@ def sgd_rule(task: Task, *, gradient_of: Gradient = plain_gradient) -> LocalRule
             for name in [name for name in delta if name.startswith("params/")]:
                 delta[name] = delta[name] / jnp.maximum(steps, 1.0)
             sums |= {"steps": {"taken": steps}}
-        metrics = {f"{name}/{part}": carry[f"metric/{name}/{part}"] for name in metric_bounds for part in _PARTS}
+        metrics = {f"{name}/{part}": carry[f"metric/{name}/{part}"] for name in metric_bounds for part in PARTS}
         weight = carry["weight"] if task.local.weighting == "examples" else jnp.minimum(carry["weight"], 1)
         kept = {f"private/{spec.name}": carry[spec.name] for spec in private}
         if private:
@@ -429,7 +429,7 @@ def _refuse_what_tells_of_examples(task: Task, state: Shape, gradient_of: Gradie
         )
 
 
-_PARTS: Final = ("denominator", "numerator")
+PARTS: Final = ("denominator", "numerator")
 
 
 def _refuse_keys(values: Named, *, what: str) -> None:
@@ -479,7 +479,8 @@ def _with_loss(result: Loss, bounds: Mapping[str, tuple[float, float]]) -> dict[
     return {"loss": Sum(result.per_example, ones, bounds["loss"])} | result.metrics
 
 
-def _masked_sums(metric: Sum, mask: Any) -> tuple[Any, Any]:
+def masked_sums(metric: Sum, mask: Any) -> tuple[Any, Any]:
+    """What the examples under a mask add to a metric, clipped to its bounds, in the order of `PARTS`."""
     denominator, numerator = _masked(metric, mask)
     return jnp.sum(denominator), jnp.sum(numerator)
 
@@ -522,7 +523,7 @@ def metric_sums(bounds: Mapping[str, tuple[float, float]], max_examples: int) ->
             weighted=False,
         )
         for name, (low, high) in sorted(bounds.items())
-        for part in _PARTS
+        for part in PARTS
     )
 
 
@@ -549,7 +550,7 @@ def _evaluated(task: Task, params: Tree, state: Tree, batch: Mapping[str, Any]) 
 
 def evaluator(task: Task) -> Callable[[Named, Named, Any], Named] | None:
     """(broadcast, batch {field: (B, …)}, mask (B,)) -> metric sums `loss/numerator`, …; None without `evaluate`."""
-    return _evaluating(task, _masked_sums)
+    return _evaluating(task, masked_sums)
 
 
 def scorer(task: Task) -> Callable[[Named, Named, Any], Named] | None:
@@ -569,7 +570,7 @@ def _evaluating(
     def run(broadcast: Named, batch: Named, mask: Any) -> Named:
         made = _evaluated(task, params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
         check_metrics(made, mask.shape[0], what=f"evaluate of task {task.name!r}")
-        found = {name: dict(zip(_PARTS, parts_of(metric, mask), strict=True)) for name, metric in made.items()}
+        found = {name: dict(zip(PARTS, parts_of(metric, mask), strict=True)) for name, metric in made.items()}
         return _sorted({f"{name}/{part}": value for name, parts in found.items() for part, value in parts.items()})
 
     return run

@@ -22,7 +22,7 @@ from shoal.plan.left_out import HEED_THE_MASK, obstacle
 from shoal.plan.manifest import HELD_OUT, Manifest, Training
 from shoal.plan.runner import Runner, Update
 from shoal.policy import Privacy
-from shoal.tensors import Tensors
+from shoal.tensors import Tensors, TensorSpec
 
 NOISE_SEED_BYTES: Final = 32
 
@@ -226,25 +226,32 @@ def no_state(manifest: Manifest) -> Tensors:
 
 
 def conform(examples: Examples, manifest: Manifest) -> Examples:
-    """The fields that the task reads, in its types.
+    """The fields that the task reads, in its types; see `fields_of`."""
+    if manifest.training.part == "both" and HELD_OUT not in examples.fields:
+        examples = Examples({**examples.fields, HELD_OUT: np.zeros(len(examples), bool)})
+    return fields_of(examples, manifest.task, manifest.batch)
+
+
+def fields_of(examples: Examples, task: str, batch: Iterable[TensorSpec]) -> Examples:
+    """The fields that a task reads, in its types.
+
+    Args:
+        examples: with these fields, and maybe others.
+        task: its name.
+        batch: what one example has of each field.
 
     Raises:
         DataError: a field is missing, or has another shape or a type that cannot be converted without loss of kind.
     """
-    if manifest.training.part == "both" and HELD_OUT not in examples.fields:
-        examples = Examples({**examples.fields, HELD_OUT: np.zeros(len(examples), bool)})
     spec = examples.spec()
     fields = {}
-    for wanted in manifest.batch:
+    for wanted in batch:
         if wanted.name not in spec:
-            raise DataError(
-                f"Task {manifest.task!r} reads field {wanted.name!r}; the examples have {' | '.join(spec)}."
-            )
+            raise DataError(f"Task {task!r} reads field {wanted.name!r}; the examples have {' | '.join(spec)}.")
         shape, dtype = spec[wanted.name]
         if tuple(shape) != wanted.shape or not np.can_cast(np.dtype(dtype), wanted.numpy_dtype, "same_kind"):
             raise DataError(
-                f"Task {manifest.task!r} reads {wanted.name!r} as {wanted.dtype}{list(wanted.shape)}, "
-                f"the examples have {dtype}{list(shape)}."
+                f"Task {task!r} reads {wanted.name!r} as {wanted.dtype}{list(wanted.shape)}, the examples have {dtype}{list(shape)}."
             )
         fields[wanted.name] = _cast(examples.fields[wanted.name], wanted.numpy_dtype, wanted.name)
     return Examples(fields)

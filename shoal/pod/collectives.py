@@ -41,6 +41,11 @@ class Members:
         ]
 
     @property
+    def row_axes(self) -> tuple[str, ...]:
+        """Of a batch: its rows lie in the order of the devices, so that each host has consecutive ones."""
+        return self.mesh.member_axes
+
+    @property
     def num(self) -> int:
         return self.mesh.num_members
 

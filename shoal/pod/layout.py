@@ -79,7 +79,7 @@ class Layout:
 
     def scatter(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         """What each member has of the tensors, added up: the member's own pieces."""
-        made = {}
+        made: dict[str, Any] = {}
         for names in self.buckets:
             row = self.members.scatter(jnp.concatenate([self._rows(name, tensors[name]) for name in names], axis=1))
             made |= self._parts(names, row)

@@ -25,11 +25,12 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from shoal.local import Named, Shape, model_shape, named, seed_key
+from shoal.local import PARTS, Named, Shape, masked_sums, model_shape, named, seed_key
 from shoal.pod.collectives import Members
 from shoal.pod.layout import Layout
+from shoal.pod.loss_scaling import LossScaling, all_finite, chosen
 from shoal.pod.piecewise import state_pieces, update
-from shoal.task import LOSS_BOUND, Loss, Sum, Task, Tree
+from shoal.task import LOSS_BOUND, Sum, Task, Tree
 
 Update = Literal["replicated", "sharded", "fully_sharded"]
 State = dict[str, Any]
@@ -52,6 +53,10 @@ class Program:
     """Name of a parameter -> how rules split it, along axes that are not the members'."""
     inputs: Mapping[str, PartitionSpec]
     """Field -> how its dimensions after the first are split."""
+    accumulate: int = 1
+    """Parts that a member's share of a batch is taken in, one after the other: 1/accumulate of the memory for activations."""
+    scaling: LossScaling | None = None
+    """Of the loss, for models that compute in float16."""
 
     @cached_property
     def like(self) -> Any:
@@ -90,8 +95,9 @@ class Program:
         if self.update == "fully_sharded":
             kept |= {name: self.layout.spec(name) for name in self.learned}
         pieces = {name: self.layout.spec(name) if self.is_cut else _WHOLE for name in self.learned}
+        scale = {"scale": jax.tree.map(lambda _: _WHOLE, self.scaling.begin())} if self.scaling else {}
         return {
-            "params": kept, "state": dict.fromkeys(self.state_shape.names, _WHOLE), "opt": self._opt_specs(pieces), "step": _WHOLE,
+            "params": kept, "state": dict.fromkeys(self.state_shape.names, _WHOLE), "opt": self._opt_specs(pieces), "step": _WHOLE, **scale,
         }  # fmt: skip
 
     def _opt_specs(self, pieces: Mapping[str, PartitionSpec]) -> Tree:
@@ -114,6 +120,13 @@ class Program:
             )
         return specs
 
+    @property
+    def optimized_shapes(self) -> tuple[Tree, Tree]:
+        """Of the learned tensors as pytrees: whole, and as the optimizer has them."""
+        cuts = self.layout.cuts
+        whole = {name: jax.ShapeDtypeStruct(cuts[name].shape, cuts[name].dtype) for name in self.learned}
+        return self._tree(whole), self._tree(self.piece_shapes)
+
     @cached_property
     def piece_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Of learned tensors as the optimizer has them."""
@@ -135,26 +148,36 @@ class Program:
             made["params"] |= {name: placed(spec) for name, spec in self.specs.items() if name in made["params"]}
         return made
 
-    def batch_sharding(self, field: str) -> NamedSharding:
-        """Of a field's (k, B, …)."""
-        return NamedSharding(self.mesh, PartitionSpec(None, self.members.axes or None, *self.inputs.get(field, _WHOLE)))
+    def row_shardings(self, before: int) -> dict[str, NamedSharding]:
+        """Field, `mask` too -> how an array lies whose dimension after so many others counts examples."""
+        fields = (*self.task.batch, "mask")
+        return {
+            n: NamedSharding(self.mesh, PartitionSpec(*self._rows(before), *self.inputs.get(n, _WHOLE))) for n in fields
+        }
+
+    @property
+    def replicated(self) -> NamedSharding:
+        """Of an array that is whole on every device."""
+        return NamedSharding(self.mesh, _WHOLE)
 
     # Programs.
 
     def begin(self, key: jax.Array) -> State:
         """The state before the first step, each array made where it belongs."""
+        made: State = jax.jit(self.beginning, out_shardings=self.shardings)(key)
+        return made
 
-        def made(key: jax.Array) -> State:
-            variables = self.task.variables(key)
-            params = dict(zip(self.params_shape.names, jax.tree.leaves(variables.params), strict=True))
-            learned = {name: params[name] for name in self.learned}
-            opt, cut = self._inside(
-                self._begin_inside, (dict.fromkeys(learned, _WHOLE),), (self.manual_specs["opt"], self._cut_specs)
-            )(learned)
-            state = dict(zip(self.state_shape.names, jax.tree.leaves(variables.state), strict=True))
-            return {"params": params | cut, "state": state, "opt": opt, "step": jnp.zeros((), jnp.int32)}
-
-        return jax.jit(made, out_shardings=self.shardings)(key)
+    def beginning(self, key: jax.Array) -> State:
+        """The state before the first step; to be compiled with `shardings` for its outputs."""
+        variables = self.task.variables(key)
+        params = dict(zip(self.params_shape.names, jax.tree.leaves(variables.params), strict=True))
+        learned = {name: params[name] for name in self.learned}
+        opt, cut = self._inside(
+            self._begin_inside, (dict.fromkeys(learned, _WHOLE),), (self.manual_specs["opt"], self._cut_specs)
+        )(learned)
+        state = dict(zip(self.state_shape.names, jax.tree.leaves(variables.state), strict=True))
+        scale = {"scale": self.scaling.begin()} if self.scaling else {}
+        return {"params": params | cut, "state": state, "opt": opt, "step": jnp.zeros((), jnp.int32), **scale}
 
     @property
     def _cut_specs(self) -> dict[str, PartitionSpec]:
@@ -170,24 +193,55 @@ class Program:
         Args:
             state: of `begin`.
             batches: field -> (k, B, …).
-            mask: (k, B), True for real examples. A step without any changes nothing.
+            mask: (k, B), True for real examples, of which each step has one at least.
             key: (2,) uint32.
 
         Returns:
             The state, and `loss/numerator`, …: (k,), over the whole batch.
         """
-        fields = {name: PartitionSpec(None, self.members.axes or None) for name in (*batches, "mask")}
 
         def inside(state: State, batches: Named, key: Any) -> tuple[State, Named]:
-            made = []
-            for number in range(mask.shape[0]):
-                state, metrics = self._step(state, {name: values[number] for name, values in batches.items()}, key)
-                made.append(metrics)
-            return state, jax.tree.map(lambda *each: jnp.stack(each), *made)
+            return repeated(lambda state, batch: self._step(state, batch, key), state, batches)
 
+        fields = {name: self._rows(1) for name in (*batches, "mask")}
         run = self._inside(inside, (self.manual_specs, fields, _WHOLE), (self.manual_specs, _WHOLE))
-        after, metrics = run(state, batches | {"mask": mask}, key)
-        return after, metrics
+        made: tuple[State, Named] = run(state, batches | {"mask": mask}, key)
+        return made
+
+    def evaluate(self, params: Named, state: Named, batch: Named, mask: Any) -> Named:
+        """What all members' parts of a batch add to each metric of `task.evaluate`.
+
+        Args:
+            params, state: of a State.
+            batch: field -> (B, …).
+            mask: (B,), True for real examples.
+        """
+
+        def inside(params: Named, state: Named, batch: Named) -> Named:
+            assert self.task.evaluate is not None
+            whole = self._gathered(params)
+            metrics = self.task.evaluate(self.params_shape.tree(whole), self.state_shape.tree(state), batch)
+            return self.members.total(_sums(metrics, batch["mask"]))
+
+        fields = {name: self._rows(0) for name in (*batch, "mask")}
+        places = (self.manual_specs["params"], self.manual_specs["state"], fields)
+        made: Named = self._inside(inside, places, _WHOLE)(params, state, batch | {"mask": mask})
+        return made
+
+    def whole(self, params: Named) -> Named:
+        """A State's parameters, each of them whole."""
+        made: Named = self._inside(self._gathered, (self.manual_specs["params"],), _WHOLE)(params)
+        return made
+
+    def _gathered(self, params: Named) -> Named:
+        if self.update != "fully_sharded":
+            return params
+        made: Named = params | self.layout.gather({name: params[name] for name in self.learned})
+        return made
+
+    def _rows(self, before: int) -> PartitionSpec:
+        """Of an array whose dimension after so many others counts examples, along the members' axes."""
+        return PartitionSpec(*(None,) * before, self.members.row_axes or None)
 
     def _inside(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         """A function of what one member has, called by all."""
@@ -205,51 +259,81 @@ class Program:
     # Inside a member.
 
     def _step(self, state: State, batch: Named, key: Any) -> tuple[State, Named]:
-        mask, num = batch["mask"], self.members.num
-        count = self.members.total(jnp.sum(mask, dtype=jnp.int32))
+        count = self.members.total(jnp.sum(batch["mask"], dtype=jnp.int32))
         step_key = jax.random.fold_in(jax.random.fold_in(seed_key(key), state["step"]), self.members.index())
-        frozen = {name: state["params"][name] for name in self.params_shape.names if name not in self.learned}
+        gradient, after, metrics = self._gradient(state, batch, count, step_key)
+        kept = {name: state["params"][name] for name in self.learned}
+        summed, pieces = self._summed(kept, gradient)
+        if self.scaling is None:
+            reached, opt = self._reached(pieces, summed, state["opt"])
+            done = {"params": state["params"] | reached, "opt": opt}
+        else:
+            scale, summed = state["scale"], self.scaling.unscaled(state["scale"], summed)
+            is_finite = self.members.total((~all_finite(summed)).astype(jnp.int32)) == 0
+            reached, opt = self._reached(pieces, summed, state["opt"])
+            before = {"params": state["params"], "opt": state["opt"]}
+            done = chosen(is_finite, {"params": state["params"] | reached, "opt": opt}, before)
+            done["scale"] = self.scaling.after(scale, is_finite)
+        done |= {"state": self._mean_state(after, state["state"], count), "step": state["step"] + 1}
+        return done, self.members.total(metrics)
 
-        def objective(learned: Named) -> tuple[Any, Loss]:
+    def _gradient(self, state: State, batch: Named, count: Any, key: Any) -> tuple[Named, Named, Named]:
+        """This member's part of the gradient, of the model's state and of the metric sums, from its examples in `accumulate` parts."""
+        frozen = {name: state["params"][name] for name in self.params_shape.names if name not in self.learned}
+        kept = {name: state["params"][name] for name in self.learned}
+        scale = self.scaling.factor(state["scale"]) if self.scaling else None
+        num = self.members.num * self.accumulate
+
+        def objective(learned: Named, part: Named, number: Any) -> tuple[Any, tuple[Named, Named]]:
             if self.update == "fully_sharded":
                 learned = {
                     name: checkpoint_name(value, _GATHERED) for name, value in self.layout.gather(learned).items()
                 }
-            params = self.params_shape.tree(frozen | learned)
-            result = self.task.losses(params, self.state_shape.tree(state["state"]), batch, step_key)
+            params, mask = self.params_shape.tree(frozen | learned), part["mask"]
+            own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
+            result = self.task.losses(params, self.state_shape.tree(state["state"]), part, own_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
             mean = total / jnp.maximum(count, 1).astype(total.dtype)
             if self.task.penalty is not None:
                 mean = mean + self.task.penalty(params) / num
-            return mean, result
+            after = self._weighed(result.state, mask)
+            metrics = {"loss": Sum(result.per_example, jnp.ones_like(result.per_example), LOSS_BOUND)} | result.metrics
+            return mean if scale is None else mean.astype(jnp.float32) * scale, (after, _sums(metrics, mask))
 
-        kept = {name: state["params"][name] for name in self.learned}
         if self.update == "fully_sharded":  # what was gathered is not kept for the way back, but gathered again
             policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-            objective = jax.checkpoint(objective, policy=policy)  # type: ignore[assignment]
-        gradient, result = jax.grad(objective, has_aux=True)(kept)
-        reached, opt = self._updated(kept, gradient, state["opt"])
-        after = {
-            "params": state["params"] | reached, "state": self._mean_state(result.state), "opt": opt, "step": state["step"] + 1,
-        }  # fmt: skip
-        live = count > 0
-        after = jax.tree.map(lambda new, old: jnp.where(live, new, old), after, state)
-        return after, self.members.total(_metric_sums(result, mask))
+            objective = jax.checkpoint(objective, policy=policy)
+        gradient_of = jax.grad(objective, has_aux=True)
+        if self.accumulate == 1:
+            gradient, (after, metrics) = gradient_of(kept, batch, 0)
+            return gradient, after, metrics
 
-    def _updated(self, kept: Named, gradient: Named, opt: Tree) -> tuple[Named, Tree]:
-        """Learned tensors as they are kept, and the optimizer's state."""
+        def one(carry: tuple[Named, Any], part: Named) -> tuple[tuple[Named, Any], tuple[Named, Named]]:
+            gradient, number = carry
+            more, seen = gradient_of(kept, part, number)
+            return (jax.tree.map(jnp.add, gradient, more), number + 1), seen
+
+        parts = {n: v.reshape(self.accumulate, v.shape[0] // self.accumulate, *v.shape[1:]) for n, v in batch.items()}
+        begin = (jax.tree.map(jnp.zeros_like, kept), jnp.zeros((), jnp.int32))
+        (gradient, _), seen = repeated(one, begin, parts)
+        after, metrics = jax.tree.map(lambda values: jnp.sum(values, axis=0), seen)
+        return gradient, after, metrics
+
+    def _summed(self, kept: Named, gradient: Named) -> tuple[Named, Named]:
+        """The sum over members as the optimizer takes it, and the learned tensors likewise."""
         if self.update == "replicated":
-            summed = (
-                self.layout.gather(self.layout.scatter(gradient))
-                if self._has_two_ways
-                else self.members.total(gradient)
-            )
-            pieces = kept
-        elif self.update == "sharded":
-            summed, pieces = self.layout.scatter(gradient), self.layout.own(kept)
-        else:  # the way back through `gather` has added it up
-            summed, pieces = gradient, kept
-        reached, opt = self._optimized(pieces, summed, opt)
+            if self._has_two_ways:
+                return self.layout.gather(self.layout.scatter(gradient)), kept
+            return self.members.total(gradient), kept
+        if self.update == "sharded":
+            return self.layout.scatter(gradient), self.layout.own(kept)
+        # The way back through `gather` has added up what is in pieces.
+        whole = {name: gradient[name] for name, cut in self.layout.cuts.items() if cut.is_whole}
+        return gradient | (self.members.total(whole) if whole else {}), kept
+
+    def _reached(self, pieces: Named, gradient: Named, opt: Tree) -> tuple[Named, Tree]:
+        """Learned tensors as they are kept, and the optimizer's state."""
+        reached, opt = self._optimized(pieces, gradient, opt)
         return self.layout.gather(reached) if self.update == "sharded" else reached, opt
 
     @property
@@ -286,26 +370,49 @@ class Program:
         # Frozen leaves become None, which optax passes over.
         return self.params_shape.tree({name: learned[name] for name in self.learned})
 
-    def _mean_state(self, state: Tree) -> Named:
+    # A model's state is the mean of what the parts of a batch make of it, each as often as it has examples: for a running mean that is the
+    # running mean of the whole batch.
+
+    def _weighed(self, state: Tree, mask: Any) -> Named:
+        count = jnp.sum(mask, dtype=jnp.int32)
         made = dict(zip(self.state_shape.names, jax.tree.leaves(state), strict=True))
-        floats = {name: value for name, value in made.items() if jnp.issubdtype(value.dtype, jnp.floating)}
-        means = jax.tree.map(lambda total: total / self.members.num, self.members.total(floats)) if floats else {}
-        return made | means
+        return {name: _times(value, count) for name, value in made.items() if self.task.leaf_rule(name) != "frozen"}
+
+    def _mean_state(self, weighed: Named, before: Named, count: Any) -> Named:
+        if not weighed:
+            return before
+        totals = self.members.total(weighed)
+        return before | {name: _over(total, count).astype(before[name].dtype) for name, total in totals.items()}
 
 
-def _metric_sums(result: Loss, mask: Any) -> Named:
-    """What the examples of this member add to each metric."""
-    metrics = {"loss": Sum(result.per_example, jnp.ones_like(result.per_example), LOSS_BOUND)} | result.metrics
+def _times(value: Any, count: Any) -> Any:
+    """0 where the count is 0, whatever the value."""
+    if jnp.issubdtype(value.dtype, jnp.floating):
+        return jnp.where(count > 0, value * count.astype(value.dtype), jnp.zeros_like(value))
+    return value.astype(jnp.int32) * count
+
+
+def _over(total: Any, count: Any) -> Any:
+    if jnp.issubdtype(total.dtype, jnp.floating):
+        return total / count.astype(total.dtype)
+    return total // count
+
+
+def repeated(function: Any, carry: Any, rows: Any) -> tuple[Any, Any]:
+    """`jax.lax.scan`, without a loop on a CPU, where convolutions in loops are slow."""
+    if jax.tree.leaves(rows)[0].shape[0] > 1:
+        scanned: tuple[Any, Any] = jax.lax.scan(function, carry, rows, unroll=jax.default_backend() == "cpu")
+        return scanned
+    carry, made = function(carry, jax.tree.map(lambda values: values[0], rows))
+    return carry, jax.tree.map(lambda value: value[None], made)
+
+
+def _sums(metrics: Mapping[str, Sum], mask: Any) -> Named:
+    """What these examples add to each metric."""
     made = {}
     for name, metric in sorted(metrics.items()):
-        low, high = metric.bound
-        zero = jnp.zeros((), jnp.float32)
-        made[f"{name}/denominator"] = jnp.sum(
-            jnp.where(mask, jnp.clip(metric.denominator.astype(jnp.float32), 0.0, 1.0), zero)
-        )
-        made[f"{name}/numerator"] = jnp.sum(
-            jnp.where(mask, jnp.clip(metric.numerator.astype(jnp.float32), low, high), zero)
-        )
+        for part, value in zip(PARTS, masked_sums(metric, mask), strict=True):
+            made[f"{name}/{part}"] = value
     return made
 
 
