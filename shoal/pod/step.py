@@ -22,7 +22,6 @@ from typing import Any, Final, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from shoal.local import PARTS, Named, Shape, masked_sums, model_shape, named, seed_key
@@ -36,7 +35,8 @@ Update = Literal["replicated", "sharded", "fully_sharded"]
 State = dict[str, Any]
 """``params`` (name -> tensor, or pieces), ``state`` (name -> tensor), ``opt`` (the optimizer's pytree), ``step`` (int32)."""
 
-_GATHERED: Final = "gathered"
+_GATHERS: Final = ("all_gather", "concatenate", "reshape", "slice", "split", "squeeze", "transpose")
+"""Operations of `Layout.gather`."""
 _WHOLE: Final = PartitionSpec()
 
 
@@ -286,9 +286,7 @@ class Program:
 
         def objective(learned: Named, part: Named, number: Any) -> tuple[Any, tuple[Named, Named]]:
             if self.update == "fully_sharded":
-                learned = {
-                    name: checkpoint_name(value, _GATHERED) for name, value in self.layout.gather(learned).items()
-                }
+                learned = self.layout.gather(learned)
             params, mask = self.params_shape.tree(frozen | learned), part["mask"]
             own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
             result = self.task.losses(params, self.state_shape.tree(state["state"]), part, own_key)
@@ -300,9 +298,9 @@ class Program:
             metrics = {"loss": Sum(result.per_example, jnp.ones_like(result.per_example), LOSS_BOUND)} | result.metrics
             return mean if scale is None else mean.astype(jnp.float32) * scale, (after, _sums(metrics, mask))
 
-        if self.update == "fully_sharded":  # what was gathered is not kept for the way back, but gathered again
-            policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-            objective = jax.checkpoint(objective, policy=policy)
+        if self.update == "fully_sharded":
+            # What was gathered is not kept for the way back, but gathered again: nor may anything be kept that it is only a view of.
+            objective = jax.checkpoint(objective, policy=lambda operation, *_, **__: operation.name not in _GATHERS)
         gradient_of = jax.grad(objective, has_aux=True)
         if self.accumulate == 1:
             gradient, (after, metrics) = gradient_of(kept, batch, 0)
