@@ -110,24 +110,32 @@ class Description:
         }  # fmt: skip
 
 
-def make(program: Program, batches: Mapping[str, Any], *, clock: Clock = time.perf_counter) -> Made:
-    """Lowers and compiles `program.steps` with the state donated, on shapes alone.
+def lower(program: Program, batches: Mapping[str, Any]) -> Any:
+    """`program.steps` with the state donated, lowered on shapes alone: `jax.stages.Lowered`.
 
     Args:
         program: whose mesh has devices here.
         batches: field -> (k, B, …), arrays or shapes, without the mask.
-        clock: seconds.
 
     Raises:
         ValueError: members do not divide the batch.
     """
     num, size = _sizes(program, batches)
-    fields = {name: _placed(values, program.batch_sharding(name)) for name, values in batches.items()}
-    mask = jax.ShapeDtypeStruct((num, size), jnp.bool_, sharding=program.batch_sharding("mask"))
+    places = program.row_shardings(1)
+    fields = {name: _placed(values, places[name]) for name, values in batches.items()}
+    mask = jax.ShapeDtypeStruct((num, size), jnp.bool_, sharding=places["mask"])
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    return jax.jit(program.steps, donate_argnums=0).lower(_state(program), fields, mask, key)
+
+
+def make(program: Program, batches: Mapping[str, Any], *, clock: Clock = time.perf_counter) -> Made:
+    """Lowers and compiles what `lower` takes, and says how long each took.
+
+    Raises:
+        ValueError: members do not divide the batch.
+    """
     begun = clock()
-    lowered = jax.jit(program.steps, donate_argnums=0).lower(
-        _state(program), fields, mask, jax.ShapeDtypeStruct((2,), jnp.uint32)
-    )
+    lowered = lower(program, batches)
     between = clock()
     compiled = lowered.compile()
     return Made(lowered, compiled, between - begun, clock() - between)
@@ -152,7 +160,8 @@ def describe(
     lowered = lowered_traffic(made.lowered, program.members.mesh.sizes)
     compiled = compiled_traffic(made.compiled.as_text(), program.members.mesh.sizes)
     cost = made.compiled.cost_analysis() or {}
-    flops, moved = cost.get("flops", 0.0) / num, cost.get("bytes accessed", 0.0) / num
+    counted = _counted_steps(program, num)
+    flops, moved = cost.get("flops", 0.0) / counted, cost.get("bytes accessed", 0.0) / counted
     dtype = product_type(made.lowered)
     wire = {axes: sent / num for axes, sent in _wire_bytes(lowered, compiled).items()}
     flat = {name: leaf for name, leaf in zip(program.params_shape.names, jax.tree.leaves(program.like.params), strict=True)}  # fmt: skip
@@ -164,6 +173,11 @@ def describe(
         dtype=dtype, machine=machine, times=machine.times(flops=flops, dtype=dtype, moved_bytes=moved, wire_bytes=wire), lower_s=made.lower_s,
         compile_s=made.compile_s,
     )  # fmt: skip
+
+
+def _counted_steps(program: Program, num: int) -> float:
+    """Steps whose work the compiler counts: all on a CPU, where they are written out; elsewhere they are a loop, of which it counts one turn."""
+    return num if jax.default_backend() == "cpu" else 1 / program.accumulate
 
 
 def _wire_bytes(lowered: Traffic, compiled: Traffic) -> dict[str, float]:
@@ -196,7 +210,8 @@ def gradient_bytes(program: Program) -> int:
 
 def _device_bytes(program: Program, batches: Mapping[str, Any], compiled: Any) -> dict[str, int]:
     made = state_bytes(program)
-    made["batch"] = sum(_held(_placed(values, program.batch_sharding(name))) for name, values in batches.items())
+    places = program.row_shardings(1)
+    made["batch"] = sum(_held(_placed(values, places[name])) for name, values in batches.items())
     made["gradients"] = gradient_bytes(program)
     said = compiled.memory_analysis()
     if said is not None:
@@ -208,7 +223,7 @@ def _device_bytes(program: Program, batches: Mapping[str, Any], compiled: Any) -
 
 def _state(program: Program) -> State:
     """Shapes of a State, with where they lie."""
-    like = jax.eval_shape(program.begin, jax.random.key(0))
+    like = jax.eval_shape(program.beginning, jax.random.key(0))
     placed: State = jax.tree.map(_placed, like, program.shardings)
     return placed
 
