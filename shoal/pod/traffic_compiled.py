@@ -67,22 +67,23 @@ class _Reader:
         self.sizes = sizes
         self.found: list[Collective] = []
         self.entry = ""
-        self.computations: dict[str, list[str]] = {}
-        lines: list[str] = []
+        self.computations: dict[str, dict[str, str]] = {}
+        """Name -> its instructions, by name."""
+        lines: dict[str, str] = {}
         for line in text.splitlines():
             head = _HEAD.match(line)
             if head:
-                lines = self.computations.setdefault(head[2], [])
+                lines = self.computations.setdefault(head[2], {})
                 self.entry = head[2] if head[1] else self.entry
-            elif _INSTRUCTION.match(line):
-                lines.append(line)
+            elif instruction := _INSTRUCTION.match(line):
+                lines[instruction[1]] = line
         if not self.entry:
             raise ValueError(f"Expected the text of a compiled program with an ENTRY, got {text[:80]!r}.")
 
     def read(self, name: str, times: int | None, is_conditional: bool) -> None:
         """Takes in a computation that is done so often."""
-        lines = self.computations.get(name, [])
-        for line in lines:
+        lines = self.computations.get(name, {})
+        for line in lines.values():
             _, operation, given, rest = _parts(line)
             kind = operation.removesuffix("-start").replace("-", "_")
             if kind in KINDS:
@@ -128,16 +129,10 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _operands(given: str, lines: list[str]) -> tuple[Operand, ...]:
+def _operands(given: str, lines: Mapping[str, str]) -> tuple[Operand, ...]:
     """Found by name among the instructions of the same computation, since newer texts leave out their types."""
     names = re.findall(r"%([\w.\-]+)", given) or [part.split()[-1] for part in given.split(",") if part.strip()]
-    wanted = set(names)
-    types: dict[str, str] = {}
-    for line in lines:
-        head = _INSTRUCTION.match(line)
-        if head and head[1] in wanted:
-            types[head[1]] = _parts(line)[0]
-    return tuple(each for name in names for each in _shapes(types[name]))
+    return tuple(each for name in names for each in _shapes(_parts(lines[name])[0]))
 
 
 def _shapes(text: str) -> list[Operand]:
