@@ -3,7 +3,8 @@
 Shapes and arithmetic only: nothing is compiled, and there need not be any device. What a device holds of parameters and optimizer is exact, and
 so is what it sends of gradients and parameters. The rest is an estimate that is the same for all layouts, which is what a choice needs:
 
-    * activations are those that the way back needs (`work.py`), as if no rule split them: the most that can be;
+    * activations are those that the way back needs (`work.py`); where rules split tensors, 10 parts of 34 of them stay whole and the others are divided
+      as products are, as in a transformer (Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models", section 4.1);
     * a tensor's products are taken to be its share of all elements, and divided by as many devices as split it; examples by all members;
     * a tensor that a rule splits costs one sum over its axes, of rows x (elements / size of the split dimension): a product that is split along
       what it adds up is summed on the way forward, one that is split along what it gives on the way back (Shoeybi et al. 2019, "Megatron-LM");
@@ -36,6 +37,7 @@ from shoal.pod.traffic import readable
 from shoal.pod.work import Work, work
 from shoal.task import Task
 
+_WHOLE_ACTIVATIONS: Final = 10 / 34
 UPDATES: Final[tuple[Update, ...]] = ("replicated", "sharded", "fully_sharded")
 
 
@@ -226,7 +228,7 @@ class _Parts:
         summed = sum(self._piece_bytes(name) for name in model.learned)
         return {
             "parameters": params, "gradients": gathered + summed if fully else whole, "gathered": gathered, "optimizer": self._optimizer_bytes(),
-            "model state": model.state_bytes, "batch": self.examples * model.example_bytes, "activations": self.examples * model.work.kept_bytes,
+            "model state": model.state_bytes, "batch": self.examples * model.example_bytes, "activations": self._activation_bytes(),
         }  # fmt: skip
 
     def wire_bytes(self) -> dict[str, float]:
@@ -251,9 +253,17 @@ class _Parts:
 
     def flops(self) -> float:
         """Of one device in a step."""
+        return float(self.examples * self.model.work.total_flops * self._share())
+
+    def _share(self) -> float:
+        """Of products, that a device does of those of its member."""
         sizes = {name: prod(leaf.shape) for name, leaf in self.model.params.items()}
-        share: float = sum(size / self._ways(name) for name, size in sizes.items()) / max(1, sum(sizes.values()))
-        return self.examples * self.model.work.total_flops * share
+        divided: float = sum(size / self._ways(name) for name, size in sizes.items())
+        return divided / max(1, sum(sizes.values()))
+
+    def _activation_bytes(self) -> float:
+        divided = _WHOLE_ACTIVATIONS + (1 - _WHOLE_ACTIVATIONS) * self._share()
+        return float(self.examples * self.model.work.kept_bytes * divided)
 
     def moved_bytes(self, held: Mapping[str, float]) -> float:
         """Between one device and its memory in a step: parameters are read forwards and back, all else is written and read."""

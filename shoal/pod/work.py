@@ -53,17 +53,17 @@ def work(task: Task, size: int = 8) -> Work:
     learned = {name: leaf for name, leaf in flat.items() if task.leaf_rule(name) != "frozen"}
     frozen = {name: leaf for name, leaf in flat.items() if name not in learned}
 
-    def total(learned: Named, rest: tuple[Named, Any, Named, Any]) -> tuple[Any, None]:
-        frozen, state, batch, key = rest
-        return jnp.sum(task.losses(shape.tree(frozen | learned), state, batch, key).per_example), None
+    def stepped(learned: Named, frozen: Named, state: Any, batch: Named, key: Any) -> tuple[Named, Any]:
+        def total(given: Named) -> Any:
+            return jnp.sum(task.losses(shape.tree(frozen | given), state, batch, key).per_example)
 
-    def back(learned: Named, rest: tuple[Named, Any, Named, Any]) -> Any:
-        return jax.vjp(lambda given: total(given, rest), learned, has_aux=True)[1]
+        loss, back = jax.vjp(total, learned)
+        return back(jnp.ones_like(loss))[0], back
 
     def traced(size: int) -> tuple[dict[str, float], float]:
-        rest = (frozen, like.state, task.batch_spec(size), jax.eval_shape(lambda: jax.random.key(0)))
-        kept = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(jax.eval_shape(back, learned, rest)))
-        return products(jax.make_jaxpr(jax.grad(total, has_aux=True))(learned, rest).jaxpr), kept
+        given = (learned, frozen, like.state, task.batch_spec(size), jax.eval_shape(lambda: jax.random.key(0)))
+        closed, (_, back) = jax.make_jaxpr(stepped, return_shape=True)(*given)
+        return products(closed.jaxpr), sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(back))
 
     (few, kept), (many, kept_more) = traced(size), traced(2 * size)
     flops = {name: (many[name] - few.get(name, 0.0)) / size for name in many}

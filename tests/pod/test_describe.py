@@ -32,13 +32,16 @@ def program(text: str, update: Update, rules: dict[str, str] | None = None, **ho
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "update"),
     [
-        ("data=2,model=2", "sharded"), pytest.param("data=8", "replicated", marks=pytest.mark.slow),
-        pytest.param("slow=2,data=2", "sharded", marks=pytest.mark.slow), pytest.param("data=4", "fully_sharded", marks=pytest.mark.slow),
+        ("data=8", "replicated"),
+        ("slow=2,data=2", "sharded"),
+        ("data=4", "fully_sharded"),
+        ("data=2,model=2", "sharded"),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_the_state_are_those_on_a_device_when_it_has_begun(mesh: str, update: Update) -> None:
     made = program(mesh, update, RULES if "model" in mesh else {})
     state = made.begin(jax.random.key(0))
