@@ -258,8 +258,8 @@ class _Parts:
     def _share(self) -> float:
         """Of products, that a device does of those of its member."""
         sizes = {name: prod(leaf.shape) for name, leaf in self.model.params.items()}
-        divided: float = sum(size / self._ways(name) for name, size in sizes.items())
-        return divided / max(1, sum(sizes.values()))
+        divided = sum(size / self._ways(name) for name, size in sizes.items())
+        return float(divided / max(1, sum(sizes.values())))
 
     def _activation_bytes(self) -> float:
         divided = _WHOLE_ACTIVATIONS + (1 - _WHOLE_ACTIVATIONS) * self._share()

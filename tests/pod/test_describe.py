@@ -132,6 +132,16 @@ def test_what_is_compiled_already_is_not_compiled_again(compiled: tuple[Program,
     assert not found.fits and "DOES NOT FIT in 100 B" in "\n".join(found.lines())
 
 
+def test_of_steps_in_a_loop_the_compiler_counts_one(
+    compiled: tuple[Program, Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen, made = compiled
+    twice = {name: jax.ShapeDtypeStruct((2, *leaf.shape[1:]), leaf.dtype) for name, leaf in FIELDS.items()}
+    written_out = describe(chosen, twice, SIMPLE, made=made)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert describe(chosen, twice, SIMPLE, made=made).flops == 2 * written_out.flops
+
+
 def test_a_batch_that_members_do_not_divide_is_refused() -> None:
     fields = {name: jax.ShapeDtypeStruct((1, 13, *leaf.shape[2:]), leaf.dtype) for name, leaf in FIELDS.items()}
     with pytest.raises(ValueError, match=r"got 13 examples\. Take 16"):
