@@ -34,8 +34,9 @@ from shoal.local import model_shape, named  # noqa: E402
 from shoal.pod.collectives import Members, SumType  # noqa: E402
 from shoal.pod.describe import lower, state_bytes  # noqa: E402
 from shoal.pod.mesh import SLOW, MeshSpec  # noqa: E402
+from shoal.pod.placement import Update  # noqa: E402
 from shoal.pod.rules import specs  # noqa: E402
-from shoal.pod.step import Program, Update  # noqa: E402
+from shoal.pod.step import Program  # noqa: E402
 from shoal.pod.traffic import Collective, Traffic  # noqa: E402
 from shoal.pod.traffic_compiled import compiled_traffic  # noqa: E402
 from shoal.pod.traffic_lowered import lowered_traffic  # noqa: E402

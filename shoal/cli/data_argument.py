@@ -44,6 +44,18 @@ def open_data(
     return data.Population.from_split(examples, deal(examples, split, users))
 
 
+def open_joined(text: str, *, user_column: str = "") -> "Examples":
+    """The examples that --data names, those of all users one after the other."""
+    from shoal import data
+
+    name = known_name(text.removeprefix(PREFIX)) if text.startswith(PREFIX) else ""
+    if name and name not in data.federated_names():
+        if user_column:
+            raise ValueError(f"--user-column is for files; {text} has none.")
+        return data.load(name).train
+    return data.Examples.concatenate([examples for _, examples in open_data(text, user_column=user_column).items()])
+
+
 def open_store(
     text: str, *, split: str = DEFAULT_SPLIT, users: int = DEFAULT_USERS, user_column: str = ""
 ) -> "ExampleStore | None":

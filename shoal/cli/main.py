@@ -27,6 +27,7 @@ from shoal.cli import (
     runs,
     simulate,
     telemetry,
+    train,
 )
 from shoal.cli.group import ShoalGroup
 
@@ -70,6 +71,7 @@ for _name, _function, _epilog in (
     ("device", device.device, device.EPILOG),
     ("invite", invite.invite, invite.EPILOG),
     ("edge", edge.edge, edge.EPILOG),
+    ("train", train.train, train.EPILOG),
     ("predict", predict.predict, predict.EPILOG),
     ("report", report.report, report.EPILOG),
     ("replay", replay.replay, replay.EPILOG),

@@ -31,8 +31,8 @@ from shoal.pod.collectives import Members, SumType
 from shoal.pod.layout import Layout
 from shoal.pod.machine import Machine, Times
 from shoal.pod.mesh import DATA, SLOW, MeshSpec
+from shoal.pod.placement import Update
 from shoal.pod.rules import Rules, specs
-from shoal.pod.step import Update
 from shoal.pod.traffic import readable
 from shoal.pod.work import Work, work
 from shoal.task import Task
@@ -275,12 +275,8 @@ class _Parts:
         )
 
     def _optimizer_bytes(self) -> int:
-        """Of its pieces, or of all of it. (A rule splits parameters, not the optimizer's tensors.)"""
-        cuts, num, cut = self.layout.cuts, self.mesh.num_members, self.update != "replicated"
-        like = {
-            name: jax.ShapeDtypeStruct(cuts[name].piece(num) if cut else cuts[name].shape, cuts[name].dtype)
-            for name in cuts
-        }
+        """An optimizer's tensors lie as the parameters do that they are like."""
+        like = {name: self._local(name, in_pieces=self.update != "replicated") for name in self.layout.cuts}
         state = jax.eval_shape(self.model.task.local.optimizer.init, self.model.tree(like))
         return sum(_size(leaf) for leaf in jax.tree.leaves(state))
 
@@ -308,16 +304,24 @@ class _Parts:
         named = [axes if isinstance(axes, tuple) else (axes,) for axes in self.split.get(name, PartitionSpec()) if axes]
         return self.mesh.size(*(axis for axes in named for axis in axes))
 
+    def _local(self, name: str, *, in_pieces: bool) -> jax.ShapeDtypeStruct:
+        """What one device has of a tensor, or of a member's piece of it."""
+        leaf = self.model.params[name]
+        shape = list(self.layout.cuts[name].piece(self.mesh.num_members) if in_pieces else leaf.shape)
+        for dim, axes in enumerate(self.split.get(name, PartitionSpec())):
+            if axes is not None:
+                shape[dim] //= self.mesh.size(*((axes,) if isinstance(axes, str) else axes))
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
     def _split_bytes(self, name: str) -> int:
-        return _size(self.model.params[name]) // self._ways(name)
+        return _size(self._local(name, in_pieces=False))
 
     def _piece_bytes(self, name: str) -> int:
-        cut = self.layout.cuts[name]
-        return prod(cut.piece(self.mesh.num_members)) * int(cut.dtype.itemsize)
+        return _size(self._local(name, in_pieces=True))
 
     def _padded_bytes(self, name: str) -> float:
         """Of all pieces together that travel, on one of the devices that split the tensor."""
-        return self._piece_bytes(name) * self.mesh.num_members / self._ways(name)
+        return self._piece_bytes(name) * (1 if self.layout.cuts[name].is_whole else self.mesh.num_members)
 
 
 def _judged(made: Sequence[Proposal], machine: Machine) -> list[Proposal]:

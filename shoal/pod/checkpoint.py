@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from shoal.errors import StoreError
 from shoal.local import name_of
-from shoal.pod.step import State
+from shoal.pod.placement import State
 
 KEPT: Final = 2
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from shoal.local import Named
 from shoal.pod.machine import Clock, Machine, Times
-from shoal.pod.step import Program, State
+from shoal.pod.placement import State
+from shoal.pod.step import Program
 from shoal.pod.traffic import Traffic, beside, readable
 from shoal.pod.traffic_compiled import compiled_traffic
 from shoal.pod.traffic_lowered import lowered_traffic, product_type

@@ -144,7 +144,6 @@ def placed(
     examples: Examples, indices: np.ndarray, mask: np.ndarray, shardings: Mapping[str, NamedSharding]
 ) -> dict[str, jax.Array]:
     """The examples at (…, B) and their mask as arrays on a mesh. A process reads what its devices hold, and each row once."""
-    ndim = indices.ndim
     made: dict[str, jax.Array] = {"mask": jax.make_array_from_callback(mask.shape, shardings["mask"], mask.__getitem__)}
     for name, values in examples.fields.items():
         shape = (*indices.shape, *values.shape[1:])

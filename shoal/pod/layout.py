@@ -120,6 +120,17 @@ class Layout:
             return PartitionSpec()
         return PartitionSpec(*(None,) * (cut.dim or 0), self.members.axes) if self.members.axes else PartitionSpec()
 
+    def full_spec(self, name: str, rule: PartitionSpec) -> PartitionSpec:
+        """The same with the axes along which a rule splits the tensor."""
+        cut = self.cuts[name]
+        if cut.is_whole:
+            return rule
+        if cut.dim is None:
+            return self.spec(name)
+        words: list[Any] = [*rule, *(None,) * (len(cut.shape) - len(rule))]
+        words[cut.dim] = self.members.axes or None
+        return PartitionSpec(*words)
+
     def _apart(self) -> list[tuple[str, Cut]]:
         return [(name, cut) for name, cut in self.cuts.items() if cut.is_whole or cut.dim is not None]
 

@@ -17,150 +17,26 @@ dropout draws other masks on another mesh.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from shoal.local import PARTS, Named, Shape, masked_sums, model_shape, named, seed_key
-from shoal.pod.collectives import Members
-from shoal.pod.layout import Layout
-from shoal.pod.loss_scaling import LossScaling, all_finite, chosen
+from shoal.local import PARTS, Named, masked_sums, seed_key
+from shoal.pod.loss_scaling import all_finite, chosen
 from shoal.pod.piecewise import state_pieces, update
-from shoal.task import LOSS_BOUND, Sum, Task, Tree
-
-Update = Literal["replicated", "sharded", "fully_sharded"]
-State = dict[str, Any]
-"""``params`` (name -> tensor, or pieces), ``state`` (name -> tensor), ``opt`` (the optimizer's pytree), ``step`` (int32)."""
+from shoal.pod.placement import WHOLE, Placement, State
+from shoal.pod.remat import rematerialized
+from shoal.task import LOSS_BOUND, Sum, Tree
 
 _GATHERS: Final = ("all_gather", "concatenate", "reshape", "slice", "split", "squeeze", "transpose")
 """Operations of `Layout.gather`."""
-_WHOLE: Final = PartitionSpec()
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Placement):
     """What is compiled for one task on one mesh."""
-
-    task: Task
-    """With its adapters."""
-    mesh: Mesh
-    members: Members
-    update: Update
-    specs: Mapping[str, PartitionSpec]
-    """Name of a parameter -> how rules split it, along axes that are not the members'."""
-    inputs: Mapping[str, PartitionSpec]
-    """Field -> how its dimensions after the first are split."""
-    accumulate: int = 1
-    """Parts that a member's share of a batch is taken in, one after the other: 1/accumulate of the memory for activations."""
-    scaling: LossScaling | None = None
-    """Of the loss, for models that compute in float16."""
-
-    @cached_property
-    def like(self) -> Any:
-        return model_shape(self.task)
-
-    @cached_property
-    def params_shape(self) -> Shape:
-        return Shape(self.like.params, "params")
-
-    @cached_property
-    def state_shape(self) -> Shape:
-        return Shape(self.like.state, "state")
-
-    @cached_property
-    def learned(self) -> tuple[str, ...]:
-        """Parameters that are not frozen."""
-        return tuple(name for name in self.params_shape.names if self.task.leaf_rule(name) != "frozen")
-
-    @cached_property
-    def layout(self) -> Layout:
-        flat = named(self.like.params, "params")
-        shapes = {name: (tuple(flat[name].shape), np.dtype(flat[name].dtype)) for name in self.learned}
-        return Layout.of(shapes, self.specs, self.members)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether updates are of pieces."""
-        return self.update != "replicated"
-
-    # Where things are. Manual specs name the members' axes only; shardings name those of rules, too.
-
-    @cached_property
-    def manual_specs(self) -> State:
-        """Of a State, along the members' axes."""
-        kept = {name: _WHOLE for name in self.params_shape.names}
-        if self.update == "fully_sharded":
-            kept |= {name: self.layout.spec(name) for name in self.learned}
-        pieces = {name: self.layout.spec(name) if self.is_cut else _WHOLE for name in self.learned}
-        scale = {"scale": jax.tree.map(lambda _: _WHOLE, self.scaling.begin())} if self.scaling else {}
-        return {
-            "params": kept, "state": dict.fromkeys(self.state_shape.names, _WHOLE), "opt": self._opt_specs(pieces), "step": _WHOLE, **scale,
-        }  # fmt: skip
-
-    def _opt_specs(self, pieces: Mapping[str, PartitionSpec]) -> Tree:
-        """An optimizer's tensor that is like a parameter lies as that does; all else is whole.
-
-        Found by trying: each parameter in turn is taken to be larger, and what becomes larger with it is like it.
-        """
-        like = self.piece_shapes
-        before = jax.eval_shape(self.optimizer_init, like)
-        specs = jax.tree.map(lambda _: _WHOLE, before)
-        for name, spec in pieces.items():
-            grown = {**like, name: jax.ShapeDtypeStruct((*like[name].shape, 2), like[name].dtype)}
-            after = jax.eval_shape(self.optimizer_init, grown)
-            specs = jax.tree.map(
-                lambda found, one, other, spec=spec: spec if one.shape != other.shape else found,
-                specs,
-                before,
-                after,
-                is_leaf=_is_spec,
-            )
-        return specs
-
-    @property
-    def optimized_shapes(self) -> tuple[Tree, Tree]:
-        """Of the learned tensors as pytrees: whole, and as the optimizer has them."""
-        cuts = self.layout.cuts
-        whole = {name: jax.ShapeDtypeStruct(cuts[name].shape, cuts[name].dtype) for name in self.learned}
-        return self._tree(whole), self._tree(self.piece_shapes)
-
-    @cached_property
-    def piece_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Of learned tensors as the optimizer has them."""
-        cuts, num = self.layout.cuts, self.members.num
-        return {
-            n: jax.ShapeDtypeStruct(cuts[n].piece(num) if self.is_cut else cuts[n].shape, cuts[n].dtype)
-            for n in self.learned
-        }
-
-    @cached_property
-    def shardings(self) -> Any:
-        """Of a State, as it lies on the mesh."""
-
-        def placed(spec: PartitionSpec) -> NamedSharding:
-            return NamedSharding(self.mesh, spec)
-
-        made = jax.tree.map(placed, self.manual_specs, is_leaf=_is_spec)
-        if self.update != "fully_sharded":
-            made["params"] |= {name: placed(spec) for name, spec in self.specs.items() if name in made["params"]}
-        return made
-
-    def row_shardings(self, before: int) -> dict[str, NamedSharding]:
-        """Field, `mask` too -> how an array lies whose dimension after so many others counts examples."""
-        fields = (*self.task.batch, "mask")
-        return {
-            n: NamedSharding(self.mesh, PartitionSpec(*self._rows(before), *self.inputs.get(n, _WHOLE))) for n in fields
-        }
-
-    @property
-    def replicated(self) -> NamedSharding:
-        """Of an array that is whole on every device."""
-        return NamedSharding(self.mesh, _WHOLE)
-
-    # Programs.
 
     def begin(self, key: jax.Array) -> State:
         """The state before the first step, each array made where it belongs."""
@@ -173,7 +49,7 @@ class Program:
         params = dict(zip(self.params_shape.names, jax.tree.leaves(variables.params), strict=True))
         learned = {name: params[name] for name in self.learned}
         opt, cut = self._inside(
-            self._begin_inside, (dict.fromkeys(learned, _WHOLE),), (self.manual_specs["opt"], self._cut_specs)
+            self._begin_inside, (dict.fromkeys(learned, WHOLE),), (self.manual_specs["opt"], self._cut_specs)
         )(learned)
         state = dict(zip(self.state_shape.names, jax.tree.leaves(variables.state), strict=True))
         scale = {"scale": self.scaling.begin()} if self.scaling else {}
@@ -203,9 +79,32 @@ class Program:
         def inside(state: State, batches: Named, key: Any) -> tuple[State, Named]:
             return repeated(lambda state, batch: self._step(state, batch, key), state, batches)
 
-        fields = {name: self._rows(1) for name in (*batches, "mask")}
-        run = self._inside(inside, (self.manual_specs, fields, _WHOLE), (self.manual_specs, _WHOLE))
+        fields = {name: self.rows(1) for name in (*batches, "mask")}
+        run = self._inside(inside, (self.manual_specs, fields, WHOLE), (self.manual_specs, WHOLE))
         made: tuple[State, Named] = run(state, batches | {"mask": mask}, key)
+        return made
+
+    def gradient(self, state: State, batch: Named, mask: Any, key: Any) -> Named:
+        """The gradient of a batch's mean loss, as the optimizer would get it; to measure it. Only of replicated updates.
+
+        Args:
+            state: of `begin`.
+            batch: field -> (B, …).
+            mask: (B,), True for real examples.
+            key: (2,) uint32.
+        """
+        assert self.update == "replicated", self.update
+
+        def inside(state: State, batch: Named, key: Any) -> Named:
+            count = self.members.total(jnp.sum(batch["mask"], dtype=jnp.int32))
+            part, _, _ = self._gradient(state, batch, count, self._step_key(state, key))
+            made: Named = self.members.total(part)
+            return made
+
+        fields = {name: self.rows(0) for name in (*batch, "mask")}
+        made: Named = self._inside(inside, (self.manual_specs, fields, WHOLE), WHOLE)(
+            state, batch | {"mask": mask}, key
+        )
         return made
 
     def evaluate(self, params: Named, state: Named, batch: Named, mask: Any) -> Named:
@@ -221,16 +120,17 @@ class Program:
             assert self.task.evaluate is not None
             whole = self._gathered(params)
             metrics = self.task.evaluate(self.params_shape.tree(whole), self.state_shape.tree(state), batch)
-            return self.members.total(_sums(metrics, batch["mask"]))
+            made: Named = self.members.total(_sums(metrics, batch["mask"]))
+            return made
 
-        fields = {name: self._rows(0) for name in (*batch, "mask")}
+        fields = {name: self.rows(0) for name in (*batch, "mask")}
         places = (self.manual_specs["params"], self.manual_specs["state"], fields)
-        made: Named = self._inside(inside, places, _WHOLE)(params, state, batch | {"mask": mask})
+        made: Named = self._inside(inside, places, WHOLE)(params, state, batch | {"mask": mask})
         return made
 
     def whole(self, params: Named) -> Named:
         """A State's parameters, each of them whole."""
-        made: Named = self._inside(self._gathered, (self.manual_specs["params"],), _WHOLE)(params)
+        made: Named = self._inside(self._gathered, (self.manual_specs["params"],), WHOLE)(params)
         return made
 
     def _gathered(self, params: Named) -> Named:
@@ -238,10 +138,6 @@ class Program:
             return params
         made: Named = params | self.layout.gather({name: params[name] for name in self.learned})
         return made
-
-    def _rows(self, before: int) -> PartitionSpec:
-        """Of an array whose dimension after so many others counts examples, along the members' axes."""
-        return PartitionSpec(*(None,) * before, self.members.row_axes or None)
 
     def _inside(self, function: Any, in_specs: Any, out_specs: Any) -> Any:
         """A function of what one member has, called by all."""
@@ -260,8 +156,7 @@ class Program:
 
     def _step(self, state: State, batch: Named, key: Any) -> tuple[State, Named]:
         count = self.members.total(jnp.sum(batch["mask"], dtype=jnp.int32))
-        step_key = jax.random.fold_in(jax.random.fold_in(seed_key(key), state["step"]), self.members.index())
-        gradient, after, metrics = self._gradient(state, batch, count, step_key)
+        gradient, after, metrics = self._gradient(state, batch, count, self._step_key(state, key))
         kept = {name: state["params"][name] for name in self.learned}
         summed, pieces = self._summed(kept, gradient)
         if self.scaling is None:
@@ -277,6 +172,9 @@ class Program:
         done |= {"state": self._mean_state(after, state["state"], count), "step": state["step"] + 1}
         return done, self.members.total(metrics)
 
+    def _step_key(self, state: State, key: Any) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(seed_key(key), state["step"]), self.members.index())
+
     def _gradient(self, state: State, batch: Named, count: Any, key: Any) -> tuple[Named, Named, Named]:
         """This member's part of the gradient, of the model's state and of the metric sums, from its examples in `accumulate` parts."""
         frozen = {name: state["params"][name] for name in self.params_shape.names if name not in self.learned}
@@ -284,12 +182,14 @@ class Program:
         scale = self.scaling.factor(state["scale"]) if self.scaling else None
         num = self.members.num * self.accumulate
 
+        losses = rematerialized(self.task.losses, self.remat)
+
         def objective(learned: Named, part: Named, number: Any) -> tuple[Any, tuple[Named, Named]]:
             if self.update == "fully_sharded":
                 learned = self.layout.gather(learned)
             params, mask = self.params_shape.tree(frozen | learned), part["mask"]
             own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
-            result = self.task.losses(params, self.state_shape.tree(state["state"]), part, own_key)
+            result = losses(params, self.state_shape.tree(state["state"]), part, own_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
             mean = total / jnp.maximum(count, 1).astype(total.dtype)
             if self.task.penalty is not None:
@@ -340,10 +240,10 @@ class Program:
         return len(self.members.axes) > 1 or self.members.sum_type != "float32"
 
     def _optimized(self, pieces: Named, gradient: Named, opt: Tree) -> tuple[Named, Tree]:
-        params, slopes = self._tree(pieces), self._tree(gradient)
+        params, slopes = self.learned_tree(pieces), self.learned_tree(gradient)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes in some of its transformations
             if self.is_cut:
-                is_piece = (self._tree(self._is_piece), self._opt_is_piece, self._tree(self._is_piece))
+                is_piece = (self.learned_tree(self._is_piece), self._opt_is_piece, self.learned_tree(self._is_piece))
                 updates, opt = update(
                     self.task.local.optimizer, slopes, opt, params, is_piece=is_piece, total=self.members.total
                 )
@@ -358,15 +258,9 @@ class Program:
 
     @cached_property
     def _opt_is_piece(self) -> Tree:
-        return state_pieces(self.task.local.optimizer, self._tree(self.piece_shapes), self._tree(self._is_piece))
-
-    def optimizer_init(self, learned: Named) -> Tree:
-        """The optimizer's state."""
-        return self.task.local.optimizer.init(self._tree(learned))
-
-    def _tree(self, learned: Mapping[str, Any]) -> Tree:
-        # Frozen leaves become None, which optax passes over.
-        return self.params_shape.tree({name: learned[name] for name in self.learned})
+        return state_pieces(
+            self.task.local.optimizer, self.learned_tree(self.piece_shapes), self.learned_tree(self._is_piece)
+        )
 
     # A model's state is the mean of what the parts of a batch make of it, each as often as it has examples: for a running mean that is the
     # running mean of the whole batch.
@@ -412,7 +306,3 @@ def _sums(metrics: Mapping[str, Sum], mask: Any) -> Named:
         for part, value in zip(PARTS, masked_sums(metric, mask), strict=True):
             made[f"{name}/{part}"] = value
     return made
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, PartitionSpec)

@@ -9,7 +9,7 @@ Every process of the mesh calls the same things in the same order; only the firs
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,8 +32,9 @@ from shoal.pod.loss_scaling import LossScaling
 from shoal.pod.mesh import DATA, MeshSpec
 from shoal.pod.order import Order
 from shoal.pod.piecewise import check
+from shoal.pod.placement import State, Update
 from shoal.pod.rules import Rules, specs
-from shoal.pod.step import Program, State, Update
+from shoal.pod.step import Program
 from shoal.task import Task
 from shoal.tensors import TensorSpec
 
@@ -94,6 +95,7 @@ class Trainer:
         steps_per_call: int | None = None,
         accumulate: int = 1,
         scaling: LossScaling | None = None,
+        remat: Sequence[str] = (),
         window: int | None = None,
         devices: Any = None,
     ) -> None:
@@ -109,6 +111,7 @@ class Trainer:
             steps_per_call: steps that one call of the compiled program takes; None: the task's `steps_per_block`.
             accumulate: parts that a member's share of a batch is taken in.
             scaling: of the loss, for float16.
+            remat: globs over paths of the model (`remat.py`), of which activations are made again on the way back.
             window: examples within which they are shuffled; None: all.
             devices: of the mesh; None: all.
 
@@ -129,11 +132,14 @@ class Trainer:
                 "not heed the mask, so that none can be filled up."
             )
         self.window = window
-        self.program = self._program(found, rules or {}, inputs or {}, update, sum_type, accumulate, scaling)
+        self.program = self._program(
+            found, rules or {}, inputs or {}, update, sum_type, accumulate, scaling, tuple(remat)
+        )
         self._compiled: dict[int, Any] = {}
 
     def _program(
-        self, devices: Any, rules: Rules, inputs: Rules, update: Update | None, sum_type: SumType, accumulate: int, scaling: LossScaling | None
+        self, devices: Any, rules: Rules, inputs: Rules, update: Update | None, sum_type: SumType, accumulate: int, scaling: LossScaling | None,
+        remat: tuple[str, ...],
     ) -> Program:  # fmt: skip
         like = jax.eval_shape(self.task.variables, jax.random.key(0))
         shapes = {name: tuple(leaf.shape) for name, leaf in named(like.params, "params").items()}
@@ -144,11 +150,19 @@ class Trainer:
         chosen: Update = update or ("sharded" if self.spec.num_members > 1 else "replicated")
         made = Program(
             self.task, self.spec.build(devices), members, chosen, split,
-            {name: jax.sharding.PartitionSpec(*spec[1:]) for name, spec in rows.items()}, accumulate, scaling,
+            {name: jax.sharding.PartitionSpec(*spec[1:]) for name, spec in rows.items()}, accumulate, scaling, remat,
         )  # fmt: skip
         if made.is_cut:
             check(self.task.local.optimizer, *made.optimized_shapes)
         return made
+
+    def settings(self) -> dict[str, Any]:
+        """How it trains, as JSON."""
+        program = self.program
+        return {
+            "mesh": str(self.spec), "update": program.update, "sums": program.members.sum_type, "batch_size": self.batch_size,
+            "steps_per_call": self.steps_per_call, "accumulate": program.accumulate, "window": self.window, "remat": list(program.remat),
+        }  # fmt: skip
 
     def order(self, num_examples: int, *, seed: int) -> Order:
         """Which examples its batches have."""
@@ -198,7 +212,10 @@ class Trainer:
     def steps(self, like: State, call: Call, key: np.ndarray) -> Any:
         """The compiled program for calls of that many steps."""
         if call.num_steps not in self._compiled:
-            lowered = jax.jit(self.program.steps, donate_argnums=0).lower(like, call.batches, call.mask, key)
+            run = jax.jit(
+                self.program.steps, donate_argnums=0, out_shardings=(self.program.shardings, self.program.replicated)
+            )
+            lowered = run.lower(like, call.batches, call.mask, key)
             self._compiled[call.num_steps] = lowered.compile()
         return self._compiled[call.num_steps]
 

@@ -14,7 +14,7 @@ from shoal.pod.auto_mesh import Proposal, best, layouts, lines, proposals
 from shoal.pod.describe import lower, state_bytes
 from shoal.pod.machine import Machine
 from shoal.pod.mesh import MeshSpec
-from shoal.pod.step import Update
+from shoal.pod.placement import Update
 from shoal.pod.traffic_lowered import lowered_traffic
 from shoal.pod.work import products, work
 

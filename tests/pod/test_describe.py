@@ -14,8 +14,9 @@ from shoal.pod.collectives import Members
 from shoal.pod.describe import Description, Made, describe, gradient_bytes, make, state_bytes
 from shoal.pod.machine import MACHINES, Machine, Times
 from shoal.pod.mesh import MeshSpec
+from shoal.pod.placement import Update
 from shoal.pod.rules import specs
-from shoal.pod.step import Program, Update
+from shoal.pod.step import Program
 
 from .test_step import B, task
 

@@ -1,11 +1,15 @@
 """Optimizers on pieces: right for those that act on elements and sums, refused for others."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
-from shoal.pod.piecewise import check
+from shoal.pod.piecewise import check, state_pieces, update
 
 GOOD = {
     "sgd": optax.sgd(0.1), "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True), "adam": optax.adam(1e-3), "adamw": optax.adamw(1e-3),
@@ -16,10 +20,55 @@ GOOD = {
 }  # fmt: skip
 
 
+SHAPES = {"kernel": (3, 5), "bias": (7,), "scale": ()}
+MEMBERS = 4
+QUICK = ("lamb", "global norm", "novograd")
+
+
 @pytest.mark.parametrize("name", list(GOOD))
-def test_what_acts_on_elements_and_sums_is_right_on_pieces(name: str) -> None:
+def test_what_acts_on_elements_and_sums_is_known_to_be_right(name: str) -> None:
     params = {"kernel": jnp.ones((256, 300)), "bias": jnp.ones((300,))}
     check(GOOD[name], params, {"kernel": jnp.ones((9600, 1)), "bias": jnp.ones((38,))})
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in GOOD])
+def test_and_is_right_on_pieces(name: str) -> None:
+    optimizer, rng = GOOD[name], np.random.default_rng(0)
+
+    def drawn() -> dict[str, jax.Array]:
+        return {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+
+    def cut(leaf: jax.Array) -> jax.Array:
+        columns = -(-leaf.size // MEMBERS)
+        flat = jnp.pad(leaf.reshape(-1), (0, MEMBERS * columns - leaf.size))
+        return flat.reshape(MEMBERS, columns, *(1,) * (leaf.ndim - 1))
+
+    def total(values: jax.Array) -> jax.Array:
+        return jax.lax.psum(values, "members")
+
+    def updates(params: Any, gradients: Any) -> Any:
+        state, made = optimizer.init(params), []
+        for gradient in gradients:
+            update_of, state = optimizer.update(gradient, state, params)
+            made.append(update_of)
+        return made
+
+    def of_pieces(params: Any, gradients: Any) -> Any:
+        flags = jax.tree.map(lambda _: True, params)
+        is_piece = (flags, state_pieces(optimizer, params, flags), flags)
+        state, made = optimizer.init(params), []
+        for gradient in gradients:
+            update_of, state = update(optimizer, gradient, state, params, is_piece=is_piece, total=total)
+            made.append(update_of)
+        return made
+
+    params, gradients = drawn(), [drawn(), drawn()]
+    with jax.numpy_dtype_promotion("standard"):
+        expected = jax.jit(updates)(params, gradients)
+        found = jax.jit(jax.vmap(of_pieces, axis_name="members"))(*jax.tree.map(cut, (params, gradients)))
+    for wanted, got in zip(expected, found, strict=True):
+        for tensor, value in wanted.items():
+            np.testing.assert_allclose(got[tensor].reshape(-1)[: value.size], value.reshape(-1), rtol=1e-4, atol=1e-6)
 
 
 def centered(updates: object, state: object, params: object = None) -> tuple[object, object]:
@@ -48,11 +97,9 @@ def test_anything_else_is_refused(optimizer: optax.GradientTransformation) -> No
 
 
 def test_lamb_takes_two_collectives_for_all_its_norms() -> None:
-    from shoal.pod.piecewise import state_pieces, update
-
     optimizer = optax.lamb(1e-3)
     params = {str(n): jnp.ones((4,)) for n in range(10)}
-    state = optimizer.init(params)
+    state = jax.eval_shape(optimizer.init, params)
     calls = []
 
     def total(values: jax.Array) -> jax.Array:
@@ -60,9 +107,8 @@ def test_lamb_takes_two_collectives_for_all_its_norms() -> None:
         return 2 * values
 
     flags = jax.tree.map(lambda _: True, params)
-    update(
-        optimizer, params, state, params, is_piece=(flags, state_pieces(optimizer, params, flags), flags), total=total
-    )
+    is_piece = (flags, state_pieces(optimizer, params, flags), flags)
+    jax.eval_shape(partial(update, optimizer, is_piece=is_piece, total=total), params, state, params)
     assert calls == [(20,), (20,)], (
         "of ten tensors those of parameters and of updates; optax takes each norm twice, the second where the first is not zero"
     )

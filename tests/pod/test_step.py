@@ -12,8 +12,9 @@ import pytest
 import shoal
 from shoal.pod.collectives import Members
 from shoal.pod.mesh import MeshSpec
+from shoal.pod.placement import Update
 from shoal.pod.rules import specs
-from shoal.pod.step import Program, Update
+from shoal.pod.step import Program
 
 B, K, STEPS = 16, 2, 2
 OPTIMIZERS = {

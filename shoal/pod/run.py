@@ -1,0 +1,146 @@
+"""A pod's training as a run in the record: the same line of versions, metrics and phases as a fleet's, so that `predict` and `report` read it.
+
+A version is a round: N members, and as many examples as its steps saw. What a checkpoint has beyond a version (the optimizer's state, where in the
+data it stands) is in `checkpoints/<run>` of the run folder; without it a run starts at its beginning again.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+
+from shoal.data.store import Examples
+from shoal.fleet.host import begin_run
+from shoal.fleet.keys import HostKeys
+from shoal.local import model_specs
+from shoal.plan.build import build
+from shoal.plan.run_plan import keep_rounds, load_plan
+from shoal.pod.placement import State
+from shoal.pod.trainer import Progress, Trainer, Version
+from shoal.record.resume import take_up
+from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
+from shoal.record.tensor_blobs import put_tensors
+from shoal.tensors import Index
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run is, in steps."""
+
+    steps: int
+    commit_every: int
+    checkpoint_every: int | None = None
+
+    @property
+    def versions(self) -> int:
+        """Beyond the first."""
+        return -(-self.steps // self.commit_every)
+
+
+def begin(
+    trainer: Trainer, store: Store, schedule: Schedule, *, seed: int, folder: Path | None, config: dict[str, Any]
+) -> str:
+    """Writes a new run into the record: the task as a plan, the initial model, the settings. Returns its id.
+
+    Args:
+        trainer: of the task.
+        store: the record.
+        schedule: of the run.
+        seed: of the run.
+        folder: the run folder, for the keys.
+        config: further settings, as JSON.
+    """
+    keys = HostKeys.load_or_make(folder) if folder is not None else HostKeys.make()
+    built = build(trainer.task, seed=seed)
+    return begin_run(
+        store, built.plan.sign(keys.signing), built.model, kind="train", rounds=schedule.versions, seed=seed,
+        config={**config, "pod": trainer.settings()},
+    )  # fmt: skip
+
+
+def checkpoints_folder(folder: Path, run_id: str) -> Path:
+    """Where a run's checkpoints are."""
+    return folder / "checkpoints" / run_id
+
+
+def go_on(
+    trainer: Trainer,
+    store: Store,
+    run_id: str,
+    examples: Examples,
+    schedule: Schedule,
+    *,
+    held_out: Examples | None = None,
+    folder: Path | None = None,
+    on_version: Callable[[Version], None] = lambda version: None,
+    on_call: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[int], bool] = lambda step: False,
+) -> State:
+    """Trains a run from its newest checkpoint, or its beginning, to its last step. Arguments as for `Trainer.train`.
+
+    Its status ends as finished, stopped (`should_stop`, Ctrl-C) or failed.
+    """
+    found = load_plan(store, run_id)
+    taken = take_up(store, run_id, time_s=time.time())
+    keep_rounds(store, run_id, schedule.versions)
+    rows = _Rows(trainer, store, run_id, first_round=taken.next_round)
+
+    def told(version: Version) -> None:
+        rows.write(version)
+        on_version(version)
+
+    try:
+        state = trainer.train(
+            examples, steps=schedule.steps, commit_every=schedule.commit_every, checkpoint_every=schedule.checkpoint_every,
+            seed=int(found.config["seed"]), held_out=held_out, folder=None if folder is None else checkpoints_folder(folder, run_id),
+            on_version=told, on_call=on_call, should_stop=should_stop,
+        )  # fmt: skip
+    except BaseException as error:
+        store.set_status(run_id, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", time_s=time.time())
+        raise
+    is_whole = int(state["step"]) >= schedule.steps
+    store.set_status(run_id, "finished" if is_whole else "stopped", time_s=time.time())
+    return state
+
+
+@final
+class _Rows:
+    """Writes the versions of a run."""
+
+    def __init__(self, trainer: Trainer, store: Store, run_id: str, *, first_round: int) -> None:
+        self._store, self._run_id, self._members = store, run_id, trainer.spec.num_members
+        self._specs = model_specs(trainer.task)
+        self._round, self._opened_s = first_round, time.time()
+        self._created_s = store.run(run_id).created_s
+
+    def write(self, version: Version) -> None:
+        """One that the record does not have yet: after a crash a run goes through steps a second time."""
+        if version.version <= (self._store.last_version(self._run_id) or 0):
+            return
+        begun, now_s = time.perf_counter(), time.time()
+        model = {spec.name: np.asarray(version.model[spec.name]) for spec in self._specs}
+        row = CommitRow(
+            version=version.version, model=put_tensors(self._store.blobs, model, self._specs), server_state=Index(()),
+            round=self._round, members=self._members, weight=version.examples, created_s=now_s,
+        )  # fmt: skip
+        round_row = RoundRow(
+            number=self._round, base_version=version.version - 1, state="committed", opened_s=self._opened_s, closed_s=now_s,
+            selected=self._members, counted=self._members, reason="steps", configuration={"last_step": version.step},
+        )  # fmt: skip
+        seconds = {**version.seconds, "commit": version.seconds.get("commit", 0.0) + time.perf_counter() - begun}
+        self._store.commit(
+            self._run_id, row, round=round_row,
+            groups=[GroupRow(round=self._round, base_version=version.version - 1, members=self._members, weight=version.examples)],
+            metrics=[
+                *(self._metric(version.version - 1, f"train/{name}", value, "cohort") for name, value in version.training.items()),
+                *(self._metric(version.version, name, value, "server") for name, value in version.metrics.items()),
+            ],
+            usage=[UsageRow(round=self._round, phase=phase, seconds=value, count=1) for phase, value in seconds.items()],
+        )  # fmt: skip
+        self._round, self._opened_s = self._round + 1, now_s
+
+    def _metric(self, version: int, name: str, value: float, scope: Any) -> MetricRow:
+        return MetricRow(version=version, name=name, value=value, scope=scope, time_s=time.time() - self._created_s)
