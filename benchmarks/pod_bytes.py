@@ -13,6 +13,9 @@ Y2   bytes in which gradients are summed, bfloat16 / float32, for sharded and fu
 Y3   all that a device sends over the slow axis of slow=2,data=4 / all that it sends in a flat ring of 8, whose links between the halves carry as much
      as all others: at most 1 / size of the fast axis. Beside it what leaves a half as a whole: four devices send there instead of one.
 
+No tensor here is kept whole (last column): one that a rule splits, and of which members divide no other dimension, would be all-reduced in float32 and
+updated by all, whatever the update.
+
 Each value is the worst of all nets, meshes and updates that its line names.
 """
 
@@ -69,6 +72,9 @@ class Row:
     allowed: int
     """Bytes of its share of an optimizer, each tensor rounded up to a whole element a member."""
 
+    kept_whole: int
+    """Bytes of learned tensors that members cannot cut, since a rule splits them and no other dimension is divided evenly: neither sharded nor rounded."""
+
     @property
     def total(self) -> float:
         return self.moved + self.rest
@@ -81,7 +87,7 @@ class Row:
     def cells(self) -> list[str]:
         return [
             self.net, self.mesh, self.update, self.sum_type, f"{self.moved:,.0f}", f"{self.padding:,.0f}", f"{self.summed:,.0f}", f"{self.rest:,.0f}",
-            _axes(self.by_axis), "-" if self.compiled is None else _axes(self.compiled), f"{self.optimizer:,}", f"{self.allowed:,}",
+            _axes(self.by_axis), "-" if self.compiled is None else _axes(self.compiled), f"{self.optimizer:,}", f"{self.allowed:,}", f"{self.kept_whole:,}",
         ]  # fmt: skip
 
 
@@ -96,7 +102,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
                         continue
                     rows.append(_row(net, mesh, update, sum_type, compiles=not quick))
             print(f"{net.name} on {mesh}", flush=True)
-    header = ["net", "mesh", "update", "sums", "moved", "padding", "summed", "rest", "lowered, kB by axis", "compiled, kB by axis", "optimizer", "allowed"]  # fmt: skip
+    header = ["net", "mesh", "update", "sums", "moved", "padding", "summed", "rest", "lowered, kB by axis", "compiled, kB by axis", "optimizer", "allowed", "kept whole"]  # fmt: skip
     table(header, [row.cells() for row in rows])
     boundary = _boundary(rows)
     table(["net", "update", "slow / flat ring, a device", "a half"], [[*key, *shares] for key, shares in boundary.items()])  # fmt: skip
@@ -158,7 +164,7 @@ def _row(net: Net, text: str, update: Update, sum_type: SumType, *, compiles: bo
     return Row(
         net.name, text, update, sum_type, sum(each.total_bytes for each in moved), _padding(program),
         sum(each.total_bytes for each in moved if _adds_up(each, update)), traffic.total_bytes() - sum(each.total_bytes for each in moved),
-        traffic.by_axis(), compiled, state_bytes(program)["optimizer"], _allowed(program),
+        traffic.by_axis(), compiled, state_bytes(program)["optimizer"], _allowed(program), sum(prod(cut.shape) * cut.dtype.itemsize for cut in program.layout.cuts.values() if cut.is_whole),
     )  # fmt: skip
 
 

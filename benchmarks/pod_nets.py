@@ -1,7 +1,8 @@
 """Three small nets with the optimizers that large ones of their kind take, for `pod_bytes`; nobody trains them.
 
 An MLP with momentum, a decoder-only transformer with LAMB, and a residual convolutional net with batch norm and LARS. Sizes are such that biases
-and scales are not all multiples of the number of members: there is padding to count.
+are not all multiples of the number of members: there is padding to count. Those that rules split can be cut along another dimension; one that
+cannot would be kept whole (`shoal/pod/layout.py`), and neither its optimizer nor its sum would be any smaller.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ import optax
 
 import shoal
 
-WIDTH: Final = 250
+WIDTH: Final = 252
 VOCABULARY, LENGTH, DIM, HEADS, LAYERS = 1000, 32, 64, 4, 2
 CHANNELS: Final = (16, 32, 64)
 BATCH: Final = 64
