@@ -102,15 +102,9 @@ def proposals(
     size = task.local.batch_size if batch_size is None else batch_size
     validate.positive(batch_size=size)
     model = _Model.of(task, rules or {}, work(task), size, sum_type)
-    made = [
-        model.proposal(mesh, update, machine)
-        for mesh in layouts(num_devices, _axes(rules or {}), num_processes)
-        for update in updates
-    ]
-    if all("Expected" in each.rejected for each in made):
-        raise ValueError(
-            f"Expected rules that suit some mesh of {num_devices} devices, got none: {made[0].mesh}: {made[0].rejected}"
-        )
+    meshes = list(layouts(num_devices, _axes(rules or {}), num_processes))
+    model.refuse_unusable_rules(meshes)
+    made = [model.proposal(mesh, update, machine) for mesh in meshes for update in updates]
     return _judged(made, machine)
 
 
@@ -187,12 +181,27 @@ class _Model:
             sum(_size(leaf) for leaf in fields), shape.tree,
         )  # fmt: skip
 
+    def split(self, mesh: MeshSpec) -> dict[str, PartitionSpec]:
+        """By rules; ValueError where they do not suit the mesh."""
+        return specs(self.rules, {name: tuple(leaf.shape) for name, leaf in self.params.items()}, mesh, what="rules")
+
+    def refuse_unusable_rules(self, meshes: Sequence[MeshSpec]) -> None:
+        """ValueError where no mesh suits them."""
+        errors = list[ValueError]()
+        for mesh in meshes:
+            try:
+                self.split(mesh)
+            except ValueError as error:
+                errors.append(error)
+        if len(errors) == len(meshes):
+            raise ValueError(
+                f"Expected rules that suit a mesh of {meshes[0].num_devices} devices, got none: on {meshes[0]} {errors[0]}"
+            ) from errors[0]
+
     def proposal(self, mesh: MeshSpec, update: Update, machine: Machine) -> Proposal:
         """One layout, not yet compared with others."""
         try:
-            split = specs(
-                self.rules, {name: tuple(leaf.shape) for name, leaf in self.params.items()}, mesh, what="rules"
-            )
+            split = self.split(mesh)
         except ValueError as error:
             return Proposal(mesh, update, {}, {}, None, str(error))
         if self.batch_size % mesh.num_members:
