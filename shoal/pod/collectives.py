@@ -69,10 +69,16 @@ class Members:
         return tensor
 
     def gather(self, piece: Any, dim: int = 0) -> Any:
-        """The pieces of all, one after the other along a dimension."""
-        for axis in reversed(self.axes):
-            piece = jax.lax.all_gather(piece, axis, axis=dim, tiled=True)
-        return piece
+        """The pieces of all, one after the other along a dimension. Its gradient is added up over members as by `scatter`."""
+
+        def whole(piece: Any) -> Any:
+            for axis in reversed(self.axes):
+                piece = jax.lax.all_gather(piece, axis, axis=dim, tiled=True)
+            return piece
+
+        gathered = jax.custom_vjp(whole)
+        gathered.defvjp(lambda piece: (whole(piece), None), lambda _, slope: (self.scatter(slope, dim),))
+        return gathered(piece)
 
     def own(self, tensor: Any, dim: int = 0) -> Any:
         """The member's own piece of what all have."""

@@ -21,7 +21,6 @@ from typing import Any, Final
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from shoal.local import PARTS, Named, masked_sums, seed_key
@@ -31,7 +30,8 @@ from shoal.pod.placement import WHOLE, Placement, State
 from shoal.pod.remat import rematerialized
 from shoal.task import LOSS_BOUND, Sum, Tree
 
-_GATHERED: Final = "gathered"
+_GATHERS: Final = ("all_gather", "concatenate", "reshape", "slice", "split", "squeeze", "transpose")
+"""Operations of `Layout.gather`."""
 
 
 @dataclass(frozen=True)
@@ -186,9 +186,7 @@ class Program(Placement):
 
         def objective(learned: Named, part: Named, number: Any) -> tuple[Any, tuple[Named, Named]]:
             if self.update == "fully_sharded":
-                learned = {
-                    name: checkpoint_name(value, _GATHERED) for name, value in self.layout.gather(learned).items()
-                }
+                learned = self.layout.gather(learned)
             params, mask = self.params_shape.tree(frozen | learned), part["mask"]
             own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
             # Where a member has padding alone, the loss sees it as real: a mean over no example is not a number, which no mask takes out again.
@@ -202,9 +200,9 @@ class Program(Placement):
             metrics = {"loss": Sum(result.per_example, jnp.ones_like(result.per_example), LOSS_BOUND)} | result.metrics
             return mean if scale is None else mean.astype(jnp.float32) * scale, (after, _sums(metrics, mask))
 
-        if self.update == "fully_sharded":  # what was gathered is not kept for the way back, but gathered again
-            policy = jax.checkpoint_policies.save_anything_except_these_names(_GATHERED)
-            objective = jax.checkpoint(objective, policy=policy)
+        if self.update == "fully_sharded":
+            # What was gathered is not kept for the way back, but gathered again: nor may anything be kept that it is only a view of.
+            objective = jax.checkpoint(objective, policy=lambda operation, *_, **__: operation.name not in _GATHERS)
         gradient_of = jax.grad(objective, has_aux=True)
         if self.accumulate == 1:
             gradient, (after, metrics) = gradient_of(kept, batch, 0)

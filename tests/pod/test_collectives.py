@@ -1,0 +1,40 @@
+"""Sums over members on the way back: what is gathered on the way forward is added up as `scatter` adds up."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from shoal.pod.collectives import Members
+from shoal.pod.mesh import MeshSpec
+from shoal.pod.traffic_lowered import lowered_traffic
+
+SPEC = MeshSpec.parse("slow=2,data=4")
+
+
+@pytest.mark.parametrize(
+    ("how", "kinds", "types"),
+    [
+        ({}, {"all_gather", "reduce_scatter"}, {"float32"}),
+        ({"how": "exchange"}, {"all_gather", "all_to_all"}, {"float32"}),
+        ({"how": "whole"}, {"all_gather", "all_reduce"}, {"float32"}),
+        ({"sum_type": "bfloat16"}, {"all_gather", "all_to_all"}, {"float32", "bfloat16"}),
+    ],
+)
+def test_the_gradient_of_gathering_is_the_sum_as_members_take_it(how: Any, kinds: set[str], types: set[str]) -> None:
+    members = Members(SPEC, **how)
+    rng = np.random.default_rng(0)
+    pieces, slopes = rng.normal(size=(8, 3)).astype("f"), rng.normal(size=(8, 8, 3)).astype("f")
+
+    def slope(piece: Any, own: Any) -> Any:
+        return jax.grad(lambda p: jnp.sum(jnp.square(members.gather(p)) * own[0]))(piece)
+
+    specs = (members.spec, P(members.axes))
+    made = jax.jit(jax.shard_map(slope, mesh=SPEC.build(), in_specs=specs, out_specs=members.spec, check_vma=False))
+    np.testing.assert_allclose(made(pieces, slopes), 2 * pieces * slopes.sum(0), rtol=2e-2 if "sum_type" in how else 1e-5, atol=0.05 if "sum_type" in how else 1e-5)  # fmt: skip
+    found = lowered_traffic(made.lower(pieces, slopes), SPEC.sizes).collectives
+    assert {each.kind for each in found} == kinds
+    assert {operand.dtype for each in found for operand in each.operands} == types
