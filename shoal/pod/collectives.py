@@ -64,10 +64,16 @@ class Members:
         return tensor
 
     def gather(self, piece: Any, dim: int = 0) -> Any:
-        """The pieces of all, one after the other along a dimension."""
-        for axis in reversed(self.axes):
-            piece = jax.lax.all_gather(piece, axis, axis=dim, tiled=True)
-        return piece
+        """The pieces of all, one after the other along a dimension. The way back of a gradient is `scatter`, as that is done here."""
+
+        def gathered(piece: Any) -> Any:
+            for axis in reversed(self.axes):
+                piece = jax.lax.all_gather(piece, axis, axis=dim, tiled=True)
+            return piece
+
+        with_way_back = jax.custom_vjp(gathered)
+        with_way_back.defvjp(lambda piece: (gathered(piece), None), lambda _, slope: (self.scatter(slope, dim),))
+        return with_way_back(piece)
 
     def own(self, tensor: Any, dim: int = 0) -> Any:
         """The member's own piece of what all have."""
@@ -78,7 +84,9 @@ class Members:
         wide, num = tensor.dtype, self.mesh.sizes[axis]
         sent = tensor.astype(self.sum_type) if self.sum_type != "float32" else tensor
         if self.how == "whole":
-            whole = jax.lax.psum(sent, axis).astype(wide)
+            whole = jax.lax.psum(
+                sent.astype(wide), axis
+            )  # of bfloat16 XLA's CPU compiler aborts beside axes that are its own
             size = whole.shape[dim] // num
             return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * size, size, dim)
         if self.how == "exchange" or sent.dtype != wide:
