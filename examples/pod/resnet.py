@@ -86,8 +86,8 @@ def init(key: jax.Array, sizes: Sizes) -> shoal.Variables:
         convolution(f"{name}_c", 1, within, 4 * within, scale=0.0)  # at first a block is what goes round it
         if stride > 1 or before != 4 * within:
             convolution(f"{name}_round", 1, before, 4 * within)
-    last = 4 * sizes.width << (len(sizes.blocks) - 1)
-    params["head"] = 0.01 * jax.random.normal(next(keys), (last, sizes.classes))
+    last = (4 * sizes.width << (len(sizes.blocks) - 1), sizes.classes)
+    params["head"] = 0.01 * jax.random.normal(next(keys), last)
     return shoal.Variables(params, state)
 
 
@@ -111,10 +111,9 @@ def loss(params: Any, state: Any, batch: Any, sizes: Sizes) -> shoal.Loss:
         x = layer(f"{name}_c", jax.nn.relu(layer(f"{name}_b", x, stride)))
         hidden = jax.nn.relu(x + (layer(f"{name}_round", hidden, stride) if f"{name}_round" in params else hidden))
     scores = jnp.mean(hidden, axis=(1, 2)) @ params["head"]
-    likely = optax.smooth_labels(jax.nn.one_hot(batch["label"], sizes.classes), 0.1)
+    each = optax.softmax_cross_entropy(scores, optax.smooth_labels(jax.nn.one_hot(batch["label"], sizes.classes), 0.1))
     right = (jnp.argmax(scores, axis=-1) == batch["label"]).astype(jnp.float32)
-    metrics = {"accuracy": shoal.Sum(right, jnp.ones_like(right), (0.0, 1.0))}
-    return shoal.Loss(optax.softmax_cross_entropy(scores, likely), after, metrics)
+    return shoal.Loss(each, after, {"accuracy": shoal.Sum(right, jnp.ones_like(right), (0.0, 1.0))})
 
 
 task = make()
