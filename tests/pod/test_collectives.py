@@ -5,11 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from shoal.pod.collectives import Members
+import shoal
+from shoal.pod.collectives import How, Members
 from shoal.pod.mesh import MeshSpec
+from shoal.pod.step import Program
 from shoal.pod.traffic_lowered import lowered_traffic
 
 SPEC = MeshSpec.parse("slow=2,data=4")
@@ -38,3 +41,20 @@ def test_the_gradient_of_gathering_is_the_sum_as_members_take_it(how: Any, kinds
     found = lowered_traffic(made.lower(pieces, slopes), SPEC.sizes).collectives
     assert {each.kind for each in found} == kinds
     assert {operand.dtype for each in found for operand in each.operands} == types
+
+
+@pytest.mark.parametrize("how", ["reduce_scatter", "exchange"])
+def test_where_pieces_are_exchanged_a_replicated_update_s_sum_is_too(how: How) -> None:
+    spec = MeshSpec.parse("data=2")
+    task = shoal.Task(
+        name="line", init=lambda key: {"w": jnp.ones(3), "b": jnp.zeros(())}, batch={"x": ((3,), "float32")},
+        loss=lambda params, state, batch, key: jnp.square(batch["x"] @ params["w"] + params["b"]),
+        local=shoal.Local(optimizer=optax.sgd(0.1)),
+    )  # fmt: skip
+    program = Program(task, spec.build(jax.devices()[:2]), Members(spec, how=how), "replicated", {}, {})
+    state = program.begin(jax.random.key(0))
+    given = ({"x": np.ones((1, 4, 3), "f")}, np.ones((1, 4), bool), np.zeros(2, np.uint32))
+    trace = str(jax.make_jaxpr(program.steps)(state, *given))
+    assert ("all_to_all" in trace) == (how == "exchange")
+    after, _ = jax.jit(program.steps)(state, *given)
+    np.testing.assert_allclose(after["params"]["params/w"], np.full(3, 1 - 0.1 * 6), rtol=1e-6)

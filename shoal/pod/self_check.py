@@ -1,0 +1,236 @@
+"""Do the collectives add up on this machine? If not, which do; and which of those that do is quick.
+
+A sum over members that is silently wrong trains a wrong model and says nothing. It has happened: jax-ml/jax #40830 (2026), where gloo's reduce-scatter
+gave the first member wrong values for pieces of 4 MiB and right ones for 256 KiB. So before the first step all members add up numbers whose
+sums are known, whole ones that have no rounding, at the size of the program's largest bucket, by each way that `Members.how` has:
+
+    numbers f(i, member) --scatter as the program does--> piece --compare--> wrong elements --sum over members--> one verdict for all
+    numbers f(i)         --gather------------------------> whole --compare--^
+
+The way is the first of `reduce_scatter`, `exchange`, `whole` that is right. Where members are several processes, a later one is taken if it needs
+less than two thirds of the time: through gloo an exchange is several times faster than a reduce-scatter of the same bytes. Within one
+process, where tests compare bits, time has no say. A run that goes on should go on in the way that it began.
+
+Guarantees:
+    * All processes learn the same verdict, or an error ends those that did not.
+    * Programs are compiled, and processes have met, before the first collective of size: gloo gives up on who is 30 s late.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from shoal.errors import ShoalError
+from shoal.pod.collectives import How, Members
+from shoal.pod.layout import Layout
+
+LARGEST_BYTES: Final = 64 << 20
+REPEATS: Final = 4
+"""A defect may be a race."""
+MUCH_FASTER: Final = 2 / 3
+_WAYS: Final[tuple[How, ...]] = get_args(How)
+_LOGGER: Final = logging.getLogger(__name__)
+
+Scatter = Callable[[Members, Any], Any]
+"""What each member has (n,), added up -> the member's piece (n / N,)."""
+
+
+class NoWayAddsUp(ShoalError):
+    """Sums over members are wrong on this machine, however they are taken."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found."""
+
+    how: How
+    """For `Members`."""
+    why: str
+    """Why it is not the first of the ways; empty if it is."""
+    wrong: Mapping[How, int]
+    """Way -> elements that were not the sum, of all members and repetitions."""
+    times_s: Mapping[How, float]
+    """Way -> seconds of one scatter and gather, the mean of members."""
+    seconds: float
+    """That the check took, compilation included."""
+
+
+def self_check(mesh: Mesh, layout: Layout, *, scatter: Scatter = Members.scatter) -> Verdict:
+    """Tries each way to add up over the members, at the size of the layout's largest bucket.
+
+    Args:
+        mesh: the real one.
+        layout: of the program; its members say on which axes, and in which type.
+        scatter: what is tried, for tests.
+
+    Raises:
+        NoWayAddsUp: none is right.
+    """
+    begun, members = time.perf_counter(), layout.members
+    if members.num == 1:
+        return Verdict(members.how, "", {}, {}, 0.0)
+    programs = _Programs(mesh, members, _elements(layout), scatter)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("shoal.pod.self_check")
+    found = {how: programs.run(how) for how in _WAYS}
+    wrong, times_s = _of_all(mesh, members, found)
+    how, why = choice(wrong, times_s, by_time=_processes(mesh) > 1)
+    if why:
+        _LOGGER.log(logging.WARNING if wrong[_WAYS[0]] else logging.INFO, "sums over members by %s: %s", how, why)
+    return Verdict(how, why, wrong, times_s, time.perf_counter() - begun)
+
+
+def choice(wrong: Mapping[How, int], times_s: Mapping[How, float], *, by_time: bool) -> tuple[How, str]:
+    """The way to take, and why it is not the first.
+
+    Raises:
+        NoWayAddsUp: none is right.
+    """
+    right = [how for how in _WAYS if not wrong[how]]
+    if not right:
+        counts = ", ".join(f"{how}: {wrong[how]} wrong elements" for how in _WAYS)
+        raise NoWayAddsUp(
+            f"Expected sums over members that add up, got none on this machine ({counts}). Try fewer devices a process, another "
+            "release of jaxlib, or on a CPU JAX_CPU_COLLECTIVES_IMPLEMENTATION=mpi."
+        )
+    chosen = right[0]
+    why = "" if chosen == _WAYS[0] else f"{_WAYS[0]} gave {wrong[_WAYS[0]]} wrong elements here"
+    for how in right[1:] if by_time else ():
+        if times_s[how] < MUCH_FASTER * times_s[chosen]:
+            why = f"it takes {1e3 * times_s[how]:.1f} ms where {chosen} takes {1e3 * times_s[chosen]:.1f} ms" + (
+                f", and {why}" if wrong[_WAYS[0]] else ""
+            )
+            chosen = how
+    return chosen, why
+
+
+class _Programs:
+    """What is run, compiled: the numbers, what each way makes of them, and how much of that is wrong."""
+
+    def __init__(self, mesh: Mesh, members: Members, size: int, scatter: Scatter) -> None:
+        self._mesh, self._members = mesh, members
+        own, all_have = members.spec, PartitionSpec()
+        values, piece = self._like(size * members.num, own), self._like(size, own)
+        self._turns = [jax.device_put(np.uint32(turn), NamedSharding(mesh, all_have)) for turn in range(REPEATS)]
+
+        def made(turn: Any) -> tuple[Any, Any]:
+            everything = _numbers(members, jnp.arange(size, dtype=jnp.uint32), members.index(), turn)
+            return everything, _hashed(_own_indices(members, size), turn, 1021)
+
+        def moved(how: How) -> Callable[[Any, Any], tuple[Any, Any]]:
+            trying = replace(members, how=how)
+            return lambda values, known: (scatter(trying, values), trying.gather(known))
+
+        def compared(piece: Any, whole: Any, turn: Any) -> Any:
+            return _wrong(members, size, piece, whole, turn)[None]
+
+        self._made = self._compiled(made, (all_have,), (own, own), self._turns[0])
+        self._moved = {how: self._compiled(moved(how), (own, own), (own, all_have), values, piece) for how in _WAYS}
+        self._compared = self._compiled(
+            compared, (own, all_have, all_have), own, piece, self._like(size, all_have), self._turns[0]
+        )
+
+    def run(self, how: How) -> tuple[int, float]:
+        """Elements that are wrong on this process's members, and seconds of the fastest repetition."""
+        wrong, seconds = 0, list[float]()
+        for turn in self._turns:
+            given = jax.block_until_ready(self._made(turn))
+            begun = time.perf_counter()
+            piece, whole = jax.block_until_ready(self._moved[how](*given))
+            seconds.append(time.perf_counter() - begun)
+            counts = self._compared(piece, whole, turn)
+            wrong += sum(int(shard.data.sum()) for shard in counts.addressable_shards)
+        return wrong, min(seconds)
+
+    def _compiled(self, function: Any, into: Any, out: Any, *like: Any) -> Any:
+        axes = set(self._members.axes)
+        mapped = jax.shard_map(
+            function, mesh=self._mesh, in_specs=into, out_specs=out, axis_names=axes, check_vma=False
+        )
+        return jax.jit(mapped).lower(*like).compile()
+
+    def _like(self, size: int, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((size,), jnp.float32, sharding=NamedSharding(self._mesh, spec))
+
+
+def _wrong(members: Members, size: int, piece: Any, whole: Any, turn: Any) -> Any:
+    """Elements of this member's piece, and of what it gathered, that are not what they should be. Also the small sum, of all there is."""
+    share = size // members.num
+    mine = _own_indices(members, size)
+
+    def added(member: Any, total: Any) -> Any:
+        return total + _numbers(members, mine, member, turn)
+
+    expected = jax.lax.fori_loop(0, members.num, added, jnp.zeros(share, jnp.float32))
+    known = _hashed(jnp.arange(size, dtype=jnp.uint32), turn, 1021)
+    small = members.total(jnp.ones((3,), jnp.float32)) != members.num
+    return sum(jnp.sum(each, dtype=jnp.int32) for each in (piece != expected, whole != known, small))
+
+
+def _own_indices(members: Members, size: int) -> Any:
+    share = size // members.num
+    return members.index().astype(jnp.uint32) * jnp.uint32(share) + jnp.arange(share, dtype=jnp.uint32)
+
+
+def _numbers(members: Members, index: Any, member: Any, turn: Any) -> Any:
+    """What a member has at these indices: whole numbers whose sums the type on the wire holds exactly (bfloat16: up to 256)."""
+    own = jnp.asarray(member).astype(jnp.uint32) + jnp.uint32(1)
+    seed = turn + jnp.uint32(REPEATS) * own
+    if members.sum_type == "float32":
+        return _hashed(index, seed, 1021)
+    sparse = jnp.uint32(-(-members.num // 64))  # of very many members not all have something at an index
+    return jnp.where((index + own) % sparse == 0, _hashed(index, seed, 3), jnp.zeros((), jnp.float32))
+
+
+def _hashed(index: Any, seed: Any, below: int) -> Any:
+    """Numbers in [0, below) that have no pattern: what lands in a wrong place is seen."""
+    mixed = index * jnp.uint32(2654435761) + seed * jnp.uint32(2246822519)
+    mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(3266489917)
+    return ((mixed ^ (mixed >> 13)) % jnp.uint32(below)).astype(jnp.float32)
+
+
+def _of_all(
+    mesh: Mesh, members: Members, found: Mapping[How, tuple[int, float]]
+) -> tuple[dict[How, int], dict[How, float]]:
+    """What all processes found: counts added up, times as means. What carries it is checked by numbers that go with it.
+
+    Raises:
+        NoWayAddsUp: these few numbers do not add up, either.
+    """
+    devices = mesh.devices.size
+    own = [min(count, 1 << 10) for count, _ in found.values()] + [seconds for _, seconds in found.values()]
+    row = np.asarray([1.0, 3.0, *own], np.float32)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    rows = jax.make_array_from_callback((devices, row.size), sharding, lambda _: row[None])
+    added = jax.jit(lambda rows: jnp.sum(rows, axis=0), out_shardings=NamedSharding(mesh, PartitionSpec()))(rows)
+    sums = np.asarray(added.addressable_data(0), np.float64)
+    if not np.array_equal(sums[:2], [devices, 3 * devices]):
+        raise NoWayAddsUp(
+            f"Expected {devices} devices to add up 1 and 3 to {devices} and {3 * devices}, got {sums[0]:g} and {sums[1]:g}: not even a sum of "
+            "two numbers over all of them is right on this machine."
+        )
+    counts, times = sums[2 : 2 + len(found)], sums[2 + len(found) :] / devices
+    return (
+        {how: round(count) for how, count in zip(found, counts, strict=True)},
+        {how: float(each) for how, each in zip(found, times, strict=True)},
+    )
+
+
+def _elements(layout: Layout) -> int:
+    """Of the largest that one collective moves, a multiple of the members' number."""
+    num = layout.members.num
+    sizes = [num * sum(layout.cuts[name].columns(num) for name in names) for names in layout.buckets]
+    sizes += [int(np.prod(cut.shape)) for cut in layout.cuts.values() if cut.dim is not None]
+    return -(-min(max(sizes, default=num), LARGEST_BYTES // 4) // num) * num
+
+
+def _processes(mesh: Mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
