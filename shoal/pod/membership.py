@@ -42,6 +42,7 @@ from shoal.pod.membership_events import (
     Exited,
     GiveUp,
     Joined,
+    Leaves,
     LifeEnded,
     Lost,
     Mark,
@@ -58,6 +59,10 @@ LAG_S: Final = 2.0
 """A longer pause between two events is the machine's own: ticks come every second."""
 QUIET_S: Final = 3.0
 """A worker that says nothing for so long, where others speak, is the one that does not run: it should speak twice a second."""
+
+
+_KILLED: Final = -9
+"""What it said before has nothing to do with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +183,8 @@ class MembershipMachine:
                     member.lost_s = -inf  # it came without a worker
             case Lost(host):
                 commands += self._lose(host, now_s)
+            case Leaves(host):
+                commands += self._let_go(host)
             case Marked(host, life, mark) if life == self._life and host in self._members:
                 self._hear(self._members[host], mark, now_s)
             case Exited(host, life) if life == self._life and host in self._members:
@@ -206,7 +213,13 @@ class MembershipMachine:
         if member is None or member.code is not None or member.lost_s is not None:
             return []
         member.lost_s = now_s
-        return self._end((host,), f"{host} is gone", now_s) if self._phase is Phase.RUNNING else []
+        return self._end((host,), f"{host} is gone") if self._phase is Phase.RUNNING else []
+
+    def _let_go(self, host: str) -> list[Command]:
+        self._hosts.pop(host, None)
+        member = self._members.get(host)
+        is_wanted = member is not None and member.code is None and self._phase is Phase.RUNNING
+        return self._end((host,), f"{host} leaves") if is_wanted else []
 
     def _hear(self, member: _Member, mark: Mark, now_s: float) -> None:
         before, member.mark, member.heard_s = member.mark, mark, now_s
@@ -223,10 +236,12 @@ class MembershipMachine:
         if event.code in (0, PAUSED):
             self._first_exit_s = now_s if self._first_exit_s is None else self._first_exit_s
             return []
-        why = f"{event.host}'s worker {_exit_text(event.code)}" + (f": {event.why}" if event.why else "")
+        why = f"{event.host}'s worker {_exit_text(event.code)}" + (
+            f": {event.why}" if event.why and event.code != _KILLED else ""
+        )
         if quiet := self._quiet(QUIET_S, now_s):  # what is seen first need not be what happened first
             why = f"{_names(quiet)} had stopped running; then {why}"
-        return self._end(quiet or (event.host,), why, now_s)
+        return self._end(quiet or (event.host,), why)
 
     # What follows from it.
 
@@ -275,12 +290,12 @@ class MembershipMachine:
     def _watch(self, now_s: float) -> list[Command]:
         codes = [member.code for member in self._members.values()]
         if self._stopping and None in codes:
-            return self._end((), "it was stopped", now_s)
+            return self._end((), "it was stopped")
         if None not in codes:
             return self._all_exited(now_s)
         if found := self._stuck(now_s):
             hosts, why = found
-            return self._end(hosts, why, now_s, stuck=hosts)
+            return self._end(hosts, why, stuck=hosts)
         is_larger = self.policy.late == "ask" and len(self._choice()) > len(self._members)
         if is_larger and self._has_progress and not self._asked and self._first_exit_s is None:
             self._asked = True
@@ -343,7 +358,7 @@ class MembershipMachine:
 
     # The end of a life.
 
-    def _end(self, hosts: tuple[str, ...], why: str, now_s: float, *, stuck: tuple[str, ...] = ()) -> list[Command]:
+    def _end(self, hosts: tuple[str, ...], why: str, *, stuck: tuple[str, ...] = ()) -> list[Command]:
         self._phase, self._last_why = Phase.STOPPING, why
         return [LifeEnded(self._life, hosts, why, self._reached), StopWorkers(self._life, stuck)]
 
@@ -394,6 +409,6 @@ def _names(hosts: Iterable[str]) -> str:
 
 
 def _exit_text(code: int) -> str:
-    if code == -9:
+    if code == _KILLED:
         return "was killed (SIGKILL), by somebody or by the system for want of memory"
     return f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -53,6 +53,13 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Leaves:
+    """A host is about to go: it ends its worker, says `Exited`, and then it is `Lost`."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True)
 class Marked:
     """A worker said where it is."""
 
@@ -83,7 +90,7 @@ class Tick:
     """It is later than it was. To be said at least every second."""
 
 
-Event = Joined | Lost | Marked | Exited | Stop | Tick
+Event = Joined | Lost | Leaves | Marked | Exited | Stop | Tick
 
 
 @dataclass(frozen=True, slots=True)

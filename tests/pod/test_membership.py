@@ -96,6 +96,14 @@ def test_after_the_loss_of_a_host_those_left_go_on__invariant_2() -> None:
     assert starts(machine.step(e.Tick(), 9.0)) == [("a", 2, 0, 1)]
 
 
+def test_a_host_that_says_that_it_leaves_is_waited_for_no_longer_than_its_worker() -> None:
+    machine = running(lost_s=100.0, backoff_s=0.0)
+    assert machine.step(e.Leaves("b"), 1.0) == [e.LifeEnded(1, ("b",), "b leaves", -1), e.StopWorkers(1)]
+    machine.step(e.Exited("a", 1, -15), 2.0)
+    assert starts(machine.step(e.Exited("b", 1, -15), 3.0)) == [("a", 2, 0, 1)]
+    assert machine.step(e.Lost("b"), 3.1) == []
+
+
 def test_a_lost_host_that_comes_back_has_no_worker__invariant_1() -> None:
     machine = running(lost_s=100.0, backoff_s=0.0)
     machine.step(e.Lost("b"), 1.0)
@@ -307,6 +315,9 @@ class World:
             if self.workers.pop(host, None) is not None:
                 self.orphans[host] = self.now_s + self.policy.lost_s
             self.step(e.Lost(host))
+        elif kind == "leave" and host in self.hosts:
+            self.hosts.discard(host)
+            self.step(e.Leaves(host))
         elif kind in ("fail", "end", "pause") and host in self.workers:
             life = self.workers.pop(host)
             self.step(e.Exited(host, life, {"fail": 1, "end": 0, "pause": e.PAUSED}[kind]))

@@ -63,4 +63,6 @@ def test_lamb_takes_two_collectives_for_all_its_norms() -> None:
     update(
         optimizer, params, state, params, is_piece=(flags, state_pieces(optimizer, params, flags), flags), total=total
     )
-    assert calls == [(20,), (20,)], "of ten tensors those of parameters and of updates; optax takes each norm twice, the second where the first is not zero"
+    assert calls == [(20,), (20,)], (
+        "of ten tensors those of parameters and of updates; optax takes each norm twice, the second where the first is not zero"
+    )

@@ -38,7 +38,11 @@ def init(key: jax.Array) -> Any:
 
 def loss(params: Any, state: Any, batch: Any, key: jax.Array) -> shoal.Loss:
     hidden = jnp.tanh(batch["x"] @ params["first"]["kernel"] + params["first"]["bias"][None])
-    out = hidden @ params["second"]["kernel"] * params["second"]["scale"] + params["second"]["bias"][None] + params["fixed"][None]
+    out = (
+        hidden @ params["second"]["kernel"] * params["second"]["scale"]
+        + params["second"]["bias"][None]
+        + params["fixed"][None]
+    )
     per_example = jnp.sum(jnp.square(out - batch["y"]), axis=-1)
     right = (per_example < 1.0).astype(jnp.float32)
     mean = jnp.mean(jax.lax.stop_gradient(batch["x"]) @ jnp.ones((6, 8)), axis=0)
