@@ -21,14 +21,14 @@ def main(folder: Path, kind: str, last: int) -> None:
     with worker.attached() as pod:
         assert pod.assignment is not None
         process = pod.assignment.process_id
-        (folder / f"pid-{process}").write_text(f"{os.getpid()} {pod.life}")
+        write(folder / f"pid-{process}", f"{os.getpid()} {pod.life}")
         go_wrong(kind, folder, process)
         pod.marks.doing("training")
         kept = folder / f"step-{process}"
         for step in range(int(kept.read_text()) + 1 if kept.exists() else 0, last + 1):
             pod.marks.begin(step)
             time.sleep(STEP_S)
-            kept.write_text(str(step))
+            write(kept, str(step))
             pod.marks.done(step)
             pod.marks.saved(step)
             if pod.was_asked:
@@ -44,7 +44,13 @@ def go_wrong(kind: str, folder: Path, process: int) -> None:
         os.write(int(os.environ[worker.MARKS_FD]), b"[1]\n")
     if kind == "child":
         child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
-        (folder / f"child-{process}").write_text(str(child.pid))
+        write(folder / f"child-{process}", str(child.pid))
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: it may be killed at any moment."""
+    path.with_suffix(".new").write_text(text)
+    path.with_suffix(".new").rename(path)
 
 
 if __name__ == "__main__":

@@ -113,23 +113,20 @@ def test_a_worker_that_cannot_start_or_talks_nonsense_is_a_failure(
 def test_after_a_kill_all_start_again_from_their_spares(tmp_path: Path) -> None:
     async def kill_one() -> Outcome:
         supervisor = Supervisor(
-            plain(tmp_path, last=60, has_spare=True), local_workers=2, policy=PodPolicy(hosts=2, **FAST)
+            plain(tmp_path, last=9999, has_spare=True), local_workers=2, policy=PodPolicy(hosts=2, **FAST)
         )
-        async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(supervisor.run())
-            await until(
-                lambda: (tmp_path / "imports").exists() and len(waiting(tmp_path)) == 4 and step_of(tmp_path) > 10
-            )
-            os.kill(pid_of(tmp_path, 1), signal.SIGKILL)
-            spares = waiting(tmp_path)
-            await until(lambda: pid_of(tmp_path, 1, life=2))
-            assert str(pid_of(tmp_path, 1, life=2)) in spares
-        return running.result()
+        running = asyncio.create_task(supervisor.run())
+        await until(lambda: (tmp_path / "imports").exists() and len(waiting(tmp_path)) == 4)
+        spares, reached = waiting(tmp_path), step_of(tmp_path)
+        os.kill(pid_of(tmp_path, 1), signal.SIGKILL)
+        await until(lambda: pid_of(tmp_path, 1, life=2) and step_of(tmp_path) > reached + 3)
+        assert str(pid_of(tmp_path, 1, life=2)) in spares
+        supervisor.stop()
+        return await running
 
-    outcome = run(kill_one())
-    (ended,) = outcome.ended
-    assert outcome.is_finished and outcome.num_lives == 2 and step_of(tmp_path) == step_of(tmp_path, 1) == 60
-    assert len(ended.hosts) == 1 and ended.hosts[0].endswith("/1") and "SIGKILL" in ended.why
+    killed, stopped = run(kill_one()).ended
+    assert len(killed.hosts) == 1 and killed.hosts[0].endswith("/1") and "SIGKILL" in killed.why
+    assert stopped.life == 2
     assert not [pid for pid in waiting(tmp_path) if is_alive(int(pid))], "no spare is left behind"
 
 
@@ -142,16 +139,17 @@ def waiting(folder: Path) -> list[str]:
 def test_one_that_does_not_run_is_named_and_killed(tmp_path: Path) -> None:
     async def stop_one() -> Outcome:
         supervisor = Supervisor(
-            plain(tmp_path, last=100), local_workers=2, policy=PodPolicy(hosts=2, **FAST | {"floor_s": 1.0})
+            plain(tmp_path, last=9999), local_workers=2, policy=PodPolicy(hosts=2, **FAST | {"floor_s": 1.0})
         )
-        async with asyncio.TaskGroup() as tasks:
-            running = tasks.create_task(supervisor.run())
-            await until(lambda: min(step_of(tmp_path, 0), step_of(tmp_path, 1)) > 3)
-            os.kill(pid_of(tmp_path, 0), signal.SIGSTOP)
-        return running.result()
+        running = asyncio.create_task(supervisor.run())
+        await until(lambda: min(step_of(tmp_path, 0), step_of(tmp_path, 1)) > 3)
+        os.kill(pid_of(tmp_path, 0), signal.SIGSTOP)
+        await until(lambda: pid_of(tmp_path, 0, life=2))
+        supervisor.stop()
+        return await running
 
-    outcome = run(stop_one())
-    assert outcome.is_finished and [ended.hosts[0][-2:] for ended in outcome.ended] == ["/0"]
+    frozen, _ = run(stop_one()).ended
+    assert [name[-2:] for name in frozen.hosts] == ["/0"]
 
 
 def test_when_it_is_cancelled_it_leaves_nobody_deaf_or_not(tmp_path: Path) -> None:
@@ -259,13 +257,11 @@ def test_a_machine_that_comes_late_is_taken_in_and_one_that_goes_is_done_without
         other.cancel()
         await asyncio.wait([other])
         assert not is_alive(pid)
+        await until(lambda: pid_of(tmp_path, 0, life=3))
+        first.stop()
 
-    outcome = run(with_first(tmp_path, come_and_go, last=120, lost_s=100.0))
-    assert outcome.is_finished and outcome.num_lives == 3
-    assert [ended.why.removeprefix(ended.hosts[0] if ended.hosts else "") for ended in outcome.ended] == [
-        "it paused for others to join",
-        " leaves",
-    ]
+    paused, gone, _ = run(with_first(tmp_path, come_and_go, last=9999, lost_s=100.0)).ended
+    assert paused.why == "it paused for others to join" and gone.why == f"{gone.hosts[0]} leaves"
 
 
 def test_strangers_do_not_get_in_and_do_no_harm(tmp_path: Path) -> None:

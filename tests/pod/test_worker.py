@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,32 +54,37 @@ def test_without_a_supervisor_it_trains_alone() -> None:
         assert ended.value.code == PAUSED
 
 
-def marks_through(pipe: Callable[[], tuple[int, int]] = os.pipe) -> tuple[Marks, Callable[[], list[Mark]], list[float]]:
-    read, write = pipe()
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Its ends for reading and for writing."""
+    read, write = os.pipe()
     os.set_blocking(write, False)
+    yield read, write
+    os.close(read)
+    os.close(write)
+
+
+def said(pipe: tuple[int, int]) -> list[Mark]:
+    return [parsed(json.loads(line)) for line in os.read(pipe[0], 1 << 16).splitlines()]
+
+
+def test_marks_say_where_it_is_and_leave_out_what_comes_too_fast(pipe: tuple[int, int]) -> None:
     now = [0.0]
-
-    def said() -> list[Mark]:
-        return [parsed(json.loads(line)) for line in os.read(read, 1 << 16).splitlines()]
-
-    return Marks(write, now_s=lambda: now[0]), said, now
-
-
-def test_marks_say_where_it_is_and_leave_out_what_comes_too_fast() -> None:
-    marks, said, now = marks_through()
+    marks = Marks(pipe[1], now_s=lambda: now[0])
     marks.doing("training")
     for step in range(100):
         now[0] += 0.01
         marks.begin(step)
         marks.done(step)
     marks.beat()
-    heard = said()
+    heard = said(pipe)
     assert heard[0] == Mark("training") and 10 < len(heard) < 30
     assert (heard[-1].step, heard[-1].begun) == (99, 99) and heard[-1].step_s == pytest.approx(0.01)
 
 
 def test_what_is_no_step_is_in_no_steps_time() -> None:
-    marks, _, now = marks_through()
+    now = [0.0]
+    marks = Marks(None, now_s=lambda: now[0])
     for step, pause in enumerate((1.0, 1.0, 500.0, 1.0)):
         if pause > 1:
             marks.doing("saving")
@@ -90,16 +95,18 @@ def test_what_is_no_step_is_in_no_steps_time() -> None:
     assert marks.mark == Mark("training", step=3, saved=3, step_s=1.0)
 
 
-def test_marks_never_wait_for_their_reader() -> None:
-    marks, said, now = marks_through()
-    for step in range(5000):  # more than a pipe holds
+def test_marks_never_wait_for_their_reader(pipe: tuple[int, int]) -> None:
+    now = [0.0]
+    marks = Marks(pipe[1], now_s=lambda: now[0])
+    for step in range(2000):  # more than a pipe holds
         now[0] += 1.0
         marks.done(step)
-    assert said()[0].step == 0
+    assert said(pipe)[0].step == 0
     marks.beat()
     read, write = os.pipe()
     os.close(read)
     Marks(write).beat()  # nobody reads: no error either
+    os.close(write)
 
 
 @pytest.mark.parametrize(
