@@ -107,6 +107,9 @@ class Assignment:
             return
         import jax
 
+        from shoal.pod.compiled import keep_by_all
+
+        keep_by_all()
         # It would take SIGTERM for itself, which is how the supervisor ends a worker.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(

@@ -6,6 +6,7 @@ python pod_worker.py FOLDER LAST [SECONDS]: until step LAST, each at least SECON
 import os
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -18,7 +19,12 @@ EVERY = 5
 """Steps from one checkpoint to the next."""
 
 
+REQUESTS, HITS = "/jax/compilation_cache/compile_requests_use_cache", "/jax/compilation_cache/cache_hits"
+
+
 def main(folder: Path, last: int, seconds: float) -> None:
+    events: Counter[str] = Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     with worker.attached() as pod:
         pod.initialize()
         (folder / f"pid-{jax.process_index()}").write_text(str(os.getpid()))
@@ -36,6 +42,7 @@ def main(folder: Path, last: int, seconds: float) -> None:
                 pod.marks.saved(step)
                 if step < last and pod.agree_to_pause():
                     pod.pause()
+        (folder / f"compiled-{pod.life}-{jax.process_index()}").write_text(f"{events[REQUESTS]} {events[HITS]}")
         print(f"life {pod.life}: {jax.process_count()} reached {last}", flush=True)
 
 

@@ -322,7 +322,8 @@ def test_wrong_settings_are_refused(tmp_path: Path, wrong: dict[str, Any], text:
 
 def gloo(folder: Path, last: int) -> WorkerCommand:
     command = [sys.executable, str(HERE / "pod_worker.py"), str(folder), str(last), "0.02"]
-    return WorkerCommand(command=command, environ={**environ(), "JAX_NUM_CPU_DEVICES": "1"})
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return WorkerCommand(command=command, environ={**environ(), **cache, "JAX_NUM_CPU_DEVICES": "1"})
 
 
 @pytest.mark.slow
@@ -343,3 +344,6 @@ def test_two_that_add_up_over_gloo_survive_it(tmp_path: Path, ending: signal.Sig
     (ended,) = outcome.ended
     assert outcome.is_finished and outcome.num_lives == 2 and ended.hosts[0].endswith("/1")
     assert (tmp_path / "step").read_text() == "150"
+    for process in (0, 1):  # the second life compiles nothing, in no process
+        asked, found = (tmp_path / f"compiled-2-{process}").read_text().split()
+        assert int(asked) == int(found) > 0
