@@ -80,7 +80,8 @@ def pool(program: Program) -> tuple[list[State], jax.Array]:
     mine = jax.process_index()
 
     def placed(field: str, values: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(program.batch_sharding(field), values)
+        made: jax.Array = jax.make_array_from_process_local_data(program.batch_sharding(field), values)
+        return made
 
     made = [{n: placed(n, np.stack([v] * CALL)) for n, v in batch.items()} for batch in batches(mine)]
     return made, placed("mask", np.ones((CALL, BATCH), bool))
