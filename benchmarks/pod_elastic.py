@@ -46,7 +46,7 @@ class Course:
 
 
 FULL = Course(settle_s=30.0, calm_s=60.0, kills=10, every_s=120.0)
-QUICK = Course(settle_s=4.0, calm_s=3.0, kills=1, every_s=8.0)
+QUICK = Course(settle_s=4.0, calm_s=2.0, kills=1, every_s=6.0)
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ class Follower:
         while True:
             match await link.receive():
                 case {"start": dict(fields)} if fields.get("host") in self._places:
-                    wanted = StartWorker(**fields)
+                    wanted = _checked(fields)
                     self._places[wanted.host].start(wanted)
                 case {"ask": str(name)} if name in self._places:
                     self._places[name].ask()
@@ -155,3 +155,12 @@ class Follower:
             self._link.send({"marked": [event.host, event.life, asdict(event.mark)]})
         elif isinstance(event, Exited):
             self._link.send({"exited": asdict(event) | {"why": event.why[:_MOST_WHY]}})
+
+
+def _checked(fields: Mapping[str, Any]) -> StartWorker:
+    try:
+        wanted = StartWorker(**fields)
+        validate.types(wanted)
+    except TypeError as error:
+        raise ProtocolError(f"The first supervisor says what this version does not know: {error}") from error
+    return wanted

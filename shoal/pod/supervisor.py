@@ -3,10 +3,10 @@
 One process on each machine. The first decides; it has places for workers of its own, and listens for the others (`follower.py`), which dial it. A pod
 on one machine is a supervisor with so many local workers, and listens to nobody. It imports no JAX.
 
-    python -c '…' ──> Supervisor ──starts, kills──> worker   worker   (+ a warm spare for each)
-                        │    ^ marks (a pipe each)
-                        │ JSON lines, HMAC (link.py)
-                      Follower ──> worker   worker            on other machines
+    Supervisor ──starts, kills──> worker   worker    (and a warm spare for each)
+      │   ^──────── marks ────────┘        a pipe each
+      │ lines of JSON, each with a MAC (link.py)
+    Follower ──starts, kills──> worker   worker      on another machine
 
 Guarantees:
     * No worker outlives its supervisor, however that ends: a guard process kills what is left (`guard.py`), and a worker whose standard input ends
@@ -27,7 +27,7 @@ from typing import Any, Final, Protocol, final
 
 from shoal import validate
 from shoal.clock import Clock, SystemClock
-from shoal.errors import PodGaveUp, TransportError
+from shoal.errors import NetworkError, PodGaveUp, TransportError
 from shoal.pod.link import LINE_BYTES, Link
 from shoal.pod.membership import MembershipMachine, PodPolicy
 from shoal.pod.membership_events import (
@@ -145,6 +145,7 @@ class Supervisor:
         self._members: tuple[str, ...] = ()
         self._ended: deque[LifeEnded] = deque(maxlen=_MOST_LIVES)
         self._last: asyncio.Future[Done | GiveUp]
+        self._tasks: asyncio.TaskGroup
         self._events: deque[Event] = deque()  # that wait while one is carried out
         self._is_feeding = False
         self._num_strangers = 0
@@ -164,14 +165,18 @@ class Supervisor:
 
         Raises:
             PodGaveUp: there was no progress, or there were too few hosts.
+            NetworkError: another process listens at the port.
         """
         self._last = asyncio.get_running_loop().create_future()
+        server = await self._bind(self._listen) if self._listen else None
         guard, places = Guard(), list[Place]()
         try:
             async with asyncio.TaskGroup() as tasks:
                 for number in range(self._local_workers):
                     places.append(self._place(f"{_host_name()}/{number}", guard, tasks))
-                server = await self._open(tasks) if self._listen else None
+                self._tasks = tasks
+                if server is not None:
+                    await server.start_serving()
                 ticks = tasks.create_task(self._tick())
                 for place in places:
                     self._hosts[place.name] = place
@@ -236,19 +241,19 @@ class Supervisor:
 
     # Other machines.
 
-    async def _open(self, tasks: asyncio.TaskGroup) -> asyncio.Server:
-        assert self._listen is not None
-        secret = self._listen.secret
-
+    async def _bind(self, listen: Listen) -> asyncio.Server:
         def come(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             if self._num_strangers >= MOST_STRANGERS:
                 writer.transport.abort()
                 return
-            greeting = tasks.create_task(self._greet(reader, writer, secret))
+            greeting = self._tasks.create_task(self._greet(reader, writer, listen.secret))
             self._greetings.add(greeting)
             greeting.add_done_callback(self._greetings.discard)
 
-        return await asyncio.start_server(come, port=self._listen.port, limit=LINE_BYTES)
+        try:
+            return await asyncio.start_server(come, port=listen.port, limit=LINE_BYTES, start_serving=False)
+        except OSError as error:
+            raise NetworkError(f"Expected a port to listen at, got port={listen.port}: {error.strerror}.") from error
 
     async def _greet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, secret: bytes) -> None:
         self._num_strangers += 1
@@ -305,10 +310,11 @@ class Supervisor:
         validate.whole(1, devices=event.devices)
         if not event.ports or not all(0 < port < 65536 for port in event.ports) or len(event.ports) > 64:
             raise ValueError(f"Expected 1 to 64 ports, got {str(event.ports)[:80]}.")
-        if not 0 < len(event.host) <= _MOST_CHARACTERS or not event.host.isprintable():
-            raise ValueError(
-                f"Expected a host's name of at most {_MOST_CHARACTERS} characters, got {event.host[:80]!r}."
-            )
+        for what, text in (("name", event.host), ("address", event.address)):
+            if not 0 < len(text) <= _MOST_CHARACTERS or not text.isprintable() or " " in text:
+                raise ValueError(
+                    f"Expected a host's {what} of at most {_MOST_CHARACTERS} characters, got {text[:80]!r}."
+                )
         if event.host in self._hosts:
             raise ValueError(f"There is a host {event.host!r} already. Give this one another name.")
         if len(self._hosts) >= MOST_HOSTS:

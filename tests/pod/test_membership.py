@@ -353,7 +353,7 @@ KINDS = (
 )
 
 
-@settings(max_examples=80)
+@settings(max_examples=50)
 @given(
     history=st.lists(st.tuples(st.sampled_from((*KINDS, "stop")), st.sampled_from(HOSTS)), max_size=120),
     least=st.integers(1, 2),

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
-from shoal.errors import PodGaveUp, ProtocolError
+from shoal.errors import NetworkError, PodGaveUp, ProtocolError
 from shoal.pod.follower import Follower
 from shoal.pod.link import Link
 from shoal.pod.membership import PodPolicy
@@ -288,6 +289,7 @@ def test_what_a_host_says_is_checked(tmp_path: Path) -> None:
         ({"joined": joined | {"ports": []}}, "1 to 64 ports"),
         ({"joined": joined | {"devices": 0}}, "devices to be a whole number"),
         ({"joined": joined | {"host": "b\n"}}, "a host's name"),
+        ({"joined": joined | {"address": ""}}, "a host's address"),
         ({"joined": joined | {"more": 1}}, "unexpected keyword"),
         ({"exited": {"host": "b", "life": 1, "code": 1}}, "of a host of its own"),
         ({"marked": ["a", 1, {}]}, "of a host of its own"),
@@ -302,6 +304,15 @@ def test_what_a_host_says_is_checked(tmp_path: Path) -> None:
         first.stop()
 
     assert run(with_first(tmp_path, say, last=9999)).num_lives == 1
+
+
+def test_a_port_that_is_taken_is_said(tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        listen = listening(other.getsockname()[1])
+        with pytest.raises(NetworkError, match=r"Expected a port to listen at, got port="):
+            run(Supervisor(plain(tmp_path), local_workers=1, listen=listen).run())
 
 
 @pytest.mark.parametrize(
