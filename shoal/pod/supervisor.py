@@ -157,7 +157,7 @@ class Supervisor:
         return self._machine.snapshot()
 
     def stop(self) -> None:
-        """Ends the workers, and then `run`."""
+        """Ends the workers, and then `run`, while that runs."""
         self._feed(Stop())
 
     async def run(self) -> Outcome:
@@ -288,7 +288,7 @@ class Supervisor:
         match said:
             case {"joined": dict(fields)}:
                 event = Joined(**{**fields, "ports": tuple(fields.get("ports", ()))})
-                self._admit(event, link)
+                self._admit(event)
                 names.append(event.host)
                 self._hosts[event.host] = RemoteHost(link, event.host)
                 self._feed(event)
@@ -305,7 +305,7 @@ class Supervisor:
                     f"Expected joined, leaves, marked or exited of a host of its own, got {str(said)[:80]}."
                 )
 
-    def _admit(self, event: Joined, link: Link) -> None:
+    def _admit(self, event: Joined) -> None:
         validate.types(event)
         validate.whole(1, devices=event.devices)
         if not event.ports or not all(0 < port < 65536 for port in event.ports) or len(event.ports) > 64:
