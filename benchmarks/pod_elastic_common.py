@@ -15,7 +15,7 @@ POOL: Final = 4
 """Batches that are gone through in turn."""
 CALL: Final = 4
 """Steps of ours in one call of the compiled program."""
-SAVE_EVERY: Final = 128
+SAVE_EVERY: Final = 64
 """Steps of ours from one checkpoint to the next; the rival needs none."""
 
 

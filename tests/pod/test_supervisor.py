@@ -265,6 +265,26 @@ def test_a_machine_that_comes_late_is_taken_in_and_one_that_goes_is_done_without
     assert paused.why == "it paused for others to join" and gone.why == f"{gone.hosts[0]} leaves"
 
 
+@pytest.mark.slow
+def test_a_machine_that_dies_is_done_without_once_its_workers_must_be_gone(tmp_path: Path) -> None:
+    async def die(port: int, first: Supervisor, tasks: asyncio.TaskGroup) -> None:
+        other = subprocess.Popen(
+            [sys.executable, str(HERE / "pod_supervisor.py"), f"follow={port}", *plain(tmp_path, last=9999).command],
+            env=environ() | {"SHOAL_POD_SECRET": SECRET.decode()},
+        )
+        await until(lambda: step_of(tmp_path, 1) > 2)
+        pid, struck_s = pid_of(tmp_path, 1), time.monotonic()
+        other.kill()
+        other.wait()
+        await until(lambda: not is_alive(pid))
+        await until(lambda: pid_of(tmp_path, 0, life=2))
+        assert time.monotonic() - struck_s > first.policy.lost_s
+        first.stop()
+
+    gone, _ = run(with_first(tmp_path, die, last=9999, hosts=2)).ended
+    assert gone.hosts == ("other/0",) and gone.why == "other/0 is gone"
+
+
 def test_strangers_do_not_get_in_and_do_no_harm(tmp_path: Path) -> None:
     async def knock(port: int, first: Supervisor, tasks: asyncio.TaskGroup) -> None:
         with pytest.raises(ProtocolError, match="has another secret than this host"):
