@@ -1,7 +1,8 @@
 """One replica group of torchft in `pod_elastic`: the same perceptron, fault-tolerant data parallel over gloo.
 
 Run by the environment of `setup.sh torchft`: python pod_elastic_torchft.py FOLDER MEMBER MASTER_PORT, with TORCHFT_LIGHTHOUSE set. A replica that
-comes back takes the model from one that lives; a step is committed with those that are there.
+comes back takes the model from one that lives; a step is committed with those that are there. Gradients are averaged by `Manager.allreduce`, all in one:
+torchft's `DistributedDataParallel` dies of an assertion (0.2.0, ddp.py, `assert fut._fut`) where the other is killed in the middle of a sum.
 """
 
 import os
@@ -12,7 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchft import DistributedDataParallel, Manager, Optimizer, ProcessGroupGloo
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torchft import Manager, Optimizer, ProcessGroupGloo
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from pod_elastic_common import BATCH, POOL, RATE, WIDTHS, batches, weights
@@ -45,17 +47,25 @@ def main(folder: Path, member: int, port: str) -> None:
         load_state_dict=lambda kept: (net.load_state_dict(kept["net"]), inner.load_state_dict(kept["inner"])),
         state_dict=lambda: {"net": net.state_dict(), "inner": inner.state_dict()},
         min_replica_size=1,
-        timeout=timedelta(seconds=10),
+        # The defaults are a minute each: so long a survivor may wait for one that is dead.
+        timeout=timedelta(seconds=5),
+        quorum_timeout=timedelta(seconds=10),
+        connect_timeout=timedelta(seconds=5),
         replica_id=f"member_{member}",
     )
-    model, optimizer = DistributedDataParallel(manager, net), Optimizer(manager, inner)
+    optimizer = Optimizer(manager, inner)
     pool = [{n: torch.from_numpy(v) for n, v in batch.items()} for batch in batches(member)]
     reached = os.open(folder / f"reached-{member}", os.O_RDWR | os.O_CREAT)
     number = 0
     while True:
         batch = pool[number % POOL]
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(batch["x"]), batch["y"].long()).backward()
+        nn.functional.cross_entropy(net(batch["x"]), batch["y"].long()).backward()
+        gradients = [tensor.grad for tensor in net.parameters()]
+        flat = _flatten_dense_tensors(gradients)
+        manager.allreduce(flat).wait()
+        for gradient, mean in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+            gradient.copy_(mean)
         optimizer.step()
         number += 1
         os.pwrite(reached, b"%10d %20d\n" % (0, manager.batches_committed() * BATCH), 0)
