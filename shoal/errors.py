@@ -20,6 +20,7 @@ Callers' mistakes are `ValueError` or `TypeError`; our own bugs are `assert`. Wh
         StoreUnavailable        not now: the disk is full or fails, or another process writes: try again
         LeaseHeld               the run belongs to another process for now (holder, expires_s)
         LeaseLost               another process has taken the run over: this one can write no more
+      PodGaveUp                 a pod whose lives ended without progress, or that had too few hosts
       MissingExtra              an optional library is needed
 """
 
@@ -122,6 +123,10 @@ class LeaseLost(StoreError):
 
 class BudgetSpent(ShoalError):
     """A budget does not allow what is to be taken from it; nothing was."""
+
+
+class PodGaveUp(ShoalError):
+    """A pod ended without having finished: its lives came no further, or there were too few hosts. The text says why."""
 
 
 class MissingExtra(ShoalError):

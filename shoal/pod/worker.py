@@ -1,0 +1,296 @@
+"""A worker's side of a pod: what it is told by the supervisor that started it, and what it says to it.
+
+    from shoal.pod import worker
+
+    with worker.attached() as pod:          # a spare waits here for its assignment: all is imported by now
+        pod.initialize()                    # jax.distributed, where there are others
+        pod.marks.doing("compiling")
+        ...
+        pod.marks.doing("training")
+        for step in range(first, last):
+            pod.marks.begin(step)
+            state = train(state)
+            pod.marks.done(step)
+            if step % 100 == 0:
+                save(state)
+                pod.marks.saved(step)
+                if pod.agree_to_pause():    # others have come, or some are to leave: the next life goes on from here
+                    pod.pause()
+
+Without a supervisor the same code trains alone: marks go nowhere, nobody asks for a pause.
+
+Two pipes join it to its supervisor. On standard input come its assignment, where the environment does not say it, and the request to
+pause; when that pipe ends the supervisor is dead, and the worker ends itself with all that it started. Into the descriptor SHOAL_POD_MARKS_FD it
+writes where it is, a line of JSON twice a second and whenever that changes, but never waits for anybody to read it.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any, Final, NoReturn, Self, final
+
+from shoal import validate
+from shoal.pod.membership_events import PAUSED, Doing, Mark
+
+LIFE: Final = "SHOAL_POD_LIFE"
+COORDINATOR: Final = "SHOAL_POD_COORDINATOR"
+PROCESSES: Final = "SHOAL_POD_PROCESSES"
+PROCESS: Final = "SHOAL_POD_PROCESS"
+MARKS_FD: Final = "SHOAL_POD_MARKS_FD"
+
+HEARTBEAT_S: Final = 10
+"""After so long without a word XLA's coordination service takes a member for dead, and the others end."""
+GATHER_S: Final = 120
+"""So long members wait for one another at the beginning of a life, and at its end."""
+BEAT_S: Final = 0.5
+SHORTEST_S: Final = 0.05
+"""Between two marks: those in between are left out."""
+_LAST_STEPS: Final = 32
+_LINE_BYTES: Final = 4096
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A worker's part in a life."""
+
+    life: int
+    coordinator: str
+    """HOST:PORT of the coordination service, which process 0 has."""
+    num_processes: int
+    process_id: int
+
+    def __post_init__(self) -> None:
+        validate.types(self)
+        validate.whole(1, life=self.life, num_processes=self.num_processes)
+        validate.between(0, self.num_processes - 1, process_id=self.process_id)
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self | None:
+        """What the environment says; None where it says nothing of a life.
+
+        Raises:
+            ValueError: a part of it is missing or no number.
+        """
+        environ = os.environ if environ is None else environ
+        if LIFE not in environ:
+            return None
+        missing = [name for name in (COORDINATOR, PROCESSES, PROCESS) if name not in environ]
+        if missing:
+            raise ValueError(f"Expected {', '.join(missing)} beside {LIFE}={environ[LIFE]}, got no such variable.")
+        numbers = [environ[name] for name in (LIFE, PROCESSES, PROCESS)]
+        if not all(number.isascii() and number.isdigit() for number in numbers):
+            raise ValueError(f"Expected {LIFE}, {PROCESSES} and {PROCESS} to be whole numbers, got {numbers}.")
+        life, processes, process = map(int, numbers)
+        return cls(life, environ[COORDINATOR], processes, process)
+
+    def to_environ(self) -> dict[str, str]:
+        """The variables that say it."""
+        return {
+            LIFE: str(self.life), COORDINATOR: self.coordinator, PROCESSES: str(self.num_processes), PROCESS: str(self.process_id),
+        }  # fmt: skip
+
+    def initialize(self) -> None:
+        """Joins the others: `jax.distributed`, with limits that are short. Alone there is nothing to join.
+
+        Must come before JAX does anything on a device.
+        """
+        if self.num_processes == 1:
+            return
+        import jax
+
+        from shoal.pod.compiled import keep_by_all
+
+        keep_by_all()
+        # It would take SIGTERM for itself, which is how the supervisor ends a worker.
+        jax.config.update("jax_enable_preemption_service", False)
+        jax.distributed.initialize(
+            self.coordinator,
+            num_processes=self.num_processes,
+            process_id=self.process_id,
+            cluster_detection_method="deactivate",
+            initialization_timeout=GATHER_S,
+            heartbeat_timeout_seconds=HEARTBEAT_S,
+            shutdown_timeout_seconds=GATHER_S,
+        )
+
+
+@final
+class Marks:
+    """Says where this worker is. Cheap: a step more than `SHORTEST_S` after the last costs one write to a pipe, others none."""
+
+    def __init__(self, descriptor: int | None, *, now_s: Callable[[], float] = time.monotonic) -> None:
+        """`descriptor`: of a pipe; None: nobody listens."""
+        self._descriptor, self._now_s = descriptor, now_s
+        self._mark = Mark("starting")
+        self._seconds: deque[float] = deque(maxlen=_LAST_STEPS)
+        self._done_s: float | None = None
+        self._written_s = float("-inf")
+        self._lock = threading.Lock()
+
+    @property
+    def mark(self) -> Mark:
+        """The present one."""
+        return self._mark
+
+    def doing(self, what: Doing) -> None:
+        """From now on it does this."""
+        self._done_s = None  # what comes now is no step's time
+        self._change(doing=what)
+
+    def begin(self, step: int) -> None:
+        """A step, or a call of several of which this is the last, is about to be taken; say it before it waits for others."""
+        self._change(begun=step)
+
+    def done(self, step: int) -> None:
+        """It is done."""
+        now_s = self._now_s()
+        if self._done_s is not None:
+            self._seconds.append(now_s - self._done_s)
+        self._done_s = now_s
+        self._change(step=step, step_s=median(self._seconds) if self._seconds else 0.0)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint of this step is whole."""
+        self._change(saved=step)
+
+    def beat(self) -> None:
+        """Says where it is though nothing has changed."""
+        with self._lock:
+            self._write()
+
+    def _change(self, **changed: Any) -> None:
+        with self._lock:
+            before, self._mark = self._mark, replace(self._mark, **changed)
+            if before.doing != self._mark.doing or self._now_s() - self._written_s >= SHORTEST_S:
+                self._write()  # else the next beat says it
+
+    def _write(self) -> None:
+        if self._descriptor is None:
+            return
+        self._written_s = self._now_s()
+        try:
+            os.write(self._descriptor, json.dumps(asdict(self._mark)).encode() + b"\n")
+        except BlockingIOError:
+            pass  # the pipe is full: a later mark says more
+        except OSError:
+            self._descriptor = None  # nobody reads any more; standard input has ended, too
+
+
+@final
+class Worker:
+    """This process as a member of a pod; see the module's text."""
+
+    def __init__(self, assignment: Assignment | None, marks: Marks) -> None:
+        """`assignment`: None without a supervisor."""
+        self.assignment, self.marks = assignment, marks
+        self._was_asked = threading.Event()
+
+    @property
+    def life(self) -> int:
+        """Its number; 1 without a supervisor."""
+        return self.assignment.life if self.assignment else 1
+
+    def initialize(self) -> None:
+        """Joins the others of its life."""
+        if self.assignment is not None:
+            self.assignment.initialize()
+
+    def ask(self) -> None:
+        """It is to pause at its next checkpoint. From any thread."""
+        self._was_asked.set()
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether this one has been asked to pause; where there are others they may not have heard of it yet: see `agree_to_pause`."""
+        return self._was_asked.is_set()
+
+    def agree_to_pause(self) -> bool:
+        """Whether any member was asked to pause: the same answer for all, who must all call it at the same place. A small collective."""
+        asked = self.was_asked
+        if self.assignment is None or self.assignment.num_processes == 1:
+            return asked
+        import numpy as np
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(asked, np.int32))))
+
+    def pause(self) -> NoReturn:
+        """Ends this process: its state is saved, and the next life goes on."""
+        raise SystemExit(PAUSED)
+
+
+@contextmanager
+def attached() -> Iterator[Worker]:
+    """The worker that this process is, while the block runs. A failure in it ends the process, where it has a supervisor, at once: the others
+    wait for it in a collective, and good-byes through `jax.distributed` would keep them waiting.
+
+    Raises:
+        ValueError: the environment says something of a pod, but not all that is needed.
+    """
+    assignment = Assignment.from_environ()
+    if MARKS_FD not in os.environ:
+        worker = Worker(assignment, Marks(None))
+        worker.marks.doing("starting")
+        yield worker
+        return
+    descriptor = int(os.environ[MARKS_FD])
+    os.set_inheritable(descriptor, False)
+    os.set_blocking(descriptor, False)
+    worker = Worker(assignment, Marks(descriptor))
+    worker.assignment = _follow(worker)
+    try:
+        yield worker
+        worker.marks.beat()
+    except SystemExit:
+        worker.marks.beat()
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _follow(worker: Worker) -> Assignment:
+    """Listens to the supervisor from now on, and speaks; returns when there is an assignment."""
+    assigned: list[Assignment] = [worker.assignment] if worker.assignment else []
+    is_assigned = threading.Event()
+    if assigned:
+        is_assigned.set()
+
+    def listen() -> None:
+        with os.fdopen(0, "rb", buffering=0, closefd=False) as pipe:
+            while line := pipe.readline(_LINE_BYTES):
+                told = json.loads(line)
+                if "assign" in told and not assigned:
+                    assigned.append(Assignment(**told["assign"]))
+                    is_assigned.set()
+                if "ask" in told:
+                    worker.ask()
+        _end_with_all()
+
+    def beat() -> None:
+        while True:
+            worker.marks.beat()
+            time.sleep(BEAT_S)
+
+    for run in (listen, beat):
+        threading.Thread(target=run, daemon=True, name=f"shoal-pod-{run.__name__}").start()
+    is_assigned.wait()
+    return assigned[0]
+
+
+def _end_with_all() -> NoReturn:
+    """The supervisor is dead."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
