@@ -31,6 +31,7 @@ from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.stablehlo import this_runtime
+from shoal.pod.session import Watch
 from shoal.pod.trainer import Trainer
 from shoal.policy import Selection
 from shoal.record.memory import MemoryStore
@@ -350,8 +351,7 @@ def test_a_step_on_a_mesh_is_a_round_of_members_who_take_one_step() -> None:
 def test_the_task_of_the_fleet_learns_on_a_mesh() -> None:
     everyone = shoal.data.Examples.concatenate([examples for _, examples in population().items()])
     losses: list[float] = []
+    watch = Watch(on_version=lambda version: losses.append(version.training["loss"]))
     trainer = Trainer(task, mesh="data=4", devices=jax.devices()[:4], batch_size=32, steps_per_call=1)
-    trainer.train(
-        everyone, steps=40, commit_every=10, on_version=lambda version: losses.append(version.training["loss"])
-    )
+    trainer.train(everyone, steps=40, commit_every=10, watch=watch)
     assert losses[-1] < 0.7 * losses[0], losses

@@ -1,7 +1,34 @@
-"""A task on a mesh of accelerators; see README.md."""
+"""A task on a mesh of accelerators; see README.md.
 
-from shoal.pod.loss_scaling import LossScaling
-from shoal.pod.mesh import MeshSpec
-from shoal.pod.trainer import Progress, Trainer, Version
+Loaded when first used (PEP 562): a supervisor of workers imports no JAX.
+"""
 
-__all__ = ["LossScaling", "MeshSpec", "Progress", "Trainer", "Version"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from shoal.pod.loss_scaling import LossScaling
+    from shoal.pod.mesh import MeshSpec
+    from shoal.pod.session import Progress, Version, Watch
+    from shoal.pod.trainer import Trainer
+
+_HOMES: Final = {
+    "LossScaling": "shoal.pod.loss_scaling",
+    "MeshSpec": "shoal.pod.mesh",
+    "Progress": "shoal.pod.session",
+    "Trainer": "shoal.pod.trainer",
+    "Version": "shoal.pod.session",
+    "Watch": "shoal.pod.session",
+}
+
+__all__ = ["LossScaling", "MeshSpec", "Progress", "Trainer", "Version", "Watch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'shoal.pod' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

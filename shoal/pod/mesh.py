@@ -63,6 +63,22 @@ class MeshSpec:
         """Of all axes."""
         return prod(self.sizes.values())
 
+    def fitted(self, num_devices: int, num_processes: int) -> "MeshSpec":
+        """The same with as many members as there are devices for: a pod whose processes come and go. `slow` is one for each process.
+
+        Raises:
+            ValueError: its other axes do not divide the devices.
+        """
+        slow = num_processes if SLOW in self.sizes else 1
+        others = prod(size for name, size in self.sizes.items() if name not in MEMBER_AXES)
+        if num_devices % (slow * others):
+            raise ValueError(
+                f"Expected devices that the axes of {self} divide, got {num_devices} in {num_processes} processes."
+            )
+        members = {SLOW: slow} if SLOW in self.sizes else {}
+        sizes = members | {DATA: num_devices // (slow * others)}
+        return MeshSpec(sizes | {name: size for name, size in self.sizes.items() if name not in MEMBER_AXES})
+
     def size(self, *names: str) -> int:
         """Devices along these axes together."""
         return prod(self.sizes[name] for name in names)

@@ -47,6 +47,8 @@ class Placement:
     """Of the loss, for models that compute in float16."""
     remat: tuple[str, ...] = ()
     """Globs over paths of the model, whose activations are made again on the way back (`remat.py`)."""
+    group: int = 1
+    """Members whose batch statistics are taken together (`batch_norm.py`)."""
 
     @cached_property
     def like(self) -> Any:

@@ -1,12 +1,11 @@
 """A pod's training as a run in the record: the same line of versions, metrics and phases as a fleet's, so that `predict` and `report` read it.
 
 A version is a round: N members, and as many examples as its steps saw. What a checkpoint has beyond a version (the optimizer's state, where in the
-data it stands) is in `checkpoints/<run>` of the run folder; without it a run starts at its beginning again.
+data it stands) is in `checkpoints` in the run folder; without it a run starts at its beginning again.
 """
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -19,7 +18,8 @@ from shoal.local import model_specs
 from shoal.plan.build import build
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.pod.placement import State
-from shoal.pod.trainer import Progress, Trainer, Version
+from shoal.pod.session import Version, Watch
+from shoal.pod.trainer import Trainer
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import put_tensors
@@ -61,9 +61,9 @@ def begin(
     )  # fmt: skip
 
 
-def checkpoints_folder(folder: Path, run_id: str) -> Path:
-    """Where a run's checkpoints are."""
-    return folder / "checkpoints" / run_id
+def checkpoints_folder(folder: Path) -> Path:
+    """Where the checkpoints of a run folder's run are."""
+    return folder / "checkpoints"
 
 
 def go_on(
@@ -75,9 +75,7 @@ def go_on(
     *,
     held_out: Examples | None = None,
     folder: Path | None = None,
-    on_version: Callable[[Version], None] = lambda version: None,
-    on_call: Callable[[Progress], None] = lambda progress: None,
-    should_stop: Callable[[int], bool] = lambda step: False,
+    watch: Watch | None = None,
 ) -> State:
     """Trains a run from its newest checkpoint, or its beginning, to its last step. Arguments as for `Trainer.train`.
 
@@ -88,18 +86,22 @@ def go_on(
     keep_rounds(store, run_id, schedule.versions)
     rows = _Rows(trainer, store, run_id, first_round=taken.next_round)
 
+    watch = watch or Watch()
+
     def told(version: Version) -> None:
         rows.write(version)
-        on_version(version)
+        watch.on_version(version)
 
     try:
         state = trainer.train(
             examples, steps=schedule.steps, commit_every=schedule.commit_every, checkpoint_every=schedule.checkpoint_every,
-            seed=int(found.config["seed"]), held_out=held_out, folder=None if folder is None else checkpoints_folder(folder, run_id),
-            on_version=told, on_call=on_call, should_stop=should_stop,
+            seed=int(found.config["seed"]), held_out=held_out, folder=None if folder is None else checkpoints_folder(folder),
+            watch=replace(watch, on_version=told),
         )  # fmt: skip
     except BaseException as error:
-        store.set_status(run_id, "stopped" if isinstance(error, KeyboardInterrupt) else "failed", time_s=time.time())
+        store.set_status(
+            run_id, "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", time_s=time.time()
+        )
         raise
     is_whole = int(state["step"]) >= schedule.steps
     store.set_status(run_id, "finished" if is_whole else "stopped", time_s=time.time())

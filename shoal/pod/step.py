@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from shoal.local import PARTS, Named, masked_sums, seed_key
+from shoal.pod.batch_norm import groups
 from shoal.pod.loss_scaling import all_finite, chosen
 from shoal.pod.piecewise import state_pieces, update
 from shoal.pod.placement import WHOLE, Placement, State
@@ -191,7 +192,8 @@ class Program(Placement):
             own_key = jax.random.fold_in(key, number) if self.accumulate > 1 else key
             # Where a member has padding alone, the loss sees it as real: a mean over no example is not a number, which no mask takes out again.
             seen = part | {"mask": mask | ~jnp.any(mask)}
-            result = losses(params, self.state_shape.tree(state["state"]), seen, own_key)
+            with groups(self.members, self.group):
+                result = losses(params, self.state_shape.tree(state["state"]), seen, own_key)
             total = jnp.sum(jnp.where(mask, result.per_example, jnp.zeros_like(result.per_example)))
             mean = total / jnp.maximum(count, 1).astype(total.dtype)
             if self.task.penalty is not None:

@@ -12,7 +12,8 @@ import pytest
 import shoal
 from shoal.data.store import Examples
 from shoal.errors import DataError, StoreError
-from shoal.pod.trainer import Trainer, Version
+from shoal.pod.session import Version, Watch
+from shoal.pod.trainer import Trainer
 from tests.pod.test_step import task
 
 MOMENTUM = optax.sgd(0.05, momentum=0.9)
@@ -40,8 +41,8 @@ def trained(
     )
     versions: list[Version] = []
     state = made.train(
-        examples(), steps=total, commit_every=5, seed=3, held_out=examples(33, 1), folder=folder, on_version=versions.append,
-        should_stop=lambda step: step >= until,
+        examples(), steps=total, commit_every=5, seed=3, held_out=examples(33, 1), folder=folder, 
+        watch=Watch(on_version=versions.append, should_stop=lambda step: step >= until),
     )  # fmt: skip
     return {name: np.asarray(value) for name, value in made.whole(state).items()}, versions
 

@@ -1,0 +1,106 @@
+"""What `shoal train` was asked for, and how to ask for it again."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final, Self
+
+from shoal.validate import one_of
+
+_OPTIONS: Final = {"split_input": "input"}
+"""Fields whose option has another name."""
+_NOT_AGAIN: Final = ("task", "as_json", "run", "resume")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The options of one training; see `train.py`."""
+
+    task: str
+    data: str
+    epochs: float | None = None
+    steps: int | None = None
+    mesh: str = ""
+    rule: tuple[str, ...] = ()
+    split_input: tuple[str, ...] = ()
+    update: str = ""
+    sums: str = "float32"
+    batch: str = ""
+    accumulate: int = 1
+    steps_per_call: int | None = None
+    window: int | None = None
+    remat: tuple[str, ...] = ()
+    loss_scaling: bool = False
+    batch_norm_group: int = 1
+    commit_every: int | None = None
+    checkpoint_every: int | None = None
+    held_out: str = ""
+    user_column: str = ""
+    seed: int = 0
+    machine: str = ""
+    run: Path | None = None
+    resume: bool = False
+    as_json: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError for what is wrong whatever the task and the data are."""
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("Expected one of --epochs and --steps: how long is to be trained?")
+        one_of(("float32", "bfloat16"), sums=self.sums)
+        one_of(("", "replicated", "sharded", "fully_sharded"), update=self.update)
+        is_number = self.batch.isascii() and self.batch.isdigit() and int(self.batch) > 0
+        if not (self.batch in ("", "auto") or is_number):
+            raise ValueError(f"Expected --batch NUMBER or auto, got {self.batch!r}.")
+        _ = self.rules, self.inputs
+
+    @property
+    def rules(self) -> dict[str, str]:
+        """Glob over tensors -> words."""
+        return _pairs(self.rule, "--rule")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Field -> words."""
+        return _pairs(self.split_input, "--input")
+
+    def settled(self, *, steps: int, commit_every: int, batch_size: int) -> Self:
+        """The same with what was worked out for it, so that it comes to the same again."""
+        return replace(self, epochs=None, steps=steps, commit_every=commit_every, batch=str(batch_size))
+
+    def to_json(self) -> str:
+        """For a worker's process."""
+        return json.dumps({**asdict(self), "run": None, "resume": False})
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` made."""
+        return cls(
+            **{name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
+        )
+
+    def command(self, folder: Path) -> list[Any]:
+        """The words of the command that goes on with the run in a folder."""
+        return ["shoal", "train", self.task, *self.arguments(), "--run", folder, "--resume"]
+
+    def arguments(self) -> list[str]:
+        """The options that are not as if left out, without those that say where the run is."""
+        made: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in _NOT_AGAIN or value == field.default:
+                continue
+            option = "--" + _OPTIONS.get(field.name, field.name).replace("_", "-")
+            for each in value if isinstance(value, tuple) else (value,):
+                made += [option] if each is True else [option, str(each)]
+        return made
+
+
+def _pairs(given: tuple[str, ...], option: str) -> dict[str, str]:
+    """`GLOB=WORDS` each."""
+    made = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"Expected {option} NAME=WORDS, such as 'params/*/kernel=-,model', got {text!r}.")
+        made[name.strip()] = value.strip()
+    return made
