@@ -74,9 +74,10 @@ class Asked:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """What `to_json` made."""
-        return cls(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(text).items()}
-        )
+        made: dict[str, Any] = json.loads(text)
+        for name, value in made.items():
+            made[name] = tuple(value) if isinstance(value, list) else value
+        return cls(**made)
 
     def command(self, folder: Path) -> list[Any]:
         """The words of the command that goes on with the run in a folder."""
