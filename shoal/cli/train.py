@@ -46,7 +46,7 @@ def train(
         typer.Option(
             "--update",
             help="replicated, sharded (optimizer in pieces) or fully_sharded (parameters, too).",
-            show_default="sharded",
+            show_default="sharded; with rules replicated",
         ),
     ] = "",
     sums: Annotated[str, typer.Option("--sums", help="What of gradients is sent: float32 or bfloat16.")] = "float32",

@@ -70,7 +70,7 @@ class Trainer:
             mesh: such as ``data=4,model=2``; None: all devices along `data`.
             rules: glob over tensor names -> a word for each dimension (`rules.py`).
             inputs: glob over fields -> a word for each dimension of an example.
-            update: `replicated`, `sharded` or `fully_sharded` (`step.py`); None: sharded where the optimizer can be.
+            update: `replicated`, `sharded` or `fully_sharded` (`step.py`); None: sharded, where no rule splits tensors.
             sum_type: what of gradients is on the wire.
             batch_size: examples of a step, of all members together; None: the task's.
             steps_per_call: steps that one call of the compiled program takes; None: the task's `steps_per_block`.
@@ -115,7 +115,9 @@ class Trainer:
         rows = specs({glob: f"-,{words}" for glob, words in inputs.items()}, batch, self.spec, what="inputs")
         members = Members(self.spec, sum_type=sum_type)
         check_group(members, group)
-        chosen: Update = update or ("sharded" if self.spec.num_members > 1 else "replicated")
+        # With tensors that rules split XLA's partitioner makes operands of members' collectives whole first: a sharded update then sends more.
+        is_cut = self.spec.num_members > 1 and not any(any(spec) for spec in split.values())
+        chosen: Update = update or ("sharded" if is_cut else "replicated")
         made = Program(
             self.task, self.spec.build(devices), members, chosen, split,
             {name: jax.sharding.PartitionSpec(*spec[1:]) for name, spec in rows.items()}, accumulate, scaling, remat, group,
