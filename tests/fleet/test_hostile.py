@@ -1,6 +1,7 @@
 """Peers that mean harm, over sockets: whatever comes is answered or ended, and an honest device is served meanwhile."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -138,8 +139,10 @@ def test_whatever_is_said_two_honest_devices_are_counted(said: list[tuple[Any, .
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@settings(max_examples=150, deadline=None)
+@pytest.mark.timeout(3600)
+@settings(
+    max_examples=max(150, int(os.environ.get("SHOAL_FUZZ", "0")) // 600), deadline=None
+)  # 600 messages each, on average
 @given(st.lists(acts(), max_size=20))
 def test_much_more_of_it(said: list[tuple[Any, ...]]) -> None:
     asyncio.run(asyncio.wait_for(_fuzzed(said), timeout=50))
