@@ -60,8 +60,8 @@ class Fuzzer:
             self.calls.append(self._stream)
         try:
             await asyncio.wait_for(self._stream.write(data), timeout=10)
-        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError):
-            self._stream = None
+        except (grpc.RpcError, grpc.aio.UsageError, asyncio.InvalidStateError, TimeoutError):
+            self._stream = None  # it was ended, or is not read any more
 
     async def call(self, method: str, *data: bytes) -> None:
         """One of the other calls, to its end."""
@@ -75,7 +75,7 @@ class Fuzzer:
                     await asyncio.wait_for(pulling.read(), timeout=10)
                 case _:
                     await asyncio.wait_for(self.channel.unary_unary(SERVICE + method)(data[0]), timeout=10)
-        except (grpc.RpcError, grpc.aio.UsageError):
+        except (grpc.RpcError, grpc.aio.UsageError, TimeoutError):
             pass  # an answer
 
     def close(self) -> None:
