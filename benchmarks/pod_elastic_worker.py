@@ -20,8 +20,9 @@ from shoal.local import model_shape, named
 from shoal.pod import worker
 from shoal.pod.collectives import Members
 from shoal.pod.mesh import MeshSpec
+from shoal.pod.placement import State
 from shoal.pod.rules import specs
-from shoal.pod.step import Program, State
+from shoal.pod.step import Program
 
 
 def loss(params: Any, state: Any, batch: Any, key: jax.Array) -> shoal.Loss:
@@ -80,7 +81,7 @@ def pool(program: Program) -> tuple[list[State], jax.Array]:
     mine = jax.process_index()
 
     def placed(field: str, values: np.ndarray) -> jax.Array:
-        made: jax.Array = jax.make_array_from_process_local_data(program.batch_sharding(field), values)
+        made: jax.Array = jax.make_array_from_process_local_data(program.row_shardings(1)[field], values)
         return made
 
     made = [{n: placed(n, np.stack([v] * CALL)) for n, v in batch.items()} for batch in batches(mine)]

@@ -21,8 +21,9 @@ import shoal
 from benchmarks import pod_step_common as common
 from shoal.pod.collectives import How, Members
 from shoal.pod.mesh import MeshSpec
+from shoal.pod.placement import Update
 from shoal.pod.self_check import self_check
-from shoal.pod.step import Program, Update
+from shoal.pod.step import Program
 
 Step = Callable[[int], Any]
 """Number of a batch -> the loss and the state after it, which need not be there yet."""
