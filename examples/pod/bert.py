@@ -1,6 +1,6 @@
 """BERT: words that were hidden are found again, from both sides; LAMB at a batch of 8,192.
 
-    shoal train examples/pod/bert.py:task --mesh slow=2,data=4 --sum-type bfloat16
+    shoal train examples/pod/bert.py --data words.npz --epochs 1 --mesh slow=2,data=4 --sums bfloat16
 
 `make("full")` is BERT-large with the rates of the 23.6 s run on 4,096 chips (MLPerf v0.7, Google; Kumar et al. 2020): rate 0.00288293, both betas
 0.88, decay 0.0166629, warm-up of 287 steps that began 76 steps before the first, 560 steps in all. A batch says which words to find:

@@ -1,9 +1,9 @@
 """A decoder-only language model: words in, the next word out; AdamW, or LoRA on a model that is frozen.
 
-    shoal train examples/pod/decoder.py:task --mesh data=4,model=2
-    shoal train examples/pod/decoder.py:adapters --mesh data=8          # learns adapters of rank 4 of attention alone
+    shoal train examples/pod/decoder.py:task --data words.npz --epochs 1 --mesh data=8
+    shoal train examples/pod/decoder.py:adapters --data words.npz --epochs 1 --mesh data=8          # learns adapters of rank 4 of attention alone
 
-`make("full")` has the sizes of GPT-2 small: 12 layers, 768 wide, 1,024 words in a row. `RULES` splits it along an axis `model`: attention by heads
+`make("full")` has the sizes of GPT-2 small: 12 layers, 768 wide, 1,024 words in a row. `Trainer(task, mesh="data=4,model=2", rules=RULES)` splits it: attention by heads
 and the wide layer by columns, so that each pair of matrices needs one sum (Shoeybi et al. 2019, Megatron-LM).
 
 Words are one dimension, B T, wherever they do not look at one another: products of two matrices are faster than of three-dimensional

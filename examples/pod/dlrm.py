@@ -1,6 +1,6 @@
 """DLRM on a mesh: large embedding tables split by rows along an axis, small ones whole on every device.
 
-    shoal train examples/pod/dlrm.py:task --mesh data=2,model=4
+    Trainer(task, mesh="data=2,model=4", rules=RULES)
 
 `make("full")` has the tables of the Criteo data as MLPerf cuts them (at most 40 million rows, 128 wide): the thirteen largest are split, as in
 Google's v0.7 run (Kumar et al. 2020), by `RULES`; the others lie in one table, each at an offset of its own, so that one gather reads them all.

@@ -1,7 +1,7 @@
 """A multilayer perceptron on flat images: the smallest thing that a pod trains.
 
-    shoal train examples/pod/mlp.py:task --mesh data=8
-    shoal simulate examples/pod/mlp.py:task
+    shoal train examples/pod/mlp.py --data name:fashion-mnist --epochs 3 --mesh data=8
+    shoal simulate examples/pod/mlp.py --data name:fashion-mnist --users 100 --rounds 10
 
 `make("full")` is 16 times as wide.
 """
@@ -26,7 +26,7 @@ def make(size: Literal["small", "full"] = "small") -> shoal.Task:
         init=lambda key: init(key, (784, width, width, CLASSES)),
         loss=loss,
         evaluate=lambda params, state, batch: {"accuracy": right(scores(params, batch), batch)},
-        batch={"image": ((28, 28), "float32"), "label": ((), "int32")},
+        batch={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
         local=shoal.Local(optimizer=optax.adam(1e-3), batch_size={"small": 64, "full": 1024}[size]),
         about=shoal.About(purpose="Tell images apart.", data="Any 28 x 28 images of ten kinds.", licence="Apache-2.0.", limits="It sees no neighbours."),
     )  # fmt: skip
@@ -42,7 +42,8 @@ def init(key: jax.Array, widths: tuple[int, ...]) -> Any:
 
 def scores(params: Any, batch: Any) -> jax.Array:
     """(B, CLASSES)."""
-    hidden: jax.Array = batch["image"].reshape(batch["image"].shape[0], -1)
+    image = batch["image"].astype(jnp.float32) / 255
+    hidden: jax.Array = image.reshape(image.shape[0], -1)
     for number in range(len(params)):
         layer = params[f"layer{number}"]
         hidden = jax.nn.relu(hidden) if number else hidden

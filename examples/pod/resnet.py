@@ -1,6 +1,6 @@
 """ResNet-50 at a batch of 65,536: LARS, and batch norm over groups of members.
 
-    shoal train examples/pod/resnet.py:task --mesh data=8
+    shoal train examples/pod/resnet.py --data images.npz --epochs 10 --mesh data=8 --batch-norm-group 4
 
 `make("full")` has the rates of the 28.3 s run on 4,096 chips (MLPerf v0.7, Google; Kumar et al. 2020): rate 24.699 after 31 epochs of warm-up,
 momentum 0.951807, decay 1e-4, statistics over groups of 64 (`shoal.pod.batch_norm`; elsewhere than in a pod they are of the batch).

@@ -1,6 +1,6 @@
 """U-Net: of each point of an image whether it belongs; images split in space, for those that are too large for one accelerator.
 
-    shoal train examples/pod/unet.py:task --mesh data=2,space=4
+    shoal train examples/pod/unet.py --data images.npz --epochs 10 --mesh data=2,space=4 --input image=space --input label=space
 
 `INPUTS` splits rows of the image along an axis `space`: the compiler finds out which rows a convolution needs from its neighbours and moves those
 (Kumar et al. 2020, spatial partitioning; Xu et al. 2021, GSPMD). The model says nothing of it. `make("full")` has the sizes of the paper.

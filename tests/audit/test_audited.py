@@ -41,6 +41,7 @@ def users_of(count: int, *, examples: int = 1) -> shoal.data.Population:
     return shoal.data.Population.from_arrays(made)
 
 
+@pytest.mark.slow
 def test_devices_that_rest_are_audited_as_such_with_the_task_s_noise(drawn: list[float]) -> None:
     task, rounds = wide_task(correlated=REST), list[RoundResult]()
     found = audited(task, users_of(8), rounds=3, canaries=40, on_round=rounds.append)

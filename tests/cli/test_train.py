@@ -1,9 +1,11 @@
 """`shoal train`: trains on a mesh, goes on, says what is wrong in one line."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from shoal.record.run import open_run
@@ -17,7 +19,11 @@ def test_it_trains_goes_on_on_another_mesh_and_predicts(place: Path, tmp_path: P
     made = shoal("train", task, *data, *mesh, "--epochs", 1, "--batch", 8, "--run", tmp_path / "r", "--json")
     assert made.code == 0, made
     assert made.json["version"] == 1 and made.json["pod"]["mesh"] == "slow=2,data=4" and made.json["kind"] == "train"
-    assert "mesh slow=2,data=4 (8 cpu devices), update sharded" in made.err and "version 1/1" in made.err
+    assert (
+        "mesh slow=2,data=4, update sharded, sums in float32, batch 8" in made.err
+        and "a device sends" in made.err
+        and "version 1/1" in made.err
+    )
     again = shoal(
         "train",
         task,
@@ -61,6 +67,7 @@ def test_bad_options_are_said_in_one_line(options: tuple[str, ...], said: str, p
     assert made.code == 1 and said in made.err and "Traceback" not in made.err, made
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(
     place: Path, tmp_path: Path, start: Callable[..., Process]
 ) -> None:
@@ -75,3 +82,30 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(
     assert list((tmp_path / "r" / "checkpoints").iterdir())
     with open_run(tmp_path / "r") as run:
         assert run.row.status == "stopped"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_a_pod_goes_on_without_the_worker_that_is_killed(
+    place: Path, tmp_path: Path, start: Callable[..., Process]
+) -> None:
+    process = start(
+        "train", place / "line.py", "--data", place / "users", "--held-out", place / "test.npz", "--steps", 3000, "--commit-every", 100,
+        "--workers", 2, "--run", tmp_path / "r",
+    )  # fmt: skip
+    process.until(lambda: "version  3/30" in process.text, timeout_s=100)
+    victim = min(child.pid for child in psutil.Process(process.popen.pid).children(recursive=True) if is_worker(child))
+    os.kill(victim, signal.SIGKILL)
+    assert process.wait(150) == 0, process.text
+    assert (
+        "life 1 was ended" in process.text
+        and "SIGKILL" in process.text
+        and "life 2 begins with 2 workers" in process.text
+    )
+    with open_run(tmp_path / "r") as run:
+        assert run.row.status == "finished" and run.store.last_version(run.id) == 30
+        assert run.history("error")[1][-1] < 0.1
+
+
+def is_worker(process: psutil.Process) -> bool:
+    return "shoal.cli.train_pod" in process.cmdline()

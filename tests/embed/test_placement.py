@@ -84,6 +84,7 @@ def test_hidden_groups_are_found(chosen):
     assert fanout(trace, np.arange(256) // 8) > 3
 
 
+@pytest.mark.slow
 def test_more_levels_and_passes_lower_fanout(made):
     plain, levels, refined = (
         fanout(made, blocks_of(partition(made, 32, chosen), 32))

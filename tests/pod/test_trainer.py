@@ -89,7 +89,7 @@ def test_it_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("mesh", "how"),
     [
-        ("data=3", {"update": "sharded"}),
+        pytest.param("data=3", {"update": "sharded"}, marks=pytest.mark.slow),
         pytest.param(
             "data=2,model=2",
             {"update": "fully_sharded", "rules": {"params/first/kernel": "-,model"}},
