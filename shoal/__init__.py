@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from shoal import data, errors, record, server, testing
     from shoal.aggregate.statistics import Measure
     from shoal.algorithms.compression import compressed
+    from shoal.algorithms.diloco import diloco
     from shoal.algorithms.ditto import ditto
     from shoal.algorithms.fedprox import fedprox
     from shoal.algorithms.measured import measured
@@ -61,6 +62,7 @@ _HOMES = {
     "Task": "shoal.task",
     "Variables": "shoal.task",
     "compressed": "shoal.algorithms.compression",
+    "diloco": "shoal.algorithms.diloco",
     "ditto": "shoal.algorithms.ditto",
     "evaluation": "shoal.task_evaluation",
     "fedprox": "shoal.algorithms.fedprox",
@@ -101,6 +103,7 @@ __all__ = [
     "__version__",
     "compressed",
     "data",
+    "diloco",
     "ditto",
     "errors",
     "evaluation",

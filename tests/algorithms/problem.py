@@ -60,6 +60,11 @@ def held_out() -> shoal.Local:
     return replace(task().local, holdout=0.25)
 
 
+def with_momentum() -> shoal.Local:
+    """Local training by an optimizer that has a state."""
+    return replace(task().local, optimizer=optax.sgd(RATE, momentum=0.9))
+
+
 def exact(chosen: Task) -> Task:
     """Three devices that take part in every round."""
     return chosen.replace(rounds=replace(chosen.rounds, selection=Selection.exact(COHORT)))

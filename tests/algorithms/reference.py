@@ -251,6 +251,27 @@ def reptile(model: Model, cohorts: Cohorts, *, step: float) -> Model:
     )
 
 
+def diloco(model: Model, cohorts: Cohorts, *, momentum: float, outer_rate: float, outer_momentum: float) -> Model:
+    """Douillard et al. 2023, algorithm 1, with momentum as the inner optimizer."""
+    kept: dict[str, Model] = {}
+    outer = scaled(model, 0.0)
+
+    def local(received: Model, given: list[Batch], member: str, version: int) -> Model:
+        reached, trace = received, kept.get(member, scaled(received, 0.0))
+        for batch in given:
+            trace = plus(gradient(reached, batch), trace, momentum)
+            reached = plus(reached, trace, -RATE)
+        kept[member] = trace
+        return reached
+
+    def server(before: Model, mean: Model) -> Model:
+        nonlocal outer
+        outer = plus(scaled(mean, -1.0), outer, outer_momentum)
+        return plus(before, plus(scaled(mean, -1.0), outer, outer_momentum), -outer_rate)
+
+    return averaged(model, cohorts, local, uniform=True, server=server)
+
+
 def per_fedavg(model: Model, cohorts: Cohorts, *, alpha: float, delta: float | None) -> Model:
     """Fallah et al. 2020, algorithm 1; FO without a delta, HF (equation 12) with one."""
     parts = 2 if delta is None else 3

@@ -26,7 +26,7 @@ from shoal.task import Task
 from shoal.tensors import Tensors
 from shoal.testing import random_examples
 from tests.algorithms import reference
-from tests.algorithms.problem import MEMBERS, held_out, task, uniform
+from tests.algorithms.problem import MEMBERS, held_out, task, uniform, with_momentum
 from tests.algorithms.ways import Ways, close, cohorts, initial, same_bits, simulated
 from tests.test_one_task import over_sockets
 
@@ -70,6 +70,10 @@ CASES = {
         tolerance=1e-3,  # a difference of gradients in float32
     ),
     "lora": Case(lambda: task(leaves=LORA), lambda m, c: reference.lora(task(leaves=LORA), c)),
+    "diloco": Case(
+        lambda: shoal.diloco(task(local=with_momentum())),
+        lambda m, c: reference.diloco(m, c, momentum=0.9, outer_rate=0.7, outer_momentum=0.9),
+    ),
     "ditto": Case(lambda: shoal.ditto(task(), lam=0.5), reference.fedavg),
     "measured": Case(lambda: shoal.measured(task(local=held_out())), reference.fedavg_with_holdout),
     "clipped by tensor": Case(
@@ -92,6 +96,7 @@ SLOW = (
     "adam",
     "yogi",
     "reptile",
+    "diloco",
     "per_fedavg, Hessian free",
     "measured",
     "private leaves",
