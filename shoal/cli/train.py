@@ -21,7 +21,7 @@ EPILOG = options.examples(
 def train(
     task: options.TaskName,
     data: Annotated[
-        str, typer.Option("--data", help="Examples: files or name:NAME, as for `shoal simulate`; users are joined.")
+        str, typer.Option("--data", help="Files of examples, or name:NAME, as for `shoal simulate`; users are joined.")
     ],
     epochs: Annotated[float | None, typer.Option("--epochs", min=0, help="Passes over the examples.")] = None,
     steps: Annotated[int | None, typer.Option("--steps", min=1, help="Steps, instead of --epochs.")] = None,

@@ -282,7 +282,7 @@ class Device:
             case "incompatible":
                 if self._unfit:  # and nothing else is to be done here
                     raise next(iter(self._unfit.values()))
-                needs = message.incompatible.needs
+                needs = message.incompatible.needs or "another runtime, and does not say which"
                 raise PlanError(f"The host asks for {needs}." if needs[:1].islower() else needs)
             case "finished":
                 if self._unfit and not self.progress.counted:

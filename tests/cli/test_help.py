@@ -31,7 +31,7 @@ def examples(help_text: str) -> list[str]:
 
 def test_the_commands_of_the_design_are_there() -> None:
     assert {" ".join(path) for path in ALL} == {
-        "", "demo", "new", "check", "simulate", "host", "device", "invite", "edge", "privacy", "audit", "predict", "report", "replay", "doctor", "runs",
+        "", "demo", "new", "check", "simulate", "host", "device", "invite", "edge", "privacy", "audit", "train", "predict", "report", "replay", "doctor", "runs",
         "runs list", "runs show", "runs plot", "runs compare", "runs explain",
         "enrol", "enrol authority", "enrol device", "enrol certify", "enrol tls-authority", "enrol tls-server", "enrol tls-device",
         "telemetry", "telemetry helper", "telemetry show", "data", "data show", "data push", "data take",
@@ -65,7 +65,7 @@ def test_every_option_says_what_it_is_for(path: tuple[str, ...]) -> None:
 def test_no_number_stands_for_something_else(path: tuple[str, ...], shoal: Shoal) -> None:
     told = " ".join(shoal(*path, "--help").out.split())
     assert not re.search(r"\[default: (0\.0|-1)|\[\[", told), told
-    assert told.count("(as the task says)") == {"host": 8, "simulate": 4}.get(" ".join(path), 0)
+    assert told.count("(as the task says)") == {"host": 8, "simulate": 4, "train": 2}.get(" ".join(path), 0)
     assert "(the newest)" in told or path != ("predict",)
 
 

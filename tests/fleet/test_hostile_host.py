@@ -193,3 +193,7 @@ async def test_other_edges_that_a_host_names_are_bounded_and_may_be_anything() -
         link.elsewhere(address)
     assert len(link._known) <= MAX_EDGES
     await link.close()
+
+
+def test_a_host_that_does_not_say_what_it_needs_is_told_of() -> None:
+    played([pb.FromEdge(incompatible=pb.Incompatible())], [])
