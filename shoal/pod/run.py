@@ -84,6 +84,7 @@ def go_on(
     found = load_plan(store, run_id)
     taken = take_up(store, run_id, time_s=time.time())
     keep_rounds(store, run_id, schedule.versions)
+    store.set_config(run_id, {**store.run(run_id).config, "pod": trainer.settings()})  # it may go on on another mesh
     rows = _Rows(trainer, store, run_id, first_round=taken.next_round)
 
     watch = watch or Watch()

@@ -22,7 +22,7 @@ _UNSAID: Final = "The task does not say."
 _KINDS: Final = {
     "host": "a fleet of devices over gRPC",
     "simulate": "simulated devices in one process",
-    "train": "a training loop in one process",
+    "train": "a mesh of accelerators",
 }
 
 
@@ -77,18 +77,34 @@ def _training(facts: Facts) -> str:
         f"The model has {facts.parameters:,} numbers.",
     ]
     if facts.commits:
-        members = sum(count for count, _ in facts.commits)
-        rows.append(
-            f"{len(facts.commits)} rounds were committed, with {members:,} updates in all, made from "
-            f"{facts.num_examples_used:,} uses of an example."
-        )
+        rows.append(_rounds(facts))
     if facts.stopped_early:
         rows.append(f"It ended before its last round: {facts.stopped_early}.")
     if abandoned := sum(row.state == "abandoned" for row in facts.rounds):
         rows.append(f"{abandoned} rounds were abandoned; what they had counted went into the next one.")
-    if facts.manifest is not None:
+    if facts.run.kind == "train":
+        rows += _mesh(facts.run.config.get("pod", {}))
+    elif facts.manifest is not None:
         rows += _settings(facts.manifest)
     return " ".join(rows[:2]) + "".join(f"\n- {row}" for row in rows[2:])
+
+
+def _rounds(facts: Facts) -> str:
+    uses = f"{facts.num_examples_used:,} uses of an example"
+    if facts.run.kind == "train":
+        return f"{len(facts.commits)} versions were committed, made from {uses}."
+    members = sum(count for count, _ in facts.commits)
+    return f"{len(facts.commits)} rounds were committed, with {members:,} updates in all, made from {uses}."
+
+
+def _mesh(settings: Mapping[str, Any]) -> list[str]:
+    """How a pod was laid out, by `Trainer.settings`."""
+    if not settings:
+        return []
+    return [
+        f"The mesh: {settings['mesh']}; batches of {settings['batch_size']:,} over all members.",
+        f"The update: {settings['update'].replace('_', ' ')}, gradients summed in {settings['sums']}.",
+    ]
 
 
 def _settings(manifest: Manifest) -> list[str]:
@@ -129,7 +145,9 @@ def _results(facts: Facts, results: Sequence[tuple[str, str]], told: Collection[
         return "Nothing was measured."
     rows = [f"| {what} | {value} |" for what, value in (*results, *own)]
     table = "\n".join(["| measure | value |", "|---|---|", *rows])
-    words = ["`train/…` is over the devices of a round, on the version before it."]
+    is_pod = facts.run.kind == "train"
+    over = "the examples of the steps after that version" if is_pod else "the devices of a round, on the version before it"
+    words = [f"`train/…` is over {over}."]
     if any(name.startswith(LEFT_OUT) for name in facts.metrics):
         words.append("`left_out/…` is over users who took no part in training.")
     return "\n\n".join([table, *_over_users(facts), *notes, " ".join(words)])

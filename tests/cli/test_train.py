@@ -45,6 +45,9 @@ def test_it_trains_goes_on_on_another_mesh_and_predicts(place: Path, tmp_path: P
         assert [row.state for row in run.store.rounds(run.id)] == ["committed"] * 3
         errors, losses = run.history("error")[1], run.history("train/loss")[1]
         assert len(errors) == len(losses) == 3 and errors[-1] < errors[0] and losses[-1] < losses[0]
+    assert shoal("report", tmp_path / "r").code == 0
+    card = (tmp_path / "r" / "CARD.md").read_text()
+    assert "on a mesh of accelerators" in card and "The mesh: data=4,model=2; batches of 8 over all members." in card
     predicted = shoal("predict", tmp_path / "r", place / "test.npz", "--out", tmp_path / "made.npz")
     assert predicted.code == 0, predicted
 
