@@ -103,6 +103,8 @@ class Session:
         """Of the last version."""
         self._running: tuple[int, Any] | None = None
         """The step that the call that was begun last ends with, and its metric sums."""
+        self._saving: int | None = None
+        """The step of the checkpoint that was begun last."""
         self._sums: dict[str, float] = {}
         """Since the last version."""
         self._seconds: dict[str, float] = {}
@@ -167,11 +169,13 @@ class Session:
         pod = self._watch.pod
         pod.marks.doing("saving")
         self._checkpoints.save(step, state, self._kept(step))
-        if pod.assignment is not None:
+        if self._saving is not None:  # there is one at a time, so the one before is whole
+            pod.marks.saved(self._saving)
+        self._saving = step
+        if pod.assignment is not None and pod.agree_to_pause() and step < self._last:
             self._checkpoints.wait()
             pod.marks.saved(step)
-            if pod.agree_to_pause() and step < self._last:
-                pod.pause()
+            pod.pause()
         self._took("checkpoint")
 
     def _tell(self, state: State, step: int) -> None:
