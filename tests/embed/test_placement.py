@@ -93,6 +93,7 @@ def test_more_levels_and_passes_lower_fanout(made):
     assert refined <= levels < 1.02 * plain
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_first_order(made):
     good = partition(made, 32, OURS)
     again = partition(made, 32, Settings(iterations=2), start=good)

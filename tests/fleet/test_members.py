@@ -141,7 +141,7 @@ async def test_a_host_of_members_trains_with_them_and_tells_others_why(tmp_path:
             await member("b", fleet, credential(TOKEN, b"x" * 32)).run()
 
 
-@pytest.mark.parametrize("has_frontdoor", [False, True])
+@pytest.mark.parametrize("has_frontdoor", [False, pytest.param(True, marks=pytest.mark.slow)])
 @toy.in_loop
 async def test_who_was_removed_is_gone_soon_and_who_was_not_keeps_its_stream(
     has_frontdoor: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -133,6 +133,7 @@ def test_a_task_that_trains_otherwise_is_refused() -> None:
         taken_up(population(), task(local=dataclasses.replace(task().local, optimizer=optax.sgd(0.2))))
 
 
+@pytest.mark.slow
 def test_scaffold_for_another_number_of_devices_is_told(caplog: pytest.LogCaptureFixture) -> None:
     plain = task(server=shoal.server.sgd())
     for devices, word in ((10, "small"), (5, "large")):

@@ -84,7 +84,11 @@ def sequential(case: str) -> Simulation:
     return run(task(**CASES[case]), population(), "sequential")
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=list(CASES))
+LONG = ("noise on examples",)
+NUMBERED = [pytest.param(n, marks=[pytest.mark.slow] if c in LONG else []) for n, c in enumerate(CASES)]
+
+
+@pytest.mark.parametrize("number", NUMBERED, ids=list(CASES))
 def test_it_does_what_the_sequential_engine_does(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     case = list(CASES)[number]
     use(LAYOUTS[-1 - number % 2], monkeypatch)
@@ -98,6 +102,7 @@ def test_it_does_so_with_any_layout(layout: Layout, monkeypatch: pytest.MonkeyPa
     same(sequential("plain"), run(task(), population(), "fused"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[4], LAYOUTS[5]], ids=str)
 def test_a_cohort_in_parts_has_the_bits_of_one_that_is_not(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
     use(layout, monkeypatch)
