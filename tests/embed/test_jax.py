@@ -104,6 +104,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
             tables.apply(batch, {"items": np.zeros((2, 4))})
 
 
+@pytest.mark.slow
 def test_dlrm_in_the_store_is_as_good_as_in_memory(tmp_path: Path) -> None:
     data = dlrm.made_up(1500)
     in_store = dlrm.run(data, "store", tmp_path / "store", epochs=1, dram="24KB", flush_every=5)

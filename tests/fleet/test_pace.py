@@ -51,6 +51,7 @@ def test_a_small_population_is_drawn_together() -> None:
     assert np.mean(minutes[-20:]) >= 100, "and nearly all of them, in nearly every round"
 
 
+@pytest.mark.slow
 def test_the_daily_swing_is_followed() -> None:
     _, minutes = live(5_000, hours=24, swing=0.75)
     by_hour = np.reshape(minutes, (24, 60)).sum(axis=1)[4:]

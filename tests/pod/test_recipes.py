@@ -11,7 +11,6 @@ import shoal
 from shoal.data import Population
 from shoal.local import model_shape, named
 from shoal.lora import with_adapters
-from shoal.pod.batch_norm import groups
 from shoal.pod.collectives import Members
 from shoal.pod.mesh import MeshSpec
 from shoal.pod.rules import specs
@@ -75,14 +74,14 @@ def trained(task: shoal.Task, text: str, made: Any, steps: int = 2) -> Any:
     rules = specs(made.RULES, shapes(task), spec, what="rules") if "model" in text else {}
     inside = {name: shape for name, (shape, _) in task.batch.items()}
     inputs = specs(made.INPUTS, inside, spec, what="inputs") if "space" in text else {}
-    program = Program(task, spec.build(jax.devices()[: spec.num_devices]), Members(spec), "sharded", rules, inputs)
+    mesh, members = spec.build(jax.devices()[: spec.num_devices]), Members(spec)
+    program = Program(task, mesh, members, "sharded", rules, inputs, group=members.num)
     state = program.begin(jax.random.key(0))
     batch = {name: value[None] for name, value in fields(task, 8).items()}
     mask = np.arange(8)[None] < 7
     step = jax.jit(program.steps, donate_argnums=0)
     for _ in range(steps):
-        with groups(program.members, program.members.num):
-            state, metrics = step(state, batch, mask, np.array([1, 2], np.uint32))
+        state, metrics = step(state, batch, mask, np.array([1, 2], np.uint32))
     return {name: np.asarray(value) for name, value in {**state["params"], **state["state"], **metrics}.items()}
 
 

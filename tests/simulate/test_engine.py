@@ -111,6 +111,7 @@ def taken_up(other: shoal.data.Population, asked: shoal.Task | None = None) -> N
     go_on(store, made.run_id, other, rounds=3, task=asked)
 
 
+@pytest.mark.slow
 def test_other_data_is_told(caplog: pytest.LogCaptureFixture) -> None:
     taken_up(population(), task())
     assert not caplog.messages, "the same"
