@@ -146,7 +146,9 @@ def _results(facts: Facts, results: Sequence[tuple[str, str]], told: Collection[
     rows = [f"| {what} | {value} |" for what, value in (*results, *own)]
     table = "\n".join(["| measure | value |", "|---|---|", *rows])
     is_pod = facts.run.kind == "train"
-    over = "the examples of the steps after that version" if is_pod else "the devices of a round, on the version before it"
+    over = (
+        "the examples of the steps after that version" if is_pod else "the devices of a round, on the version before it"
+    )
     words = [f"`train/…` is over {over}."]
     if any(name.startswith(LEFT_OUT) for name in facts.metrics):
         words.append("`left_out/…` is over users who took no part in training.")
