@@ -27,7 +27,7 @@ import psutil  # noqa: E402
 
 import shoal  # noqa: E402
 from benchmarks.frame import Goal, run, table  # noqa: E402
-from examples.pod.mlp import task as perceptron  # noqa: E402
+from shoal.cli.task_argument import load_task  # noqa: E402
 from shoal.pod import MeshSpec, Trainer, Version, Watch  # noqa: E402
 from shoal.record.run import open_run  # noqa: E402
 
@@ -43,6 +43,7 @@ EXACT: Final[dict[str, dict[str, Any]]] = {
     "accumulated": {"mesh": "data=2", "accumulate": 4},
     "shared unevenly": {"mesh": "data=3"},
 }
+perceptron = load_task("examples/pod/mlp.py")
 TASK = perceptron.replace(local=shoal.Local(optimizer=perceptron.local.optimizer, batch_size=BATCH))
 
 
@@ -73,7 +74,7 @@ def distances(data: Any, seed: int) -> dict[str, float]:
     def apart(other: Mapping[str, np.ndarray]) -> float:
         far = sum(float(np.sum(np.square(other[n].astype("d") - reached[n]))) for n in reached)
         moved = sum(float(np.sum(np.square(reached[n].astype("d") - first[n]))) for n in reached)
-        return (far / moved) ** 0.5
+        return float(np.sqrt(far / moved))
 
     made = {name: apart(parameters(trainer(**how), data.train, EXACT_STEPS, seed)) for name, how in EXACT.items()}
     return made | {"rows the other way round": apart(_reversed(alone, data, seed))}
