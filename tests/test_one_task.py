@@ -31,8 +31,8 @@ from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
 from shoal.plan.stablehlo import this_runtime
-from shoal.pod.session import Watch
 from shoal.pod.trainer import Trainer
+from shoal.pod.training import Watch
 from shoal.policy import Selection
 from shoal.record.memory import MemoryStore
 from shoal.simulate.engine import go_on

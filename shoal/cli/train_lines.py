@@ -9,7 +9,7 @@ from shoal.cli.round_lines import LINES_S
 from shoal.cli.screen import Screen
 
 if TYPE_CHECKING:
-    from shoal.pod.session import Progress, Version
+    from shoal.pod.training import Progress, Version
 
 
 @final

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from shoal.data import Examples
     from shoal.pod.mesh import MeshSpec
     from shoal.pod.run import Schedule
-    from shoal.pod.session import Watch
     from shoal.pod.trainer import Trainer
+    from shoal.pod.training import Watch
     from shoal.pod.worker import Worker
     from shoal.record.store import Store
     from shoal.task import Task
@@ -52,7 +52,7 @@ def train_in_pod(asked: Asked, pod: "Worker", folder: Path, hosts: int) -> None:
         _first(prepared, folder, screen, watch, pod)
         return
     from shoal.pod.run import checkpoints_folder
-    from shoal.pod.session import Watch
+    from shoal.pod.training import Watch
 
     schedule = prepared.schedule
     prepared.trainer.train(
@@ -245,7 +245,7 @@ def _run(
 
 def _watch(prepared: _Prepared, screen: Screen, told: Told, pod: "Worker | None") -> "Watch":
     from shoal.cli.train_lines import TrainLines
-    from shoal.pod.session import Watch
+    from shoal.pod.training import Watch
 
     lines = TrainLines(prepared.trainer.batch_size, prepared.schedule.versions, screen)
     said: list[bool] = []

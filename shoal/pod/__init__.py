@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from shoal.pod.loss_scaling import LossScaling
     from shoal.pod.mesh import MeshSpec
-    from shoal.pod.session import Progress, Version, Watch
     from shoal.pod.trainer import Trainer
+    from shoal.pod.training import Progress, Version, Watch
 
 _HOMES: Final = {
     "LossScaling": "shoal.pod.loss_scaling",
     "MeshSpec": "shoal.pod.mesh",
-    "Progress": "shoal.pod.session",
+    "Progress": "shoal.pod.training",
     "Trainer": "shoal.pod.trainer",
-    "Version": "shoal.pod.session",
-    "Watch": "shoal.pod.session",
+    "Version": "shoal.pod.training",
+    "Watch": "shoal.pod.training",
 }
 
 __all__ = ["LossScaling", "MeshSpec", "Progress", "Trainer", "Version", "Watch"]

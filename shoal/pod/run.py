@@ -18,8 +18,8 @@ from shoal.local import model_specs
 from shoal.plan.build import build
 from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.pod.placement import State
-from shoal.pod.session import Version, Watch
 from shoal.pod.trainer import Trainer
+from shoal.pod.training import Version, Watch
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import put_tensors

@@ -33,8 +33,8 @@ from shoal.pod.piecewise import check
 from shoal.pod.placement import State, Update
 from shoal.pod.rules import Rules, specs
 from shoal.pod.self_check import self_check
-from shoal.pod.session import Session, Watch
 from shoal.pod.step import Program
+from shoal.pod.training import Training, Watch
 from shoal.task import Task
 from shoal.tensors import TensorSpec
 
@@ -172,7 +172,7 @@ class Trainer:
         Raises:
             DataError: the examples do not fit the task.
         """
-        return Session(
+        return Training(
             self, conform(examples, self.task), None if held_out is None else conform(held_out, self.task), steps=steps,
             commit_every=commit_every, checkpoint_every=checkpoint_every, seed=seed, folder=folder, watch=watch or Watch(),
         ).run()  # fmt: skip

@@ -12,8 +12,8 @@ import pytest
 import shoal
 from shoal.data.store import Examples
 from shoal.errors import DataError, StoreError
-from shoal.pod.session import Version, Watch
 from shoal.pod.trainer import Trainer
+from shoal.pod.training import Version, Watch
 from tests.pod.test_step import task
 
 MOMENTUM = optax.sgd(0.05, momentum=0.9)

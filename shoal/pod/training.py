@@ -41,7 +41,7 @@ class Progress:
     metrics: Mapping[str, float]
     """Of the examples since the last version."""
     steps_per_s: float
-    """Since this session began, compilation apart; 0 while unknown."""
+    """Since training was begun or taken up, compilation apart; 0 while unknown."""
 
     @property
     def left_s(self) -> float:
@@ -82,7 +82,7 @@ class Watch:
 
 
 @final
-class Session:
+class Training:
     """One training, from where it stands."""
 
     def __init__(
