@@ -18,6 +18,7 @@ import optax
 from shoal import validate
 from shoal.algorithms.compose import applied, without_rule
 from shoal.local import LocalRule, Named, Report, sgd_rule
+from shoal.policy import ServerRule
 from shoal.task import Task
 from shoal.tensors import TensorSpec, specs_of
 
@@ -42,6 +43,10 @@ def diloco(task: Task, *, inner_steps: int | None = None, outer_rate: float = 0.
     if not 0 <= outer_momentum < 1:
         raise ValueError(f"Expected 0 <= outer_momentum < 1, got outer_momentum={outer_momentum!r}.")
     without_rule(task, "diloco")
+    if task.server != ServerRule():
+        raise ValueError(
+            f"Expected the plain mean as server rule of task {task.name!r}, got {task.server}: DiLoCo's outer step is one itself."
+        )
     local = replace(task.local, weighting="uniform")
     if inner_steps is not None:
         validate.whole(1, inner_steps=inner_steps)

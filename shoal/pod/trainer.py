@@ -89,8 +89,8 @@ class Trainer:
         self.task = with_adapters(task)
         found = jax.devices() if devices is None else devices
         self.spec = mesh if isinstance(mesh, MeshSpec) else MeshSpec.parse(mesh or f"{DATA}={len(found)}")
-        self.batch_size = batch_size or task.local.batch_size
-        self.steps_per_call = steps_per_call or task.local.steps_per_block
+        self.batch_size = task.local.batch_size if batch_size is None else batch_size
+        self.steps_per_call = task.local.steps_per_block if steps_per_call is None else steps_per_call
         validate.positive(batch_size=self.batch_size, steps_per_call=self.steps_per_call)
         if self.batch_size % (self.spec.num_members * accumulate) and not task.heeds_mask:
             raise ValueError(
@@ -208,15 +208,15 @@ class Trainer:
 
     def evaluate(self, state: State, examples: Examples) -> dict[str, float]:
         """The task's metrics over all the examples, each counted once. They are fetched once, at the end."""
-        size = EVALUATED_BY_MEMBER * self.spec.num_members
+        members = self.spec.num_members
+        size = (
+            min(EVALUATED_BY_MEMBER, -(-len(examples) // members)) * members
+        )  # of every batch, so that one program does
         shardings = self.program.row_shardings(0)
         found = []
         for first in range(0, len(examples), size):
             indices = np.arange(first, min(first + size, len(examples)))
-            rows, mask = filled_up(
-                indices, np.ones(len(indices), bool), min(size, max(self.spec.num_members, len(examples)))
-            )
-            rows, mask = filled_up(rows, mask, self.spec.num_members)
+            rows, mask = filled_up(indices, np.ones(len(indices), bool), size)
             arrays = placed(examples, rows, mask, shardings)
             fields = {name: array for name, array in arrays.items() if name != "mask"}
             found.append(self._evaluate(state["params"], state["state"], fields, arrays["mask"]))
@@ -245,6 +245,10 @@ def _refuse(task: Task) -> None:
         raise ValueError(
             f"Expected Privacy() without clipping and noise on a pod, got that of task {task.name!r}: on a pod nobody's update is told from another's, "
             "so that nothing would be protected. Train on simulated devices or a fleet, or take task.replace(privacy=shoal.Privacy())."
+        )
+    if task.local.holdout:
+        raise ValueError(
+            f"Expected Local(holdout=0) on a pod, got {task.local.holdout!r} in task {task.name!r}: what is held out is given apart (held_out=…, --held-out)."
         )
     if task.aggregator != "weighted_mean":
         raise ValueError(f"Expected a task that trains on a pod, got aggregation by {task.aggregator!r}.")

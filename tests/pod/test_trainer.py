@@ -120,6 +120,10 @@ def test_what_would_take_other_steps_is_refused(tmp_path: Path) -> None:
 def test_what_a_pod_cannot_do_is_said() -> None:
     with pytest.raises(ValueError, match=r"clipping and noise on a pod"):
         Trainer(task(MOMENTUM).replace(privacy=shoal.Privacy(clip_norm=1.0)))
+    with pytest.raises(ValueError, match=r"Local\(holdout=0\) on a pod, got 0.2"):
+        Trainer(task(MOMENTUM).replace(local=shoal.Local(optimizer=MOMENTUM, holdout=0.2)))
+    with pytest.raises(ValueError, match="batch_size=0"):
+        Trainer(task(MOMENTUM), batch_size=0)
     with pytest.raises(ValueError, match="plain steps on a pod, got scaffold"):
         Trainer(shoal.scaffold(task(optax.sgd(0.1)), devices=40))
     with pytest.raises(ValueError, match="Take update='replicated'"):
