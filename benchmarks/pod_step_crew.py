@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,7 @@ from shoal.errors import ShoalError
 ROOT: Final = Path(__file__).parent.parent
 ONE_THREAD: Final = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1",
+    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu",
 }  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class System:
     command: tuple[str, ...]
     needs: str = ""
     """Environment of `peers/setup.sh`; empty: ours."""
+    devices: int = 1
+    """JAX's, of each member."""
 
 
 JAX: Final = System("jax", (sys.executable, "-m", "benchmarks.pod_step_jax"))
@@ -76,7 +78,8 @@ class Crew:
             words = ("--model", self.model, "--rank", str(rank), "--port", str(port))
             member = subprocess.Popen(
                 [*core, *self.system.command, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-                text=True, cwd=ROOT, env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(ROOT)},
+                text=True, cwd=ROOT,
+                env={**os.environ, **ONE_THREAD, "JAX_NUM_CPU_DEVICES": str(self.system.devices), "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
             lines: queue.Queue[str] = queue.Queue()
             threading.Thread(target=_read, args=(member, lines), daemon=True).start()
@@ -95,15 +98,19 @@ class Crew:
         """Until all have found one another; how they add up."""
         return str(self._answers()[0]["how"])
 
-    def turn(self, way: str, optimizer: str, steps: int) -> "Turn":
+    def turn(self, way: str, optimizer: str, steps: int) -> Turn:
         """Some steps by all members."""
-        for member in self._members:
-            assert member.stdin is not None
-            member.stdin.write(json.dumps({"way": way, "optimizer": optimizer, "steps": steps}) + "\n")
-            member.stdin.flush()
-        answers = self._answers()
+        answers = self.ask({"way": way, "optimizer": optimizer, "steps": steps})
         seconds, worked = (max(answer[name] for answer in answers) / steps for name in ("seconds", "worked"))
         return Turn(seconds, worked, answers[0]["loss"])
+
+    def ask(self, what: Mapping[str, Any]) -> Sequence[Any]:
+        """The answers of all members, by rank."""
+        for member in self._members:
+            assert member.stdin is not None
+            member.stdin.write(json.dumps(what) + "\n")
+            member.stdin.flush()
+        return self._answers()
 
     def _answers(self) -> Sequence[Any]:
         return [self._answer(lines) for lines in self._lines]

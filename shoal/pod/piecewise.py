@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import Any, Final
 
 import jax
@@ -24,17 +23,11 @@ import numpy as np
 import optax
 from jax.extend import core
 
+from shoal.flat_trace import FlatTrace, Operation
+
 Total = Callable[[Any], Any]
 """Sum of a vector over members, the same for all."""
 
-_CALLS: Final = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "checkpoint": "jaxpr",
-}
-"""Operations that are functions -> where their trace is."""
 _ELEMENTWISE: Final = {
     "abs", "add", "add_any", "and", "atan2", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "div", "eq", "erf", "exp",
     "exp2", "expm1", "floor", "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne", "neg",
@@ -103,7 +96,7 @@ def _work(optimizer: optax.GradientTransformation, params: Any) -> Counter[tuple
     """What an update does to tensors of these shapes, with which numbers, less what only reshapes them."""
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     closed, _ = _trace(optimizer, like, jax.eval_shape(optimizer.init, like), like)
-    flat = _Flat(closed)
+    flat = FlatTrace(closed)
     numbers = {number: float(value) for number, value in flat.constants.items() if np.size(value) == 1}
     return Counter(
         (each.name, *(numbers[number] for number in each.inputs if number in numbers))
@@ -145,84 +138,9 @@ class _Value:
     """It is a member's own part of a sum."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Operation:
-    """One of the trace, with numbers for its values."""
-
-    eqn: core.JaxprEqn | None
-    """None: a choice between the outputs of branches, by number."""
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-
-    @property
-    def name(self) -> str:
-        return self.eqn.primitive.name if self.eqn is not None else "select_n"
-
-    def done(self, values: Sequence[Any]) -> list[Any]:
-        """What comes of its inputs."""
-        if self.eqn is None:
-            index, *branches = values
-            return [
-                jnp.where(index == 0, branches[0], branches[1])
-                if len(branches) == 2
-                else jax.lax.select_n(index, *branches)
-            ]
-        with self.eqn.ctx.manager:
-            made = self.eqn.primitive.bind(*values, **self.eqn.params)
-        return list(made) if self.eqn.primitive.multiple_results else [made]
-
-
-class _Flat:
-    """A trace without functions in it: what they do stands where they are called."""
-
-    def __init__(self, closed: core.ClosedJaxpr) -> None:
-        self.operations: list[_Operation] = []
-        self.constants: dict[int, Any] = {}
-        self._numbers = count()
-        self.inputs = [next(self._numbers) for _ in closed.jaxpr.invars]
-        self.outputs = self._put(closed.jaxpr, closed.consts, self.inputs)
-
-    def _put(self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int]) -> list[int]:
-        known = dict(zip(jaxpr.invars, inputs, strict=True))
-        known |= {var: self._constant(value) for var, value in zip(jaxpr.constvars, consts, strict=True)}
-
-        def number(atom: Any) -> int:
-            return self._constant(atom.val) if isinstance(atom, core.Literal) else known[atom]
-
-        for eqn in jaxpr.eqns:
-            called = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-            taken = [number(atom) for atom in eqn.invars]
-            if eqn.primitive.name == "cond":
-                given = self._chosen(eqn.params["branches"], taken[0], taken[1:])
-            elif called is None:
-                given = [next(self._numbers) for _ in eqn.outvars]
-                self.operations.append(_Operation(eqn, tuple(taken), tuple(given)))
-            else:
-                inner, inner_consts = (
-                    (called.jaxpr, called.consts) if isinstance(called, core.ClosedJaxpr) else (called, ())
-                )
-                given = self._put(inner, inner_consts, taken)
-            known |= zip(eqn.outvars, given, strict=True)
-        return [number(atom) for atom in jaxpr.outvars]
-
-    def _chosen(self, branches: Sequence[core.ClosedJaxpr], index: int, inputs: Sequence[int]) -> list[int]:
-        """All branches are gone through, and of each output the one is taken whose turn it is."""
-        outputs = zip(*(self._put(branch.jaxpr, branch.consts, inputs) for branch in branches), strict=True)
-        given = []
-        for each in outputs:
-            given.append(next(self._numbers))
-            self.operations.append(_Operation(None, (index, *each), (given[-1],)))
-        return given
-
-    def _constant(self, value: Any) -> int:
-        made = next(self._numbers)
-        self.constants[made] = value
-        return made
-
-
 def _evaluated(closed: core.ClosedJaxpr, inputs: Sequence[_Value], total: Total) -> list[_Value]:
     """The trace's outputs. What waits for a sum is put off until all else is done that can be; then the sums are taken together."""
-    flat = _Flat(closed)
+    flat = FlatTrace(closed)
     known = {number: _Value(value, False) for number, value in flat.constants.items()} | dict(
         zip(flat.inputs, inputs, strict=True)
     )
@@ -248,7 +166,7 @@ def _add_up(waiting: list[_Value], total: Total) -> None:
             each.value, each.waits = sums[number], False
 
 
-def _done(operation: _Operation, inputs: list[_Value]) -> list[_Value]:
+def _done(operation: Operation, inputs: list[_Value]) -> list[_Value]:
     outputs = operation.done([each.value for each in inputs])
     is_piece, waits = _kind(operation.name, inputs, outputs)
     return [_Value(value, is_piece, waits) for value in outputs]
