@@ -10,25 +10,25 @@ With Numba (the extra `embed`) it is compiled; without it takes about a hundred 
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
+from inspect import unwrap
 from typing import Any, Final
 
 import numpy as np
 
 from shoal.schedule.graph import Graph, Times
 
-try:
-    from numba import njit as _njit
-except ImportError:  # the same, a hundred times as slow
-    _njit = None
+_NEVER: Final = np.iinfo(np.int64).max
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """By Numba, where it is."""
-    made: Callable[..., Any] = function if _njit is None else _njit(cache=True)(function)
+    """By Numba, where it is installed."""
+    if find_spec("numba") is None:
+        return function
+    from numba import njit
+
+    made: Callable[..., Any] = njit(cache=True)(unwrap(function))
     return made
-
-
-_NEVER: Final = np.iinfo(np.int64).max
 
 
 def fast_tac(graph: Graph, times: Times) -> np.ndarray:
@@ -89,11 +89,10 @@ def _order(
                 first = r
                 continue
             left, right = min(unlocked[first], communication[r]), min(unlocked[r], communication[first])
+            if left == right:
+                left = _impending(r, begins, stages, waits, together)
+                right = _impending(first, begins, stages, waits, together)
             if left < right:
-                first = r
-            elif left == right and (
-                _impending(r, begins, stages, waits, together) < _impending(first, begins, stages, waits, together)
-            ):
                 first = r
         if first < 0:
             first = _least(is_left, begins, stages, waits, together)

@@ -1,0 +1,306 @@
+"""A worker's side: parameters come while stages run, gradients leave as they appear.
+
+    pull(step, ranks) --> servers --slices by rank--> whole transfers --give--> Run --stage by stage--> gradients --push, by rank--> servers
+
+The step's stages are begun as soon as what they need is there, the first in the trace's order of those that can begin; XLA computes while threads
+move bytes. Which transfer goes first is the rank's affair (`schedule/`).
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, final
+
+import jax
+import numpy as np
+
+from shoal.errors import NetworkError, ProtocolError, TransportError
+from shoal.local import Named
+from shoal.pod.servers.lines import ACK, PULL, PUSH, SLICE, Frame, Line
+from shoal.pod.servers.packing import Packing
+from shoal.schedule.graph import Graph
+from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES, SendQueue
+from shoal.schedule.staged import Run, Staged
+
+SILENCE_S: Final = 60.0
+
+
+def share(graph: Graph, num_servers: int) -> list[int]:
+    """The server of each transfer: the largest first, to the one that has least."""
+    loads, made = [0] * num_servers, [0] * len(graph.transfers)
+    for number in sorted(range(len(made)), key=lambda n: (-graph.transfers[n].size_bytes, n)):
+        server = min(range(num_servers), key=lambda s: (loads[s], s))
+        made[number] = server
+        loads[server] += graph.transfers[number].size_bytes
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What one step took."""
+
+    seconds: float
+    """From asking for parameters to having sent the last gradient."""
+    waited_s: float
+    """Of these, in which no stage could begin."""
+    pulled_s: float
+    """From asking until the last parameter was there."""
+
+
+@dataclass
+class _Server:
+    """One server, as a worker sees it."""
+
+    down: Line
+    up: Line
+    transfers: list[int]
+    queue: SendQueue
+    data: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
+    """Transfer -> (step, gradients) that are being sent."""
+
+
+@final
+class Exchange:
+    """A worker's lines to all servers."""
+
+    def __init__(
+        self, addresses: Sequence[tuple[str, int]], secret: bytes, *, worker: int, packings: Sequence[Packing], owners: Sequence[int],
+        slice_bytes: int = SLICE_BYTES, credit_bytes: int = CREDIT_BYTES, silence_s: float = SILENCE_S,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            addresses: host and port of each server.
+            secret: the pod's.
+            worker: its number.
+            packings: of all transfers.
+            owners: server of each transfer.
+            slice_bytes, credit_bytes: of gradients; see `SendQueue`.
+            silence_s: after which a server that neither sends nor takes anything is given up.
+
+        Raises:
+            TransportError: a server is not there, or knows another secret.
+        """
+        self._packings, self._owners = packings, owners
+        self._silence_s = silence_s
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._fault: BaseException | None = None
+        self.arrived: queue.SimpleQueue[tuple[int, np.ndarray] | None] = queue.SimpleQueue()
+        """Transfers that are whole; None: something broke."""
+        self._servers: list[_Server] = []
+        self._to_push: queue.SimpleQueue[tuple[int, int, int, Named] | None] = queue.SimpleQueue()
+        self._unsent = 0
+        """Gradients that were pushed and are not acknowledged."""
+        try:
+            for number, (host, port) in enumerate(addresses):
+                down, up = (Line.dialled(host, port, secret, role=role, worker=worker, silence_s=silence_s) for role in ("down", "up"))  # fmt: skip
+                mine = [transfer for transfer, owner in enumerate(owners) if owner == number]
+                sending = SendQueue(slice_bytes=slice_bytes, credit_bytes=credit_bytes)
+                self._servers.append(_Server(down, up, mine, sending))
+        except BaseException:
+            self.close()
+            raise
+        self._step = 0
+        self._threads = [threading.Thread(target=self._pack, daemon=True)]
+        for server in self._servers:
+            for target in (self._take, self._send, self._hear):
+                self._threads.append(threading.Thread(target=self._guarded, args=(target, server), daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Ends all lines."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._to_push.put(None)
+        for server in self._servers:
+            server.down.close()
+            server.up.close()
+
+    def pull(self, step: int, ranks: np.ndarray) -> None:
+        """Asks for all transfers, to come by rank."""
+        self._step = step
+        for server in self._servers:
+            data = np.asarray(ranks[server.transfers], "<i4").tobytes()
+            server.down.send(Frame(PULL, step=step), data)
+
+    def push(self, transfer: int, step: int, gradients: Named, rank: int) -> None:
+        """Sends a transfer's gradients when they are there."""
+        with self._changed:
+            self._unsent += 1
+        self._to_push.put((transfer, step, rank, gradients))
+
+    def next_arrived(self) -> tuple[int, np.ndarray]:
+        """The next transfer that is whole. Raises what broke, if something did."""
+        try:
+            found = self.arrived.get(timeout=self._silence_s)
+        except queue.Empty:
+            raise NetworkError(f"No parameters came for {self._silence_s:g} s.") from None
+        if found is None:
+            self._raise()
+        assert found is not None
+        return found
+
+    def arrived_now(self) -> tuple[int, np.ndarray] | None:
+        """A transfer that is whole, if there is one. Raises what broke, if something did."""
+        try:
+            found = self.arrived.get_nowait()
+        except queue.Empty:
+            return None
+        if found is None:
+            self._raise()
+        return found
+
+    def flushed(self) -> None:
+        """Waits until all gradients have been taken. Raises what broke, if something did."""
+        with self._changed:
+            is_done = self._changed.wait_for(
+                lambda: self._fault is not None or self._is_closed or not self._unsent, self._silence_s
+            )
+        if self._fault is not None or self._is_closed:
+            self._raise()
+        if not is_done:
+            raise NetworkError(f"Gradients were not taken for {self._silence_s:g} s.")
+
+    def _raise(self) -> None:
+        if self._fault is not None:
+            raise self._fault
+        raise NetworkError("The exchange is closed.")
+
+    def _guarded(self, target: Any, server: _Server) -> None:
+        try:
+            target(server)
+        except (TransportError, ValueError) as error:
+            with self._changed:
+                self._fault = self._fault or error
+                self._changed.notify_all()
+            self.arrived.put(None)
+
+    def _take(self, server: _Server) -> None:
+        """Parameters of one server."""
+        places: dict[int, np.ndarray] = {}
+        got: dict[int, int] = {}
+        while True:
+            frame = server.down.receive()
+            number = frame.transfer
+            if frame.kind != SLICE or number not in server.transfers or frame.step != self._step:
+                raise ProtocolError(f"Expected a slice of step {self._step}, got kind {frame.kind} of transfer {number} of step {frame.step}.")  # fmt: skip
+            if not frame.offset:
+                places[number], got[number] = self._packings[number].empty(), 0
+            place = places.get(number)
+            if place is None or frame.offset != got[number] or frame.offset + frame.size > len(place) or not frame.size:
+                raise ProtocolError(f"Expected the next slice of transfer {number}, got {frame.size} bytes at {frame.offset}.")  # fmt: skip
+            server.down.read_into(place.data[frame.offset : frame.offset + frame.size])
+            got[number] += frame.size
+            server.down.send(Frame(ACK, number, frame.step, frame.size))
+            if got[number] == len(place):
+                self.arrived.put((number, places.pop(number)))
+
+    def _pack(self) -> None:
+        """Gradients, in the order in which they are made, wait here to be there; then they go into their server's queue."""
+        while (found := self._to_push.get()) is not None:
+            transfer, step, rank, gradients = found
+            try:
+                data = self._packings[transfer].packed(gradients)
+            except Exception as error:  # XLA's, of the computation
+                with self._changed:
+                    self._fault = self._fault or error
+                    self._changed.notify_all()
+                self.arrived.put(None)
+                return
+            server = self._servers[self._owners[transfer]]
+            with self._changed:
+                server.data[transfer] = step, data
+                server.queue.put(transfer, len(data), rank)
+                self._changed.notify_all()
+
+    def _send(self, server: _Server) -> None:
+        while True:
+            with self._changed:
+                part = None
+                while part is None:
+                    if self._is_closed or self._fault is not None:
+                        return
+                    part = server.queue.take()
+                    if part is None:
+                        self._changed.wait()
+                step, data = server.data[part.transfer]
+                if part.offset + part.size == len(data):
+                    del server.data[part.transfer]
+            place = data.data[part.offset : part.offset + part.size]
+            server.up.send(Frame(PUSH, part.transfer, step, part.offset), place)
+
+    def _hear(self, server: _Server) -> None:
+        """Acknowledgements."""
+        acknowledged = dict.fromkeys(server.transfers, 0)
+        while True:
+            frame = server.up.receive()
+            if frame.kind != ACK or frame.transfer not in acknowledged:
+                raise ProtocolError(f"Expected an acknowledgement, got a frame of kind {frame.kind}.")
+            with self._changed:
+                server.queue.acknowledged(frame.offset)
+                acknowledged[frame.transfer] += frame.offset
+                if acknowledged[frame.transfer] == self._packings[frame.transfer].size_bytes:
+                    acknowledged[frame.transfer] = 0
+                    self._unsent -= 1
+                self._changed.notify_all()
+
+
+def taken(
+    run: Run,
+    staged: Staged,
+    exchange: Exchange,
+    packings: Sequence[Packing],
+    *,
+    step: int,
+    ranks: np.ndarray,
+    following: np.ndarray | None = None,
+) -> Seen:
+    """One step, whose parameters have been asked for: stages as parameters come, gradients as stages end.
+
+    Args:
+        run: of the step, begun without its parameters.
+        staged: its stages.
+        exchange: the lines to the servers.
+        packings: of all transfers.
+        step: its number.
+        ranks: of transfers, in which gradients go up.
+        following: ranks of the next step, which is asked for when all of this one's stages have begun; None: it is not.
+
+    Raises:
+        TransportError: a server is gone.
+    """  # fmt: skip
+    begun = time.perf_counter()
+    left, waited_s, pulled_s = len(staged.graph.transfers), 0.0, 0.0
+    while not run.is_done or left:
+        found = exchange.arrived_now() if left else None
+        stage = run.ready() if found is None else None
+        if found is None and stage is None:
+            before = time.perf_counter()
+            found = exchange.next_arrived()
+            waited_s += time.perf_counter() - before
+        if found is not None:
+            transfer, data = found
+            run.give(transfer, jax.device_put(packings[transfer].unpacked(data)))
+            left -= 1
+            pulled_s = time.perf_counter() - begun
+        elif stage is not None:
+            run.run(stage)
+            for transfer in staged.graph.stages[stage].makes:
+                exchange.push(transfer, step, run.gradients(transfer), int(ranks[transfer]))
+    if following is not None:
+        exchange.pull(step + 1, following)
+    exchange.flushed()
+    return Seen(seconds=time.perf_counter() - begun, waited_s=waited_s, pulled_s=pulled_s)
+
+
+def whole(exchange: Exchange, packings: Sequence[Packing]) -> Mapping[str, np.ndarray]:
+    """All parameters that were asked for."""
+    made: dict[str, np.ndarray] = {}
+    for _ in packings:
+        transfer, data = exchange.next_arrived()
+        made |= packings[transfer].unpacked(data)
+    return made
