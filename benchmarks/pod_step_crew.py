@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -66,6 +67,7 @@ class Crew:
     limit_s: float
     """Longest that a turn may take, compilation included."""
     _members: list[subprocess.Popen[str]] = field(default_factory=list)
+    _readers: list[threading.Thread] = field(default_factory=list)
     _lines: list["queue.Queue[str]"] = field(default_factory=list)
 
     def __enter__(self) -> "Crew":
@@ -82,16 +84,23 @@ class Crew:
                 env={**os.environ, **ONE_THREAD, "JAX_NUM_CPU_DEVICES": str(self.system.devices), "PYTHONPATH": str(ROOT)},
             )  # fmt: skip
             lines: queue.Queue[str] = queue.Queue()
-            threading.Thread(target=_read, args=(member, lines), daemon=True).start()
+            reader = threading.Thread(target=_read, args=(member, lines), daemon=True)
+            reader.start()
             self._members.append(member)
+            self._readers.append(reader)
             self._lines.append(lines)
         return self
 
     def __exit__(self, *_: object) -> None:
         for member in self._members:
             member.kill()
-        for member in self._members:
+        for member, reader in zip(self._members, self._readers, strict=True):
             member.wait()
+            reader.join()
+            for pipe in (member.stdin, member.stdout):
+                assert pipe is not None
+                with suppress(BrokenPipeError):
+                    pipe.close()
         self._errors.close()
 
     def wait(self) -> str:

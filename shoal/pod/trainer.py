@@ -84,7 +84,7 @@ class Trainer:
         Raises:
             ValueError: the mesh is not one of these devices, a rule does not fit, or the task is one for fleets only.
         """
-        _refuse(task)
+        refuse(task)
         validate.positive(accumulate=accumulate)
         self.task = with_adapters(task)
         found = jax.devices() if devices is None else devices
@@ -233,7 +233,7 @@ def conform(examples: Examples, task: Task) -> Examples:
     return fields_of(examples, task.name, batch)
 
 
-def _refuse(task: Task) -> None:
+def refuse(task: Task) -> None:
     """Raises ValueError for what is about members that are not trusted, or not alike."""
     if task.rule is not None:
         made = ", ".join(task.algorithms) or "a local rule of its own"

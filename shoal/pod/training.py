@@ -119,7 +119,7 @@ class Training:
                 self._checkpoints.close()
 
     def _run(self) -> State:
-        trainer, marks, pace = self._trainer, self._watch.pod.marks, _Pace()
+        trainer, marks, pace = self._trainer, self._watch.pod.marks, Pace()
         state, first = self._begin()
         order = trainer.order(len(self._examples), seed=self._seed)
         feed = Feed(
@@ -249,7 +249,7 @@ class Training:
 
 
 @final
-class _Pace:
+class Pace:
     """Steps a second, without the first call, which has compilation in it."""
 
     def __init__(self) -> None:

@@ -63,6 +63,7 @@ class Guard:
         self._step = 0
         self._seconds: dict[Which, list[float]] = {"ours": [], "layer": []}
         self._since = 0
+        self._num_asked = 0
         if predicted_gain < threshold:
             why = f"a gain of {predicted_gain:.1%} is predicted, less than {threshold:.1%}"
             self.verdict = Verdict(state="off", why=why)
@@ -71,9 +72,10 @@ class Guard:
             self.verdict = Verdict(state="measuring", why=why)
 
     def next(self) -> Which:
-        """The order that the next step takes."""
+        """The order that the next step takes: asked once for each, perhaps before the one before is done."""
         if self.verdict.state == "measuring":
-            return _TURNS[(len(self._seconds["ours"]) + len(self._seconds["layer"])) % len(_TURNS)]
+            self._num_asked += 1
+            return _TURNS[(self._num_asked - 1) % len(_TURNS)]
         return "ours" if self.verdict.state == "on" else "layer"
 
     def took(self, which: Which, seconds: float) -> None:

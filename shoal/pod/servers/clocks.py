@@ -31,13 +31,14 @@ class Update:
 class Clocks:
     """Of the transfers of one server."""
 
-    def __init__(self, transfers: tuple[int, ...], num_workers: int, *, staleness: int | None, first_step: int = 0) -> None:  # fmt: skip
+    def __init__(self, transfers: tuple[int, ...], num_workers: int, *, staleness: int | None, first_step: int = 0, last_step: int | None = None) -> None:  # fmt: skip
         """
         Args:
             transfers: this server's.
             num_workers: all of them.
             staleness: steps that a worker may be ahead of the slowest; None: as many as it likes.
             first_step: of this life.
+            last_step: that all take; what is asked for it is what came of all of them. None: there is no last.
         """
         validate.positive(num_workers=num_workers)
         if staleness is not None and staleness < 0:
@@ -45,9 +46,9 @@ class Clocks:
         self._num_workers, self._staleness = num_workers, staleness
         self._pushed = {transfer: [first_step] * num_workers for transfer in transfers}
         """Steps that each worker has sent gradients for."""
-        self.version = dict.fromkeys(transfers, first_step)
-        """Updates applied to each transfer; synchronous: steps."""
-        self._first = first_step
+        self._applied = dict.fromkeys(transfers, 0)
+        """Updates of each transfer in this life."""
+        self._first, self._last_step = first_step, last_step
 
     def next_of(self, worker: int, transfer: int) -> int:
         """The step that its next gradient of a transfer is of. Raises ProtocolError for one that there is not."""
@@ -73,16 +74,19 @@ class Clocks:
 
     def updated(self, transfer: int) -> None:
         """An update is applied."""
-        self.version[transfer] += 1
+        self._applied[transfer] += 1
+
+    def done(self, transfer: int) -> int:
+        """Steps whose gradients of a transfer have been applied: all workers', or as many."""
+        each = 1 if self._staleness == 0 else self._num_workers
+        return self._first + self._applied[transfer] // each
 
     def may_have(self, transfer: int, step: int) -> bool:
         """Whether a worker may read a transfer for a step."""
-        if self._staleness is None:
-            return True
-        if self._staleness == 0:
-            return self.version[transfer] >= step
-        return min(self._pushed[transfer]) >= step - self._staleness
+        if self._staleness == 0 or step == self._last_step:
+            return self.done(transfer) >= step
+        return self._staleness is None or min(self._pushed[transfer]) >= step - self._staleness
 
-    def all_have(self, step: int) -> bool:
-        """Whether every update of the steps before has been applied: what a barrier waits for."""
-        return self._staleness != 0 or all(version >= step for version in self.version.values())
+    def reached(self) -> int:
+        """Steps that are done with every transfer: what a barrier waits for."""
+        return min(self.done(transfer) for transfer in self._applied)

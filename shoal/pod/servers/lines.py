@@ -49,9 +49,19 @@ class Line:
         """
         Args:
             connected: to the peer, who has proved who it is.
-            silence_s: a peer that neither sends nor takes anything for so long is given up.
+            silence_s: a peer that stops in the middle of a frame, takes nothing, or whose machine does not answer, is given up after so long. That it has
+                nothing to say is no fault: it computes.
         """
         connected.settimeout(silence_s)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        every_s = max(1, round(silence_s / 4))
+        for name, value in (
+            ("TCP_KEEPIDLE", every_s),
+            ("TCP_KEEPINTVL", every_s),
+            ("TCP_USER_TIMEOUT", round(1000 * silence_s)),
+        ):
+            if hasattr(socket, name):  # not everywhere
+                connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._silence_s = connected, silence_s
         self._header = bytearray(_HEADER.size)
@@ -72,23 +82,27 @@ class Line:
 
     def receive(self) -> Frame:
         """The next header. Raises NetworkError when the line is broken, ProtocolError for what is none."""
-        self.read_into(memoryview(self._header))
+        self.read_into(memoryview(self._header), is_patient=True)
         frame = Frame(*_HEADER.unpack(self._header))
         if frame.kind not in (PULL, SLICE, PUSH, ACK) or frame.size > MOST_BYTES:
             raise ProtocolError(f"Expected a frame of a kind 1 to 4 with at most {MOST_BYTES} bytes, got kind {frame.kind} with {frame.size}.")  # fmt: skip
         return frame
 
-    def read_into(self, place: memoryview) -> None:
-        """As many bytes as there is place for."""
+    def read_into(self, place: memoryview, *, is_patient: bool = False) -> None:
+        """As many bytes as there is place for; `is_patient`: however long the first of them takes."""
         got = 0
-        try:
-            while got < len(place):
+        while got < len(place):
+            try:
                 num = self._socket.recv_into(place[got:])
-                if not num:
-                    raise NetworkError("The other side is gone.")
-                got += num
-        except OSError as error:
-            raise self._broken(error) from error
+            except TimeoutError as error:
+                if not is_patient or got:
+                    raise self._broken(error) from error
+                continue
+            except OSError as error:
+                raise self._broken(error) from error
+            if not num:
+                raise NetworkError("The other side is gone.")
+            got += num
 
     def close(self) -> None:
         """From any thread; whoever reads or writes is told."""

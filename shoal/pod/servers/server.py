@@ -39,6 +39,8 @@ class Serving:
     """How a server serves."""
 
     num_workers: int
+    last_step: int | None = None
+    """That all workers take; None: there is none."""
     staleness: int | None = 0
     """Steps a worker may be ahead of the slowest; 0: synchronous; None: any."""
     has_barrier: bool = False
@@ -76,7 +78,7 @@ class Server:
         secret: bytes,
         address: tuple[str, int] = ("127.0.0.1", 0),
         first_step: int = 0,
-        on_update: Callable[[int, int], None] = lambda transfer, version: None,
+        on_update: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -88,19 +90,22 @@ class Server:
             secret: the pod's.
             address: to listen at.
             first_step: that has yet to be taken.
-            on_update: told (transfer, version) after each update, in the updating thread.
+            on_update: called after each update, in the updating thread.
         """
         self._updates, self._how, self._secret, self._packings = updates, how, secret, dict(packings)
         self._on_update = on_update
         self._params = {number: packings[number].packed(params) for number in packings}
         self._opt = {number: list(opt[number]) for number in packings}
         self._gradients = {number: [packing.empty() for _ in range(how.num_workers)] for number, packing in packings.items()}  # fmt: skip
-        self._clocks = Clocks(tuple(packings), how.num_workers, staleness=how.staleness, first_step=first_step)
+        self._clocks = Clocks(
+            tuple(packings), how.num_workers, staleness=how.staleness, first_step=first_step, last_step=how.last_step
+        )
         self._is_pending = {(number, worker): False for number in packings for worker in range(how.num_workers)}
         self._due: deque[Update] = deque()
         self._downs: dict[int, _Down] = {}
         self._changed = threading.Condition()
         self._is_closed = False
+        self._reached, self._num_left = first_step, 0
         self.fault: BaseException | None = None
         """What ended the updating thread."""
         self._lines: set[Line] = set()
@@ -131,25 +136,31 @@ class Server:
         for thread in self._threads:
             thread.join()
 
-    def snapshot(self, step: int, timeout_s: float) -> tuple[Named, dict[int, list[Any]]]:
-        """Parameters and the optimizer's leaves after just `step` updates of each transfer: between the steps of synchronous training.
+    def reached(self) -> tuple[int, bool]:
+        """Steps that are done with every transfer, and whether the last one has just been. For the updating thread."""
+        step = self._clocks.reached()
+        is_new, self._reached = step > self._reached, step
+        return step, is_new
 
-        Raises:
-            NetworkError: the gradients for it did not come in time.
-        """
-        with self._changed:
-            is_there = self._changed.wait_for(
-                lambda: self.fault is not None or all(v >= step for v in self._clocks.version.values()), timeout_s
-            )
-            if self.fault is not None:
-                raise self.fault
-            if not is_there:
-                raise NetworkError(f"The gradients of step {step} did not come within {timeout_s:g} s.")
-            held, opt = dict(self._params), {number: list(leaves) for number, leaves in self._opt.items()}
+    def held(self) -> tuple[Named, dict[int, list[Any]]]:
+        """Parameters, and each transfer's leaves of the optimizer's state. For the updating thread: nothing changes meanwhile."""
         params: Named = {}
-        for number, data in held.items():
+        for number, data in self._params.items():
             params |= self._packings[number].unpacked(data)
-        return params, opt
+        return params, self._opt
+
+    def until_left(self) -> None:
+        """Waits until all workers have come and gone. Raises what ended the updating thread, if something did."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.fault is not None or self._num_left == self._how.num_workers)
+        if self.fault is not None:
+            raise self.fault
+
+    def abort(self, error: BaseException) -> None:
+        """Ends it for all, because of an error elsewhere."""
+        with self._changed:
+            self.fault = self.fault or error
+            self._changed.notify_all()
 
     # Who comes.
 
@@ -186,6 +197,7 @@ class Server:
         finally:
             with self._changed:
                 self._lines.discard(line)
+                self._num_left += role == "up"
                 self._changed.notify_all()
             line.close()
 
@@ -258,9 +270,8 @@ class Server:
             for worker in update.workers:
                 self._is_pending[number, worker] = False
             self._clocks.updated(number)
-            version = self._clocks.version[number]
             self._changed.notify_all()
-        self._on_update(number, version)
+        self._on_update()
 
     # Down.
 
@@ -314,7 +325,7 @@ class Server:
     def _ready(self, down: _Down) -> None:
         """What has become ready goes into the queue."""
         for number, (step, rank) in list(down.wanted.items()):
-            if self._clocks.may_have(number, step) and (not self._how.has_barrier or self._clocks.all_have(step)):
+            if self._clocks.may_have(number, step) and (not self._how.has_barrier or self._clocks.reached() >= step):
                 del down.wanted[number]
                 data = self._params[number]
                 down.sending[number] = step, data

@@ -9,7 +9,6 @@ from typing import Any, final
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from shoal.flat_trace import FlatTrace, Operation
@@ -56,11 +55,13 @@ class Updates:
         """Of each leaf of the optimizer's state the transfer that it belongs to; None: it is everybody's."""
         for name, number in reached.items():
             self._refuse_others(name, upstream[number], transfer_of)
-        self._programs, self._wanted = [], []
+        self._programs: list[Any] = []
+        self.wanted: list[list[int]] = []
+        """Of each transfer, numbers of the leaves of the optimizer's state that it has."""
         for number, names_of in enumerate(self._members):
             opt_of = [at for at, owner in enumerate(self.owner) if owner in (number, None)]
             self._programs.append(self._program(names_of, opt_of, reached, opt_outputs))
-            self._wanted.append(opt_of)
+            self.wanted.append(opt_of)
 
     def _owner(self, names: frozenset[str], transfer_of: Mapping[str, int]) -> int | None:
         transfers = {transfer_of[name] for name in names}
@@ -94,26 +95,13 @@ class Updates:
     def begin(self, params: Named) -> list[list[Any]]:
         """Of each transfer, its leaves of the optimizer's state."""
         leaves = jax.tree.leaves(self._optimizer.init({name: params[name] for name in sorted(self._params)}))
-        return [[leaves[at] for at in wanted] for wanted in self._wanted]
+        return [[leaves[at] for at in wanted] for wanted in self.wanted]
 
     def updated(self, transfer: int, gradients: Named, params: Named, opt: Sequence[Any]) -> tuple[Named, list[Any]]:
         """Parameters and the optimizer's leaves of a transfer, one step on."""
         names = self._members[transfer]
         made = self._programs[transfer](*(gradients[n] for n in names), *(params[n] for n in names), *opt)
         return dict(zip(names, made[: len(names)], strict=True)), made[len(names) :]
-
-    def whole(self, parts: Mapping[int, Sequence[Any]]) -> Any:
-        """The optimizer's state, from the leaves of all transfers."""
-        leaves: list[Any] = [None] * len(self.owner)
-        for transfer, values in parts.items():
-            for at, value in zip(self._wanted[transfer], values, strict=True):
-                leaves[at] = value
-        return jax.tree.unflatten(self._opt_tree, leaves)
-
-    def parts(self, whole: Any) -> list[list[Any]]:
-        """The other way round."""
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(whole)]
-        return [[leaves[at] for at in wanted] for wanted in self._wanted]
 
 
 def _upstream(trace: FlatTrace, gradients: Mapping[int, str]) -> dict[int, frozenset[str]]:

@@ -9,7 +9,7 @@ move bytes. Which transfer goes first is the rank's affair (`schedule/`).
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
@@ -45,8 +45,8 @@ class Seen:
     """From asking for parameters to having sent the last gradient."""
     waited_s: float
     """Of these, in which no stage could begin."""
-    pulled_s: float
-    """From asking until the last parameter was there."""
+    stages: tuple[float, ...] = ()
+    """Seconds of each, where nothing was sent while they ran."""
 
 
 @dataclass
@@ -82,8 +82,7 @@ class Exchange:
         Raises:
             TransportError: a server is not there, or knows another secret.
         """
-        self._packings, self._owners = packings, owners
-        self._silence_s = silence_s
+        self.packings, self._owners = packings, owners
         self._changed = threading.Condition()
         self._is_closed = False
         self._fault: BaseException | None = None
@@ -103,6 +102,9 @@ class Exchange:
             self.close()
             raise
         self._step = 0
+        self._first_slice: tuple[int, float] | None = None
+        """Bytes, and when they were there."""
+        self._last_slice_s = 0.0
         self._threads = [threading.Thread(target=self._pack, daemon=True)]
         for server in self._servers:
             for target in (self._take, self._send, self._hear):
@@ -122,10 +124,16 @@ class Exchange:
 
     def pull(self, step: int, ranks: np.ndarray) -> None:
         """Asks for all transfers, to come by rank."""
-        self._step = step
+        self._step, self._first_slice = step, None
         for server in self._servers:
             data = np.asarray(ranks[server.transfers], "<i4").tobytes()
             server.down.send(Frame(PULL, step=step), data)
+
+    def last_pull(self) -> tuple[int, float]:
+        """Bytes after the first slice of what was asked for last, and seconds from then to its end."""
+        assert self._first_slice is not None, "nothing has come"
+        size, at = self._first_slice
+        return sum(packing.size_bytes for packing in self.packings) - size, self._last_slice_s - at
 
     def push(self, transfer: int, step: int, gradients: Named, rank: int) -> None:
         """Sends a transfer's gradients when they are there."""
@@ -135,10 +143,7 @@ class Exchange:
 
     def next_arrived(self) -> tuple[int, np.ndarray]:
         """The next transfer that is whole. Raises what broke, if something did."""
-        try:
-            found = self.arrived.get(timeout=self._silence_s)
-        except queue.Empty:
-            raise NetworkError(f"No parameters came for {self._silence_s:g} s.") from None
+        found = self.arrived.get()
         if found is None:
             self._raise()
         assert found is not None
@@ -157,13 +162,9 @@ class Exchange:
     def flushed(self) -> None:
         """Waits until all gradients have been taken. Raises what broke, if something did."""
         with self._changed:
-            is_done = self._changed.wait_for(
-                lambda: self._fault is not None or self._is_closed or not self._unsent, self._silence_s
-            )
+            self._changed.wait_for(lambda: self._fault is not None or self._is_closed or not self._unsent)
         if self._fault is not None or self._is_closed:
             self._raise()
-        if not is_done:
-            raise NetworkError(f"Gradients were not taken for {self._silence_s:g} s.")
 
     def _raise(self) -> None:
         if self._fault is not None:
@@ -189,12 +190,14 @@ class Exchange:
             if frame.kind != SLICE or number not in server.transfers or frame.step != self._step:
                 raise ProtocolError(f"Expected a slice of step {self._step}, got kind {frame.kind} of transfer {number} of step {frame.step}.")  # fmt: skip
             if not frame.offset:
-                places[number], got[number] = self._packings[number].empty(), 0
+                places[number], got[number] = self.packings[number].empty(), 0
             place = places.get(number)
             if place is None or frame.offset != got[number] or frame.offset + frame.size > len(place) or not frame.size:
                 raise ProtocolError(f"Expected the next slice of transfer {number}, got {frame.size} bytes at {frame.offset}.")  # fmt: skip
             server.down.read_into(place.data[frame.offset : frame.offset + frame.size])
             got[number] += frame.size
+            self._last_slice_s = time.perf_counter()
+            self._first_slice = self._first_slice or (frame.size, self._last_slice_s)
             server.down.send(Frame(ACK, number, frame.step, frame.size))
             if got[number] == len(place):
                 self.arrived.put((number, places.pop(number)))
@@ -204,7 +207,7 @@ class Exchange:
         while (found := self._to_push.get()) is not None:
             transfer, step, rank, gradients = found
             try:
-                data = self._packings[transfer].packed(gradients)
+                data = self.packings[transfer].packed(gradients)
             except Exception as error:  # XLA's, of the computation
                 with self._changed:
                     self._fault = self._fault or error
@@ -243,7 +246,7 @@ class Exchange:
             with self._changed:
                 server.queue.acknowledged(frame.offset)
                 acknowledged[frame.transfer] += frame.offset
-                if acknowledged[frame.transfer] == self._packings[frame.transfer].size_bytes:
+                if acknowledged[frame.transfer] == self.packings[frame.transfer].size_bytes:
                     acknowledged[frame.transfer] = 0
                     self._unsent -= 1
                 self._changed.notify_all()
@@ -253,11 +256,11 @@ def taken(
     run: Run,
     staged: Staged,
     exchange: Exchange,
-    packings: Sequence[Packing],
     *,
     step: int,
     ranks: np.ndarray,
     following: np.ndarray | None = None,
+    is_alone: bool = False,
 ) -> Seen:
     """One step, whose parameters have been asked for: stages as parameters come, gradients as stages end.
 
@@ -265,42 +268,62 @@ def taken(
         run: of the step, begun without its parameters.
         staged: its stages.
         exchange: the lines to the servers.
-        packings: of all transfers.
         step: its number.
         ranks: of transfers, in which gradients go up.
         following: ranks of the next step, which is asked for when all of this one's stages have begun; None: it is not.
+        is_alone: nothing is sent while stages run, one after the other, so that their times can be measured.
 
     Raises:
         TransportError: a server is gone.
     """  # fmt: skip
     begun = time.perf_counter()
-    left, waited_s, pulled_s = len(staged.graph.transfers), 0.0, 0.0
+    left, waited_s = len(staged.graph.transfers), 0.0
+    seconds, made = dict[int, float](), list[int]()
     while not run.is_done or left:
         found = exchange.arrived_now() if left else None
-        stage = run.ready() if found is None else None
+        stage = run.ready() if found is None and not (is_alone and left) else None
         if found is None and stage is None:
             before = time.perf_counter()
             found = exchange.next_arrived()
             waited_s += time.perf_counter() - before
         if found is not None:
-            transfer, data = found
-            run.give(transfer, jax.device_put(packings[transfer].unpacked(data)))
+            run.give(found[0], jax.device_put(exchange.packings[found[0]].unpacked(found[1])))
             left -= 1
-            pulled_s = time.perf_counter() - begun
         elif stage is not None:
+            before = time.perf_counter()
             run.run(stage)
-            for transfer in staged.graph.stages[stage].makes:
-                exchange.push(transfer, step, run.gradients(transfer), int(ranks[transfer]))
+            made += staged.graph.stages[stage].makes
+            if is_alone:
+                run.wait(stage)
+                seconds[stage] = time.perf_counter() - before
+            else:
+                made = _pushed(made, run, exchange, step, ranks)
+    _pushed(made, run, exchange, step, ranks)
     if following is not None:
         exchange.pull(step + 1, following)
     exchange.flushed()
-    return Seen(seconds=time.perf_counter() - begun, waited_s=waited_s, pulled_s=pulled_s)
+    stages = tuple(seconds[number] for number in sorted(seconds))
+    return Seen(seconds=time.perf_counter() - begun, waited_s=waited_s, stages=stages)
 
 
-def whole(exchange: Exchange, packings: Sequence[Packing]) -> Mapping[str, np.ndarray]:
+def _pushed(made: list[int], run: Run, exchange: Exchange, step: int, ranks: np.ndarray) -> list[int]:
+    """Sends gradients; none is left."""
+    for transfer in made:
+        exchange.push(transfer, step, run.gradients(transfer), int(ranks[transfer]))
+    return []
+
+
+def rate(exchange: Exchange, step: int, ranks: np.ndarray) -> tuple[int, float]:
+    """Bytes and seconds of all parameters coming down while nothing else is done, from the first slice on; nothing may have been asked for."""
+    exchange.pull(step, ranks)
+    whole(exchange)
+    return exchange.last_pull()
+
+
+def whole(exchange: Exchange) -> dict[str, np.ndarray]:
     """All parameters that were asked for."""
     made: dict[str, np.ndarray] = {}
-    for _ in packings:
+    for _ in exchange.packings:
         transfer, data = exchange.next_arrived()
-        made |= packings[transfer].unpacked(data)
+        made |= exchange.packings[transfer].unpacked(data)
     return made

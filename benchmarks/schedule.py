@@ -1,0 +1,191 @@
+"""Which bytes move first: one server, one worker, a core each, in two network namespaces joined by a link that is shaped on both sides (`tbf`).
+
+The rate of the link is set so that all parameters take 0.25 to 4 times as long as the way forward. All systems have the same stages and the same wire and take
+turns; a pair is a turn of two of them in one cycle. `random`, `tree`, `layer`, `tic`, `tac` as published: whole tensors, and a barrier between steps; `layer, free`
+without the barrier, which is the honest rival; `tac, slices` is what shoal does. A turn of training is three steps in a row.
+
+T1  seconds of random order over `tac, slices`, ratio 1, the worse of the two chains: inference (T1a), training (T1b)
+T2  E of `tac, slices` against the chain bound, the worse chain, inference, ratio 1
+T3  seconds of `tac, slices` over `layer, free`: the worst cell where the guard is not off (T3a); what is gained on the branching and the embedding-first net at
+    ratio 1, where the guard is not off (T3b)
+T4  milliseconds to order 1,000 tensors, warm; the first call beside
+T5  |predicted - measured| / measured makespan of `tac, slices`, the median over cells
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from benchmarks.frame import Goal, percentile_interval, run, table
+from benchmarks.pod_step_crew import ONE_THREAD
+from benchmarks.schedule_member import SYSTEMS
+from benchmarks.schedule_nets import CHAINS, NETS
+from benchmarks.shaped_link import Link, shaped_link, why_not
+from shoal.schedule.fast_tac import fast_tac
+from shoal.schedule.graph import Graph, Stage, Times, Transfer
+
+RATIOS: Final = {"inference": (0.25, 0.5, 1.0, 2.0, 4.0), "training": (0.25, 0.5, 1.0, 2.0, 4.0)}
+CYCLES: Final = 20
+FEW: Final = ["random", "layer, free", "tac, slices"]
+TENSORS: Final = 1000
+
+
+class Member:
+    """A process at one end of the link."""
+
+    def __init__(self, link: Link, end: int, words: Sequence[str]) -> None:
+        cores = sorted(os.sched_getaffinity(0))
+        pinned = ["taskset", "--cpu-list", str(cores[end % len(cores)])]
+        root = Path(__file__).parent.parent
+        self._process = subprocess.Popen(
+            link.command(end, [*pinned, sys.executable, "-m", "benchmarks.schedule_member", *words]), stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, text=True, cwd=root, env={**os.environ, **ONE_THREAD, "PYTHONPATH": str(root)},
+        )  # fmt: skip
+
+    def ask(self, what: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(what) + "\n")
+        self._process.stdin.flush()
+        while line := self._process.stdout.readline():
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"The member ended with {self._process.wait()}.")
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
+    warm_s, first_s = ordering()
+    print(f"{TENSORS} tensors are ordered in {1e3 * warm_s:.2f} ms (the first call: {first_s:.2f} s)")
+    cells: list[dict[str, Any]] = []
+    if not (why := why_not()):
+        with shaped_link() as link:
+            server, worker = Member(link, 0, ["--serve", link.address(0)]), Member(link, 1, [])
+            try:
+                for net in ("vgg",) if quick else NETS:
+                    for mode in ("inference",) if quick else ("inference", "training"):
+                        cells += cells_of(link, server, worker, net, mode, quick)
+            finally:
+                server.close()
+                worker.close()
+    show(cells)
+    return goals(cells, warm_s, quick, why), {"cells": cells, "ordering_s": warm_s, "first_ordering_s": first_s}
+
+
+def cells_of(link: Link, server: Member, worker: Member, net: str, mode: str, quick: bool) -> list[dict[str, Any]]:
+    """One net in one mode, at all ratios."""
+    link.shape(None)
+    asked = {"net": net, "mode": mode}
+    ports = server.ask(asked)["ports"]
+    alone = worker.ask({**asked, "host": link.address(0), "ports": ports})
+    made = []
+    for ratio in (1.0,) if quick else RATIOS[mode]:
+        link.shape(alone["bytes"] / (ratio * alone["forward_s"]))
+        systems = list(SYSTEMS) if ratio == 1 and not quick else FEW
+        begun = time.perf_counter()
+        found = worker.ask({"run": 10 if quick else CYCLES, "systems": systems})
+        made.append({"net": net, "mode": mode, "ratio": ratio, **alone, **found})
+        print(f"# {net}, {mode}, ratio {ratio:g}: {time.perf_counter() - begun:.0f} s", flush=True)
+    return made
+
+
+def ordering() -> tuple[float, float]:
+    """Seconds to order a chain of so many tensors with random times: warm, and the first call."""
+    transfers = tuple(Transfer(name=f"t{n:04d}", size_bytes=1) for n in range(TENSORS))
+    stages = tuple(Stage(name=f"s{n}", after=(n - 1,) if n else (), needs=(n,)) for n in range(TENSORS))
+    graph, rng, taken = Graph(transfers=transfers, stages=stages), np.random.default_rng(0), []
+    for _ in range(20):
+        times = Times(rng.integers(1, 10**6, TENSORS), rng.integers(1, 10**6, TENSORS))
+        begun = time.perf_counter()
+        fast_tac(graph, times)
+        taken.append(time.perf_counter() - begun)
+    return float(np.median(taken[1:])), taken[0]
+
+
+def ratio_of(cell: dict[str, Any], one: str, other: str) -> tuple[float, float, float]:
+    """Seconds of one system over another's, of pairs: (median, low, high)."""
+    pairs = zip(cell["seconds"][one], cell["seconds"][other], strict=True)
+    return percentile_interval([a / b for a, b in pairs], 50)
+
+
+def efficiency(cell: dict[str, Any], system: str, best: str) -> float:
+    """E against a bound."""
+    took = float(np.median(cell["seconds"][system]))
+    return float((cell["upper_s"] - took) / (cell["upper_s"] - cell[best]))
+
+
+def error(cell: dict[str, Any]) -> float:
+    took = float(np.median(cell["seconds"]["tac, slices"]))
+    return float(abs(cell["predicted"]["tac, slices"] - took) / took)
+
+
+def show(cells: Sequence[dict[str, Any]]) -> None:
+    table(
+        ["net", "mode", "ratio", "MB/s", "forward, ms", *(f"{name}, ms" for name in FEW), "random / ours", "ours / layer", "from", "to", "S", "E", "E chain", "error", "guard"],
+        [
+            [
+                cell["net"], cell["mode"], cell["ratio"], 1e-6 * cell["bytes_per_s"], 1e3 * cell["forward_s"],
+                *(1e3 * float(np.median(cell["seconds"][name])) for name in FEW), ratio_of(cell, "random", "tac, slices")[0],
+                *ratio_of(cell, "tac, slices", "layer, free"), (cell["upper_s"] - cell["lower_s"]) / cell["lower_s"], efficiency(cell, "tac, slices", "lower_s"),
+                efficiency(cell, "tac, slices", "chain_s"), error(cell), cell["guard"]["state"],
+            ]
+            for cell in cells
+        ],
+    )  # fmt: skip
+    full = [cell for cell in cells if len(cell["seconds"]) == len(SYSTEMS)]
+    if full:
+        print("ratio 1, every system: milliseconds of a step, median and 95th percentile")
+        table(
+            ["net", "mode", *SYSTEMS],
+            [
+                [c["net"], c["mode"], *(f"{1e3 * np.median(c['seconds'][s]):.0f} {1e3 * np.percentile(c['seconds'][s], 95):.0f}" for s in SYSTEMS)]
+                for c in full
+            ],
+        )  # fmt: skip
+
+
+def goals(cells: Sequence[dict[str, Any]], warm_s: float, quick: bool, why: str) -> list[Goal]:
+    why = why or ("it needs the full run" if quick else "")
+
+    def over_random(mode: str) -> tuple[float, float] | None:
+        found = [
+            ratio_of(c, "random", "tac, slices")
+            for c in cells
+            if (c["mode"], c["ratio"]) == (mode, 1.0) and c["net"] in CHAINS
+        ]
+        return min(((value, low) for value, low, _ in found), key=lambda pair: pair[1], default=None)
+
+    def judged(name: str, what: str, found: tuple[float, float] | None, bound: str) -> Goal:
+        value, worse = found or (None, None)
+        return Goal(name, what, value, bound, why=why, judged=worse)
+
+    chains = [c for c in cells if (c["mode"], c["ratio"]) == ("inference", 1.0) and c["net"] in CHAINS]
+    on = [c for c in cells if c["guard"]["state"] != "off"]
+    against = [ratio_of(c, "tac, slices", "layer, free") for c in on]
+    worst = max(((value, high) for value, _, high in against), key=lambda pair: pair[1], default=(1.0, 1.0))
+    branching = [c for c in on if c["ratio"] == 1 and c["net"] in ("inception", "language model")]
+    gains = [ratio_of(c, "layer, free", "tac, slices") for c in branching]
+    least = min(((value, low) for value, low, _ in gains), key=lambda pair: pair[1], default=None)
+    return [
+        judged("T1a", "inference, random order over ours, the worse chain, ratio 1", over_random("inference"), ">= 1.6"),
+        judged("T1b", "training, the same", over_random("training"), ">= 1.25"),
+        Goal("T2", "E against the chain bound, the worse chain, inference, ratio 1", min((efficiency(c, "tac, slices", "chain_s") for c in chains), default=None), ">= 0.95", why=why),
+        judged("T3a", f"ours over layer order, the worst of {len(on)} cells of {len(cells)} where the guard is not off", worst, "<= 1.02"),
+        judged("T3b", f"layer order over ours on the branching and the embedding-first net, ratio 1, the least of {len(gains)} cells where the guard is not off", least, ">= 1.03"),
+        Goal("T4", f"ms to order {TENSORS} tensors, warm", 1e3 * warm_s, "<= 10"),
+        Goal("T5", "|predicted - measured| / measured makespan of ours, the median over cells", float(np.median([error(c) for c in cells])) if cells else None, "<= 0.1", why=why),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    run("schedule", measure, __doc__ or "")

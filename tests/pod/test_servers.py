@@ -1,0 +1,288 @@
+"""Parameter servers: what they decide, what they compute, and that no order, slice or number of servers changes a bit of it."""
+
+import socket
+import threading
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import shoal
+from shoal.errors import DeadlineExceeded, NetworkError, ProtocolError, StoreError
+from shoal.pod import Trainer, Version, Watch
+from shoal.pod.servers.clocks import Clocks, Update
+from shoal.pod.servers.lines import PULL, Frame, Line
+from shoal.pod.servers.packing import Packing
+from shoal.pod.servers.trainer import ServerTrainer
+from shoal.pod.servers.updates import Updates
+
+WIDTHS = (6, 16, 16, 3)
+
+
+def init(key: Any) -> Any:
+    return {
+        f"layer{n}": {"kernel": jax.random.normal(jax.random.fold_in(key, n), pair) * 0.3, "bias": jnp.zeros(pair[1])}
+        for n, pair in enumerate(pairwise(WIDTHS))
+    }
+
+
+def scores(params: Any, x: Any) -> Any:
+    for n in range(3):
+        x = x @ params[f"layer{n}"]["kernel"] + params[f"layer{n}"]["bias"][None]
+        x = jnp.tanh(x) if n < 2 else x
+    return x
+
+
+def task(optimizer: Any = None) -> shoal.Task:
+    return shoal.Task(
+        name="small", init=init, batch={"x": ((6,), "float32"), "y": ((), "int32")},
+        loss=lambda params, state, batch, key: optax.softmax_cross_entropy_with_integer_labels(scores(params, batch["x"]), batch["y"]),
+        evaluate=lambda params, state, batch: {"right": shoal.Sum((jnp.argmax(scores(params, batch["x"]), 1) == batch["y"]).astype(jnp.float32), jnp.ones(batch["y"].shape[0]), (0.0, 1.0))},
+        local=shoal.Local(optimizer=optimizer or optax.adam(1e-2), batch_size=8),
+    )  # fmt: skip
+
+
+def examples(num: int = 44) -> shoal.data.Examples:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(num, 6)).astype(np.float32)
+    return shoal.data.Examples({"x": x, "y": (x[:, 0] > 0).astype(np.int32) + (x[:, 1] > 0).astype(np.int32)})
+
+
+def trained(steps: int = 7, **how: Any) -> dict[str, np.ndarray]:
+    given = {"workers": 2, "servers": 1, "order": "layer", **how}
+    made = ServerTrainer(task(), joined_bytes=100, **given).train(examples(), steps=steps, commit_every=4, seed=3)
+    return {name: np.asarray(value) for name, value in made["params"].items()}
+
+
+class TestClocks:
+    def test_synchronous_waits_for_all_and_adds_up_in_their_order(self) -> None:
+        clocks = Clocks((0,), 3, staleness=0)
+        assert clocks.pushed(2, 0, 0) is None
+        assert clocks.pushed(0, 0, 0) is None
+        assert clocks.pushed(1, 0, 0) == Update(0, (0, 1, 2))
+        assert not clocks.may_have(0, 1)
+        clocks.updated(0)
+        assert clocks.may_have(0, 1)
+        assert not clocks.may_have(0, 2)
+
+    def test_a_gradient_out_of_turn_is_refused(self) -> None:
+        clocks = Clocks((0,), 1, staleness=0)
+        with pytest.raises(ProtocolError, match="for step 0, got one for 1"):
+            clocks.pushed(0, 0, 1)
+        with pytest.raises(ProtocolError, match="of this server"):
+            clocks.pushed(0, 5, 0)
+
+    @given(st.integers(1, 4), st.integers(1, 3), st.data())
+    @settings(max_examples=100, deadline=None)
+    def test_nobody_is_further_ahead_than_allowed(self, num_workers: int, staleness: int, data: Any) -> None:
+        clocks, at = Clocks((0,), num_workers, staleness=staleness), [0] * num_workers
+        for _ in range(30):
+            allowed = [worker for worker in range(num_workers) if clocks.may_have(0, at[worker])]
+            assert allowed  # the slowest may always go on
+            worker = data.draw(st.sampled_from(allowed))
+            assert clocks.pushed(worker, 0, at[worker]) == Update(0, (worker,))
+            at[worker] += 1
+            clocks.updated(0)
+            assert max(at) - min(at) <= staleness + 1
+        assert clocks.done(0) == sum(at) // num_workers
+
+    def test_what_is_asked_for_the_last_step_is_what_came_of_all(self) -> None:
+        clocks = Clocks((0,), 2, staleness=None, last_step=1)
+        clocks.pushed(0, 0, 0)
+        clocks.updated(0)
+        assert not clocks.may_have(0, 1)
+        clocks.pushed(1, 0, 0)
+        clocks.updated(0)
+        assert clocks.may_have(0, 1)
+
+
+OPTIMIZERS = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adamw": optax.adamw(optax.linear_schedule(0.1, 0.0, 5), weight_decay=0.1),
+    "lamb": optax.lamb(0.1),
+    "masked decay": optax.adamw(0.1, weight_decay=0.1, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_updates_by_transfer_are_the_update(name: str) -> None:
+    rng = np.random.default_rng(0)
+    shapes = {"a": (3, 4), "b": (4,), "c": (2, 2)}
+    params = {n: jnp.asarray(rng.normal(size=shape), jnp.float32) for n, shape in shapes.items()}
+    members = (("a", "b"), ("c",))
+    optimizer = OPTIMIZERS[name]
+    updates, opt = Updates(optimizer, params, members), optimizer.init(params)
+    parts, wanted = updates.begin(params), dict(params)
+    mine = dict(params)
+    for _ in range(3):
+        gradients = {n: jnp.asarray(rng.normal(size=shape), jnp.float32) for n, shape in shapes.items()}
+        with jax.numpy_dtype_promotion("standard"):
+            step, opt = optimizer.update(gradients, opt, wanted)
+        wanted = optax.apply_updates(wanted, step)
+        for transfer in (1, 0):
+            reached, parts[transfer] = updates.updated(transfer, gradients, mine, parts[transfer])
+            mine |= reached
+    for n in shapes:
+        np.testing.assert_allclose(mine[n], wanted[n], rtol=2e-6, atol=1e-7)
+
+
+def test_an_optimizer_that_looks_at_all_gradients_is_refused() -> None:
+    params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+    with pytest.raises(ValueError, match="looks at one tensor at a time"):
+        Updates(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), params, (("a",), ("b",)))
+
+
+def test_packing_and_back() -> None:
+    tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(7, np.int32)}
+    packing = Packing(("b", "a"), tensors)
+    data = packing.packed(tensors)
+    assert data.ctypes.data % 64 == 0
+    assert packing.size_bytes == 28
+    for name, value in packing.unpacked(data).items():
+        np.testing.assert_array_equal(value, tensors[name])
+
+
+def test_it_is_the_training_of_a_mesh() -> None:
+    mesh = Trainer(task(), mesh="data=2", devices=jax.devices()[:2])
+    wanted = mesh.whole(mesh.train(examples(), steps=7, commit_every=7, seed=3))
+    for name, value in trained(servers=2).items():
+        np.testing.assert_allclose(value, wanted[name], rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"servers": 2, "order": "random"},
+        {"order": "auto", "slice_bytes": 64, "credit_bytes": 64},
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (
+                {"order": "tree"},
+                {"order": "tic"},
+                {"order": "tac"},
+                {"has_barrier": True},
+                {"slice_bytes": 1 << 20, "credit_bytes": 100},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_no_order_changes_a_bit(how: Any) -> None:
+    wanted = trained()
+    for name, value in trained(**how).items():
+        np.testing.assert_array_equal(value, wanted[name])
+
+
+@pytest.mark.parametrize("staleness", [1, None])
+def test_those_who_do_not_wait_learn_too(staleness: int | None) -> None:
+    found: list[Version] = []
+    trainer = ServerTrainer(task(), workers=2, servers=1, staleness=staleness, order="layer", joined_bytes=100)
+    watch = Watch(on_version=found.append)
+    trainer.train(examples(200), steps=60, commit_every=60, seed=0, held_out=examples(200), watch=watch)
+    assert found[-1].metrics["right"] > 0.8
+
+
+def test_versions_are_told() -> None:
+    found: list[Version] = []
+    trainer = ServerTrainer(task(), workers=2, order="layer", joined_bytes=100)
+    trainer.train(examples(), steps=6, commit_every=4, held_out=examples(), watch=Watch(on_version=found.append))
+    assert [(version.version, version.step) for version in found] == [(1, 4), (2, 6)]
+    assert found[0].metrics["right"] > 0
+    assert found[0].training["loss"] > 0
+    assert set(found[0].model) == {f"params/layer{n}/{kind}" for n in range(3) for kind in ("kernel", "bias")}
+
+
+def test_it_goes_on_from_a_checkpoint_with_another_number_of_servers(tmp_path: Path) -> None:
+    def run(steps: int, servers: int) -> Any:
+        trainer = ServerTrainer(task(), workers=2, servers=servers, order="layer", joined_bytes=100)
+        return trainer.train(examples(), steps=steps, commit_every=3, seed=3, folder=tmp_path)["params"]
+
+    run(3, 2)
+    again = run(7, 1)
+    wanted = trained(steps=7)
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, wanted[name])
+    with pytest.raises(StoreError, match="seed"):
+        ServerTrainer(task(), workers=2, order="layer", joined_bytes=100).train(
+            examples(), steps=9, commit_every=3, seed=4, folder=tmp_path
+        )
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"workers": 3}, "share evenly"),
+        ({"servers": 9}, "as many servers as tensors"),
+        ({"staleness": -1}, "staleness of 0"),
+    ],
+)
+def test_bad_settings_have_one_clear_error(how: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ServerTrainer(task(), joined_bytes=100, **how).train(examples(), steps=1, commit_every=1)
+
+
+class TestLines:
+    def pair(self, secret: bytes, other: bytes) -> tuple[Any, Any]:
+        listening = socket.create_server(("127.0.0.1", 0))
+        found: list[Any] = []
+
+        def accept() -> None:
+            made, _ = listening.accept()
+            try:
+                found.append(Line.accepted(made, secret, silence_s=1.0))
+            except ProtocolError as error:
+                found.append(error)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            port = listening.getsockname()[1]
+            dialled: Any = Line.dialled("127.0.0.1", port, other, role="up", worker=3, silence_s=1.0)
+        except (ProtocolError, NetworkError) as error:
+            dialled = error
+        thread.join()
+        listening.close()
+        return dialled, found[0]
+
+    def test_frames_go_over(self) -> None:
+        dialled, (accepted, role, worker) = self.pair(b"secret", b"secret")
+        assert (role, worker) == ("up", 3)
+        dialled.send(Frame(PULL, 1, 2, 3), b"abc")
+        frame = accepted.receive()
+        assert frame == Frame(PULL, 1, 2, 3, 3)
+        place = bytearray(3)
+        accepted.read_into(memoryview(place))
+        assert bytes(place) == b"abc"
+        dialled.close()
+        with pytest.raises(NetworkError, match="gone"):
+            accepted.receive()
+        accepted.close()
+
+    def test_who_does_not_know_the_secret_is_not_heard(self) -> None:
+        dialled, accepted = self.pair(b"secret", b"another")
+        assert isinstance(accepted, ProtocolError)
+        assert isinstance(dialled, NetworkError | ProtocolError)
+
+    def test_a_frame_that_is_none_is_refused(self) -> None:
+        dialled, (accepted, *_) = self.pair(b"secret", b"secret")
+        dialled._socket.sendall(bytes([9]) + bytes(27))
+        with pytest.raises(ProtocolError, match="kind 9"):
+            accepted.receive()
+        for line in (dialled, accepted):
+            line.close()
+
+    def test_one_that_stops_in_the_middle_of_a_frame_is_given_up(self) -> None:
+        dialled, (accepted, *_) = self.pair(b"secret", b"secret")
+        dialled._socket.sendall(bytes([1]) + bytes(5))
+        with pytest.raises(DeadlineExceeded, match="did nothing for 1 s"):
+            accepted.receive()
+        for line in (dialled, accepted):
+            line.close()
