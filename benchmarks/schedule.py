@@ -2,7 +2,7 @@
 
 The rate of the link is set so that all parameters take 0.25 to 4 times as long as the way forward. All systems have the same stages and the same wire and take
 turns; a pair is a turn of two of them in one cycle. `random`, `tree`, `layer`, `tic`, `tac` as published: whole tensors, and a barrier between steps; `layer, free`
-without the barrier, which is the honest rival; `tac, slices` is what shoal does. A turn of training is three steps in a row.
+without the barrier, which is the honest rival; `tac, slices` is what shoal does. A turn of training is two steps in a row.
 
 T1  seconds of random order over `tac, slices`, ratio 1, the worse of the two chains: inference (T1a), training (T1b)
 T2  E of `tac, slices` against the chain bound, the worse chain, inference, ratio 1

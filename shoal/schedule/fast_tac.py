@@ -42,41 +42,36 @@ def fast_tac(graph: Graph, times: Times) -> np.ndarray:
         ValueError: times of another graph.
     """
     times.check(graph)
-    names = np.argsort(np.array([transfer.name for transfer in graph.transfers]), kind="stable")
-    depends = graph.depends[:, names]  # transfers are numbered by name inside
-    num = len(names)
-    downstream, stages = np.nonzero(depends.T)
-    begins = np.searchsorted(downstream, np.arange(num + 1))
-    order = _order(
-        begins,
-        stages.astype(np.int64),
-        times.transfers[names],
-        times.stages,
-        depends.sum(1).astype(np.int64),
-        depends @ times.transfers[names],
-        depends @ np.arange(num),
-    )
-    ranks = np.empty(num, np.int64)
-    ranks[names[order]] = np.arange(num)
+    found = graph.by_name
+    order = _order(found.begins, found.stages, found.waits, times.transfers[found.names], times.stages)
+    ranks = np.empty(len(order), np.int64)
+    ranks[found.names[order]] = np.arange(len(order))
     return ranks
 
 
 @_compiled
 def _order(
-    begins: np.ndarray, stages: np.ndarray, communication: np.ndarray, computation: np.ndarray, waits: np.ndarray, together: np.ndarray, numbers: np.ndarray
-) -> np.ndarray:  # fmt: skip
+    begins: np.ndarray, stages: np.ndarray, num_waits: np.ndarray, communication: np.ndarray, computation: np.ndarray
+) -> np.ndarray:
     """The transfers, first to last.
 
     Args:
         begins, stages: stages[begins[r] : begins[r + 1]] are those downstream of transfer r.
+        num_waits: transfers upstream of each stage.
         communication: M of each transfer.
         computation: of each stage.
-        waits, together, numbers: of each stage, what is outstanding upstream of it: how many, how long, the sum of their numbers.
     """
     num = len(communication)
     unlocked = np.zeros(num, np.int64)
     is_left = np.ones(num, np.bool_)
     order = np.empty(num, np.int64)
+    waits = num_waits.copy()  # what is outstanding upstream of a stage: how many,
+    together = np.zeros(len(waits), np.int64)  # how long,
+    numbers = np.zeros(len(waits), np.int64)  # and the sum of their numbers, which is the number of the last one
+    for r in range(num):
+        for at in range(begins[r], begins[r + 1]):
+            together[stages[at]] += communication[r]
+            numbers[stages[at]] += r
     for stage in range(len(waits)):
         if waits[stage] == 1:
             unlocked[numbers[stage]] += computation[stage]

@@ -75,6 +75,16 @@ class Graph:
         return made
 
     @cached_property
+    def by_name(self) -> "ByName":
+        """What each transfer is upstream of, transfers numbered by name."""
+        names = np.argsort(np.array([transfer.name for transfer in self.transfers]), kind="stable")
+        depends = self.depends[:, names]
+        transfers, stages = np.nonzero(depends.T)
+        begins = np.searchsorted(transfers, np.arange(len(names) + 1))
+        waits = depends.sum(1, dtype=np.int64)
+        return ByName(names, begins.astype(np.int64), stages.astype(np.int64), waits)
+
+    @cached_property
     def num_forward(self) -> int:
         """Stages before the first that makes a gradient, or waits for one that has: the way forward."""
         for number, stage in enumerate(self.stages):
@@ -91,6 +101,20 @@ class Graph:
     def sizes(self) -> np.ndarray:
         """Bytes of each transfer."""
         return np.array([transfer.size_bytes for transfer in self.transfers], np.int64)
+
+
+@dataclass(frozen=True)
+class ByName:
+    """A graph's dependencies from the transfers' side."""
+
+    names: np.ndarray
+    """(transfers,), numbers of transfers in the order of their names."""
+    begins: np.ndarray
+    """(transfers + 1,), where the stages of each begin."""
+    stages: np.ndarray
+    """Those downstream of the first by name, then of the second, …"""
+    waits: np.ndarray
+    """(stages,), how many transfers each waits for."""
 
 
 @dataclass(frozen=True)
