@@ -61,7 +61,19 @@ def vgg(params: Any, x: Any) -> Any:
     return jax.nn.relu(x @ params["dense1"]) @ params["out"]
 
 
-RESNET: Final = ((32, 32), (32, 48), (48, 48), (48, 48), (48, 64), (64, 64), (64, 64), (64, 80), (80, 80), (80, 80), (80, 96))
+RESNET: Final = (
+    (32, 32),
+    (32, 48),
+    (48, 48),
+    (48, 48),
+    (48, 64),
+    (64, 64),
+    (64, 64),
+    (64, 80),
+    (80, 80),
+    (80, 80),
+    (80, 96),
+)
 """Channels before and after each block."""
 RESNET_HALVED: Final = (1, 5)
 

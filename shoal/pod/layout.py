@@ -21,6 +21,8 @@ from shoal.pod.collectives import Members
 
 BUCKET_BYTES: Final = 32 << 20
 """Of one collective's operand, unless a single tensor is larger."""
+ALONE_BYTES: Final = 1 << 20
+"""From it on a tensor travels by itself: to lay it beside others, and to take it out again, takes longer than a collective more."""
 
 
 @dataclass(frozen=True)
@@ -164,6 +166,9 @@ def _buckets(cuts: Mapping[str, Cut], num_members: int, most_bytes: int) -> list
         if cut.is_whole or cut.dim is not None:
             continue
         size = num_members * cut.columns(num_members) * cut.dtype.itemsize
+        if size >= ALONE_BYTES:
+            full.append((name,))
+            continue
         names, taken = filling.get(cut.dtype, ([], 0))
         if names and taken + size > most_bytes:
             full.append(tuple(names))

@@ -243,7 +243,7 @@ class Program(Placement):
         """Whether a sum is taken in pieces though all need the whole: over two axes, in fewer bytes, or where sums are slow (gloo takes each
         tensor by itself)."""
         members = self.members
-        return len(members.axes) > 1 or members.sum_type != "float32" or members.how == "exchange"
+        return len(members.axes) > 1 or members.sum_type != "float32" or members.how in ("exchange", "permute")
 
     def _optimized(self, pieces: Named, gradient: Named, opt: Tree) -> tuple[Named, Tree]:
         params, slopes = self.learned_tree(pieces), self.learned_tree(gradient)

@@ -23,6 +23,8 @@ SPEC = MeshSpec.parse("slow=2,data=4")
     [
         ({}, {"all_gather", "reduce_scatter"}, {"float32"}),
         ({"how": "exchange"}, {"all_gather", "all_to_all"}, {"float32"}),
+        ({"how": "permute"}, {"collective_permute"}, {"float32"}),
+        ({"how": "permute", "sum_type": "bfloat16"}, {"collective_permute"}, {"float32", "bfloat16"}),
         ({"how": "whole"}, {"all_gather", "all_reduce"}, {"float32"}),
         ({"sum_type": "bfloat16"}, {"all_gather", "all_to_all"}, {"float32", "bfloat16"}),
     ],
@@ -43,7 +45,7 @@ def test_the_gradient_of_gathering_is_the_sum_as_members_take_it(how: Any, kinds
     assert {operand.dtype for each in found for operand in each.operands} == types
 
 
-@pytest.mark.parametrize("how", ["reduce_scatter", "exchange"])
+@pytest.mark.parametrize("how", ["reduce_scatter", "exchange", "permute"])
 def test_where_pieces_are_exchanged_a_replicated_update_s_sum_is_too(how: How) -> None:
     spec = MeshSpec.parse("data=2")
     task = shoal.Task(
@@ -55,6 +57,27 @@ def test_where_pieces_are_exchanged_a_replicated_update_s_sum_is_too(how: How) -
     state = program.begin(jax.random.key(0))
     given = ({"x": np.ones((1, 4, 3), "f")}, np.ones((1, 4), bool), np.zeros(2, np.uint32))
     trace = str(jax.make_jaxpr(program.steps)(state, *given))
-    assert ("all_to_all" in trace) == (how == "exchange")
+    assert ("all_to_all" in trace, "ppermute" in trace) == (how == "exchange", how == "permute")
     after, _ = jax.jit(program.steps)(state, *given)
     np.testing.assert_allclose(after["params"]["params/w"], np.full(3, 1 - 0.1 * 6), rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["data=2", "data=5", "slow=2,data=3"])
+def test_what_is_told_to_all_is_the_same_on_each(text: str) -> None:
+    spec = MeshSpec.parse(text)
+    members = Members(spec, how="permute")
+    values = np.random.default_rng(0).normal(size=(spec.num_members, 7)).astype("f")
+
+    def told(own: Any) -> Any:
+        made = members.total({"a": own[0, :3], "b": {"c": own[0, 3], "n": jnp.int32(2)}, "d": own[0, 4:].reshape(3, 1)})
+        return jax.tree.map(lambda leaf: leaf[None], made)
+
+    specs = members.spec
+    mesh = spec.build(jax.devices()[: spec.num_devices])
+    made = jax.jit(jax.shard_map(told, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False))(values)
+    total = values.sum(0)
+    for row in range(spec.num_members):
+        np.testing.assert_allclose(made["a"][row], total[:3], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(made["d"][row, :, 0], total[4:], rtol=1e-5, atol=1e-6)
+        assert made["b"]["n"][row] == 2 * spec.num_members
+        np.testing.assert_array_equal(made["a"][row], made["a"][0])

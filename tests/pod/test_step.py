@@ -119,7 +119,7 @@ def test_the_result_is_that_of_one_device(mesh: str, optimizer: str, update: Upd
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"how": "exchange"}, {"how": "whole"}])
+@pytest.mark.parametrize("how", [{"how": "permute"}, {"how": "exchange"}, {"how": "whole"}])
 def test_however_it_is_added_up(how: dict[str, Any]) -> None:
     expected, _ = on_one_device("lamb")
     found, _ = trained("slow=2,data=4", "sharded", "lamb", **how)
