@@ -15,6 +15,7 @@ EPILOG = options.examples(
     "shoal train task.py --data images.npz --steps 5000 --mesh auto --machine h100",
     "shoal train task.py --data name:digits --epochs 10 --run runs/2026-01-31-digits --resume",
     "shoal train task.py --data images.npz --steps 5000 --workers 2 --checkpoint-every 100",
+    "shoal train task.py --data images.npz --steps 5000 --workers 2 --servers 1",
 )
 
 
@@ -109,6 +110,27 @@ def train(
             show_default="this one alone",
         ),
     ] = 0,
+    servers: Annotated[
+        int,
+        typer.Option(
+            "--servers",
+            min=0,
+            help="Parameter servers: they hold the model, workers ask for it.",
+            show_default="none: a mesh",
+        ),
+    ] = 0,
+    staleness: Annotated[
+        str,
+        typer.Option(
+            "--staleness", help="With --servers: steps a worker may be ahead of the slowest; any: nobody waits."
+        ),
+    ] = "0",
+    order: Annotated[
+        str,
+        typer.Option(
+            "--order", help="With --servers, which tensors go first: auto (what pays), tac, tic, layer, tree or random."
+        ),
+    ] = "auto",
     hosts: Annotated[
         int | None,
         typer.Option(
@@ -137,13 +159,16 @@ def train(
     The members are the devices along the axis `data` (and `slow`): each takes the gradient of its share of the batch, and one compiled program adds
     them up. Other axes split tensors, by --rule. On a CPU the mesh's devices are made of it, so that any layout can be tried out.
 
+    With --servers the model lies there, and --workers ask for it: tensors come in the order in which the step needs them, and each is updated when its gradient
+    has arrived.
+
     With --workers the training is done by processes that may die: with those that are left it goes on from the last checkpoint.
     """  # fmt: skip
     asked = Asked(
         task=task, data=data, epochs=epochs, steps=steps, mesh=mesh, rule=tuple(rule or ()), split_input=tuple(split_input or ()), update=update,
         sums=sums, batch=batch, accumulate=accumulate, steps_per_call=steps_per_call, window=window, remat=tuple(remat or ()),
         loss_scaling=loss_scaling, batch_norm_group=batch_norm_group, commit_every=commit_every, checkpoint_every=checkpoint_every,
-        held_out=held_out, user_column=user_column, seed=seed, machine=machine, run=run, resume=resume, as_json=json,
+        held_out=held_out, user_column=user_column, seed=seed, machine=machine, servers=servers, staleness=staleness, order=order, run=run, resume=resume, as_json=json,
     )  # fmt: skip
     asked.check()
     if workers or listen or join:

@@ -9,6 +9,10 @@ from shoal.validate import one_of
 
 _OPTIONS: Final = {"split_input": "input"}
 """Fields whose option has another name."""
+ORDERS: Final = ("auto", "tac", "tic", "layer", "tree", "random")
+_OF_A_MESH: Final = (
+    "mesh", "rule", "split_input", "update", "sums", "accumulate", "steps_per_call", "remat", "loss_scaling", "batch_norm_group", "machine",
+)  # fmt: skip
 _NOT_AGAIN: Final = ("task", "as_json", "run", "resume")
 
 
@@ -38,6 +42,9 @@ class Asked:
     user_column: str = ""
     seed: int = 0
     machine: str = ""
+    servers: int = 0
+    staleness: str = "0"
+    order: str = "auto"
     run: Path | None = None
     resume: bool = False
     as_json: bool = False
@@ -51,7 +58,28 @@ class Asked:
         is_number = self.batch.isascii() and self.batch.isdigit() and int(self.batch) > 0
         if not (self.batch in ("", "auto") or is_number):
             raise ValueError(f"Expected --batch NUMBER or auto, got {self.batch!r}.")
-        _ = self.rules, self.inputs
+        _ = self.rules, self.inputs, self.steps_ahead
+        one_of(ORDERS, order=self.order)
+        if not self.servers and (self.staleness, self.order) != ("0", "auto"):
+            raise ValueError("--staleness and --order are of training with --servers.")
+        if self.servers:
+            meant = [
+                name for name in _OF_A_MESH if getattr(self, name) != type(self).__dataclass_fields__[name].default
+            ]
+            if meant or self.batch == "auto":
+                options = [f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name in meant] or ["--batch auto"]
+                raise ValueError(
+                    f"{', '.join(options)} would be ignored with --servers: it is about a mesh. Leave it out."
+                )
+
+    @property
+    def steps_ahead(self) -> int | None:
+        """Of the slowest worker; None: any."""
+        if self.staleness == "any":
+            return None
+        if not (self.staleness.isascii() and self.staleness.isdigit()):
+            raise ValueError(f"Expected --staleness STEPS or any, got {self.staleness!r}.")
+        return int(self.staleness)
 
     @property
     def rules(self) -> dict[str, str]:

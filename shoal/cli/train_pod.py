@@ -42,7 +42,7 @@ def supervise(asked: Asked, *, workers: int, hosts: int | None, listen: str, joi
         folder = run_folder.new_folder(asked.run, name)
         folder.mkdir(parents=True, exist_ok=True)
     folder = folder.resolve()
-    screen, number = Screen(json=asked.as_json), hosts or max(1, workers)
+    screen, number = Screen(json=asked.as_json), (hosts or max(1, workers)) + asked.servers
     how = _command(asked, folder, number)
     if join:
         return _follow(how, join, secret, workers, screen)
@@ -52,7 +52,7 @@ def supervise(asked: Asked, *, workers: int, hosts: int | None, listen: str, joi
         host, port = address.split(listen, what="--listen")
         where = Listen(host=host, port=port, secret=read_secret(secret))
     supervisor = Supervisor(
-        how, local_workers=workers, policy=policy, listen=where, watch=lambda command: _tell(command, screen),
+        how, local_workers=workers + asked.servers, policy=policy, listen=where, watch=lambda command: _tell(command, screen),
         output=lambda name, line: screen.say(f"[{name}] {line}"),
     )  # fmt: skip
     again = command_line([*asked.command(folder), "--workers", str(workers)])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shoal.data import Examples
     from shoal.pod.mesh import MeshSpec
     from shoal.pod.run import Schedule
+    from shoal.pod.servers.trainer import ServerTrainer
     from shoal.pod.trainer import Trainer
     from shoal.pod.training import Watch
     from shoal.pod.worker import Worker
@@ -66,7 +67,7 @@ class _Prepared:
     """A training that can begin."""
 
     asked: Asked
-    trainer: "Trainer"
+    trainer: "Trainer | ServerTrainer"
     examples: "Examples"
     held_out: "Examples | None"
     schedule: "Schedule"
@@ -78,7 +79,7 @@ def _prepared(asked: Asked, hosts: int, screen: Screen, watch: Stopwatch, *, is_
     examples, held_out = _examples(task, asked, screen)
     watch.lap("data")
     say = screen.say if is_first else lambda text: None
-    trainer = _trainer(task, asked, examples, say)
+    trainer = _with_servers(task, asked, say) if asked.servers else _trainer(task, asked, examples, say)
     schedule = _schedule(trainer, len(examples), asked)
     if is_first:
         _say(trainer, schedule, len(examples), asked.seed, screen)
@@ -136,6 +137,24 @@ def _trainer(task: "Task", asked: Asked, examples: "Examples", say: Any) -> "Tra
     return Trainer(task, batch_size=trial.chosen, steps_per_call=asked.steps_per_call, **settings)
 
 
+def _with_servers(task: "Task", asked: Asked, say: Any) -> "ServerTrainer":
+    import jax
+
+    from shoal.plan.compile_cache import cache_folder
+    from shoal.pod.servers.trainer import ServerTrainer
+
+    workers = max(1, jax.process_count() - asked.servers)
+    size = int(asked.batch) if asked.batch else None
+    trainer = ServerTrainer(
+        task, workers=workers, servers=asked.servers, staleness=asked.steps_ahead, order=asked.order, batch_size=size, window=asked.window,  # type: ignore[arg-type]
+        choices=cache_folder() / "transfers",
+    )  # fmt: skip
+    say(f"{words.count(workers, 'worker')}, {words.count(asked.servers, 'server')}")
+    for line in trainer.lines():
+        say(line)
+    return trainer
+
+
 def _mesh(task: "Task", asked: Asked, say: Any) -> "tuple[MeshSpec | None, Any]":
     """The mesh for the devices there are, and the kind of update."""
     import jax
@@ -166,7 +185,7 @@ def _machine(asked: Asked) -> Any:
     return Machine.named(asked.machine) if asked.machine else Machine.measured()
 
 
-def _schedule(trainer: "Trainer", num_examples: int, asked: Asked) -> "Schedule":
+def _schedule(trainer: "Trainer | ServerTrainer", num_examples: int, asked: Asked) -> "Schedule":
     from shoal.pod.run import Schedule
 
     an_epoch = trainer.order(num_examples, seed=0).steps_per_epoch
@@ -174,7 +193,9 @@ def _schedule(trainer: "Trainer", num_examples: int, asked: Asked) -> "Schedule"
     return Schedule(steps=last, commit_every=asked.commit_every or an_epoch, checkpoint_every=asked.checkpoint_every)
 
 
-def _say(trainer: "Trainer", schedule: "Schedule", num_examples: int, seed: int, screen: Screen) -> None:
+def _say(
+    trainer: "Trainer | ServerTrainer", schedule: "Schedule", num_examples: int, seed: int, screen: Screen
+) -> None:
     from shoal.pod.order import mixing
 
     order = trainer.order(num_examples, seed=seed)
@@ -232,6 +253,8 @@ def _run(
     others = {phase: s for phase, s in stopwatch.seconds.items() if phase != "training"}
     rest = {"rest": max(0.0, stopwatch.seconds["training"] - sum(inside.values()))}
     screen.line(f"{summary.task} version {summary.version}: {words.values(summary.metrics) or 'no metrics'}")
+    for line in trainer.told():
+        screen.line(line)
     screen.line(f"where the time went: {words.phases({**others, **inside, **rest}, total=stopwatch.total)}")
     screen.line(f"run: {folder}")
     more = {
@@ -253,7 +276,9 @@ def _watch(prepared: _Prepared, screen: Screen, told: Told, pod: "Worker | None"
     def describe(made: Any, call: Any) -> None:
         if not said:  # later ones differ in their number of steps alone
             from shoal.pod.describe import describe
+            from shoal.pod.trainer import Trainer
 
+            assert isinstance(prepared.trainer, Trainer)
             found = describe(prepared.trainer.program, call.batches, _machine(prepared.asked), made=made)
             for line in found.lines():
                 screen.say(line)

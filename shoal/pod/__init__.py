@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from shoal.pod.loss_scaling import LossScaling
     from shoal.pod.mesh import MeshSpec
+    from shoal.pod.servers.trainer import ServerTrainer
     from shoal.pod.trainer import Trainer
     from shoal.pod.training import Progress, Version, Watch
 
@@ -16,12 +17,13 @@ _HOMES: Final = {
     "LossScaling": "shoal.pod.loss_scaling",
     "MeshSpec": "shoal.pod.mesh",
     "Progress": "shoal.pod.training",
+    "ServerTrainer": "shoal.pod.servers.trainer",
     "Trainer": "shoal.pod.trainer",
     "Version": "shoal.pod.training",
     "Watch": "shoal.pod.training",
 }
 
-__all__ = ["LossScaling", "MeshSpec", "Progress", "Trainer", "Version", "Watch"]
+__all__ = ["LossScaling", "MeshSpec", "Progress", "ServerTrainer", "Trainer", "Version", "Watch"]
 
 
 def __getattr__(name: str) -> Any:

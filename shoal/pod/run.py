@@ -7,7 +7,7 @@ data it stands) is in `checkpoints` in the run folder; without it a run starts a
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 
@@ -17,13 +17,30 @@ from shoal.fleet.keys import HostKeys
 from shoal.local import model_specs
 from shoal.plan.build import build
 from shoal.plan.run_plan import keep_rounds, load_plan
-from shoal.pod.placement import State
-from shoal.pod.trainer import Trainer
 from shoal.pod.training import Version, Watch
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
 from shoal.record.tensor_blobs import put_tensors
+from shoal.task import Task
 from shoal.tensors import Index
+
+
+@runtime_checkable
+class Trains(Protocol):
+    """What trains a task into versions: `Trainer` on a mesh, `ServerTrainer` with parameter servers."""
+
+    task: Task
+    batch_size: int
+
+    @property
+    def num_members(self) -> int: ...
+
+    def settings(self) -> dict[str, Any]: ...
+
+    def train(
+        self, examples: Examples, *, steps: int, commit_every: int, seed: int = 0, held_out: Examples | None = None, folder: Path | None = None,
+        checkpoint_every: int | None = None, watch: Watch | None = None,
+    ) -> dict[str, Any]: ...  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +58,7 @@ class Schedule:
 
 
 def begin(
-    trainer: Trainer, store: Store, schedule: Schedule, *, seed: int, folder: Path | None, config: dict[str, Any]
+    trainer: Trains, store: Store, schedule: Schedule, *, seed: int, folder: Path | None, config: dict[str, Any]
 ) -> str:
     """Writes a new run into the record: the task as a plan, the initial model, the settings. Returns its id.
 
@@ -67,7 +84,7 @@ def checkpoints_folder(folder: Path) -> Path:
 
 
 def go_on(
-    trainer: Trainer,
+    trainer: Trains,
     store: Store,
     run_id: str,
     examples: Examples,
@@ -76,7 +93,7 @@ def go_on(
     held_out: Examples | None = None,
     folder: Path | None = None,
     watch: Watch | None = None,
-) -> State:
+) -> dict[str, Any]:
     """Trains a run from its newest checkpoint, or its beginning, to its last step. Arguments as for `Trainer.train`.
 
     Its status ends as finished, stopped (`should_stop`, Ctrl-C) or failed.
@@ -104,6 +121,7 @@ def go_on(
             run_id, "stopped" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed", time_s=time.time()
         )
         raise
+    store.set_config(run_id, {**store.run(run_id).config, "pod": trainer.settings()})  # what it has learned of itself
     is_whole = int(state["step"]) >= schedule.steps
     store.set_status(run_id, "finished" if is_whole else "stopped", time_s=time.time())
     return state
@@ -113,8 +131,8 @@ def go_on(
 class _Rows:
     """Writes the versions of a run."""
 
-    def __init__(self, trainer: Trainer, store: Store, run_id: str, *, first_round: int) -> None:
-        self._store, self._run_id, self._members = store, run_id, trainer.spec.num_members
+    def __init__(self, trainer: Trains, store: Store, run_id: str, *, first_round: int) -> None:
+        self._store, self._run_id, self._members = store, run_id, trainer.num_members
         self._specs = model_specs(trainer.task)
         self._round, self._opened_s = first_round, time.time()
         self._created_s = store.run(run_id).created_s

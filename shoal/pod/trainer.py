@@ -129,6 +129,11 @@ class Trainer:
         # Between processes: gloo's reduce-scatter has been wrong.
         return replace(made, members=replace(members, how=self_check(made.mesh, made.layout).how))
 
+    @property
+    def num_members(self) -> int:
+        """That a batch is shared by."""
+        return self.spec.num_members
+
     def settings(self) -> dict[str, Any]:
         """How it trains, as JSON."""
         program = self.program
@@ -136,6 +141,10 @@ class Trainer:
             "mesh": str(self.spec), "update": program.update, "sums": program.members.sum_type, "batch_size": self.batch_size,
             "steps_per_call": self.steps_per_call, "accumulate": program.accumulate, "window": self.window, "remat": list(program.remat), "batch_norm_group": program.group,
         }  # fmt: skip
+
+    def told(self) -> list[str]:
+        """What it has to say when it is over, for people."""
+        return []
 
     def order(self, num_examples: int, *, seed: int) -> Order:
         """Which examples its batches have."""

@@ -6,8 +6,9 @@ others       from the first step on
 
 import time
 from collections import deque
+from dataclasses import asdict
 from pathlib import Path
-from typing import Final, Literal, final
+from typing import Any, Final, Literal, final
 
 import jax
 import numpy as np
@@ -104,6 +105,21 @@ class Choice:
             self._guard.took(which, seen.seconds)
         if self.predicted_s is not None and which == "ours":
             self.oracle.saw_step(self.predicted_s, seen.seconds)
+
+    def lines(self) -> list[str]:
+        """What came of it, for people."""
+        if self.verdict is None:
+            return [f"transfers went by {self._name}"]
+        error = self.oracle.error()
+        told = [f"transfers: the order found is {self.verdict.state}: {self.verdict.why}"]
+        if self.verdict.breaks_even_at is not None:
+            told.append(f"what finding it took is paid back at step {self.verdict.breaks_even_at}")
+        return told + ([f"steps were foretold within {error:.0%}"] if error is not None else [])
+
+    def to_json(self) -> dict[str, Any]:
+        """The same for the record."""
+        verdict = {} if self.verdict is None else asdict(self.verdict)
+        return {"order": self._name, **verdict, "error": self.oracle.error(), "predicted_s": self.predicted_s}
 
     def keep(self) -> None:
         """For the next run of the same program."""

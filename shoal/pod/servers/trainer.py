@@ -95,6 +95,8 @@ class ServerTrainer:
             num_workers=workers, staleness=staleness, has_barrier=has_barrier, slice_bytes=slice_bytes, credit_bytes=credit_bytes
         )  # fmt: skip
         self._choices = choices
+        self.choice: Choice | None = None
+        """The first worker's, when it is over."""
         self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes)
         self.task = self.step.task
         staged = self.step.staged
@@ -115,6 +117,7 @@ class ServerTrainer:
         return {
             "workers": self.roles.workers, "servers": self.roles.servers, "staleness": self.staleness, "order": self.order_name,
             "batch_size": self.batch_size, "window": self.window, "slice_bytes": self.serving.slice_bytes, "credit_bytes": self.serving.credit_bytes,
+            **({"transfers": self.choice.to_json()} if self.choice else {}),
         }  # fmt: skip
 
     def lines(self) -> list[str]:
@@ -125,6 +128,10 @@ class ServerTrainer:
             f"{len(graph.stages)} stages, {graph.num_forward} of them on the way forward; {len(graph.transfers)} transfers of {size / 1e6:.1f} MB each way a step"
         ]
         return made + list(self.step.staged.notes)
+
+    def told(self) -> list[str]:
+        """What it has to say when it is over, for people: which order transfers took, and what it was worth."""
+        return self.choice.lines() if self.choice else []
 
     def order(self, num_examples: int, *, seed: int) -> Order:
         """Which examples its batches have."""
@@ -160,7 +167,9 @@ class ServerTrainer:
             self, conform(examples, self.task), None if held_out is None else conform(held_out, self.task), steps, commit_every,
             checkpoint_every or commit_every, seed, Parts((folder or Path("")) / "servers") if folder is not None else None, watch or Watch(),
         )  # fmt: skip
-        return run.alone() if jax.process_count() == 1 else run.in_pod()
+        made = run.alone() if jax.process_count() == 1 else run.in_pod()
+        self.choice = made.pop("choice", None)
+        return made
 
 
 @dataclass(frozen=True)
@@ -208,6 +217,10 @@ class _Running:
                 if found:
                     raise found[0] from None
                 raise
+            if made["step"] < self.steps:  # it was stopped: nothing changes without the first worker's gradients
+                for number, server in enumerate(servers):
+                    self._write(server, number, made["step"])
+                return made
             for thread in others:
                 thread.join()
             return made
@@ -276,7 +289,11 @@ class _Running:
         """Writes the server's part, when all its transfers have come to a step that is to be kept. In the updating thread: nothing changes meanwhile."""
         step, is_just_there = server.reached()
         self.watch.pod.marks.done(step)
-        if self.parts is None or not is_just_there or not (step % self.checkpoint_every == 0 or step == self.steps):
+        if is_just_there and (step % self.checkpoint_every == 0 or step == self.steps):
+            self._write(server, number, step)
+
+    def _write(self, server: Server, number: int, step: int) -> None:
+        if self.parts is None:
             return
         params, opt = server.held()
         wanted, owner = self.trainer.updates.wanted, self.trainer.updates.owner
@@ -364,6 +381,8 @@ class _Worker:
                         exchange.pull(step + 1, ranks)  # once more, for the step itself
                 self._sums = {}
             self._choice.took(seen)
+            if self._worker == 0 and step + 1 < running.steps and running.watch.should_stop(step + 1):
+                return {"step": step + 1, "params": whole(exchange) | self._frozen, "choice": self._choice}
         self._choice.keep()
         return {"step": running.steps, "params": params | self._frozen, "choice": self._choice}
 
