@@ -146,6 +146,12 @@ def device(
         ),
     ] = "",
     memory: Annotated[str, typer.Option("--memory", help="Most memory that a plan may take.")] = "8GiB",
+    accelerators: Annotated[
+        int,
+        typer.Option(
+            "--accelerators", min=1, help="Of this machine, that share each batch; the device is a pod of them."
+        ),
+    ] = 1,
     threads: Annotated[
         int | None, typer.Option("--threads", min=1, help="Threads to compute with.", show_default="one for each core")
     ] = None,
@@ -248,6 +254,8 @@ def device(
             state = STATE
             screen.say(f"what this host knows the device by is kept in {state} (--state)")
     engine = _engine(runtime, trusted)
+    if accelerators > 1 and engine == "iree":
+        raise ValueError("--accelerators is for --runtime jax: IREE's programs run on one.")
     limit = options_memory(memory)
     for condition in when or ():
         validate.one_of(CONDITIONS, **{"--when": condition})
@@ -309,7 +317,7 @@ def device(
     settings = device_process.Settings(
         server=door.server, users=chosen, id=id, authority=door.authority, server_name=door.server_name or None, trusted_key=trusted,
         client=client.read() if client else None, token=door.token, pseudonym_window_s=window_s,
-        state=state, memory_bytes=limit, threads=threads, patience_s=patience, in_process=in_process, visits=visits,
+        state=state, memory_bytes=limit, threads=threads, accelerators=accelerators, patience_s=patience, in_process=in_process, visits=visits,
         politeness=Politeness(when=tuple(when or ()), probe=probe, settle_s=parse_duration(settle), budget=impact),
         rest_s=parse_duration(rest) if rest else 0.0,
         priority=_priority(priority), engine=engine, populations=populations, tasks=tuple(task or ()),

@@ -66,6 +66,8 @@ class Settings:
     state: Path | None = None
     memory_bytes: int = Limits().memory_bytes
     threads: int | None = None
+    accelerators: int = 1
+    """That share each batch."""
     patience_s: float = 300.0
     in_process: bool = False
     engine: EngineName = "jax"
@@ -203,16 +205,22 @@ def _make_runner(settings: Settings, plan: Plan) -> Runner:
 
         return IreeRunner(plan, threads=settings.threads)
     if settings.in_process:
-        from shoal.plan.jax_runner import JaxRunner
+        from shoal.plan.jax_runner import JaxRunner, mesh_of
 
-        return JaxRunner(plan)
+        return JaxRunner(plan, mesh_of(settings.accelerators))
     from shoal.plan.child import ChildRunner
 
     # JAX takes seconds to start again, IREE a tenth of one.
     idle_s = IDLE_S if settings.engine == "iree" else None
     limits = Limits(memory_bytes=settings.memory_bytes)
     return ChildRunner(
-        plan, limits, settings.threads, priority=settings.priority, engine=settings.engine, idle_s=idle_s
+        plan,
+        limits,
+        settings.threads,
+        priority=settings.priority,
+        engine=settings.engine,
+        idle_s=idle_s,
+        accelerators=settings.accelerators,
     )
 
 

@@ -63,6 +63,7 @@ class ChildRunner:
         cache: Path | None = None,
         engine: EngineName = "jax",
         idle_s: float | None = None,
+        accelerators: int = 1,
     ) -> None:
         """Checks the plan's sizes; the child is started by the first call.
 
@@ -75,6 +76,7 @@ class ChildRunner:
             cache: folder of compiled programs; None: the platform's.
             engine: what runs the programs.
             idle_s: the child is ended when nothing was asked of it for so long, outside of a training; None: it stays.
+            accelerators: of this machine, that share each batch: with JAX.
 
         Raises:
             PlanError: the plan is too large for the limits, or does not fit together.
@@ -84,10 +86,10 @@ class ChildRunner:
         # The child has no use for the server half.
         self._plan = replace(plan, manifest=replace(plan.manifest, half=None))
         self._command = child_command(
-            self._limits, python=python, priority=priority, cache=cache, engine=engine, threads=threads
-        )
+            self._limits, python=python, priority=priority, cache=cache, engine=engine, threads=threads, accelerators=accelerators,
+        )  # fmt: skip
         self._idle_s = idle_s
-        self._environment = environment_for(python_path=_path_of(python), threads=threads)
+        self._environment = environment_for(python_path=_path_of(python), threads=threads, accelerators=accelerators)
         self._most_bytes = max(total_bytes(program.outputs) for program in plan.manifest.programs)
         self._lock = threading.Lock()
         self._child: Child | None = None
@@ -354,12 +356,13 @@ def child_command(
     cache: Path | None,
     engine: EngineName,
     threads: int | None,
+    accelerators: int = 1,
 ) -> list[str]:
     """The command line of a child."""
     settings = {
         "memory_bytes": limits.memory_bytes, "disk_bytes": limits.disk_bytes, "priority": priority,
         "cache": str(cache or cache_folder()), "lock_wait_s": min(LOCK_WAIT_S, limits.seconds / 4),
-        "engine": engine, "threads": threads,
+        "engine": engine, "threads": threads, "accelerators": accelerators,
     }  # fmt: skip
     # -P: no module of the working directory takes the place of a library.
     return [python or sys.executable, "-P", "-m", "shoal.plan.child_main", json.dumps(settings)]

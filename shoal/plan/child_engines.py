@@ -52,6 +52,7 @@ class JaxEngine:
         from shoal.plan import compile_cache
 
         self._wait_s: float = settings["lock_wait_s"]
+        self._accelerators: int = settings["accelerators"]
         self._folder = Path(settings["cache"])
         self._caches = compile_cache.switch_on(self._folder)
 
@@ -66,14 +67,14 @@ class JaxEngine:
         return this_runtime(), {"jax": jax.__version__}
 
     def load(self, plan: Plan) -> Runner:
-        from shoal.plan.jax_runner import JaxRunner
+        from shoal.plan.jax_runner import JaxRunner, mesh_of
         from shoal.plan.operations import check_operations
         from shoal.plan.stablehlo import this_runtime
 
         for program in plan.manifest.pick(this_runtime()).values():
             if program.hash in plan.programs:
                 check_operations(program, plan.program(program))
-        return JaxRunner(plan)
+        return JaxRunner(plan, mesh_of(self._accelerators))
 
     def compiling(self, what: str) -> AbstractContextManager[None]:
         import jax

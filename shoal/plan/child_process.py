@@ -244,12 +244,14 @@ def _taken_bytes(pid: int) -> int | None:
         return None
 
 
-def environment_for(*, python_path: str, threads: int | None) -> dict[str, str]:
+def environment_for(*, python_path: str, threads: int | None, accelerators: int = 1) -> dict[str, str]:
     """What a child sees of the environment: what JAX and the system need, and no secrets."""
     kept = {name: value for name, value in os.environ.items() if _is_kept(name.upper())}
     kept |= {"PYTHONPATH": python_path, "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     if threads is not None:
         kept |= {"NPROC": str(threads), "OMP_NUM_THREADS": str(threads)}
+    if accelerators > 1:
+        kept |= {"JAX_NUM_CPU_DEVICES": str(accelerators)}  # where there are no others
     return kept
 
 

@@ -11,11 +11,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from shoal.errors import ProgramError
 from shoal.plan.manifest import Program
 from shoal.plan.plan import Plan
 from shoal.plan.program_runner import ProgramRunner
 from shoal.plan.stablehlo import load_program, struct, this_runtime
 from shoal.tensors import TensorSpec
+
+
+def mesh_of(accelerators: int) -> Mesh | None:
+    """The first so many devices of this machine, which share each batch; None: one by itself.
+
+    Raises:
+        ProgramError: there are not so many.
+    """
+    if accelerators == 1:
+        return None
+    found = jax.devices()
+    if len(found) < accelerators:
+        raise ProgramError(
+            f"Expected {accelerators} accelerators, got {len(found)} of {found[0].platform}. On a CPU set JAX_NUM_CPU_DEVICES={accelerators}."
+        )
+    return jax.make_mesh((accelerators,), ("data",), devices=found[:accelerators])
 
 
 @final

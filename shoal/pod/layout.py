@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, Final
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
@@ -114,7 +113,7 @@ class Layout:
                 made[name] = self.members.own(self._rows(name, tensors[name])).reshape(cut.piece(self.members.num))
             else:
                 made[name] = self.members.own(tensors[name], cut.dim)
-        return jax.lax.optimization_barrier(made)
+        return made
 
     def spec(self, name: str) -> PartitionSpec:
         """Of the array that holds everybody's pieces, along the members' axes."""

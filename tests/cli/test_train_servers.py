@@ -1,12 +1,17 @@
 """`shoal train --servers`: in one process, in several, stopped and gone on, and what it refuses."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from shoal.record.run import open_run
@@ -95,3 +100,43 @@ def test_what_makes_no_sense_has_one_clear_error(folder: Path, shoal: Shoal, wor
     found = shoal("train", task, "--data", data, "--steps", 5, "--run", folder / "run", *words)
     assert found.code != 0
     assert message in " ".join(found.err.split())
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.parametrize("which", ["a worker", "a server"])
+def test_when_one_is_killed_all_go_on_from_the_last_checkpoint(folder: Path, which: str) -> None:
+    words = ["--steps", "4000", "--commit-every", "400", "--workers", "2", "--servers", "1", "--run", "run"]
+    command = [sys.executable, "-m", "shoal", "train", "task.py", "--data", "data.npz", *words]
+    log = folder / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file)
+        try:
+            until(lambda: "version 1/" in log.read_text(), process)
+            roles = sorted(worker_pids(process.pid))
+            os.kill(roles[-1] if which == "a server" else roles[0], signal.SIGKILL)
+            assert process.wait(100) == 0, log.read_text()
+        finally:
+            process.kill()
+            process.wait()
+    assert "life 2 begins" in log.read_text()
+    with open_run(folder / "run") as run:
+        assert run.store.run(run.id).status == "finished"
+        assert run.store.last_version(run.id) == 10
+
+
+def until(is_so: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    for _ in range(1000):
+        if is_so():
+            return
+        assert process.poll() is None
+        time.sleep(0.1)
+    raise AssertionError("it took too long")
+
+
+def worker_pids(supervisor: int) -> list[int]:
+    """Of the workers that train, not of spares: those that have connections."""
+    children = psutil.Process(supervisor).children(recursive=True)
+    return [
+        each.pid for each in children if "shoal.cli.train_pod" in " ".join(each.cmdline()) and each.net_connections()
+    ]
