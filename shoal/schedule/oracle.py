@@ -82,8 +82,10 @@ class Oracle:
     """Of each stage."""
     bytes_per_s: DecayedMedian = field(default_factory=DecayedMedian)
     stages: list[DecayedMedian] = field(default_factory=list)
+    slower: DecayedMedian = field(default_factory=DecayedMedian)
+    """Measured over simulated makespans: what sending takes of the processor that computes, which no stage alone shows."""
     errors: DecayedMedian = field(default_factory=DecayedMedian)
-    """|predicted - measured| / measured, of makespans."""
+    """|foretold - measured| / measured, of makespans."""
 
     def __post_init__(self) -> None:
         self.stages = self.stages or [DecayedMedian() for _ in self.costs]
@@ -97,8 +99,14 @@ class Oracle:
         if seconds > 0 and size_bytes >= 1 << 16:
             self.bytes_per_s.add(size_bytes / seconds)
 
-    def saw_step(self, predicted_s: float, measured_s: float) -> None:
-        self.errors.add(abs(predicted_s - measured_s) / measured_s)
+    def foretold(self, simulated_s: float) -> float:
+        """What a step will take whose makespan is simulated so, by how much steps were slower until now."""
+        return simulated_s * (self.slower.value() or 1.0)
+
+    def saw_step(self, simulated_s: float, measured_s: float) -> None:
+        """A step is done: it says how far it was from what was foretold, and what to expect of the next."""
+        self.errors.add(abs(self.foretold(simulated_s) - measured_s) / measured_s)
+        self.slower.add(measured_s / simulated_s)
 
     def times(self, graph: Graph) -> Times:
         """What is known best of each part."""
@@ -119,7 +127,7 @@ class Oracle:
     def to_json(self) -> dict[str, Any]:
         return {
             "version": _VERSION, "bytes_per_s": self.bytes_per_s.values(), "stages": [each.values() for each in self.stages],
-            "errors": self.errors.values(),
+            "slower": self.slower.values(), "errors": self.errors.values(),
         }  # fmt: skip
 
 
@@ -130,7 +138,8 @@ def read(path: Path, costs: Sequence[Cost]) -> Oracle:
         if kept["version"] != _VERSION or len(kept["stages"]) != len(costs):
             return Oracle(costs)
         return Oracle(
-            costs, DecayedMedian(kept["bytes_per_s"]), [DecayedMedian(v) for v in kept["stages"]], DecayedMedian(kept["errors"])
+            costs, DecayedMedian(kept["bytes_per_s"]), [DecayedMedian(v) for v in kept["stages"]], DecayedMedian(kept["slower"]),
+            DecayedMedian(kept["errors"]),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError):
         return Oracle(costs)

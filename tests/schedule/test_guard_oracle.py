@@ -102,8 +102,12 @@ def test_estimates_give_way_to_measurements() -> None:
     times = oracle.times(GRAPH)
     assert times.stages.tolist() == [500_000_000] * 2
     assert times.transfers.tolist() == [round(1e9 * 1000 / (1 << 20)), round(1e9 * 3000 / (1 << 20))]
-    oracle.saw_step(0.9, 1.0)
-    assert oracle.error() == pytest.approx(0.1)
+    oracle.saw_step(0.8, 1.0)
+    assert oracle.error() == pytest.approx(0.2)
+    assert oracle.foretold(0.8) == pytest.approx(1.0)
+    for _ in range(5):
+        oracle.saw_step(0.8, 1.0)
+    assert oracle.error() == pytest.approx(0.0)
 
 
 def test_what_was_learned_is_kept_for_the_same_program_on_the_same_hardware(tmp_path: Path) -> None:
