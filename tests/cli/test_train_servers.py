@@ -105,9 +105,10 @@ def test_what_makes_no_sense_has_one_clear_error(folder: Path, shoal: Shoal, wor
 
 @pytest.mark.slow
 @pytest.mark.integration
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("which", ["a worker", "a server"])
 def test_when_one_is_killed_all_go_on_from_the_last_checkpoint(folder: Path, which: str) -> None:
-    words = ["--steps", "12000", "--commit-every", "1200", "--workers", "2", "--servers", "1", "--run", "run"]
+    words = ["--steps", "6000", "--commit-every", "600", "--workers", "2", "--servers", "1", "--run", "run"]
     command = [sys.executable, "-m", "shoal", "train", "task.py", "--data", "data.npz", *words]
     log = folder / "log"
     with log.open("w") as file:
