@@ -102,7 +102,6 @@ class Server:
         )
         self._is_pending = {(number, worker): False for number in packings for worker in range(how.num_workers)}
         self._due: deque[Update] = deque()
-        self._downs: dict[int, _Down] = {}
         self._changed = threading.Condition()
         self._is_closed = False
         self._reached, self._num_left = first_step, 0
@@ -191,7 +190,7 @@ class Server:
             if role == "up":
                 self._hear(line, worker)
             else:
-                self._serve(line, worker)
+                self._serve(line)
         except (TransportError, ValueError):
             pass  # its worker is told by the end of the line, and its supervisor by the end of the worker
         finally:
@@ -275,11 +274,9 @@ class Server:
 
     # Down.
 
-    def _serve(self, line: Line, worker: int) -> None:
+    def _serve(self, line: Line) -> None:
         """Parameters for one worker."""
         down = _Down(line, SendQueue(slice_bytes=self._how.slice_bytes, credit_bytes=self._how.credit_bytes))
-        with self._changed:
-            self._downs[worker] = down
         sender = threading.Thread(target=self._send, args=(down,), daemon=True)
         sender.start()
         try:

@@ -123,9 +123,10 @@ class ServerTrainer:
     def lines(self) -> list[str]:
         """What travels, for people."""
         graph = self.step.staged.graph
-        size = sum(transfer.size_bytes for transfer in graph.transfers)
+        size, num = sum(transfer.size_bytes for transfer in graph.transfers), len(graph.transfers)
+        amount = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{size / 1e3:.1f} kB"
         made = [
-            f"{len(graph.stages)} stages, {graph.num_forward} of them on the way forward; {len(graph.transfers)} transfers of {size / 1e6:.1f} MB each way a step"
+            f"{len(graph.stages)} stages, {graph.num_forward} of them on the way forward; {amount} each way a step, in {num} transfer{'s' * (num > 1)}"
         ]
         return made + list(self.step.staged.notes)
 
