@@ -10,6 +10,7 @@ of the same program on the same hardware.
 
 import hashlib
 import json
+import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -148,9 +149,9 @@ def read(path: Path, costs: Sequence[Cost]) -> Oracle:
 def write(path: Path, oracle: Oracle) -> None:
     """Keeps it, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(oracle.to_json()), encoding="utf-8")
-    beside.replace(path)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False, encoding="utf-8") as beside:
+        json.dump(oracle.to_json(), beside)  # several workers may keep theirs at once
+    Path(beside.name).replace(path)
 
 
 def kept_as(graph: Graph, hardware: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from shoal import validate
 from shoal.data.store import Examples
-from shoal.errors import DataError, ShoalError
+from shoal.errors import DataError, ShoalError, StoreError
 from shoal.local import Named, evaluator, named
 from shoal.plan.train import ratios
 from shoal.pod.order import Order
@@ -258,6 +258,12 @@ class _Running:
         if self.parts is None or latest is None:
             return 0, learned, trainer.updates.begin(learned)
         kept, leaves = self.parts.read(latest, self._about())
+        if {name: value.shape for name, value in kept.items()} != {
+            name: value.shape for name, value in learned.items()
+        }:
+            raise StoreError(
+                f"The checkpoint of step {latest} is of another model: train with the task that it was made by, or begin anew in another folder."
+            )
         template = trainer.updates.begin(learned)
         wanted = trainer.updates.wanted
         return latest, kept, [[leaves.get(at, value) for at, value in zip(wanted[n], each, strict=True)] for n, each in enumerate(template)]  # fmt: skip
