@@ -80,27 +80,27 @@ def test_properties_are_those_of_the_paper() -> None:
 
 def test_the_comparator_is_johnsons_rule() -> None:
     """Of two transfers that each unlock a computation, the order that ends first."""
-    rng = np.random.default_rng(0)
+    rng, num_decided = np.random.default_rng(0), 0
+
+    def ends(first: Properties, then: Properties) -> int:
+        """When both are computed, on one link and one processor."""
+        down = first.communication + then.communication
+        return max(first.communication + first.unlocked, down) + then.unlocked
+
     for _ in range(2000):
         a, b = (Properties(int(m), int(p)) for m, p in rng.integers(1, 50, (2, 2)))
-
-        def ends(first: Properties, then: Properties) -> int:
-            return first.communication + max(first.unlocked, then.communication) + then.unlocked
-
-        def both(first: Properties, then: Properties) -> int:
-            down = first.communication + then.communication
-            return max(first.communication + first.unlocked, down) + then.unlocked
-
         if is_before(a, b):
-            assert both(a, b) <= both(b, a)
+            num_decided += 1
+            assert ends(a, b) <= ends(b, a)
+    assert num_decided > 500
 
 
-def test_the_comparator_goes_round_and_the_order_does_not_depend_on_it() -> None:
-    one, two, three = Properties(1, 1, 5), Properties(4, 5, 4), Properties(3, 2, 8)
-    found = [is_before(one, two), is_before(two, three), is_before(three, one)]
-    assert any(
-        found
-    )  # whatever it says, `tac` is a function of the graph: the property test above holds for all graphs
+def test_the_comparator_goes_round() -> None:
+    """So an order must not depend on how it is sorted."""
+    one, two, three = (Properties(m, p, impending) for p, m, impending in [(1, 1, 5), (5, 4, 8), (2, 3, 3)])
+    forth = [is_before(one, two), is_before(two, three), is_before(three, one)]
+    back = [is_before(two, one), is_before(three, two), is_before(one, three)]
+    assert (all(forth), any(back)) == (True, False) or (all(back), any(forth)) == (True, False)
 
 
 def test_on_a_chain_all_are_the_order_of_layers() -> None:
