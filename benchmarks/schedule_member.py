@@ -18,10 +18,11 @@ import numpy as np
 
 from benchmarks.schedule_nets import BATCH, task_of
 from shoal.local import Named, named
+from shoal.pod.servers.exchange import Exchange, rate
+from shoal.pod.servers.one_step import taken
 from shoal.pod.servers.packing import Packing
 from shoal.pod.servers.server import Server, Serving
 from shoal.pod.servers.updates import Updates
-from shoal.pod.servers.worker import Exchange, rate, taken
 from shoal.schedule import orders
 from shoal.schedule.fast_tac import fast_tac
 from shoal.schedule.graph import Times

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from benchmarks.frame import Goal, run, table
-from shoal.pod.servers.worker import share
+from shoal.pod.servers.exchange import share
 from shoal.schedule.fast_tac import fast_tac
 from shoal.schedule.graph import Graph, Stage, Times, Transfer
 from shoal.schedule.makespan import Job, finished

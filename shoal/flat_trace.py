@@ -2,11 +2,11 @@
 
     jaxpr with jit, closed calls, custom derivatives, rematerialization, branches --> [Operation(inputs, outputs)], in an order in which they can be done
 
-So it can be asked which operations need which inputs, and parts of it can be run on their own (`schedule/stages.py`), or in another way
+So it can be asked which operations need which inputs, and parts of it can be run on their own (`schedule/staged.py`), or in another way
 (`pod/piecewise.py`). Loops stay one operation each. Branches are all gone through, and of each output the one is taken whose turn it is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Final, final
@@ -72,6 +72,15 @@ class FlatTrace:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         return cls(closed), shape
 
+    def upstream(self, values: Iterable[int]) -> list[Operation]:
+        """Operations that some of these values follow from, in order."""
+        wanted, kept = set(values), []
+        for operation in reversed(self.operations):
+            if wanted.intersection(operation.outputs):
+                wanted.update(operation.inputs)
+                kept.append(operation)
+        return kept[::-1]
+
     def _number(self, aval: Any) -> int:
         number = next(self._numbers)
         self.avals[number] = aval
@@ -104,11 +113,12 @@ class FlatTrace:
         outputs = zip(*(self._put(branch.jaxpr, branch.consts, inputs) for branch in branches), strict=True)
         given = []
         for each in outputs:
-            given.append(self._number(self.avals.get(each[0])))
+            given.append(self._number(self.avals[each[0]]))
             self.operations.append(Operation(None, (index, *each), (given[-1],)))
         return given
 
     def _constant(self, value: Any) -> int:
         made = next(self._numbers)
         self.constants[made] = value
+        self.avals[made] = jax.typeof(value)
         return made

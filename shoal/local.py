@@ -485,6 +485,17 @@ def masked_sums(metric: Sum, mask: Any) -> tuple[Any, Any]:
     return jnp.sum(denominator), jnp.sum(numerator)
 
 
+def added(
+    metrics: Mapping[str, Sum], mask: Any, *, parts_of: Callable[[Sum, Any], tuple[Any, Any]] = masked_sums
+) -> Named:
+    """What examples add to each metric: "{metric}/{part}" -> a number, or what `parts_of` makes of it."""
+    made = {}
+    for name, metric in sorted(metrics.items()):
+        for part, value in zip(PARTS, parts_of(metric, mask), strict=True):
+            made[f"{name}/{part}"] = value
+    return made
+
+
 def _masked(metric: Sum, mask: Any) -> tuple[Any, Any]:
     """What each example adds to the sums, (B,) twice: within the bounds, and nothing where it is padding."""
     low, high = metric.bound
@@ -570,8 +581,7 @@ def _evaluating(
     def run(broadcast: Named, batch: Named, mask: Any) -> Named:
         made = _evaluated(task, params_shape.tree(broadcast), state_shape.tree(broadcast), batch | {"mask": mask})
         check_metrics(made, mask.shape[0], what=f"evaluate of task {task.name!r}")
-        found = {name: dict(zip(PARTS, parts_of(metric, mask), strict=True)) for name, metric in made.items()}
-        return _sorted({f"{name}/{part}": value for name, parts in found.items() for part, value in parts.items()})
+        return added(made, mask, parts_of=parts_of)
 
     return run
 

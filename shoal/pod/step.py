@@ -14,7 +14,6 @@ A model's state (batch statistics) is the mean of what the members made of it. R
 dropout draws other masks on another mesh.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from shoal.local import PARTS, Named, masked_sums, seed_key
+from shoal.local import Named, added, seed_key
 from shoal.pod.batch_norm import groups
 from shoal.pod.loss_scaling import all_finite, chosen
 from shoal.pod.piecewise import state_pieces, update
@@ -121,7 +120,7 @@ class Program(Placement):
             assert self.task.evaluate is not None
             whole = self._gathered(params)
             metrics = self.task.evaluate(self.params_shape.tree(whole), self.state_shape.tree(state), batch)
-            made: Named = self.members.total(_sums(metrics, batch["mask"]))
+            made: Named = self.members.total(added(metrics, batch["mask"]))
             return made
 
         fields = {name: self.rows(0) for name in (*batch, "mask")}
@@ -200,7 +199,7 @@ class Program(Placement):
                 mean = mean + self.task.penalty(params) / num
             after = self._weighed(result.state, mask)
             metrics = {"loss": Sum(result.per_example, jnp.ones_like(result.per_example), LOSS_BOUND)} | result.metrics
-            return mean if scale is None else mean.astype(jnp.float32) * scale, (after, _sums(metrics, mask))
+            return mean if scale is None else mean.astype(jnp.float32) * scale, (after, added(metrics, mask))
 
         if self.update == "fully_sharded":
             # What was gathered is not kept for the way back, but gathered again: nor may anything be kept that it is only a view of.
@@ -303,12 +302,3 @@ def repeated(function: Any, carry: Any, rows: Any) -> tuple[Any, Any]:
         return scanned
     carry, made = function(carry, jax.tree.map(lambda values: values[0], rows))
     return carry, jax.tree.map(lambda value: value[None], made)
-
-
-def _sums(metrics: Mapping[str, Sum], mask: Any) -> Named:
-    """What these examples add to each metric."""
-    made = {}
-    for name, metric in sorted(metrics.items()):
-        for part, value in zip(PARTS, masked_sums(metric, mask), strict=True):
-            made[f"{name}/{part}"] = value
-    return made

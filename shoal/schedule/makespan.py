@@ -1,6 +1,6 @@
-"""How long a step takes when transfers go in an order: a simulation of one worker, its links and its server; and what no order can beat.
+"""How long a step takes when transfers go in an order: a simulation of one worker and its links; and what no order can beat.
 
-Each resource (the worker's processor, the link down, the link up, the server's processor) does one job at a time, the one with the lowest rank of those
+Each resource (the worker's processor, the link down, the link up) does one job at a time, the one with the lowest rank of those
 that can begin. A link has jobs of a slice each, and a *credit*: slices that were handed to it can no longer be overtaken.
 
 Bounds, of Hashemi et al. 2019, "TicTac", section 3.2: U, all jobs one after the other; L, the busiest resource alone; of a makespan m the efficiency
@@ -19,8 +19,8 @@ import numpy as np
 from shoal import validate
 from shoal.schedule.graph import Graph, Times
 
-COMPUTE, DOWN, UP, SERVER = range(4)
-"""Resources of one worker and one server."""
+COMPUTE, DOWN, UP = range(3)
+"""Resources of one worker and its server."""
 DEFAULT_SLICE_BYTES: Final = 1 << 20
 
 
@@ -49,8 +49,6 @@ class How:
     has_barrier: bool = True
     """A step's transfers wait for all updates of the step before, not just for their own."""
     num_steps: int = 1
-    update_share: float = 0.0
-    """Time of a transfer's update, as a share of its transfer time."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for numbers that are not positive."""
@@ -100,9 +98,7 @@ def step_jobs(graph: Graph, times: Times, ranks: np.ndarray, how: How) -> tuple[
             after = [computed[before] for before in stage.after] + [job for r in stage.needs for job in arrived[r]]
             computed.append(add(Job(COMPUTE, int(times.stages[number]), (step, number), tuple(after))))
             for r in stage.makes if how.is_training else ():
-                up = sent(UP, step, r, (computed[-1],))
-                seconds = round(how.update_share * int(times.transfers[r]))
-                updated[r] = [add(Job(SERVER, seconds, (step, int(ranks[r])), tuple(up)))]
+                updated[r] = sent(UP, step, r, (computed[-1],))  # an update takes no time beside what it waits for
         whole = [job for each in arrived for job in each] + computed
         ends.append([job for each in updated for job in each] + whole if how.is_training else whole)
     return jobs, ends
@@ -213,5 +209,4 @@ def _chain_s(graph: Graph, times: Times, how: How) -> float:
                 computed = int(left[0] - left[number] + computing[number])
                 best = max(best, first + computed + up)
                 up -= sum(int(times.transfers[r]) for r in stage.makes)
-        best += round(how.update_share * min((int(t) for t in times.transfers), default=0))
     return 1e-9 * best

@@ -8,13 +8,11 @@
     * A transfer that nobody waits for together with another has no M+: it goes by the rest, and last among equals.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
-from shoal.schedule.fast_tac import fast_tac
 from shoal.schedule.graph import Graph, Times
 
 NEVER: Final = np.iinfo(np.int64).max
@@ -101,12 +99,3 @@ def _ranks(order: np.ndarray) -> np.ndarray:
     made = np.empty(len(order), np.int64)
     made[order] = np.arange(len(order))
     return made
-
-
-ORDERS: Final[dict[str, Callable[[Graph, Times], np.ndarray]]] = {
-    "layer": lambda graph, times: layer(graph),
-    "tree": lambda graph, times: tree(graph),
-    "tic": lambda graph, times: tic(graph),
-    "tac": fast_tac,
-}
-"""By name; `random` needs a generator besides."""

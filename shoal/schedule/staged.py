@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from shoal.flat_trace import FlatTrace, Operation
 from shoal.flops import of_operation
-from shoal.local import PARTS, Named, Shape, masked_sums, model_shape, named, seed_key
+from shoal.local import Named, Shape, added, model_shape, named, seed_key
 from shoal.lora import with_adapters
 from shoal.schedule.graph import Graph, Stage, Transfer
 from shoal.schedule.oracle import Cost
@@ -54,7 +54,7 @@ class Staged:
             joined_bytes: see `JOINED_BYTES`.
         """
         self._trace = trace
-        operations = _alive(trace)
+        operations = trace.upstream(trace.outputs)
         self.members = _joined(operations, leaves, trace, joined_bytes)
         """Tensors of each transfer."""
         of = {name: number for number, names in enumerate(self.members) for name in names}
@@ -213,7 +213,7 @@ class Step:
             if self.task.penalty is not None:
                 mean = mean + self.task.penalty(params) * (jnp.sum(mask) / count).astype(total.dtype)
             metrics = {"loss": Sum(result.per_example, jnp.ones_like(result.per_example), LOSS_BOUND)} | result.metrics
-            return mean, (named(result.state, "state"), _sums(metrics, mask))
+            return mean, (named(result.state, "state"), added(metrics, mask))
 
         gradients, (after, metrics) = jax.grad(objective, has_aux=True)(learned)
         return gradients, after, metrics
@@ -222,7 +222,7 @@ class Step:
         """Metric sums."""
         assert self.task.evaluate is not None
         params, model_state = self._model(learned, frozen, state)
-        return _sums(self.task.evaluate(params, model_state, batch), batch["mask"])
+        return added(self.task.evaluate(params, model_state, batch), batch["mask"])
 
     def begin(self, frozen: Named, state: Named, batch: Named, count: Any, key: Any) -> Run:
         """A run, whose learned parameters are yet to come.
@@ -241,26 +241,8 @@ class Step:
         return jax.tree.unflatten(self._returns, run.outputs())
 
 
-def _sums(metrics: Mapping[str, Sum], mask: Any) -> Named:
-    made = {}
-    for name, metric in sorted(metrics.items()):
-        for part, value in zip(PARTS, masked_sums(metric, mask), strict=True):
-            made[f"{name}/{part}"] = value
-    return made
-
-
 def _size(aval: Any) -> int:
     return int(aval.size * aval.dtype.itemsize)
-
-
-def _alive(trace: FlatTrace) -> list[Operation]:
-    """Operations that something returned follows from."""
-    wanted, kept = set(trace.outputs), []
-    for operation in reversed(trace.operations):
-        if wanted.intersection(operation.outputs):
-            wanted.update(operation.inputs)
-            kept.append(operation)
-    return kept[::-1]
 
 
 def _joined(

@@ -8,23 +8,21 @@ import time
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, Literal, final
+from typing import Any, Final, final
 
 import jax
 import numpy as np
 
 from shoal import validate
-from shoal.pod.servers.worker import Seen
+from shoal.pod.servers.one_step import Seen
+from shoal.schedule import ORDER_NAMES, OrderName, orders
 from shoal.schedule import oracle as oracles
-from shoal.schedule import orders
 from shoal.schedule.fast_tac import fast_tac
 from shoal.schedule.graph import Graph, Times
 from shoal.schedule.guard import Guard, Verdict, Which
 from shoal.schedule.makespan import How, makespan_s
 from shoal.schedule.staged import Staged
 
-OrderName = Literal["auto", "tac", "tic", "layer", "tree", "random"]
-ORDER_NAMES: Final = ("auto", "tac", "tic", "layer", "tree", "random")
 MEASURED_STEPS: Final = 3
 """Beyond the first, which compiles."""
 _FIXED: Final = {"tic": orders.tic, "layer": orders.layer, "tree": orders.tree}
@@ -56,8 +54,10 @@ class Choice:
         self._guard: Guard | None = None
         self._left = 0 if name not in ("auto", "tac") or self.oracle.is_measured else 1 + MEASURED_STEPS
         self._begun: deque[Which] = deque()
-        self.spent_s = 0.0
+        self._spent_s = 0.0
         """What measuring and ordering took beyond plain steps."""
+        self._alone_s: list[float] = []
+        """Of the steps that were measured."""
         self.predicted_s: float | None = None
         if self._left == 0:
             self._settle()
@@ -66,6 +66,11 @@ class Choice:
     def needs_rate(self) -> bool:
         """Whether the line is to be measured before the first step."""
         return self._left > 0
+
+    def saw_sent(self, size_bytes: int, seconds: float) -> None:
+        """The line was measured, with nothing else done meanwhile."""
+        self._spent_s += seconds
+        self.oracle.saw_sent(size_bytes, seconds)
 
     @property
     def verdict(self) -> Verdict | None:
@@ -96,6 +101,7 @@ class Choice:
         if self._left:
             self._left -= 1
             if seen.stages and self._left < MEASURED_STEPS:  # the first compiles
+                self._alone_s.append(seen.seconds)
                 for stage, seconds in enumerate(seen.stages):
                     self.oracle.saw_stage(stage, seconds)
             if not self._left:
@@ -135,9 +141,11 @@ class Choice:
             self._ours = fast_tac(self._graph.forward, _forward(self._graph, times))
             self.predicted_s = makespan_s(self._graph, times, self._ours, self._how)
             by_layers = makespan_s(self._graph, times, self._layer, self._how)
-            self.spent_s += time.perf_counter() - begun
+            plain_s = self.oracle.foretold(by_layers)
+            self._spent_s += sum(max(0.0, seconds - plain_s) for seconds in self._alone_s)
+            self._spent_s += time.perf_counter() - begun
             if self._name == "auto":
-                self._guard = Guard(by_layers / self.predicted_s - 1, spent_s=self.spent_s)
+                self._guard = Guard(by_layers / self.predicted_s - 1, spent_s=self._spent_s)
 
 
 def _forward(graph: Graph, times: Times) -> Times:

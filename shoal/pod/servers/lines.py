@@ -23,6 +23,8 @@ from shoal.errors import DeadlineExceeded, NetworkError, ProtocolError, Transpor
 Role = Literal["down", "up"]
 PULL, SLICE, PUSH, ACK = range(1, 5)
 MOST_BYTES: Final = 1 << 22
+SILENCE_S: Final = 60.0
+"""After which a peer that is in the middle of something is given up."""
 _HEADER: Final = struct.Struct("<B3xIQQI")
 _HELLO: Final = b"shoal servers 1\n"
 _NONCE: Final = 16

@@ -16,7 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, final
 
 import numpy as np
@@ -24,12 +24,12 @@ import numpy as np
 from shoal.errors import NetworkError, ProtocolError, TransportError
 from shoal.local import Named
 from shoal.pod.servers.clocks import Clocks, Update
-from shoal.pod.servers.lines import ACK, PULL, PUSH, SLICE, Frame, Line
+from shoal.pod.servers.lines import ACK, PULL, PUSH, SILENCE_S, SLICE, Frame, Line
+from shoal.pod.servers.outgoing import Outgoing
 from shoal.pod.servers.packing import Packing
 from shoal.pod.servers.updates import Updates
-from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES, SendQueue
+from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES
 
-SILENCE_S: Final = 60.0
 MOST_STRANGERS: Final = 32
 """Connections that have yet to show that they know the secret."""
 
@@ -48,19 +48,6 @@ class Serving:
     slice_bytes: int = SLICE_BYTES
     credit_bytes: int = CREDIT_BYTES
     silence_s: float = SILENCE_S
-
-
-@dataclass
-class _Down:
-    """One worker's side of what is sent to it."""
-
-    line: Line
-    queue: SendQueue
-    wanted: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """Transfer -> (step, rank), of what may not be sent yet."""
-    sending: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
-    """Transfer -> (step, bytes), of what is being sent."""
-    is_over: bool = False
 
 
 @final
@@ -276,54 +263,46 @@ class Server:
 
     def _serve(self, line: Line) -> None:
         """Parameters for one worker."""
-        down = _Down(line, SendQueue(slice_bytes=self._how.slice_bytes, credit_bytes=self._how.credit_bytes))
-        sender = threading.Thread(target=self._send, args=(down,), daemon=True)
+        how, is_over = self._how, False
+        wanted: dict[int, tuple[int, int]] = {}
+        """Transfer -> (step, rank), of what may not be sent yet."""
+        outgoing = Outgoing(line, SLICE, self._changed, slice_bytes=how.slice_bytes, credit_bytes=how.credit_bytes)
+
+        def is_open() -> bool:
+            self._put_ready(wanted, outgoing)
+            return not (is_over or self._is_closed or self.fault is not None)
+
+        def send() -> None:
+            with suppress(TransportError):
+                outgoing.send(is_open)
+            line.close()
+
+        sender = threading.Thread(target=send, daemon=True)
         sender.start()
         try:
             while True:
                 frame = line.receive()
                 with self._changed:
                     if frame.kind == ACK:
-                        down.queue.acknowledged(frame.offset)
+                        outgoing.acknowledged(frame.offset)
                     elif frame.kind == PULL and frame.size == 4 * len(self._packings):
                         ranks = np.empty(len(self._packings), "<i4")
                         line.read_into(ranks.view(np.uint8).data)
-                        if down.wanted or down.sending:
+                        if wanted or not outgoing.is_empty:
                             raise ProtocolError("Expected a pull after the last one was taken.")
-                        down.wanted = {n: (frame.step, int(rank)) for n, rank in zip(self._packings, ranks, strict=True)}  # fmt: skip
+                        wanted |= {n: (frame.step, int(rank)) for n, rank in zip(self._packings, ranks, strict=True)}
+                        self._changed.notify_all()
                     else:
                         raise ProtocolError(f"Expected a pull of {len(self._packings)} transfers, got kind {frame.kind}.")  # fmt: skip
-                    self._changed.notify_all()
         finally:
             with self._changed:
-                down.is_over = True
+                is_over = True
                 self._changed.notify_all()
             sender.join()
 
-    def _send(self, down: _Down) -> None:
-        with suppress(TransportError):
-            while True:
-                with self._changed:
-                    part = None
-                    while part is None:
-                        if self._is_closed or down.is_over or self.fault is not None:
-                            return down.line.close()
-                        self._ready(down)
-                        part = down.queue.take()
-                        if part is None:
-                            self._changed.wait()
-                    step, data = down.sending[part.transfer]
-                    if part.offset + part.size == len(data):
-                        del down.sending[part.transfer]
-                place = data.data[part.offset : part.offset + part.size]
-                down.line.send(Frame(SLICE, part.transfer, step, part.offset), place)
-        return None
-
-    def _ready(self, down: _Down) -> None:
-        """What has become ready goes into the queue."""
-        for number, (step, rank) in list(down.wanted.items()):
+    def _put_ready(self, wanted: dict[int, tuple[int, int]], outgoing: Outgoing) -> None:
+        """What may be sent by now goes out."""
+        for number, (step, rank) in list(wanted.items()):
             if self._clocks.may_have(number, step) and (not self._how.has_barrier or self._clocks.reached() >= step):
-                del down.wanted[number]
-                data = self._params[number]
-                down.sending[number] = step, data
-                down.queue.put(number, len(data), rank)
+                del wanted[number]
+                outgoing.put(number, step, self._params[number], rank)

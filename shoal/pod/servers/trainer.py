@@ -4,18 +4,17 @@
     process N .. N+M-1      servers, each with its share of the transfers
 
 In one process alone servers and workers are threads of it, which is for trying out. All processes work the same out of the task: the stages, the transfers, who
-holds which. The order in which transfers go is each worker's own affair: found by measuring its first steps (`Chosen`), and given up where it does not pay.
+holds which. The order in which transfers go is each worker's own affair: found by measuring its first steps (`choice.py`), and given up where it does not pay.
 """
 
 import secrets
 import socket
 import threading
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, final
 
 import jax
 import numpy as np
@@ -23,25 +22,21 @@ import numpy as np
 from shoal import validate
 from shoal.data.store import Examples
 from shoal.errors import DataError, ShoalError, StoreError
-from shoal.local import Named, evaluator, named
-from shoal.plan.train import ratios
+from shoal.local import Named, named
 from shoal.pod.order import Order
 from shoal.pod.servers.checkpoints import Parts
-from shoal.pod.servers.choice import ORDER_NAMES, Choice, OrderName
+from shoal.pod.servers.choice import Choice
+from shoal.pod.servers.exchange import Exchange, share
 from shoal.pod.servers.packing import Packing
 from shoal.pod.servers.server import Server, Serving
 from shoal.pod.servers.updates import Updates
-from shoal.pod.servers.worker import Exchange, Seen, rate, share, taken, whole
+from shoal.pod.servers.worker import Course, WorkerTraining
 from shoal.pod.trainer import conform, refuse
-from shoal.pod.training import Pace, Progress, Version, Watch
+from shoal.pod.training import Watch
+from shoal.schedule import ORDER_NAMES, OrderName
 from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES
 from shoal.schedule.staged import JOINED_BYTES, Step
 from shoal.task import Task
-
-RATE_PULLS: Final = 2
-"""Of all parameters, to measure a line by."""
-EVALUATED: Final = 256
-"""Examples of a batch of evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +91,7 @@ class ServerTrainer:
         )  # fmt: skip
         self._choices = choices
         self.choice: Choice | None = None
-        """The first worker's, when it is over."""
+        """The first worker's."""
         self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes)
         self.task = self.step.task
         staged = self.step.staged
@@ -168,9 +163,18 @@ class ServerTrainer:
             self, conform(examples, self.task), None if held_out is None else conform(held_out, self.task), steps, commit_every,
             checkpoint_every or commit_every, seed, Parts((folder or Path("")) / "servers") if folder is not None else None, watch or Watch(),
         )  # fmt: skip
-        made = run.alone() if jax.process_count() == 1 else run.in_pod()
-        self.choice = made.pop("choice", None)
-        return made
+        return run.alone() if jax.process_count() == 1 else run.in_pod()
+
+    def choose(self, worker: int) -> Choice:
+        """Which order a worker's transfers take."""
+        serving = self.serving
+        choice = Choice(
+            self.order_name, self.step.staged, seed=worker, is_training=True, has_barrier=serving.has_barrier, slice_bytes=serving.slice_bytes,
+            folder=self._choices,
+        )  # fmt: skip
+        if worker == 0:
+            self.choice = choice
+        return choice
 
 
 @dataclass(frozen=True)
@@ -314,6 +318,14 @@ class _Running:
 
     # A worker.
 
+    def _course(self, first: int) -> Course:
+        trainer = self.trainer
+        return Course(
+            step=trainer.step, order=trainer.order(len(self.examples), seed=self.seed), examples=self.examples, held_out=self.held_out, first=first,
+            steps=self.steps, commit_every=self.commit_every, seed=self.seed, num_workers=trainer.roles.workers,
+            is_synchronous=trainer.staleness == 0, watch=self.watch,
+        )  # fmt: skip
+
     def _work(self, worker: int, addresses: Sequence[tuple[str, int]], secret: bytes, first: int) -> dict[str, Any]:
         trainer, serving = self.trainer, self.trainer.serving
         exchange = Exchange(
@@ -321,136 +333,9 @@ class _Running:
             credit_bytes=serving.credit_bytes, silence_s=serving.silence_s,
         )  # fmt: skip
         try:
-            return _Worker(self, worker, exchange, first).run()
+            return WorkerTraining(self._course(first), worker, exchange, trainer.choose(worker)).run()
         finally:
             exchange.close()
-
-
-@final
-class _Worker:
-    """One worker's training."""
-
-    def __init__(self, running: _Running, worker: int, exchange: Exchange, first: int) -> None:
-        self._running, self._worker, self._exchange, self._first = running, worker, exchange, first
-        trainer = running.trainer
-        self._step_program = trainer.step
-        variables = trainer.task.variables(jax.random.key(running.seed))
-        params = named(variables.params, "params")
-        self._frozen = {name: params[name] for name in params if name not in trainer.step.learned}
-        self._state = named(variables.state, "state")
-        seed = trainer.serving.num_workers * 1_000_003 * running.seed + worker
-        self._choice = Choice(
-            trainer.order_name, trainer.step.staged, seed=seed, is_training=True, has_barrier=trainer.serving.has_barrier,
-            slice_bytes=trainer.serving.slice_bytes, folder=trainer._choices,
-        )  # fmt: skip
-        self._sums: dict[str, float] = {}
-        self._seconds: dict[str, float] = {}
-        self._lap_s = time.perf_counter()
-
-    def run(self) -> dict[str, Any]:
-        running, exchange, marks, pace = self._running, self._exchange, self._running.watch.pod.marks, Pace()
-        order = running.trainer.order(len(running.examples), seed=running.seed)
-        batches = order.steps(self._first)
-        ranks = self._choice.ranks()
-        if self._choice.needs_rate:
-            for _ in range(RATE_PULLS):
-                self._choice.oracle.saw_sent(*rate(exchange, self._first, ranks))
-        params: Named = {}
-        exchange.pull(self._first, ranks)
-        number = self._first // running.commit_every
-        marks.doing("training")
-        pending: Any = None
-        for step in range(self._first, running.steps):
-            indices, mask = next(batches)
-            marks.begin(step + 1)
-            following = self._choice.ranks()
-            metrics, seen = self._take(step, indices, mask, ranks, following)
-            ranks = following
-            self._add(pending)
-            pending = metrics
-            marks.done(step + 1)
-            is_version = (step + 1) % running.commit_every == 0 or step + 1 == running.steps
-            if is_version:
-                self._add(pending)
-                pending = None
-            self._took("compute")
-            if self._worker == 0:
-                metrics_so_far = ratios(self._sums)
-                running.watch.on_call(
-                    Progress(step=step + 1, last=running.steps, metrics=metrics_so_far, steps_per_s=pace.at(step + 1))
-                )
-            if is_version:
-                number += 1
-                if self._worker == 0:
-                    params = whole(exchange)
-                    self._tell(step + 1, number, params)
-                    if step + 1 < running.steps:
-                        exchange.pull(step + 1, ranks)  # once more, for the step itself
-                self._sums = {}
-            self._choice.took(seen)
-            if self._worker == 0 and step + 1 < running.steps and running.watch.should_stop(step + 1):
-                return {"step": step + 1, "params": whole(exchange) | self._frozen, "choice": self._choice}
-        self._choice.keep()
-        return {"step": running.steps, "params": params | self._frozen, "choice": self._choice}
-
-    def _take(
-        self, step: int, indices: np.ndarray, mask: np.ndarray, ranks: np.ndarray, following: np.ndarray
-    ) -> tuple[Any, Seen]:
-        running, workers = self._running, self._running.trainer.roles.workers
-        rows, seen = (np.split(each, workers)[self._worker] for each in (indices, mask))
-        batch = {name: values[rows] for name, values in running.examples.fields.items()} | {"mask": seen}
-        whole_count = mask if running.trainer.staleness == 0 else seen
-        key = np.array([running.seed & 0xFFFFFFFF, (step * workers + self._worker) & 0xFFFFFFFF], np.uint32)
-        run = self._step_program.begin(self._frozen, self._state, batch, np.float32(max(1, whole_count.sum())), key)
-        self._took("wait")
-        seen_step = taken(
-            run, self._step_program.staged, self._exchange, step=step, ranks=ranks, following=following, is_alone=self._choice.is_alone
-        )  # fmt: skip
-        _, self._state, metrics = self._step_program.returned(run)
-        return metrics, seen_step
-
-    def _add(self, metrics: Any) -> None:
-        if metrics is not None:
-            for name, value in jax.device_get(metrics).items():
-                self._sums[name] = self._sums.get(name, 0.0) + float(value)
-
-    def _tell(self, step: int, number: int, params: Mapping[str, Any]) -> None:
-        running = self._running
-        running.watch.pod.marks.doing("evaluating")
-        model = dict(sorted((dict(params) | self._frozen | self._state).items()))
-        metrics = {} if running.held_out is None else self._evaluate(model, running.held_out)
-        self._took("evaluate")
-        seconds, self._seconds = self._seconds, {}
-        running.watch.on_version(
-            Version(
-                version=number, step=step, examples=round(self._sums.get("loss/denominator", 0.0) * running.trainer.roles.workers), model=model,
-                training=ratios(self._sums), metrics=metrics, seconds=seconds,
-            )
-        )  # fmt: skip
-        self._took("commit")
-        running.watch.pod.marks.doing("training")
-
-    def _evaluate(self, model: Named, held_out: Examples) -> dict[str, float]:
-        size = min(EVALUATED, len(held_out))
-        totals: dict[str, float] = {}
-        for begin in range(0, len(held_out), size):
-            rows = np.arange(begin, min(begin + size, len(held_out)))
-            batch = dict(held_out.take(np.resize(rows, size)))
-            sums = self._evaluation(model, batch, np.arange(size) < len(rows))
-            for name, value in jax.device_get(sums).items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        return ratios(totals)
-
-    @cached_property
-    def _evaluation(self) -> Any:
-        function = evaluator(self._running.trainer.task)
-        assert function is not None
-        return jax.jit(function)
-
-    def _took(self, phase: str) -> None:
-        now_s = time.perf_counter()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now_s - self._lap_s
-        self._lap_s = now_s
 
 
 def _gathered(value: np.ndarray) -> np.ndarray:

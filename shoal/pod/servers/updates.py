@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from shoal.flat_trace import FlatTrace, Operation
+from shoal.flat_trace import FlatTrace
 from shoal.local import Named
 
 
@@ -78,7 +78,7 @@ class Updates:
     ) -> Any:
         """Gradients, parameters and the optimizer's leaves of one transfer -> parameters and leaves."""
         outputs = [*(reached[name] for name in names), *(opt_outputs[at] for at in opt_of)]
-        operations = _needed(self._trace, outputs)
+        operations = self._trace.upstream(outputs)
         taken = [*(self._gradients[n] for n in names), *(self._params[n] for n in names), *(self._inputs_of_opt[at] for at in opt_of)]  # fmt: skip
         constants = self._trace.constants
 
@@ -112,15 +112,6 @@ def _upstream(trace: FlatTrace, gradients: Mapping[int, str]) -> dict[int, froze
         mine = none.union(*(found.get(value, none) for value in operation.inputs))
         found |= dict.fromkeys(operation.outputs, mine)
     return {number: found.get(number, none) for number in (*found, *trace.outputs, *trace.inputs)}
-
-
-def _needed(trace: FlatTrace, outputs: Sequence[int]) -> list[Operation]:
-    wanted, kept = set(outputs), []
-    for operation in reversed(trace.operations):
-        if wanted.intersection(operation.outputs):
-            wanted.update(operation.inputs)
-            kept.append(operation)
-    return kept[::-1]
 
 
 def _looks_at_all(names: frozenset[str]) -> ValueError:

@@ -1,329 +1,175 @@
-"""A worker's side: parameters come while stages run, gradients leave as they appear.
+"""A worker's training: its share of every batch, step by step; the first worker also tells progress and versions.
 
-    pull(step, ranks) --> servers --slices by rank--> whole transfers --give--> Run --stage by stage--> gradients --push, by rank--> servers
-
-The step's stages are begun as soon as what they need is there, the first in the trace's order of those that can begin; XLA computes while threads
-move bytes. Which transfer goes first is the rank's affair (`schedule/`).
+Order --batch--> Step --one_step.taken--> gradients                at every version: whole parameters --evaluated--> Watch
+   Choice --ranks of the next step--^ |
+      ^--what the step took-----------+
 """
 
-import queue
-import threading
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, final
 
 import jax
 import numpy as np
 
-from shoal.errors import NetworkError, ProtocolError, TransportError
-from shoal.local import Named
-from shoal.pod.servers.lines import ACK, PULL, PUSH, SLICE, Frame, Line
-from shoal.pod.servers.packing import Packing
-from shoal.schedule.graph import Graph
-from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES, SendQueue
-from shoal.schedule.staged import Run, Staged
+from shoal.data.store import Examples
+from shoal.local import Named, evaluator, named
+from shoal.plan.train import ratios
+from shoal.pod.order import Order
+from shoal.pod.servers.choice import Choice
+from shoal.pod.servers.exchange import Exchange, rate, whole
+from shoal.pod.servers.one_step import Seen, taken
+from shoal.pod.training import Laps, Pace, Progress, Version, Watch
+from shoal.schedule.staged import Step
 
-SILENCE_S: Final = 60.0
-
-
-def share(graph: Graph, num_servers: int) -> list[int]:
-    """The server of each transfer: the largest first, to the one that has least."""
-    loads, made = [0] * num_servers, [0] * len(graph.transfers)
-    for number in sorted(range(len(made)), key=lambda n: (-graph.transfers[n].size_bytes, n)):
-        server = min(range(num_servers), key=lambda s: (loads[s], s))
-        made[number] = server
-        loads[server] += graph.transfers[number].size_bytes
-    return made
+RATE_PULLS: Final = 2
+"""Of all parameters, to measure a line by."""
+EVALUATED: Final = 256
+"""Examples of a batch of evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seen:
-    """What one step took."""
+class Course:
+    """What all workers of a training have in common."""
 
-    seconds: float
-    """From asking for parameters to having sent the last gradient."""
-    waited_s: float
-    """Of these, in which no stage could begin."""
-    stages: tuple[float, ...] = ()
-    """Seconds of each, where nothing was sent while they ran."""
-
-
-@dataclass
-class _Server:
-    """One server, as a worker sees it."""
-
-    down: Line
-    up: Line
-    transfers: list[int]
-    queue: SendQueue
-    data: dict[int, tuple[int, np.ndarray]] = field(default_factory=dict)
-    """Transfer -> (step, gradients) that are being sent."""
+    step: Step
+    order: Order
+    examples: Examples
+    held_out: Examples | None
+    first: int
+    """Steps that are done already."""
+    steps: int
+    commit_every: int
+    seed: int
+    num_workers: int
+    is_synchronous: bool
+    watch: Watch
 
 
 @final
-class Exchange:
-    """A worker's lines to all servers."""
+class WorkerTraining:
+    """Of one worker."""
 
-    def __init__(
-        self, addresses: Sequence[tuple[str, int]], secret: bytes, *, worker: int, packings: Sequence[Packing], owners: Sequence[int],
-        slice_bytes: int = SLICE_BYTES, credit_bytes: int = CREDIT_BYTES, silence_s: float = SILENCE_S,
-    ) -> None:  # fmt: skip
+    def __init__(self, course: Course, worker: int, exchange: Exchange, choice: Choice) -> None:
         """
         Args:
-            addresses: host and port of each server.
-            secret: the pod's.
-            worker: its number.
-            packings: of all transfers.
-            owners: server of each transfer.
-            slice_bytes, credit_bytes: of gradients; see `SendQueue`.
-            silence_s: after which a server that neither sends nor takes anything is given up.
+            course: of all workers.
+            worker: its number; 0 evaluates versions and tells the watch.
+            exchange: its lines to the servers.
+            choice: of the order of its transfers.
+        """
+        self._course, self._worker, self._exchange, self._choice = course, worker, exchange, choice
+        variables = course.step.task.variables(jax.random.key(course.seed))
+        params = named(variables.params, "params")
+        self._frozen = {name: params[name] for name in params if name not in course.step.learned}
+        self._state = named(variables.state, "state")
+        self._sums: dict[str, float] = {}
+        """Of metrics, since the last version."""
+        self._laps = Laps()
+
+    def run(self) -> dict[str, Any]:
+        """Takes all steps.
+
+        Returns:
+            ``step``, and ``params``: name -> tensor, in the first worker.
 
         Raises:
-            TransportError: a server is not there, or knows another secret.
+            TransportError: a server is gone.
         """
-        self.packings, self._owners = packings, owners
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self._fault: BaseException | None = None
-        self.arrived: queue.SimpleQueue[tuple[int, np.ndarray] | None] = queue.SimpleQueue()
-        """Transfers that are whole; None: something broke."""
-        self._servers: list[_Server] = []
-        self._to_push: queue.SimpleQueue[tuple[int, int, int, Named] | None] = queue.SimpleQueue()
-        self._unsent = 0
-        """Gradients that were pushed and are not acknowledged."""
-        try:
-            for number, (host, port) in enumerate(addresses):
-                down, up = (Line.dialled(host, port, secret, role=role, worker=worker, silence_s=silence_s) for role in ("down", "up"))  # fmt: skip
-                mine = [transfer for transfer, owner in enumerate(owners) if owner == number]
-                sending = SendQueue(slice_bytes=slice_bytes, credit_bytes=credit_bytes)
-                self._servers.append(_Server(down, up, mine, sending))
-        except BaseException:
-            self.close()
-            raise
-        self._step = 0
-        self._first_slice: tuple[int, float] | None = None
-        """Bytes, and when they were there."""
-        self._last_slice_s = 0.0
-        self._threads = [threading.Thread(target=self._pack, daemon=True)]
-        for server in self._servers:
-            for target in (self._take, self._send, self._hear):
-                self._threads.append(threading.Thread(target=self._guarded, args=(target, server), daemon=True))
-        for thread in self._threads:
-            thread.start()
+        course, exchange, marks, pace = self._course, self._exchange, self._course.watch.pod.marks, Pace()
+        batches = course.order.steps(course.first)
+        ranks = self._choice.ranks()
+        if self._choice.needs_rate:
+            for _ in range(RATE_PULLS):
+                self._choice.saw_sent(*rate(exchange, course.first, ranks))
+        params: Named = {}
+        exchange.pull(course.first, ranks)
+        number = course.first // course.commit_every
+        marks.doing("training")
+        pending: Any = None
+        for step in range(course.first, course.steps):
+            indices, mask = next(batches)
+            marks.begin(step + 1)
+            following = self._choice.ranks()
+            metrics, seen = self._take(step, indices, mask, ranks, following)
+            ranks = following
+            self._add(pending)
+            pending = metrics
+            marks.done(step + 1)
+            is_version = (step + 1) % course.commit_every == 0 or step + 1 == course.steps
+            if is_version:
+                self._add(pending)
+                pending = None
+            self._laps.took("compute")
+            if self._worker == 0:
+                progress = Progress(
+                    step=step + 1, last=course.steps, metrics=ratios(self._sums), steps_per_s=pace.at(step + 1)
+                )
+                course.watch.on_call(progress)
+            if is_version:
+                number += 1
+                if self._worker == 0:
+                    params = whole(exchange)
+                    self._tell(step + 1, number, params)
+                    if step + 1 < course.steps:
+                        exchange.pull(step + 1, ranks)  # once more, for the step itself
+                self._sums = {}
+            self._choice.took(seen)
+            if self._worker == 0 and step + 1 < course.steps and course.watch.should_stop(step + 1):
+                return {"step": step + 1, "params": whole(exchange) | self._frozen}
+        self._choice.keep()
+        return {"step": course.steps, "params": params | self._frozen}
 
-    def close(self) -> None:
-        """Ends all lines."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify_all()
-        self._to_push.put(None)
-        for server in self._servers:
-            server.down.close()
-            server.up.close()
+    def _take(
+        self, step: int, indices: np.ndarray, mask: np.ndarray, ranks: np.ndarray, following: np.ndarray
+    ) -> tuple[Any, Seen]:
+        course = self._course
+        rows, seen = (np.split(each, course.num_workers)[self._worker] for each in (indices, mask))
+        batch = {name: values[rows] for name, values in course.examples.fields.items()} | {"mask": seen}
+        count = np.float32(max(1, (mask if course.is_synchronous else seen).sum()))
+        key = np.array([course.seed & 0xFFFFFFFF, (step * course.num_workers + self._worker) & 0xFFFFFFFF], np.uint32)
+        run = course.step.begin(self._frozen, self._state, batch, count, key)
+        self._laps.took("wait")
+        seen_step = taken(
+            run, course.step.staged, self._exchange, step=step, ranks=ranks, following=following, is_alone=self._choice.is_alone
+        )  # fmt: skip
+        _, self._state, metrics = course.step.returned(run)
+        return metrics, seen_step
 
-    def pull(self, step: int, ranks: np.ndarray) -> None:
-        """Asks for all transfers, to come by rank."""
-        self._step, self._first_slice = step, None
-        for server in self._servers:
-            data = np.asarray(ranks[server.transfers], "<i4").tobytes()
-            server.down.send(Frame(PULL, step=step), data)
+    def _add(self, metrics: Any) -> None:
+        if metrics is not None:
+            for name, value in jax.device_get(metrics).items():
+                self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
-    def last_pull(self) -> tuple[int, float]:
-        """Bytes after the first slice of what was asked for last, and seconds from then to its end."""
-        assert self._first_slice is not None, "nothing has come"
-        size, at = self._first_slice
-        return sum(packing.size_bytes for packing in self.packings) - size, self._last_slice_s - at
+    def _tell(self, step: int, number: int, params: Mapping[str, Any]) -> None:
+        course = self._course
+        course.watch.pod.marks.doing("evaluating")
+        model = dict(sorted((dict(params) | self._frozen | self._state).items()))
+        metrics = {} if course.held_out is None else self._evaluate(model, course.held_out)
+        self._laps.took("evaluate")
+        course.watch.on_version(
+            Version(
+                version=number, step=step, examples=round(self._sums.get("loss/denominator", 0.0) * course.num_workers), model=model,
+                training=ratios(self._sums), metrics=metrics, seconds=self._laps.taken(),
+            )
+        )  # fmt: skip
+        self._laps.took("commit")
+        course.watch.pod.marks.doing("training")
 
-    def push(self, transfer: int, step: int, gradients: Named, rank: int) -> None:
-        """Sends a transfer's gradients when they are there."""
-        with self._changed:
-            self._unsent += 1
-        self._to_push.put((transfer, step, rank, gradients))
+    def _evaluate(self, model: Named, held_out: Examples) -> dict[str, float]:
+        size = min(EVALUATED, len(held_out))
+        totals: dict[str, float] = {}
+        for begin in range(0, len(held_out), size):
+            rows = np.arange(begin, min(begin + size, len(held_out)))
+            batch = dict(held_out.take(np.resize(rows, size)))
+            sums = self._evaluation(model, batch, np.arange(size) < len(rows))
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        return ratios(totals)
 
-    def next_arrived(self) -> tuple[int, np.ndarray]:
-        """The next transfer that is whole. Raises what broke, if something did."""
-        found = self.arrived.get()
-        if found is None:
-            self._raise()
-        assert found is not None
-        return found
-
-    def arrived_now(self) -> tuple[int, np.ndarray] | None:
-        """A transfer that is whole, if there is one. Raises what broke, if something did."""
-        try:
-            found = self.arrived.get_nowait()
-        except queue.Empty:
-            return None
-        if found is None:
-            self._raise()
-        return found
-
-    def flushed(self) -> None:
-        """Waits until all gradients have been taken. Raises what broke, if something did."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._fault is not None or self._is_closed or not self._unsent)
-        if self._fault is not None or self._is_closed:
-            self._raise()
-
-    def _raise(self) -> None:
-        if self._fault is not None:
-            raise self._fault
-        raise NetworkError("The exchange is closed.")
-
-    def _guarded(self, target: Any, server: _Server) -> None:
-        try:
-            target(server)
-        except (TransportError, ValueError) as error:
-            with self._changed:
-                self._fault = self._fault or error
-                self._changed.notify_all()
-            self.arrived.put(None)
-
-    def _take(self, server: _Server) -> None:
-        """Parameters of one server."""
-        places: dict[int, np.ndarray] = {}
-        got: dict[int, int] = {}
-        while True:
-            frame = server.down.receive()
-            number = frame.transfer
-            if frame.kind != SLICE or number not in server.transfers or frame.step != self._step:
-                raise ProtocolError(f"Expected a slice of step {self._step}, got kind {frame.kind} of transfer {number} of step {frame.step}.")  # fmt: skip
-            if not frame.offset:
-                places[number], got[number] = self.packings[number].empty(), 0
-            place = places.get(number)
-            if place is None or frame.offset != got[number] or frame.offset + frame.size > len(place) or not frame.size:
-                raise ProtocolError(f"Expected the next slice of transfer {number}, got {frame.size} bytes at {frame.offset}.")  # fmt: skip
-            server.down.read_into(place.data[frame.offset : frame.offset + frame.size])
-            got[number] += frame.size
-            self._last_slice_s = time.perf_counter()
-            self._first_slice = self._first_slice or (frame.size, self._last_slice_s)
-            server.down.send(Frame(ACK, number, frame.step, frame.size))
-            if got[number] == len(place):
-                self.arrived.put((number, places.pop(number)))
-
-    def _pack(self) -> None:
-        """Gradients, in the order in which they are made, wait here to be there; then they go into their server's queue."""
-        while (found := self._to_push.get()) is not None:
-            transfer, step, rank, gradients = found
-            try:
-                data = self.packings[transfer].packed(gradients)
-            except Exception as error:  # XLA's, of the computation
-                with self._changed:
-                    self._fault = self._fault or error
-                    self._changed.notify_all()
-                self.arrived.put(None)
-                return
-            server = self._servers[self._owners[transfer]]
-            with self._changed:
-                server.data[transfer] = step, data
-                server.queue.put(transfer, len(data), rank)
-                self._changed.notify_all()
-
-    def _send(self, server: _Server) -> None:
-        while True:
-            with self._changed:
-                part = None
-                while part is None:
-                    if self._is_closed or self._fault is not None:
-                        return
-                    part = server.queue.take()
-                    if part is None:
-                        self._changed.wait()
-                step, data = server.data[part.transfer]
-                if part.offset + part.size == len(data):
-                    del server.data[part.transfer]
-            place = data.data[part.offset : part.offset + part.size]
-            server.up.send(Frame(PUSH, part.transfer, step, part.offset), place)
-
-    def _hear(self, server: _Server) -> None:
-        """Acknowledgements."""
-        acknowledged = dict.fromkeys(server.transfers, 0)
-        while True:
-            frame = server.up.receive()
-            if frame.kind != ACK or frame.transfer not in acknowledged:
-                raise ProtocolError(f"Expected an acknowledgement, got a frame of kind {frame.kind}.")
-            with self._changed:
-                server.queue.acknowledged(frame.offset)
-                acknowledged[frame.transfer] += frame.offset
-                if acknowledged[frame.transfer] == self.packings[frame.transfer].size_bytes:
-                    acknowledged[frame.transfer] = 0
-                    self._unsent -= 1
-                self._changed.notify_all()
-
-
-def taken(
-    run: Run,
-    staged: Staged,
-    exchange: Exchange,
-    *,
-    step: int,
-    ranks: np.ndarray,
-    following: np.ndarray | None = None,
-    is_alone: bool = False,
-) -> Seen:
-    """One step, whose parameters have been asked for: stages as parameters come, gradients as stages end.
-
-    Args:
-        run: of the step, begun without its parameters.
-        staged: its stages.
-        exchange: the lines to the servers.
-        step: its number.
-        ranks: of transfers, in which gradients go up.
-        following: ranks of the next step, which is asked for when all of this one's stages have begun; None: it is not.
-        is_alone: nothing is sent while stages run, one after the other, so that their times can be measured.
-
-    Raises:
-        TransportError: a server is gone.
-    """  # fmt: skip
-    begun = time.perf_counter()
-    left, waited_s = len(staged.graph.transfers), 0.0
-    seconds, made = dict[int, float](), list[int]()
-    while not run.is_done or left:
-        found = exchange.arrived_now() if left else None
-        stage = run.ready() if found is None and not (is_alone and left) else None
-        if found is None and stage is None:
-            before = time.perf_counter()
-            found = exchange.next_arrived()
-            waited_s += time.perf_counter() - before
-        if found is not None:
-            run.give(found[0], jax.device_put(exchange.packings[found[0]].unpacked(found[1])))
-            left -= 1
-        elif stage is not None:
-            before = time.perf_counter()
-            run.run(stage)
-            made += staged.graph.stages[stage].makes
-            if is_alone:
-                run.wait(stage)
-                seconds[stage] = time.perf_counter() - before
-            else:
-                made = _pushed(made, run, exchange, step, ranks)
-    _pushed(made, run, exchange, step, ranks)
-    if following is not None:
-        exchange.pull(step + 1, following)
-    exchange.flushed()
-    stages = tuple(seconds[number] for number in sorted(seconds))
-    return Seen(seconds=time.perf_counter() - begun, waited_s=waited_s, stages=stages)
-
-
-def _pushed(made: list[int], run: Run, exchange: Exchange, step: int, ranks: np.ndarray) -> list[int]:
-    """Sends gradients; none is left."""
-    for transfer in made:
-        exchange.push(transfer, step, run.gradients(transfer), int(ranks[transfer]))
-    return []
-
-
-def rate(exchange: Exchange, step: int, ranks: np.ndarray) -> tuple[int, float]:
-    """Bytes and seconds of all parameters coming down while nothing else is done, from the first slice on; nothing may have been asked for."""
-    exchange.pull(step, ranks)
-    whole(exchange)
-    return exchange.last_pull()
-
-
-def whole(exchange: Exchange) -> dict[str, np.ndarray]:
-    """All parameters that were asked for."""
-    made: dict[str, np.ndarray] = {}
-    for _ in exchange.packings:
-        transfer, data = exchange.next_arrived()
-        made |= exchange.packings[transfer].unpacked(data)
-    return made
+    @cached_property
+    def _evaluation(self) -> Any:
+        function = evaluator(self._course.step.task)
+        assert function is not None
+        return jax.jit(function)
