@@ -5,7 +5,7 @@ O1  the exact ways (updates in pieces, two levels, tensors split by rules, accum
     the same of one device whose batches have their rows the other way round: what another order of additions alone does.
 O2  accuracy of what is not exact, mean over seeds, less that of one device, in units of that one's spread (largest less smallest over the seeds): at
     least -1. O2a gradients summed in bfloat16; O2b two processes of `shoal train --workers 2`, one of which is killed; O2c DiLoCo, four machines that
-    send an update every 20 steps. All see as many examples.
+    send an update every 20 steps; O2d its streaming form, a quarter of the model every 5. All see as many examples.
 """
 
 import jax
@@ -32,7 +32,7 @@ from shoal.pod import MeshSpec, Trainer, Version, Watch  # noqa: E402
 from shoal.record.run import open_run  # noqa: E402
 
 BATCH, EPOCHS, EXACT_STEPS = 256, 4, 50
-MACHINES, INNER_STEPS = 4, 20
+MACHINES, INNER_STEPS, FRAGMENTS = 4, 20, 4
 EXACT: Final[dict[str, dict[str, Any]]] = {
     "sharded, two levels": {"mesh": "slow=2,data=4", "update": "sharded"},
     "fully sharded": {"mesh": "data=8", "update": "fully_sharded"},
@@ -115,12 +115,12 @@ def killed(seed: int) -> float:
             return 100 * float(found.history("accuracy")[1][-1])
 
 
-def diloco(data: Any, seed: int) -> float:
+def diloco(data: Any, seed: int, *, fragments: int = 1) -> float:
     local = shoal.Local(optimizer=TASK.local.optimizer, batch_size=BATCH // MACHINES)
     policy = shoal.RoundPolicy(goal=MACHINES, minimum_group=MACHINES)
-    task = shoal.diloco(TASK.replace(local=local, rounds=policy), inner_steps=INNER_STEPS)
+    task = shoal.diloco(TASK.replace(local=local, rounds=policy), inner_steps=INNER_STEPS, fragments=fragments)
     split = shoal.data.iid(len(data.train), MACHINES, rng=np.random.default_rng(seed))
-    rounds = round(EPOCHS * len(data.train) / (INNER_STEPS * BATCH))
+    rounds = fragments * round(EPOCHS * len(data.train) / (INNER_STEPS * BATCH))
     made = shoal.simulate(
         task, shoal.data.Population.from_split(data.train, split), rounds=rounds, seed=seed, held_out=data.test, evaluate_every=rounds,
         progress=False,
@@ -138,7 +138,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     control = "rows the other way round"
     worst = max(value for each in apart.values() for way, value in each.items() if way != control)
     why = "" if not quick else "three seeds are needed for a spread"
-    ways = {"one device": [], "bfloat16 sums": [], "one of two killed": [], "DiLoCo": []}  # type: dict[str, list[float]]
+    ways = {"one device": [], "bfloat16 sums": [], "one of two killed": [], "DiLoCo": [], "streaming": []}  # type: dict[str, list[float]]
     for seed in seeds if not quick else ():
         ways["one device"].append(accuracy(trainer("data=1"), data, seed))
         ways["bfloat16 sums"].append(
@@ -146,6 +146,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
         )
         ways["one of two killed"].append(killed(seed))
         ways["DiLoCo"].append(diloco(data, seed))
+        ways["streaming"].append(diloco(data, seed, fragments=FRAGMENTS))
     table(
         ["accuracy, %", *(f"seed {seed}" for seed in seeds)], [[way, *values] for way, values in ways.items() if values]
     )
@@ -160,6 +161,7 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
         Goal("O2a", "bfloat16 sums, accuracy less one device's, in spreads", behind("bfloat16 sums"), ">= -1", why=why),
         Goal("O2b", "one of two processes killed, likewise", behind("one of two killed"), ">= -1", why=why),
         Goal("O2c", "DiLoCo, likewise", behind("DiLoCo"), ">= -1", why=why),
+        Goal("O2d", "DiLoCo, streaming, likewise", behind("streaming"), ">= -1", why=why),
     ]
     return goals, {"distances": apart, "accuracy": ways, "spread": spread}
 

@@ -240,7 +240,9 @@ def compressed_rule(
     specs = {s.tensor.name.removeprefix("delta/"): s for s in sums if s.tensor.name.startswith("delta/")}
     bounds = {spec.tensor.name.removeprefix("delta/"): spec.bound for spec in inner.sums}
     deltas = {name: spec.tensor for name, spec in specs.items()}
-    drawn = [TensorSpec(name=VERSION, shape=(1,), dtype="uint32")] if any(spec.one_of > 1 for spec in sums) else []
+    is_told = any(spec.name == VERSION for spec in inner.broadcast)
+    is_drawn = any(spec.one_of > 1 for spec in sums) and not is_told
+    drawn = [TensorSpec(name=VERSION, shape=(1,), dtype="uint32")] if is_drawn else []
     residuals = tuple(
         TensorSpec(name=RESIDUAL + name, shape=spec.shape, dtype="float32")
         for name, spec in sorted(deltas.items() if codec.feeds_back else ())
@@ -249,7 +251,7 @@ def compressed_rule(
     size_bytes = sum(codec.size_bytes(spec.size_bytes // 4) for spec in deltas.values())
 
     def begin(broadcast: Named, device_state: Named) -> Named:
-        broadcast = {name: value for name, value in broadcast.items() if name != VERSION}
+        broadcast = {name: value for name, value in broadcast.items() if is_told or name != VERSION}
         own = {spec.name: device_state[spec.name] for spec in residuals}
         kept = {name: value for name, value in device_state.items() if name not in own}
         return _sorted({**inner.begin(broadcast, kept), **own, KEY: jnp.zeros((2,), jnp.uint32)})
@@ -262,7 +264,7 @@ def compressed_rule(
     def finish(carry: Named, broadcast: Named) -> Report:
         own, theirs = _parted(carry, own_names)
         version = broadcast.get(VERSION)
-        report = inner.finish(theirs, {name: value for name, value in broadcast.items() if name != VERSION})
+        report = inner.finish(theirs, {name: value for name, value in broadcast.items() if is_told or name != VERSION})
         sent, left = dict[str, Any](), dict[str, Any]()
         for number, name in enumerate(sorted(deltas)):
             bound = None if is_clipped else bounds[name]

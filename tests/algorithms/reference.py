@@ -3,7 +3,7 @@
 They share with the programs the order of the examples and nothing else. A model is {"w": (D, E), "b": (E,)}.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -270,6 +270,33 @@ def diloco(model: Model, cohorts: Cohorts, *, momentum: float, outer_rate: float
         return plus(before, plus(scaled(mean, -1.0), outer, outer_momentum), -outer_rate)
 
     return averaged(model, cohorts, local, uniform=True, server=server)
+
+
+def streaming_diloco(
+    model: Model, cohorts: Cohorts, *, momentum: float, outer_rate: float, outer_momentum: float, fragment_of: Mapping[str, int]
+) -> Model:  # fmt: skip
+    """Douillard et al. 2025, algorithm 2, without overlap: each round averages one fragment, and every device goes on with its own of the others."""
+    num = 1 + max(fragment_of.values())
+    kept: dict[str, tuple[Model, Model, int]] = {}
+    """Device -> its parameters, its inner momentum, the round after the one that they are of."""
+    outer = scaled(model, 0.0)
+    for version, cohort in enumerate(cohorts):
+        turn, updates = version % num, list[Model]()
+        for member in cohort:
+            reached, trace, since = kept.get(member, (model, scaled(model, 0.0), 0))
+            averaged_since = {v % num for v in range(since - 1 if member in kept else 0, version)}
+            reached = {n: model[n] if fragment_of[n] in averaged_since else reached[n] for n in model}
+            for batch in batches(version, member):
+                trace = plus(gradient(reached, batch), trace, momentum)
+                reached = plus(reached, trace, -RATE)
+            kept[member] = reached, trace, version + 1
+            updates.append(minus(reached, model))
+        for name in model:
+            if fragment_of[name] == turn:
+                slope = -sum(update[name] for update in updates) / len(updates)
+                outer[name] = slope + outer_momentum * outer[name]
+                model = {**model, name: model[name] - outer_rate * (slope + outer_momentum * outer[name])}
+    return model
 
 
 def per_fedavg(model: Model, cohorts: Cohorts, *, alpha: float, delta: float | None) -> Model:

@@ -74,6 +74,12 @@ CASES = {
         lambda: shoal.diloco(task(local=with_momentum())),
         lambda m, c: reference.diloco(m, c, momentum=0.9, outer_rate=0.7, outer_momentum=0.9),
     ),
+    "streaming diloco": Case(
+        lambda: shoal.diloco(task(local=with_momentum()), fragments=2),
+        lambda m, c: reference.streaming_diloco(
+            m, c, momentum=0.9, outer_rate=0.7, outer_momentum=0.9, fragment_of={"w": 0, "b": 1}
+        ),
+    ),
     "ditto": Case(lambda: shoal.ditto(task(), lam=0.5), reference.fedavg),
     "measured": Case(lambda: shoal.measured(task(local=held_out())), reference.fedavg_with_holdout),
     "clipped by tensor": Case(

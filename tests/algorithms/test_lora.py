@@ -15,12 +15,13 @@ from safetensors.numpy import load_file
 import shoal
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.link import LocalLink
 from shoal.local import local_rule, model_specs
 from shoal.lora import merged_tensors, with_adapters
 from shoal.plan.build import build
 from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.run_plan import begin_run
 from shoal.plan.stablehlo import this_runtime
 from shoal.policy import RoundPolicy, Selection
 from shoal.record.memory import MemoryStore

@@ -10,11 +10,12 @@ import numpy as np
 
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.link import Link
 from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.run_plan import begin_run
 from shoal.plan.stablehlo import this_runtime
 from shoal.record.memory import MemoryStore
 from shoal.simulate.engine import RoundResult, Simulation, go_on
