@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from typing import Any, Final
 
-from shoal.cli import analytics_section, over_users_section, statistics_section, words
+from shoal.cli import analytics_section, members_section, over_users_section, statistics_section, words
 from shoal.cli.run_summary import summarize
 from shoal.cli.screen import Screen
 from shoal.clip_norm import described
@@ -45,13 +45,14 @@ def show(run: Run, screen: Screen) -> None:
         _pairs(screen, "plan", _plan_facts(plan, row.kind))
     _rounds(screen, rounds)
     analytics = analytics_section.show(rounds, screen)
+    members = members_section.show(rounds, screen)
     _metrics(screen, metrics)
     users = over_users_section.show(store, run.id, screen)
     found = statistics_section.show(run, screen)
     _usage(screen, usage)
     screen.line(f"\nrun: {run.folder}")
     document: dict[str, Any] = summarize(store, run.id).to_json() | {
-        "status": status, "analytics": analytics, "statistics": found, "over_users": users, "folder": str(run.folder), "created_s": row.created_s, "finished_s": row.finished_s, "config": settings,
+        "status": status, "analytics": analytics, "statistics": found, "over_users": users, "processes": members, "folder": str(run.folder), "created_s": row.created_s, "finished_s": row.finished_s, "config": settings,
         "provenance": dict(row.provenance), "plan": None if plan is None else _plan_facts(plan, row.kind),
         "rounds": [{"number": r.number, "state": r.state, "base_version": r.base_version, "selected": r.selected,
                     "counted": r.counted, "released": r.released, "reason": r.reason} for r in rounds],

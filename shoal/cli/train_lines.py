@@ -1,7 +1,7 @@
 """The progress of a training on a mesh: steps, metrics so far, rate, time left."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import TYPE_CHECKING, final
 
 from shoal.cli import words
@@ -21,6 +21,7 @@ class TrainLines:
     ) -> None:
         self._batch_size, self._versions, self._screen, self._now_s = batch_size, versions, screen, now_s
         self._line_s, self._rate = float("-inf"), ""
+        self._slow: Set[int] = set()
 
     def call(self, progress: "Progress") -> None:
         """A call of the compiled program."""
@@ -40,3 +41,15 @@ class TrainLines:
             self._line_s = now_s
         else:
             self._screen.live(line)
+        self._tell_of_slow_ones(version)
+
+    def _tell_of_slow_ones(self, version: "Version") -> None:
+        """When a process begins to be slow, and when it is no more."""
+        from shoal.pod.seen import slow
+
+        found = slow(version.members)
+        for process in sorted(found.keys() - self._slow):
+            self._screen.say(f"process {process} is slow: {found[process]}")
+        for process in sorted(self._slow - found.keys()):
+            self._screen.say(f"process {process} is not slow any more")
+        self._slow = found.keys()

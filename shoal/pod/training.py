@@ -7,7 +7,7 @@ feed --call--> program --sums (k,)--> fetched while the next call runs --> Progr
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,8 @@ from shoal.pod.checkpoint import Checkpoints
 from shoal.pod.describe import Made
 from shoal.pod.feed import Call, Feed
 from shoal.pod.placement import State
+from shoal.pod.seeing import Seeing
+from shoal.pod.seen import MemberSeen
 from shoal.pod.worker import Marks, Worker
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Version:
     """On what is held out."""
     seconds: Mapping[str, float]
     """By phase, since the last version: compile, wait (for examples), compute, evaluate, commit."""
+    members: Sequence[MemberSeen] = ()
+    """What each process saw since then; none with parameter servers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +111,8 @@ class Training:
         """The step of the checkpoint that was begun last."""
         self._sums: dict[str, float] = {}
         """Since the last version."""
-        self._seconds: dict[str, float] = {}
-        self._lap_s = time.perf_counter()
+        self._laps = Laps()
+        self._seeing = Seeing(watch.pod.life)
 
     def run(self) -> State:
         """See `Trainer.train`."""
@@ -126,10 +130,10 @@ class Training:
             self._examples, order, self._program.row_shardings(1), first=first, last=self._last,
             steps_per_call=trainer.steps_per_call, ends=self._commit_every, multiple=trainer.spec.num_members * self._program.accumulate,
         )  # fmt: skip
-        self._took("begin")
+        self._laps.took("begin")
         with closing(feed):
             for call in feed:
-                self._took("wait")
+                waited_s = self._laps.took("wait")
                 run = self._compiled(state, call)
                 step = call.first + call.num_steps
                 marks.begin(step)
@@ -140,7 +144,7 @@ class Training:
                 is_version = step % self._commit_every == 0 or step == self._last
                 if is_version or is_over:
                     self._add()
-                self._took("compute")
+                self._seeing.saw(call.num_steps, waited_s=waited_s, worked_s=self._laps.took("compute"))
                 self._watch.on_call(
                     Progress(step=step, last=self._last, metrics=ratios(self._sums), steps_per_s=pace.at(step))
                 )
@@ -157,9 +161,9 @@ class Training:
         if (made := self._trainer.made(call.num_steps)) is None:
             self._watch.pod.marks.doing("compiling")
             made = self._trainer.make(state, call, self._key)
-            self._took("compile")
+            self._laps.took("compile")
             self._watch.on_made(made, call)
-            self._took("describe")
+            self._laps.took("describe")
         self._watch.pod.marks.doing("training")
         return made.compiled
 
@@ -176,12 +180,12 @@ class Training:
             self._checkpoints.wait()
             pod.marks.saved(step)
             pod.pause()
-        self._took("checkpoint")
+        self._laps.took("checkpoint")
 
     def _tell(self, state: State, step: int) -> None:
         self._watch.pod.marks.doing("evaluating")
         self._watch.on_version(self._version(state, step))
-        self._took("commit")
+        self._laps.took("commit")
 
     def _begin(self) -> tuple[State, int]:
         program, checkpoints = self._program, self._checkpoints
@@ -216,12 +220,11 @@ class Training:
         training = ratios(self._sums)
         self._number += 1
         seen, self._sums = self._sums.get("loss/denominator", 0.0), {}
-        self._took("commit")
+        self._laps.took("commit")
         metrics = {} if self._held_out is None else self._trainer.evaluate(state, self._held_out)
-        self._took("evaluate")
+        self._laps.took("evaluate")
         model = self._trainer.whole(state)
-        self._took("commit")
-        seconds, self._seconds = self._seconds, {}
+        self._laps.took("commit")
         return Version(
             version=self._number,
             step=step,
@@ -229,7 +232,8 @@ class Training:
             model=model,
             training=training,
             metrics=metrics,
-            seconds=seconds,
+            seconds=self._laps.taken(),
+            members=self._seeing.gathered(),
         )
 
     def _add(self) -> None:
@@ -241,11 +245,26 @@ class Training:
             self._watch.pod.marks.done(step)
         self._running = None
 
-    def _took(self, phase: str) -> None:
-        """The time since this was last called went into `phase`."""
+
+@final
+class Laps:
+    """Into which phases time goes."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since_s = time.perf_counter()
+
+    def took(self, phase: str) -> float:
+        """The time since this was last called went into `phase`. Returns it, in seconds."""
         now_s = time.perf_counter()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now_s - self._lap_s
-        self._lap_s = now_s
+        lap_s, self._since_s = now_s - self._since_s, now_s
+        self._seconds[phase] = self._seconds.get(phase, 0.0) + lap_s
+        return lap_s
+
+    def taken(self) -> dict[str, float]:
+        """Seconds by phase, since this was last called."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
 
 @final
