@@ -32,12 +32,12 @@ task = load_task("examples/pod/mlp.py").replace(local=shoal.Local(optimizer=opta
 """
 WAYS: Final = {"synchronous": "0", "stale-synchronous, 4 steps": "4", "asynchronous": "any"}
 SEEDS: Final = 3
-TARGET: Final = 0.84
+TARGET, QUICK_TARGET = 0.84, 0.7
 STEPS, EVERY = 2000, 40
 STOPPED_S, RUNNING_S = 0.04, 0.02
 
 
-def seconds_to_target(staleness: str, seed: int) -> tuple[float, int]:
+def seconds_to_target(staleness: str, seed: int, target: float) -> tuple[float, int]:
     """Seconds, and steps of the first worker; infinite where it is not reached."""
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
@@ -49,22 +49,22 @@ def seconds_to_target(staleness: str, seed: int) -> tuple[float, int]:
         with (folder / "log").open("w") as log:
             process = subprocess.Popen([sys.executable, "-m", "shoal", *words], stdout=log, stderr=log)
             try:
-                return _watched(process, folder)
+                return _watched(process, folder, target)
             finally:
                 process.terminate()
                 process.wait()
 
 
-def _watched(process: "subprocess.Popen[bytes]", folder: Path) -> tuple[float, int]:
+def _watched(process: "subprocess.Popen[bytes]", folder: Path, target: float) -> tuple[float, int]:
     while not (rows := _versions(folder)):
         assert process.poll() is None, (folder / "log").read_text()[-2000:]
         time.sleep(0.1)
     with _slowed(_second_worker(process.pid)):
-        while process.poll() is None and not any(accuracy >= TARGET for _, accuracy, _ in rows):
+        while process.poll() is None and not any(accuracy >= target for _, accuracy, _ in rows):
             time.sleep(0.2)
             rows = _versions(folder)
     for version, accuracy, at_s in _versions(folder):
-        if accuracy >= TARGET:
+        if accuracy >= target:
             return at_s - rows[0][2], version * EVERY
     return float("inf"), STEPS
 
@@ -110,24 +110,21 @@ def _slowed(pid: int) -> Iterator[None]:
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     found: dict[str, list[tuple[float, int]]] = {way: [] for way in WAYS}
-    for seed in range(SEEDS):
-        if quick:
-            break
+    for seed in range(1 if quick else SEEDS):
         for turn in range(len(WAYS)):
             way = list(WAYS)[(turn + seed) % len(WAYS)]
-            found[way].append(seconds_to_target(WAYS[way], seed))
+            found[way].append(seconds_to_target(WAYS[way], seed, QUICK_TARGET if quick else TARGET))
             print(f"# seed {seed}, {way}: {found[way][-1][0]:.1f} s", flush=True)
-    shown = {way: each for way, each in found.items() if each}
     table(
         ["way", "s to target", "of each seed", "steps"],
         [
             [way, float(np.median([s for s, _ in each])), " ".join(f"{s:.1f}" for s, _ in each), " ".join(str(n) for _, n in each)]
-            for way, each in shown.items()
+            for way, each in found.items()
         ],
     )  # fmt: skip
-    synchronous, *others = (float(np.median([s for s, _ in each])) for each in shown.values()) if shown else (0.0,)
-    why = "it takes minutes" if quick else ""
-    goal = Goal("A1", "time to target with one of two workers at a third of its speed, synchronous over the better of the others", synchronous / min(others) if others else None, ">= 1", why=why)  # fmt: skip
+    synchronous, *others = (float(np.median([s for s, _ in each])) for each in found.values())
+    why = "the full run has another target, and three seeds" if quick else ""
+    goal = Goal("A1", "time to target with one of two workers at a third of its speed, synchronous over the better of the others", synchronous / min(others), ">= 1", why=why)  # fmt: skip
     return [goal], {"found": found}
 
 

@@ -75,7 +75,7 @@ class Spent:
     wire_s: float = 0.0
     """Fetching, and handing the model to the runner."""
     start_s: float = 0.0
-    """Starting the runner, compiling or loading its programs."""
+    """Starting the runner, compiling or loading its programs: while the model is fetched."""
 
 
 @dataclass
@@ -212,6 +212,17 @@ class DeviceHost:
         await self._shared(self._models, root)
 
     async def _load_model(self, assigned: pb.Assigned, prepared: Prepared, link: Link, spent: Spent) -> None:
+        # The runner starts and compiles while the model arrives.
+        loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(self.worker, _start, prepared.runner, spent)
+        try:
+            tensors = await self._model(assigned, prepared, link, spent)
+        finally:
+            await starting
+        await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)
+        await asyncio.to_thread(self._keep_model, assigned, prepared.plan, tensors)
+
+    async def _model(self, assigned: pb.Assigned, prepared: Prepared, link: Link, spent: Spent) -> Tensors:
         begun_s = time.perf_counter()
         index = Index.parse(await self.fetch(assigned, assigned.model, link, most=MAX_INDEX_BYTES))
         if index.specs != prepared.manifest.broadcast:
@@ -229,11 +240,8 @@ class DeviceHost:
         self._latest[assigned.plan] = now
         while len(self._latest) > PLANS_HELD:
             self._latest.pop(next(iter(self._latest)))
-        tensors = {name: value for name, (_, value) in now.items()}
         spent.wire_s += time.perf_counter() - begun_s
-        loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)
-        await asyncio.to_thread(self._keep_model, assigned, prepared.plan, tensors)
+        return {name: value for name, (_, value) in now.items()}
 
     def _keep_model(self, assigned: pb.Assigned, plan: Plan, tensors: Tensors) -> None:
         has_predict = any(program.hash in plan.programs for program in plan.manifest.variants("predict"))
@@ -384,14 +392,18 @@ def name_of_run(run: str, key: bytes) -> str:
     return f"{run} of {key.hex()}"
 
 
-def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> None:
-    """Starts the runner, if it is not, and gives it the model. In the worker's thread."""
+def _start(runner: Runner, spent: Spent) -> None:
+    """Starts the runner, if it is not. In the worker's thread."""
     begun_s = time.perf_counter()
     runner.compile()
-    started_s = time.perf_counter()
+    spent.start_s += time.perf_counter() - begun_s
+
+
+def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> None:
+    """Gives the runner the model. In the worker's thread."""
+    begun_s = time.perf_counter()
     runner.set_model(root, tensors)
-    spent.start_s += started_s - begun_s
-    spent.wire_s += time.perf_counter() - started_s
+    spent.wire_s += time.perf_counter() - begun_s
 
 
 def _unpacked(piece: pb.Slice, dtype: str, base: tuple[str, np.ndarray] | None) -> bytes:

@@ -90,7 +90,7 @@ class Training:
             compile_s=spent.start_s + trained.compile_s,
             data_s=trained.update.seconds.get("data", 0.0),
             # For its turn, and for what another device of the process fetched or started.
-            wait_s=trained.started_s - begun - spent.wire_s - spent.start_s,
+            wait_s=max(0.0, trained.started_s - begun - max(spent.wire_s, spent.start_s)),
             wire_s=spent.wire_s,
         )
         privacy = prepared.manifest.promises.privacy
