@@ -32,10 +32,10 @@ import numpy as np
 
 from benchmarks import one_parameter
 from benchmarks.frame import Goal, run, table
-from shoal.fleet.host import begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
 from shoal.plan.manifest import Manifest
+from shoal.plan.run_plan import begin_run
 from shoal.policy import Late, RoundPolicy
 from shoal.record.retention import SETTING, Retention
 from shoal.record.sqlite import open_store

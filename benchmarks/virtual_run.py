@@ -10,12 +10,12 @@ import numpy as np
 from benchmarks import small_net
 from shoal import server
 from shoal.data.store import Examples, Population
-from shoal.fleet.host import begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.manifest import ServerHalf
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.policy import RoundPolicy
 from shoal.record.memory import MemoryStore
 from shoal.simulate.virtual import Tally, VirtualClock, VirtualFleet, drive

@@ -24,12 +24,13 @@ from shoal.fleet.configuration import round_seed
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.host import Host, begin_run, run_seed
+from shoal.fleet.host import Host, run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.link import Link, LocalLink
 from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.plan.stablehlo import this_runtime
 from shoal.pod.trainer import Trainer
 from shoal.pod.training import Watch

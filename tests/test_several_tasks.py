@@ -21,12 +21,13 @@ from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.following import Following
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.several import SeveralHosts
 from shoal.plan.build import build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.plan.stablehlo import this_runtime
 from shoal.record.memory import MemoryStore
 from shoal.record.retention import SETTING

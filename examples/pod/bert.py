@@ -2,7 +2,7 @@
 
     shoal train examples/pod/bert.py --data words.npz --epochs 1 --mesh slow=2,data=4 --sums bfloat16
 
-`make("full")` is BERT-large with the rates of the 23.6 s run on 4,096 chips (MLPerf v0.7, Google; Kumar et al. 2020): rate 0.00288293, both betas
+`make("base")` is BERT-base for one accelerator, `make("full")` BERT-large with the rates of the 23.6 s run on 4,096 chips (MLPerf v0.7, Google; Kumar et al. 2020): rate 0.00288293, both betas
 0.88, decay 0.0166629, warm-up of 287 steps that began 76 steps before the first, 560 steps in all. A batch says which words to find:
 `place` (P,) in the row and `answer` (P,), -1 where a row has fewer. What hides them (15 % of words, 80 % as a mask) is data's business.
 
@@ -32,11 +32,15 @@ class Sizes:
     batch: int
 
 
-SIZES: Final = {"small": Sizes(256, 32, 5, 64, 2, 4, 16), "full": Sizes(30_522, 512, 76, 1024, 24, 16, 8192)}
+SIZES: Final = {
+    "small": Sizes(256, 32, 5, 64, 2, 4, 16),
+    "base": Sizes(30_522, 128, 20, 768, 12, 12, 256),
+    "full": Sizes(30_522, 512, 76, 1024, 24, 16, 8192),
+}
 RATE, WARM, BEFORE, STEPS = 0.00288293, 287, 76, 560
 
 
-def make(size: Literal["small", "full"] = "small") -> shoal.Task:
+def make(size: Literal["small", "base", "full"] = "small") -> shoal.Task:
     sizes = SIZES[size]
     some = ((sizes.found,), "int32")
     return shoal.Task(

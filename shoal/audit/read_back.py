@@ -16,10 +16,11 @@ import numpy as np
 from shoal.audit.inversion import dense_input
 from shoal.data import Examples, Population
 from shoal.errors import DataError
-from shoal.fleet.host import begin_run, run_seed
+from shoal.fleet.host import run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
+from shoal.plan.run_plan import begin_run
 from shoal.policy import Privacy, RoundPolicy
 from shoal.record.memory import MemoryStore
 from shoal.record.tensor_blobs import view_tensors

@@ -31,6 +31,7 @@ def build_in_child(
     policy: Mapping[str, Any],
     each: Mapping[str, Mapping[str, Any]],
     iree: Sequence[str] = (),
+    pods: Mapping[str, Any] | None = None,
 ) -> "tuple[Plan, Tensors]":
     """The unsigned plan of TASK and its initial model.
 
@@ -40,6 +41,7 @@ def build_in_child(
         policy: fields of `RoundPolicy` that are not as the task says.
         each: name of a task -> further ones, of that task only.
         iree: targets that it is compiled for besides; what is being compiled is said on standard error.
+        pods: see `train_pods.of_pods`; None: the task is as it is.
 
     Raises:
         PlanError: the task cannot be loaded or built; the text says why.
@@ -48,7 +50,15 @@ def build_in_child(
     from shoal.tensors import unpack
 
     with tempfile.TemporaryDirectory(prefix="shoal-plan-") as out:
-        request = {"task": task, "seed": seed, "policy": dict(policy), "each": each, "iree": list(iree), "out": out}
+        request = {
+            "task": task,
+            "seed": seed,
+            "policy": dict(policy),
+            "each": each,
+            "iree": list(iree),
+            "pods": pods,
+            "out": out,
+        }
         command = [sys.executable, "-m", "shoal.cli.build_plan", json.dumps(request)]
         # What the task's file prints is not our result.
         done = subprocess.run(
@@ -89,6 +99,10 @@ def _build(request: Mapping[str, Any]) -> None:
     if "late" in policy:
         policy["late"] = Late(**policy["late"])
     task = task.replace(rounds=replace(task.rounds, **policy))
+    if request.get("pods"):
+        from shoal.cli.train_pods import of_pods
+
+        task = of_pods(task, request["pods"])
     built = build(task, seed=request["seed"], iree=request["iree"], progress=partial(print, flush=True))
     built.plan.save(Path(request["out"], "plan"))
     Path(request["out"], "model").write_bytes(pack(built.model))

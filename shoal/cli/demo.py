@@ -229,9 +229,9 @@ class _Demo:
 def begin(folder: Path, settings: DemoSettings, dataset: "Dataset") -> str:
     """Makes plan and initial model and writes the run into the record; returns its id."""
     from shoal.cli.demo_task import task_on
-    from shoal.fleet.host import begin_run
     from shoal.fleet.keys import HostKeys
     from shoal.plan.build import build
+    from shoal.plan.run_plan import begin_run
     from shoal.record.sqlite import open_store
 
     keys = HostKeys.load_or_make(folder)

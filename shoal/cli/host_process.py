@@ -32,7 +32,7 @@ from shoal.fleet.address import joined
 from shoal.fleet.entrance import PER_ADDRESS, Entrance
 from shoal.fleet.following import Following
 from shoal.fleet.grpc_server import GrpcServer, Tls
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.members import Members
 from shoal.fleet.process import be_a_server
@@ -42,7 +42,7 @@ from shoal.fleet.telemetry_host import TelemetryHost
 from shoal.fleet.telemetry_link import GrpcHelperLink
 from shoal.fleet.telemetry_server import serve_reports
 from shoal.plan.plan import Plan
-from shoal.plan.run_plan import load_plan
+from shoal.plan.run_plan import begin_run, load_plan
 from shoal.record.lock import only_writer
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store

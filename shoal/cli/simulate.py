@@ -211,9 +211,9 @@ def _with_goal(task: "Task", goal: int | None, screen: Screen) -> "Task":
 def _begin(task: "Task", rounds: int, seed: int, run: Path | None, config: dict[str, Any]) -> Path:
     """Builds the plan and begins the run; returns its folder."""
     from shoal.cli import run_folder
-    from shoal.fleet.host import begin_run
     from shoal.fleet.keys import HostKeys
     from shoal.plan.build import build
+    from shoal.plan.run_plan import begin_run
     from shoal.record.sqlite import open_store
 
     folder = run_folder.new_folder(run, task.name)

@@ -16,6 +16,7 @@ EPILOG = options.examples(
     "shoal train task.py --data name:digits --epochs 10 --run runs/2026-01-31-digits --resume",
     "shoal train task.py --data images.npz --steps 5000 --workers 2 --checkpoint-every 100",
     "shoal train task.py --data images.npz --steps 5000 --workers 2 --servers 1",
+    "shoal train task.py --data images.npz --steps 5000 --pods 2 --inner-steps 100",
 )
 
 
@@ -131,6 +132,31 @@ def train(
             "--order", help="With --servers, which tensors go first: auto (what pays), tac, tic, layer, tree or random."
         ),
     ] = "auto",
+    pods: Annotated[
+        int,
+        typer.Option(
+            "--pods",
+            min=0,
+            help="Devices of DiLoCo on this machine, each with its part of the examples.",
+            show_default="none: a sum every step",
+        ),
+    ] = 0,
+    inner_steps: Annotated[
+        int, typer.Option("--inner-steps", min=1, help="With --pods: steps of a pod from one average to the next.")
+    ] = 100,
+    fragments: Annotated[
+        int, typer.Option("--fragments", min=1, help="With --pods: parts of the model that are averaged by turns.")
+    ] = 1,
+    goal: Annotated[
+        int | None,
+        typer.Option("--goal", min=1, help="With --pods: how many of them a round waits for.", show_default="all"),
+    ] = None,
+    late: Annotated[
+        str,
+        typer.Option(
+            "--late", help="What updates of the others are worth: discard, discount:FACTOR:VERSIONS or patch:VERSIONS."
+        ),
+    ] = "discard",
     hosts: Annotated[
         int | None,
         typer.Option(
@@ -162,16 +188,27 @@ def train(
     With --servers the model lies there, and --workers ask for it: tensors come in the order in which the step needs them, and each is updated when its gradient
     has arrived.
 
+    With --pods each takes many steps by itself before the models are averaged (DiLoCo): rounds of a fleet, for links that are too slow for a sum every step.
+
     With --workers the training is done by processes that may die: with those that are left it goes on from the last checkpoint.
     """  # fmt: skip
     asked = Asked(
         task=task, data=data, epochs=epochs, steps=steps, mesh=mesh, rule=tuple(rule or ()), split_input=tuple(split_input or ()), update=update,
         sums=sums, batch=batch, accumulate=accumulate, steps_per_call=steps_per_call, window=window, remat=tuple(remat or ()),
         loss_scaling=loss_scaling, batch_norm_group=batch_norm_group, commit_every=commit_every, checkpoint_every=checkpoint_every,
-        held_out=held_out, user_column=user_column, seed=seed, machine=machine, servers=servers, staleness=staleness, order=order, run=run, resume=resume, as_json=json,
+        held_out=held_out, user_column=user_column, seed=seed, machine=machine, servers=servers, staleness=staleness, order=order, pods=pods, inner_steps=inner_steps,
+        fragments=fragments, goal=goal, late=late, run=run, resume=resume, as_json=json,
     )  # fmt: skip
     asked.check()
-    if workers or listen or join:
+    if pods:
+        if workers or listen or join or hosts is not None or secret is not None:
+            raise ValueError(
+                "--workers, --hosts, --listen, --join and --secret are not for --pods: a pod is a device of a fleet."
+            )
+        from shoal.cli.train_pods import train_pods
+
+        train_pods(asked)
+    elif workers or listen or join:
         from shoal.cli.train_pod import supervise
 
         supervise(asked, workers=workers, hosts=hosts, listen=listen, join=join, secret=secret)

@@ -5,14 +5,16 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final, Self
 
+from shoal.cli.late_argument import parse_late
+from shoal.schedule import ORDER_NAMES
 from shoal.validate import one_of
 
 _OPTIONS: Final = {"split_input": "input"}
 """Fields whose option has another name."""
-ORDERS: Final = ("auto", "tac", "tic", "layer", "tree", "random")
 _OF_A_MESH: Final = (
     "mesh", "rule", "split_input", "update", "sums", "accumulate", "steps_per_call", "remat", "loss_scaling", "batch_norm_group", "machine",
 )  # fmt: skip
+_OF_PODS: Final = ("inner_steps", "fragments", "goal", "late")
 _NOT_AGAIN: Final = ("task", "as_json", "run", "resume")
 
 
@@ -45,6 +47,11 @@ class Asked:
     servers: int = 0
     staleness: str = "0"
     order: str = "auto"
+    pods: int = 0
+    inner_steps: int = 100
+    fragments: int = 1
+    goal: int | None = None
+    late: str = "discard"
     run: Path | None = None
     resume: bool = False
     as_json: bool = False
@@ -59,18 +66,32 @@ class Asked:
         if not (self.batch in ("", "auto") or is_number):
             raise ValueError(f"Expected --batch NUMBER or auto, got {self.batch!r}.")
         _ = self.rules, self.inputs, self.steps_ahead
-        one_of(ORDERS, order=self.order)
+        one_of(ORDER_NAMES, order=self.order)
         if not self.servers and (self.staleness, self.order) != ("0", "auto"):
             raise ValueError("--staleness and --order are of training with --servers.")
         if self.servers:
-            meant = [
-                name for name in _OF_A_MESH if getattr(self, name) != type(self).__dataclass_fields__[name].default
-            ]
-            if meant or self.batch == "auto":
-                options = [f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name in meant] or ["--batch auto"]
-                raise ValueError(
-                    f"{', '.join(options)} would be ignored with --servers: it is about a mesh. Leave it out."
-                )
+            self._refuse((*_OF_A_MESH, *_OF_PODS), "--servers")
+        elif self.pods:
+            self._check_pods()
+        else:
+            self._refuse(_OF_PODS, "a mesh")
+
+    def _check_pods(self) -> None:
+        self._refuse((*_OF_A_MESH, "window", "commit_every", "checkpoint_every"), "--pods")
+        if self.inner_steps % self.fragments:
+            raise ValueError(
+                f"Expected --inner-steps that --fragments {self.fragments} divide, got {self.inner_steps}."
+            )
+        if not 1 <= (self.goal or self.pods) <= self.pods:
+            raise ValueError(f"Expected a --goal of at most --pods {self.pods}, got {self.goal}.")
+        parse_late(self.late)
+
+    def _refuse(self, names: tuple[str, ...], what: str) -> None:
+        """Raises ValueError for options that have nothing to say with that."""
+        meant = [name for name in names if getattr(self, name) != type(self).__dataclass_fields__[name].default]
+        if meant or (self.batch == "auto" and what != "a mesh"):
+            options = [f"--{_OPTIONS.get(name, name).replace('_', '-')}" for name in meant] or ["--batch auto"]
+            raise ValueError(f"{', '.join(options)} would be ignored with {what}. Leave it out.")
 
     @property
     def steps_ahead(self) -> int | None:

@@ -143,7 +143,8 @@ def _with_servers(task: "Task", asked: Asked, say: Any) -> "ServerTrainer":
     from shoal.plan.compile_cache import cache_folder
     from shoal.pod.servers.trainer import ServerTrainer
 
-    workers = max(1, jax.process_count() - asked.servers)
+    processes = jax.process_count()
+    workers = 1 if processes == 1 else processes - asked.servers
     size = int(asked.batch) if asked.batch else None
     trainer = ServerTrainer(
         task, workers=workers, servers=asked.servers, staleness=asked.steps_ahead, order=asked.order, batch_size=size, window=asked.window,  # type: ignore[arg-type]
@@ -211,6 +212,7 @@ def _say(
 
 def _first(prepared: _Prepared, folder: Path, screen: Screen, watch: Stopwatch, pod: "Worker | None") -> None:
     """Trains, and writes the record; begins it where there is none."""
+    from shoal.fleet.keys import HostKeys
     from shoal.pod.run import begin
     from shoal.record.lock import only_writer
     from shoal.record.sqlite import DATABASE_NAME, open_store
@@ -224,7 +226,8 @@ def _first(prepared: _Prepared, folder: Path, screen: Screen, watch: Stopwatch, 
         stack.callback(store.close)
         if is_new or not store.runs():
             config = {"task": asked.task, "data": asked.data}
-            run_id = begin(trainer, store, schedule, seed=asked.seed, folder=folder, config=config)
+            signing = HostKeys.load_or_make(folder).signing
+            run_id = begin(trainer, store, schedule, seed=asked.seed, signing=signing, config=config)
             watch.lap("plan")
         else:
             run_id = store.runs()[-1].id

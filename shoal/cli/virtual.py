@@ -40,9 +40,9 @@ def simulate_virtually(
 
     from shoal.cli import run_folder
     from shoal.cli.task_argument import load_task
-    from shoal.fleet.host import begin_run
     from shoal.fleet.keys import HostKeys
     from shoal.plan.build import build
+    from shoal.plan.run_plan import begin_run
     from shoal.record.lock import only_writer
     from shoal.record.sqlite import open_store
     from shoal.simulate.virtual import VirtualClock, VirtualFleet, drive

@@ -1,15 +1,13 @@
 """A host: Coordinator and Edge of one run in one process, with or without a socket.
 
-``begin_run`` writes plan and initial model into the record; ``Host`` takes a run up from the record alone, the first
-time as after a crash. The task's source is not needed for it.
+A run is begun by `plan/run_plan.py`; ``Host`` takes it up from the record alone, the first time as after a crash. The task's source is not needed for it.
 """
 
 import asyncio
 import hashlib
 import logging
-import secrets
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Final
 
 import numpy as np
 
@@ -30,14 +28,10 @@ from shoal.fleet.remote_edge import EdgesServer
 from shoal.fleet.sent import SentBlobs
 from shoal.fleet.staging import Limits
 from shoal.fleet.wire import edges_pb2
-from shoal.plan.plan import Plan
-from shoal.plan.run_plan import keep_rounds, load_plan, save_plan, write_initial_model
+from shoal.plan.run_plan import keep_rounds, load_plan
 from shoal.plan.secure import grouping
-from shoal.record.provenance import provenance
 from shoal.record.retention import Retention
-from shoal.record.run import new_run_id
-from shoal.record.store import RunKind, RunRow, RunStatus, Store
-from shoal.tensors import Tensors
+from shoal.record.store import RunStatus, Store
 
 log = logging.getLogger("shoal.host")
 
@@ -48,51 +42,6 @@ HERE: Final = "host"
 def run_seed(seed: int) -> bytes:
     """32 bytes that everything random in a run is made of."""
     return hashlib.sha256(b"shoal run\0" + str(seed).encode()).digest()
-
-
-def begin_run(
-    store: Store,
-    plan: Plan,
-    model: Tensors,
-    *,
-    kind: RunKind,
-    rounds: int,
-    seed: int,
-    config: Mapping[str, Any] | None = None,
-    clock: Clock | None = None,
-    population: str = "default",
-) -> str:
-    """Writes a new run into the record: plan, initial model, settings. Returns its id.
-
-    Its status is `stopped` until a host or a simulation takes it up.
-
-    Args:
-        store: the record.
-        plan: signed.
-        model: version 0.
-        kind: which place it runs in.
-        rounds: versions that the line will have beyond the first.
-        seed: of the run.
-        config: further settings, as JSON. `events_kept`: rounds whose events stay in the record, to be run again; 0: none.
-        clock: time.
-        population: the devices that it draws on.
-
-    Raises:
-        ValueError: only a simulation can select as the policy says.
-    """
-    if kind == "host":
-        plan.manifest.server.rounds.check_on_fleet()
-    now_s = (clock or SystemClock()).wall_s()
-    run_id = new_run_id(now_s, entropy=secrets.randbits(15))
-    kept = {**(config or {}), **save_plan(store, plan), "rounds": rounds, "seed": seed}
-    store.create_run(
-        RunRow(
-            id=run_id, name=plan.manifest.task, kind=kind, plan_hash=plan.hash, config=kept, provenance=provenance(),
-            status="stopped", created_s=now_s, population=population,
-        )
-    )  # fmt: skip
-    write_initial_model(store, run_id, plan, model, time_s=now_s)
-    return run_id
 
 
 PUT_AWAY_S: Final = 15.0

@@ -1,12 +1,16 @@
 """Where a run keeps its plan: in the record, so that a Coordinator, `predict` or `load` needs no source of the task."""
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from shoal.clock import Clock, SystemClock
 from shoal.errors import StoreError
 from shoal.plan.plan import Plan
-from shoal.record.store import CommitRow, RunRow, Store
+from shoal.record.provenance import provenance
+from shoal.record.run import new_run_id
+from shoal.record.store import CommitRow, RunKind, RunRow, Store
 from shoal.record.tensor_blobs import put_tensors
 from shoal.tensors import Index, Tensors, check
 
@@ -43,6 +47,51 @@ def keep_rounds(store: Store, run_id: str, rounds: int) -> None:
     config = store.run(run_id).config
     if config.get("rounds") != rounds:
         store.set_config(run_id, {**config, "rounds": rounds})
+
+
+def begin_run(
+    store: Store,
+    plan: Plan,
+    model: Tensors,
+    *,
+    kind: RunKind,
+    rounds: int,
+    seed: int,
+    config: Mapping[str, Any] | None = None,
+    clock: Clock | None = None,
+    population: str = "default",
+) -> str:
+    """Writes a new run into the record: plan, initial model, settings. Returns its id.
+
+    Its status is `stopped` until a host or a simulation takes it up.
+
+    Args:
+        store: the record.
+        plan: signed.
+        model: version 0.
+        kind: which place it runs in.
+        rounds: versions that the line will have beyond the first.
+        seed: of the run.
+        config: further settings, as JSON. `events_kept`: rounds whose events stay in the record, to be run again; 0: none.
+        clock: time.
+        population: the devices that it draws on.
+
+    Raises:
+        ValueError: only a simulation can select as the policy says.
+    """
+    if kind == "host":
+        plan.manifest.server.rounds.check_on_fleet()
+    now_s = (clock or SystemClock()).wall_s()
+    run_id = new_run_id(now_s, entropy=secrets.randbits(15))
+    kept = {**(config or {}), **save_plan(store, plan), "rounds": rounds, "seed": seed}
+    store.create_run(
+        RunRow(
+            id=run_id, name=plan.manifest.task, kind=kind, plan_hash=plan.hash, config=kept, provenance=provenance(),
+            status="stopped", created_s=now_s, population=population,
+        )
+    )  # fmt: skip
+    write_initial_model(store, run_id, plan, model, time_s=now_s)
+    return run_id
 
 
 def write_initial_model(store: Store, run_id: str, plan: Plan, model: Tensors, *, time_s: float) -> CommitRow:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from shoal.data.store import Examples
-from shoal.fleet.host import begin_run
-from shoal.fleet.keys import HostKeys
 from shoal.local import model_specs
 from shoal.plan.build import build
-from shoal.plan.run_plan import keep_rounds, load_plan
+from shoal.plan.run_plan import begin_run, keep_rounds, load_plan
 from shoal.pod.training import Version, Watch
 from shoal.record.resume import take_up
 from shoal.record.store import CommitRow, GroupRow, MetricRow, RoundRow, Store, UsageRow
@@ -58,7 +57,7 @@ class Schedule:
 
 
 def begin(
-    trainer: Trains, store: Store, schedule: Schedule, *, seed: int, folder: Path | None, config: dict[str, Any]
+    trainer: Trains, store: Store, schedule: Schedule, *, seed: int, signing: Ed25519PrivateKey, config: dict[str, Any]
 ) -> str:
     """Writes a new run into the record: the task as a plan, the initial model, the settings. Returns its id.
 
@@ -67,13 +66,12 @@ def begin(
         store: the record.
         schedule: of the run.
         seed: of the run.
-        folder: the run folder, for the keys.
+        signing: the host's key, by which plans are signed.
         config: further settings, as JSON.
     """
-    keys = HostKeys.load_or_make(folder) if folder is not None else HostKeys.make()
     built = build(trainer.task, seed=seed)
     return begin_run(
-        store, built.plan.sign(keys.signing), built.model, kind="train", rounds=schedule.versions, seed=seed,
+        store, built.plan.sign(signing), built.model, kind="train", rounds=schedule.versions, seed=seed,
         config={**config, "pod": trainer.settings()},
     )  # fmt: skip
 
@@ -149,7 +147,8 @@ class _Rows:
         )  # fmt: skip
         round_row = RoundRow(
             number=self._round, base_version=version.version - 1, state="committed", opened_s=self._opened_s, closed_s=now_s,
-            selected=self._members, counted=self._members, reason="steps", configuration={"last_step": version.step},
+            selected=self._members, counted=self._members, reason="steps", 
+            configuration={"last_step": version.step, "members": [each.to_json() for each in version.members]},
         )  # fmt: skip
         seconds = {**version.seconds, "commit": version.seconds.get("commit", 0.0) + time.perf_counter() - begun}
         self._store.commit(

@@ -218,9 +218,8 @@ class Trainer:
     def evaluate(self, state: State, examples: Examples) -> dict[str, float]:
         """The task's metrics over all the examples, each counted once. They are fetched once, at the end."""
         members = self.spec.num_members
-        size = (
-            min(EVALUATED_BY_MEMBER, -(-len(examples) // members)) * members
-        )  # of every batch, so that one program does
+        # Every batch has the same size, so that one program does.
+        size = min(EVALUATED_BY_MEMBER, -(-len(examples) // members)) * members
         shardings = self.program.row_shardings(0)
         found = []
         for first in range(0, len(examples), size):

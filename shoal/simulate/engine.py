@@ -25,7 +25,7 @@ from shoal.data.fingerprint import difference, fingerprint
 from shoal.data.store import Examples, Population
 from shoal.errors import DataError, StoreError
 from shoal.fleet.configuration import Configuration, configure
-from shoal.fleet.host import begin_run, run_seed
+from shoal.fleet.host import run_seed
 from shoal.fleet.keys import HostKeys
 from shoal.forms.convolutions import faster_convolutions
 from shoal.forms.outer_products import fused_outer_products
@@ -35,7 +35,7 @@ from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.left_out import EMPTY, HEED_THE_MASK, left_out, named, told
 from shoal.plan.manifest import Manifest
 from shoal.plan.plan import Plan
-from shoal.plan.run_plan import keep_rounds, load_plan
+from shoal.plan.run_plan import begin_run, keep_rounds, load_plan
 from shoal.plan.runner import Runner
 from shoal.plan.secure import members_noise
 from shoal.privacy.spending import Release, counted, refuse_overspending, release_of, spend_of

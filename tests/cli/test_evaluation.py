@@ -10,7 +10,7 @@ import pytest
 from shoal.cli import evaluation
 from shoal.cli.evaluation import Evaluation
 from shoal.data.store import Examples
-from shoal.fleet.host import begin_run
+from shoal.plan.run_plan import begin_run
 from shoal.record.memory import MemoryStore
 from shoal.record.store import CommitRow, MetricRow
 from shoal.tensors import Index

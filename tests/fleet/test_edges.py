@@ -18,11 +18,12 @@ from shoal.fleet.edge_node import EdgeNode
 from shoal.fleet.entrance import Entrance
 from shoal.fleet.grpc_link import GrpcLink
 from shoal.fleet.grpc_server import GrpcServer
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.link import LocalLink
 from shoal.fleet.remote_edge import EdgesServer, RemoteEdge
 from shoal.fleet.wire import edges_pb2
 from shoal.fleet.wire import fleet_pb2 as pb
+from shoal.plan.run_plan import begin_run
 from shoal.policy import Late, Privacy, RoundPolicy, Secure
 from shoal.record.blobs import FolderBlobs
 from shoal.record.memory import MemoryStore

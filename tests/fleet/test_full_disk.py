@@ -16,7 +16,8 @@ import pytest
 
 from shoal.errors import StoreUnavailable
 from shoal.fleet import durable
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
+from shoal.plan.run_plan import begin_run
 from shoal.policy import RoundPolicy
 from shoal.record.memory import MemoryStore
 from shoal.record.sqlite import open_store

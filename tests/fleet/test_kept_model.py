@@ -16,12 +16,13 @@ from shoal.errors import DataError, PlanError
 from shoal.fleet import kept_model
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.link import LocalLink
 from shoal.plan.build import Built, build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.plan.stablehlo import this_runtime
 from shoal.record.memory import MemoryStore
 from tests.algorithms.problem import D, E

@@ -14,8 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from shoal.clock import ManualClock
 from shoal.errors import LeaseHeld, LeaseLost, StoreUnavailable
 from shoal.fleet import lease as m
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.lease_keeper import LeaseKeeper
+from shoal.plan.run_plan import begin_run
 from shoal.record import LeaseRow, MemoryStore, Store, open_store
 from tests.fleet import toy
 from tests.record.builders import commit_row, group_row, metric_row, with_initial

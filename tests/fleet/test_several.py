@@ -15,12 +15,13 @@ from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.floor import Floor
 from shoal.fleet.frontdoor import Frontdoor
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.link import Link, LocalLink
 from shoal.fleet.pace import Pace
 from shoal.fleet.several import SeveralHosts
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.policy import Late, Privacy, RoundPolicy, Secure
 from shoal.record.memory import MemoryStore
 from tests.fleet import toy

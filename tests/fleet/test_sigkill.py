@@ -12,7 +12,7 @@ import pytest
 
 import shoal.fleet.device
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.host import begin_run
+from shoal.plan.run_plan import begin_run
 from shoal.record.memory import MemoryStore
 from shoal.record.sqlite import open_store
 from shoal.record.store import Store

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from shoal.fleet.grpc_link import GrpcLink
-from shoal.fleet.host import begin_run
+from shoal.plan.run_plan import begin_run
 from shoal.record.sqlite import open_store
 from tests.fleet import toy
 

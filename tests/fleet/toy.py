@@ -20,13 +20,14 @@ from shoal.fixed import STEPS, SumSpec
 from shoal.fleet.device import Device
 from shoal.fleet.device_host import DeviceHost
 from shoal.fleet.entrance import Entrance
-from shoal.fleet.host import Host, begin_run
+from shoal.fleet.host import Host
 from shoal.fleet.keys import HostKeys
 from shoal.fleet.link import Link, LocalLink, Stream
 from shoal.fleet.staging import Limits
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.manifest import Manifest, Program, Promises, Runtime, ServerHalf, Training
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.plan.runner import Update
 from shoal.policy import About, Privacy, RoundPolicy, Selection, ServerRule
 from shoal.record.memory import MemoryStore

@@ -12,11 +12,11 @@ import pytest
 
 import shoal
 from shoal.errors import DataError, MissingExtra, StoreError
-from shoal.fleet.host import begin_run
 from shoal.fleet.keys import HostKeys
 from shoal.plan.build import build
 from shoal.plan.jax_runner import JaxRunner
 from shoal.plan.plan import Plan
+from shoal.plan.run_plan import begin_run
 from shoal.record.distribution import Distribution, read_distributions
 from shoal.record.memory import MemoryStore
 from shoal.simulate import by_user

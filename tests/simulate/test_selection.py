@@ -8,8 +8,8 @@ import pytest
 
 import shoal
 from shoal.errors import BudgetSpent
-from shoal.fleet.host import begin_run
 from shoal.plan.build import build
+from shoal.plan.run_plan import begin_run
 from shoal.policy import RoundPolicy, Selection
 from shoal.privacy import accounting
 from shoal.record.memory import MemoryStore
