@@ -27,13 +27,14 @@ writes where it is, a line of JSON twice a second and whenever that changes, but
 import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, Final, NoReturn, Self, final
@@ -52,6 +53,8 @@ HEARTBEAT_S: Final = 10
 GATHER_S: Final = 120
 """So long members wait for one another at the beginning of a life, and at its end."""
 BEAT_S: Final = 0.5
+LOOK_S: Final = 0.01
+"""Between two looks for the first process."""
 SHORTEST_S: Final = 0.05
 """Between two marks: those in between are left out."""
 _LAST_STEPS: Final = 32
@@ -110,6 +113,8 @@ class Assignment:
         from shoal.pod.compiled import keep_by_all
 
         keep_by_all()
+        if self.process_id:
+            _until_listening(self.coordinator)
         # It would take SIGTERM for itself, which is how the supervisor ends a worker.
         jax.config.update("jax_enable_preemption_service", False)
         jax.distributed.initialize(
@@ -121,6 +126,16 @@ class Assignment:
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=GATHER_S,
         )
+
+
+def _until_listening(address: str) -> None:
+    """Waits for somebody to listen there, `GATHER_S` at most: a client of gRPC that comes too early tries again after a second."""
+    host, _, port = address.rpartition(":")
+    deadline_s = time.monotonic() + GATHER_S
+    while time.monotonic() < deadline_s:
+        with suppress(OSError), socket.create_connection((host, int(port)), HEARTBEAT_S):
+            return
+        time.sleep(LOOK_S)
 
 
 @final

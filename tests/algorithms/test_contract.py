@@ -172,7 +172,7 @@ class Training:
     def __init__(self, ways: Ways) -> None:
         self.runner, self.rule, self.k = ways.runner, local_rule(ways.task), ways.task.local.steps_per_block
         self.model = {
-            f"broadcast/{name}": np.asarray(value + np.float32(0.25)) for name, value in ways.built.model.items()
+            f"broadcast/{name}": np.asarray(value + value.dtype.type(0.25)) for name, value in ways.built.model.items()
         }
         self.state = {
             f"device_state/{spec.name}": np.full(spec.shape, 0.5 if "float" in spec.dtype else 1, spec.numpy_dtype)

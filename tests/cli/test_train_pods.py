@@ -32,9 +32,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def started(folder: Path, *words: object) -> "subprocess.Popen[bytes]":
-    log = (folder / "log").open("ab")
     command = [sys.executable, "-m", "shoal", *WORDS, *map(str, words)]
-    return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+    with (folder / "log").open("ab") as log:
+        return subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
 
 
 def log_of(folder: Path) -> str:

@@ -3,6 +3,9 @@
 import asyncio
 import json
 import os
+import socket
+import threading
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,7 +126,15 @@ def test_it_goes_on_with_others_only_when_there_are_some(monkeypatch: pytest.Mon
     monkeypatch.setattr("jax.distributed.initialize", lambda *given, **named: called.append(named))
     Worker(Assignment(1, "a:1", 1, 0), Marks(None)).initialize()
     assert called == []
-    Worker(Assignment(1, "a:1", 2, 1), Marks(None)).initialize()
+    Worker(Assignment(1, "a:1", 2, 0), Marks(None)).initialize()
+    assert called.pop()["process_id"] == 0  # it waits for nobody
+    (port,) = free_ports(1)
+    joining = threading.Thread(target=Worker(Assignment(1, f"127.0.0.1:{port}", 2, 1), Marks(None)).initialize)
+    joining.start()
+    time.sleep(0.1)
+    assert called == [], "the first process does not listen yet"
+    with socket.create_server(("127.0.0.1", port)):
+        joining.join(10)
     (named,) = called
     assert (named["num_processes"], named["process_id"], named["heartbeat_timeout_seconds"]) == (2, 1, 10)
 
