@@ -33,7 +33,7 @@ CYCLES, STEPS, POOL = 30, 10, 4
 SAME: Final = 0.01
 
 Step = Callable[[int], Any]
-"""Number of a batch -> the mean loss, which need not be there yet."""
+"""Number of a batch -> the loss, which need not be there yet."""
 
 
 @dataclass
@@ -41,6 +41,8 @@ class Way:
     """One of the two."""
 
     step: Step
+    examples: int
+    """That its loss is the sum of."""
     compile_s: float
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -49,8 +51,9 @@ class Way:
         begun = time.perf_counter()
         for number in range(steps):
             loss = self.step(number % POOL)
-        self.losses.append(float(loss))
+        jax.block_until_ready(loss)
         self.seconds.append((time.perf_counter() - begun) / steps)
+        self.losses.append(float(np.sum(loss)) / self.examples)
 
 
 def ours(task: Task, pool: Sequence[dict[str, np.ndarray]], size: int) -> Way:
@@ -64,9 +67,9 @@ def ours(task: Task, pool: Sequence[dict[str, np.ndarray]], size: int) -> Way:
     def step(number: int) -> Any:
         nonlocal state
         state, metrics = compiled(state, placed[number], mask, key)
-        return metrics["loss/numerator"][0] / size
+        return metrics["loss/numerator"]
 
-    return Way(step, time.perf_counter() - begun)
+    return Way(step, size, time.perf_counter() - begun)
 
 
 def plain(task: Task, pool: Sequence[dict[str, np.ndarray]], size: int) -> Way:
@@ -92,7 +95,7 @@ def plain(task: Task, pool: Sequence[dict[str, np.ndarray]], size: int) -> Way:
         params, state, opt, loss = compiled(params, state, opt, placed[number])
         return loss
 
-    return Way(step, time.perf_counter() - begun)
+    return Way(step, 1, time.perf_counter() - begun)
 
 
 def measured(model: str, recipe: str, size: int, cycles: int, steps: int) -> dict[str, Way]:
