@@ -107,15 +107,21 @@ def _summary(folder: Path, screen: Screen) -> None:
 
 def worker(arguments: list[str]) -> None:
     """What a worker's process does: ASKED FOLDER HOSTS. A spare imports all, and waits for its assignment."""
-    import shoal.cli.train_run
-    import shoal.pod.run
     from shoal.pod.worker import attached
 
     asked, folder, hosts = Asked.from_json(arguments[0]), Path(arguments[1]), int(arguments[2])
-    with attached() as pod:
+    with attached(prepare=_imports) as pod:
+        from shoal.cli.train_run import train_in_pod
+
         pod.initialize()
         pod.marks.doing("compiling")
-        shoal.cli.train_run.train_in_pod(asked, pod, folder, hosts)
+        train_in_pod(asked, pod, folder, hosts)
+
+
+def _imports() -> None:
+    import shoal.cli.train_run
+    import shoal.pod.run
+    import shoal.pod.trainer  # noqa: F401
 
 
 if __name__ == "__main__":

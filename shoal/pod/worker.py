@@ -2,7 +2,7 @@
 
     from shoal.pod import worker
 
-    with worker.attached() as pod:          # a spare waits here for its assignment: all is imported by now
+    with worker.attached(prepare=imports) as pod:      # a spare waits here for its assignment, when it has imported all
         pod.initialize()                    # jax.distributed, where there are others
         pod.marks.doing("compiling")
         ...
@@ -57,6 +57,8 @@ LOOK_S: Final = 0.01
 """Between two looks for the first process."""
 SHORTEST_S: Final = 0.05
 """Between two marks: those in between are left out."""
+LOWEST: Final = 19
+"""Priority (nice) of a spare's imports."""
 _LAST_STEPS: Final = 32
 _LINE_BYTES: Final = 4096
 
@@ -244,14 +246,19 @@ class Worker:
 
 
 @contextmanager
-def attached() -> Iterator[Worker]:
+def attached(prepare: Callable[[], None] = lambda: None) -> Iterator[Worker]:
     """The worker that this process is, while the block runs. A failure in it ends the process, where it has a supervisor, at once: the others
     wait for it in a collective, and good-byes through `jax.distributed` would keep them waiting.
+
+    Args:
+        prepare: imports what the block needs; a spare does it in a thread that takes nothing from those who train meanwhile.
 
     Raises:
         ValueError: the environment says something of a pod, but not all that is needed.
     """
     assignment = Assignment.from_environ()
+    if MARKS_FD not in os.environ or assignment is not None:
+        prepare()
     if MARKS_FD not in os.environ:
         worker = Worker(assignment, Marks(None))
         worker.marks.doing("starting")
@@ -261,7 +268,10 @@ def attached() -> Iterator[Worker]:
     os.set_inheritable(descriptor, False)
     os.set_blocking(descriptor, False)
     worker = Worker(assignment, Marks(descriptor))
+    preparing = None if assignment else _prepared_beside(prepare)
     worker.assignment = _follow(worker)
+    if preparing is not None:
+        preparing.join()  # where that comes before it is done nobody trains, and it has the processor
     try:
         yield worker
         worker.marks.beat()
@@ -273,6 +283,21 @@ def attached() -> Iterator[Worker]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
+
+
+def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:
+    """Runs it in a thread of the lowest priority, where a thread can have its own. What fails is found out when it is needed."""
+    import numpy  # noqa: F401 (its threads are to be of the usual priority)
+
+    def run() -> None:
+        if sys.platform == "linux":  # elsewhere it would be the whole process's, for ever
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST)
+        with suppress(Exception):
+            prepare()
+
+    thread = threading.Thread(target=run, daemon=True, name="shoal-pod-prepare")
+    thread.start()
+    return thread
 
 
 def _follow(worker: Worker) -> Assignment:

@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Coroutine, Iterator
@@ -17,7 +19,7 @@ from shoal.pod import link as links
 from shoal.pod.link import Link, read_secret
 from shoal.pod.membership_events import PAUSED, Mark
 from shoal.pod.place import free_ports
-from shoal.pod.worker import Assignment, Marks, Worker, attached
+from shoal.pod.worker import MARKS_FD, Assignment, Marks, Worker, attached
 from shoal.pod.worker_process import parsed
 
 SECRET = b"a secret of this test"
@@ -236,3 +238,50 @@ def test_the_secret_is_read_from_a_file_or_the_environment(tmp_path: Path, monke
     path.write_bytes(b"short")
     with pytest.raises(ValueError, match=r"at least 16 characters in .*secret, got 5\. Make one with"):
         read_secret(path)
+
+
+SPARE = """
+import json, os, sys, threading
+from shoal.pod import worker
+
+def priority():
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+found = {}
+
+def prepare():
+    found["prepare"] = priority() - before, threading.current_thread() is threading.main_thread()
+    if "--fail" in sys.argv:
+        raise ImportError("there is no such module")
+
+before = priority()
+with worker.attached(prepare=prepare) as pod:
+    print(json.dumps([found, priority() - before, pod.assignment.process_id]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
+@pytest.mark.parametrize("is_spare", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_spare_imports_behind_those_who_train(pipe: tuple[int, int], is_spare: bool, fails: bool) -> None:
+    assignment = Assignment(1, "a:1", 1, 0)
+    environ = {**os.environ, MARKS_FD: str(pipe[1]), **({} if is_spare else assignment.to_environ())}
+    told = {"assign": {name: getattr(assignment, name) for name in assignment.__dataclass_fields__}}
+    words = [sys.executable, "-c", SPARE, *(["--fail"] if fails else [])]
+    with subprocess.Popen(
+        words, env=environ, pass_fds=(pipe[1],), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdin.write(json.dumps(told) + "\n")
+        process.stdin.flush()  # and open: its end would be the supervisor's
+        said, errors = process.stdout.readline(), process.stderr.read()
+    if fails and not is_spare:
+        assert "no such module" in errors
+        return
+    found, own, number = json.loads(said)
+    assert found["prepare"] == (
+        [19, False] if is_spare else [0, True]
+    )  # what fails beside is found out where it is needed
+    assert (own, number) == (0, 0)
