@@ -59,6 +59,8 @@ SHORTEST_S: Final = 0.05
 """Between two marks: those in between are left out."""
 LOWEST: Final = 19
 """Priority (nice) of a spare's imports."""
+PATIENCE_S: Final = 1.0
+"""So long a spare that is assigned waits for them."""
 _LAST_STEPS: Final = 32
 _LINE_BYTES: Final = 4096
 
@@ -271,7 +273,9 @@ def attached(prepare: Callable[[], None] = lambda: None) -> Iterator[Worker]:
     preparing = None if assignment else _prepared_beside(prepare)
     worker.assignment = _follow(worker)
     if preparing is not None:
-        preparing.join()  # where that comes before it is done nobody trains, and it has the processor
+        preparing.join(PATIENCE_S)
+        if preparing.is_alive():  # it has too little of the processor: anew, with the usual priority
+            _begin_anew(worker.assignment, descriptor)
     try:
         yield worker
         worker.marks.beat()
@@ -298,6 +302,12 @@ def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=run, daemon=True, name="shoal-pod-prepare")
     thread.start()
     return thread
+
+
+def _begin_anew(assignment: Assignment, descriptor: int) -> NoReturn:
+    """The same program in the same process, with its assignment from the beginning."""
+    os.set_inheritable(descriptor, True)
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **assignment.to_environ()})
 
 
 def _follow(worker: Worker) -> Assignment:
