@@ -202,7 +202,7 @@ def test_noise_is_the_same_in_simulation_and_on_a_fleet(secure: shoal.Secure | N
 
 
 def test_correlated_noise_is_the_same_in_simulation_and_on_a_fleet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.fleet.host.new_run_id", lambda *args, **kwargs: "one-run")
+    monkeypatch.setattr("shoal.plan.run_plan.new_run_id", lambda *args, **kwargs: "one-run")
     local = shoal.Local(optimizer=optax.sgd(0.1), batch_size=8, steps_per_block=1, weighting="uniform")
     privacy = shoal.Privacy(clip_norm=0.05, noise_multiplier=1.0, correlated=shoal.Correlated(rounds=ROUNDS))
     ways = Ways(small_task(local=local, privacy=privacy))
