@@ -25,6 +25,7 @@ def make(size: Literal["small", "full"] = "small") -> shoal.Task:
         name=f"mlp-{size}",
         init=lambda key: init(key, (784, width, width, CLASSES)),
         loss=loss,
+        predict=lambda params, state, batch: scores(params, batch),
         evaluate=lambda params, state, batch: {"accuracy": right(scores(params, batch), batch)},
         batch={"image": ((28, 28, 1), "uint8"), "label": ((), "int32")},
         local=shoal.Local(optimizer=optax.adam(1e-3), batch_size={"small": 64, "full": 1024}[size]),

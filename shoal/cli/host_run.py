@@ -128,9 +128,12 @@ class Rounds:
         if self._done > 1:
             each_s = (self._watch.total - self._slow_s) / (self._done - 1)
             left = f", {words.duration((self.last_version - row.version) * each_s)} left"
+        uses = ""  # devices that count alike do not say how many examples they used
+        if row.weight != row.members:
+            uses = f", {row.weight:,} uses of examples"
         self._screen.say(
-            f"{self._name}version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}, "
-            f"{row.weight:,} uses of examples  {words.values(commit.metrics)}  {words.duration(commit.seconds)}{left}"
+            f"{self._name}version {row.version:{len(str(self.last_version))}}/{self.last_version}  {words.count(row.members, 'update')}{uses}  "
+            f"{words.values(commit.metrics)}  {words.duration(commit.seconds)}{left}"
         )
         if self._evaluation is not None:
             self._evaluation.committed(row)

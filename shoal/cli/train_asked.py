@@ -69,6 +69,8 @@ class Asked:
         one_of(ORDER_NAMES, order=self.order)
         if not self.servers and (self.staleness, self.order) != ("0", "auto"):
             raise ValueError("--staleness and --order are of training with --servers.")
+        if self.servers and self.pods:
+            raise ValueError("Expected --servers or --pods, got both: pods are a fleet's devices, which ask a host.")
         if self.servers:
             self._refuse((*_OF_A_MESH, *_OF_PODS), "--servers")
         elif self.pods:
@@ -84,7 +86,10 @@ class Asked:
             )
         if not 1 <= (self.goal or self.pods) <= self.pods:
             raise ValueError(f"Expected a --goal of at most --pods {self.pods}, got {self.goal}.")
-        parse_late(self.late)
+        if parse_late(self.late).kind != "discard" and self.fragments > 1:
+            raise ValueError(
+                f"Expected --late discard with --fragments, got {self.late}: another version averages another fragment."
+            )
 
     def _refuse(self, names: tuple[str, ...], what: str) -> None:
         """Raises ValueError for options that have nothing to say with that."""

@@ -4,6 +4,7 @@ shoal train … --workers 2                                      the supervisor:
     └─ python -m shoal.cli.train_pod ASKED FOLDER HOSTS        a worker, and a spare that has imported all and waits
 """
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -17,6 +18,7 @@ from shoal.cli.train_asked import Asked
 if TYPE_CHECKING:
     from shoal.pod.membership_events import Command
     from shoal.pod.place import WorkerCommand
+    from shoal.pod.supervisor import Outcome
 
 MODULE: Final = "shoal.cli.train_pod"
 
@@ -51,13 +53,29 @@ def supervise(asked: Asked, *, workers: int, hosts: int | None, listen: str, joi
     if listen:
         host, port = address.split(listen, what="--listen")
         where = Listen(host=host, port=port, secret=read_secret(secret))
+    ending: list[bool] = []
+
+    def said(name: str, line: str) -> None:
+        if not ending:  # a worker whose others end before it complains
+            screen.say(f"[{name}] {line}")
+
     supervisor = Supervisor(
-        how, local_workers=workers + asked.servers, policy=policy, listen=where, watch=lambda command: _tell(command, screen),
-        output=lambda name, line: screen.say(f"[{name}] {line}"),
+        how, local_workers=workers + asked.servers, policy=policy, listen=where, watch=lambda command: _tell(command, screen), output=said,
     )  # fmt: skip
+
+    async def supervised() -> "Outcome":
+        running = asyncio.ensure_future(supervisor.run())
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            ending.append(True)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+            raise
+
     again = command_line([*asked.command(folder), "--workers", str(workers)])
     try:
-        outcome = run_until_told(supervisor.run())
+        outcome = run_until_told(supervised())
     except Stopped as stopped:
         raise Stopped(f"stopped. Go on from the last checkpoint with: {again}", code=stopped.code) from None
     if outcome.num_lives > 1:

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
@@ -215,10 +215,15 @@ class DeviceHost:
         # The runner starts and compiles while the model arrives.
         loop = asyncio.get_running_loop()
         starting = loop.run_in_executor(self.worker, _start, prepared.runner, spent)
+        fetching = asyncio.ensure_future(self._model(assigned, prepared, link, spent))
         try:
-            tensors = await self._model(assigned, prepared, link, spent)
-        finally:
+            both: set[asyncio.Future[Any]] = {starting, fetching}
+            await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
             await starting
+            tensors = await fetching
+        finally:
+            fetching.cancel()
+            await asyncio.gather(starting, fetching, return_exceptions=True)
         await loop.run_in_executor(self.worker, _hand_over, prepared.runner, assigned.model, tensors, spent)
         await asyncio.to_thread(self._keep_model, assigned, prepared.plan, tensors)
 

@@ -94,7 +94,8 @@ def _rounds(facts: Facts) -> str:
     if facts.run.kind == "train":
         return f"{len(facts.commits)} versions were committed, made from {uses}."
     members = sum(count for count, _ in facts.commits)
-    return f"{len(facts.commits)} rounds were committed, with {members:,} updates in all, made from {uses}."
+    made = f", made from {uses}" if facts.num_examples_used != members else ""  # devices that count alike do not say
+    return f"{len(facts.commits)} rounds were committed, with {members:,} updates in all{made}."
 
 
 def _mesh(settings: Mapping[str, Any]) -> list[str]:

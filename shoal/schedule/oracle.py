@@ -154,11 +154,12 @@ def write(path: Path, oracle: Oracle) -> None:
     Path(beside.name).replace(path)
 
 
-def kept_as(graph: Graph, hardware: Mapping[str, str]) -> str:
-    """The name of the file: the same for the same program on the same hardware."""
+def kept_as(graph: Graph, costs: Sequence[Cost], hardware: Mapping[str, str]) -> str:
+    """The name of the file: the same for the same program, with what its stages compute, on the same hardware."""
     said = {
         "transfers": [(each.name, each.size_bytes) for each in graph.transfers],
         "stages": [(each.name, each.after, each.needs, each.makes) for each in graph.stages],
+        "costs": [(cost.flops, cost.size_bytes) for cost in costs],
         "hardware": dict(hardware),
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:32] + ".json"

@@ -59,10 +59,11 @@ def version_of(folder: Path) -> int:
 @pytest.mark.integration
 @pytest.mark.timeout(150)
 def test_pods_train_by_rounds_of_many_steps(folder: Path) -> None:
-    command = [sys.executable, "-m", "shoal", *WORDS, "--pods", "2", "--inner-steps", "20", "--fragments", "2", "--steps", "60", "--json"]  # fmt: skip
+    command = [sys.executable, "-m", "shoal", *WORDS, "--pods", "2", "--inner-steps", "20", "--fragments", "2", "--steps", "50", "--json"]  # fmt: skip
     made = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=140, check=False)
     assert made.returncode == 0, made.stderr
     assert "2 pods, each with 32 examples and a batch of 4; 6 rounds of 10 steps" in made.stderr
+    assert "1/2 of the model is averaged: 60 steps in all" in made.stderr and "uses of examples" not in made.stderr
     assert json.loads(made.stdout)["folder"] == "run"
     with open_run(folder / "run") as run:
         versions, values = run.history("right")
@@ -99,9 +100,46 @@ def test_a_killed_pod_comes_back_and_a_stopped_training_goes_on(folder: Path) ->
         process.wait(60)
 
 
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(150)
+def test_with_a_goal_below_their_number_nobody_waits(folder: Path) -> None:
+    process = started(folder, "--pods", 4, "--inner-steps", 4, "--goal", 2, "--late", "discount:0.7:4", "--steps", 60)
+    assert process.wait(140) == 0, log_of(folder)
+    with open_run(folder / "run") as run:
+        assert run.store.last_version(run.id) == 15
+        assert {commit.members for commit in run.store.commits(run.id)} == {0, 2}
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(200)
+def test_a_finished_training_goes_on_with_more_steps_and_with_nothing_else(folder: Path) -> None:
+    words = ["--pods", 1, "--inner-steps", 4]
+    assert started(folder, *words, "--steps", 8).wait(90) == 0, log_of(folder)
+    assert started(folder, *words, "--steps", 16, "--resume").wait(90) == 0, log_of(folder)
+    with open_run(folder / "run") as run:
+        assert run.store.last_version(run.id) == 4
+    assert started(folder, "--pods", 2, "--inner-steps", 4, "--steps", 16, "--resume").wait(60) == 1
+    assert "The run began with pods=1, and would go on with 2" in " ".join(log_of(folder).split())
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+@pytest.mark.timeout(150)
+def test_examples_that_do_not_fit_are_refused_before_anything_is_begun(folder: Path) -> None:
+    np.savez(folder / "other.npz", x=np.zeros((8, 5), np.float32), y=np.zeros(8, np.int32))
+    words = ["train", "task.py", "--data", "other.npz", "--run", "other", "--pods", "2", "--steps", "4"]
+    made = subprocess.run([sys.executable, "-m", "shoal", *words], cwd=folder, capture_output=True, text=True, timeout=90, check=False)  # fmt: skip
+    assert made.returncode == 1 and "reads 'x' as float32[6]" in " ".join(made.stderr.split())
+    assert not (folder / "other" / "record.sqlite").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--pods", 2, "--servers", 1], "Expected --servers or --pods"),
+        (["--pods", 2, "--fragments", 2, "--late", "patch:2"], "--late discard with --fragments"),
         (["--inner-steps", 10], "--inner-steps would be ignored with a mesh"),
         (["--pods", 2, "--mesh", "data=2"], "--mesh would be ignored with --pods"),
         (["--pods", 2, "--commit-every", 5], "--commit-every would be ignored with --pods"),

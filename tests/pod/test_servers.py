@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import shoal
 from shoal.errors import DeadlineExceeded, NetworkError, ProtocolError, StoreError
 from shoal.pod import Trainer, Version, Watch
+from shoal.pod.servers.checkpoints import Parts
 from shoal.pod.servers.clocks import Clocks, Update
 from shoal.pod.servers.lines import PULL, Frame, Line
 from shoal.pod.servers.packing import Packing
@@ -286,3 +287,17 @@ class TestLines:
             accepted.receive()
         for line in (dialled, accepted):
             line.close()
+
+
+def test_a_checkpoint_is_of_one_writing_and_old_ones_go(tmp_path: Path) -> None:
+    parts, about = Parts(tmp_path), {"seed": 0}
+    one, two = np.ones(1, np.float32), np.full(1, 2, np.float32)
+    parts.write(10, 0, 2, {"a": one}, {}, about)  # its other server was killed, and the next life has one
+    parts.write(20, 1, 2, {"b": one}, {}, about)
+    assert parts.latest() is None
+    parts.write(10, 0, 1, {"a": two, "b": two}, {0: two}, about)
+    params, opt = parts.read(10, about)
+    assert [float(value[0]) for value in (params["a"], params["b"], opt[0])] == [2, 2, 2]
+    for step in (30, 40, 50):
+        parts.write(step, 0, 1, {"a": one, "b": one}, {}, about)
+    assert sorted(int(place.name) for place in tmp_path.iterdir()) == [40, 50]

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -30,14 +30,24 @@ class Parts:
         """The newest step of which all parts are there."""
         return max(self._whole(), default=None)
 
+    def _steps(self) -> list[int]:
+        found = self._folder.glob("*") if self._folder.exists() else ()
+        return sorted(int(place.name) for place in found if place.name.isdigit())
+
     def _whole(self) -> list[int]:
-        found = []
-        for place in self._folder.glob("*") if self._folder.exists() else ():
-            parts = [_PART.fullmatch(path.name) for path in place.iterdir()] if place.name.isdigit() else []
-            numbers = {(int(part[1]), int(part[2])) for part in parts if part}
-            if any({(n, of) for n in range(of)} <= numbers for of in {of for _, of in numbers}):
-                found.append(int(place.name))
-        return found
+        """Steps of which all parts are there, oldest first."""
+        return [step for step in self._steps() if self._parts(step)]
+
+    def _parts(self, step: int) -> list[Path]:
+        """All parts of one writing of a step; none where none is whole. Servers of another number may have written some of it, too."""
+        place = self._folder / f"{step:08d}"
+        found = {path.name: path for path in place.iterdir()}
+        numbers = {int(part[2]) for part in map(_PART.fullmatch, found) if part}
+        for number in sorted(numbers):
+            names = [f"part{server}of{number}.safetensors" for server in range(number)]
+            if found.keys() >= set(names):
+                return [found[name] for name in names]
+        return []
 
     def write(
         self, step: int, server: int, num_servers: int, params: Named, opt: Mapping[int, Any], about: Mapping[str, Any]
@@ -60,8 +70,10 @@ class Parts:
         save_file(arrays, beside, metadata={"about": json.dumps(dict(about))})
         beside.replace(path)
         if server == 0:
-            for old in sorted(self._whole())[:-KEPT]:
-                shutil.rmtree(self._folder / f"{old:08d}", ignore_errors=True)
+            oldest = min(self._whole()[-KEPT:], default=0)
+            for old in self._steps():
+                if old < oldest:
+                    shutil.rmtree(self._folder / f"{old:08d}", ignore_errors=True)
 
     def read(self, step: int, about: Mapping[str, Any]) -> tuple[Named, dict[int, Any]]:
         """All parameters and leaves of a step.
@@ -72,7 +84,7 @@ class Parts:
         params: Named = {}
         opt: dict[int, Any] = {}
         place = self._folder / f"{step:08d}"
-        paths: Sequence[Path] = [path for path in place.iterdir() if _PART.fullmatch(path.name)]
+        paths = self._parts(step)
         try:
             for path in paths:
                 for name, value in load_file(path).items():

@@ -47,7 +47,7 @@ class Choice:
         self._name, self._graph, self._rng = name, staged.graph, np.random.default_rng(seed)
         self._how = How(slice_bytes=slice_bytes, is_training=is_training, has_barrier=has_barrier, num_steps=4)
         hardware = {"platform": jax.default_backend(), "devices": str(jax.local_device_count())}
-        self._path = None if folder is None else folder / oracles.kept_as(staged.graph, hardware)
+        self._path = None if folder is None else folder / oracles.kept_as(staged.graph, staged.costs, hardware)
         self.oracle = oracles.Oracle(staged.costs) if self._path is None else oracles.read(self._path, staged.costs)
         self._layer = orders.layer(staged.graph)
         self._ours: np.ndarray | None = None

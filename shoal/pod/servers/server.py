@@ -13,6 +13,7 @@ Guarantees:
 
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,7 @@ from shoal.pod.servers.packing import Packing
 from shoal.pod.servers.updates import Updates
 from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES
 
+LOOK_S: Final = 0.05
 MOST_STRANGERS: Final = 32
 """Connections that have yet to show that they know the secret."""
 
@@ -154,8 +156,10 @@ class Server:
         while not self._is_closed:
             try:
                 made, _ = self._listening.accept()
-            except OSError:
-                return
+            except OSError:  # closed, or no descriptor is left
+                if not self._is_closed:
+                    time.sleep(LOOK_S)
+                continue
             if not self._strangers.acquire(blocking=False):
                 made.close()
                 continue
@@ -282,12 +286,13 @@ class Server:
         try:
             while True:
                 frame = line.receive()
+                ranks = np.empty(len(self._packings), "<i4")
+                if frame.kind == PULL and frame.size == ranks.nbytes:
+                    line.read_into(ranks.view(np.uint8).data)
                 with self._changed:
                     if frame.kind == ACK:
                         outgoing.acknowledged(frame.offset)
-                    elif frame.kind == PULL and frame.size == 4 * len(self._packings):
-                        ranks = np.empty(len(self._packings), "<i4")
-                        line.read_into(ranks.view(np.uint8).data)
+                    elif frame.kind == PULL and frame.size == ranks.nbytes:
                         if wanted or not outgoing.is_empty:
                             raise ProtocolError("Expected a pull after the last one was taken.")
                         wanted |= {n: (frame.step, int(rank)) for n, rank in zip(self._packings, ranks, strict=True)}

@@ -170,7 +170,7 @@ class ServerTrainer:
         serving = self.serving
         choice = Choice(
             self.order_name, self.step.staged, seed=worker, is_training=True, has_barrier=serving.has_barrier, slice_bytes=serving.slice_bytes,
-            folder=self._choices,
+            folder=None if self._choices is None else self._choices / f"{self.roles.workers}-{self.roles.servers}",  # who share a line
         )  # fmt: skip
         if worker == 0:
             self.choice = choice
@@ -222,8 +222,9 @@ class _Running:
                 if found:
                     raise found[0] from None
                 raise
-            if made["step"] < self.steps:  # it was stopped: nothing changes without the first worker's gradients
+            if made["step"] < self.steps:  # it was stopped
                 for number, server in enumerate(servers):
+                    server.close()  # so that nothing changes any more
                     self._write(server, number, made["step"])
                 return made
             for thread in others:
