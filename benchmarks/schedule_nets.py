@@ -1,7 +1,6 @@
-"""Four nets whose transfers want to be ordered differently, for `schedule`: 2 to 6 MB each, and one or two tenths of a second on a core forwards.
+"""Four nets whose transfers want to be ordered differently, for `schedule`: 2 to 4 MB each, and about a tenth of a second on a core forwards.
 
-VGG-19 and ResNet-50 with a quarter of their channels, on pictures of 32 x 32, one with branches like Inception, and a language model whose table of words, used first,
-is most of it.
+A chain of convolutions like VGG, one with residuals like ResNet, one with branches like Inception, and a language model whose table of words, used first, is most of it.
 """
 
 from typing import Any, Final
@@ -12,10 +11,9 @@ import optax
 
 import shoal
 
-SIDE: Final = {"vgg": 32, "resnet": 32, "inception": 16}
-"""Of a picture."""
+SIDE: Final = 16
 CLASSES: Final = 10
-BATCH: Final = {"vgg": 128, "resnet": 48, "inception": 96, "language model": 96}
+BATCH: Final = {"vgg": 192, "resnet": 96, "inception": 96, "language model": 96}
 WORDS, ROW, DIM, LAYERS, HEADS = 3072, 32, 128, 4, 4
 
 
@@ -44,61 +42,57 @@ def halved(x: Any) -> Any:
     return jnp.mean(x.reshape(x.shape[0], x.shape[1] // 2, 2, x.shape[2] // 2, 2, x.shape[3]), axis=(2, 4))
 
 
-VGG: Final = ((16, 2), (32, 2), (64, 4), (128, 4), (128, 4))
-"""VGG-19 with a quarter of its channels: of each group its channels and its convolutions; after each, the picture is halved."""
-VGG_DENSE: Final = (512, 512, CLASSES)
+VGG: Final = (32, 32, 48, 48, 64, 64, 64, 80, 80, 80, 96, 96, 96)
+"""Channels after each convolution."""
+VGG_HALVED: Final = (1, 6)
 
 
 def vgg_shapes() -> dict[str, tuple[int, ...]]:
-    widths = [channels for channels, number in VGG for _ in range(number)]
-    made: dict[str, tuple[int, ...]] = {
-        f"conv{n:02d}": (3, 3, *pair) for n, pair in enumerate(zip((3, *widths), widths, strict=False))
-    }
-    return made | {f"dense{n}": pair for n, pair in enumerate(zip((widths[-1], *VGG_DENSE), VGG_DENSE, strict=False))}
+    pairs = zip((3, *VGG), VGG, strict=False)
+    made: dict[str, tuple[int, ...]] = {f"conv{n:02d}": (3, 3, *pair) for n, pair in enumerate(pairs)}
+    return made | {"dense0": (16 * VGG[-1], 384), "dense1": (384, 128), "out": (128, CLASSES)}
 
 
 def vgg(params: Any, x: Any) -> Any:
-    done = 0
-    for _, number in VGG:
-        for n in range(done, done + number):
-            x = convolved(x, params[f"conv{n:02d}"])
-        x, done = halved(x), done + number
-    x = x.reshape(x.shape[0], -1)
-    for n in range(len(VGG_DENSE) - 1):
-        x = jax.nn.relu(x @ params[f"dense{n}"])
-    return x @ params[f"dense{len(VGG_DENSE) - 1}"]
+    for n in range(len(VGG)):
+        x = convolved(x, params[f"conv{n:02d}"])
+        x = halved(x) if n in VGG_HALVED else x
+    x = jax.nn.relu(x.reshape(x.shape[0], -1) @ params["dense0"])
+    return jax.nn.relu(x @ params["dense1"]) @ params["out"]
 
 
-RESNET: Final = ((16, 3), (32, 4), (64, 6), (128, 3))
-"""ResNet-50 with a quarter of its channels: of each group the channels within a block (four times as many between blocks) and its blocks; before each but the
-first, the picture is halved."""
+RESNET: Final = (
+    (32, 32),
+    (32, 48),
+    (48, 48),
+    (48, 48),
+    (48, 64),
+    (64, 64),
+    (64, 64),
+    (64, 80),
+    (80, 80),
+    (80, 80),
+    (80, 96),
+)
+"""Channels before and after each block."""
+RESNET_HALVED: Final = (1, 5)
 
 
 def resnet_shapes() -> dict[str, tuple[int, ...]]:
-    made: dict[str, tuple[int, ...]] = {"first": (3, 3, 3, RESNET[0][0])}
-    before = RESNET[0][0]
-    for group, (channels, blocks) in enumerate(RESNET):
-        for n in range(blocks):
-            name, after = f"group{group}/block{n}", 4 * channels
-            made |= {
-                f"{name}/one": (1, 1, before, channels),
-                f"{name}/two": (3, 3, channels, channels),
-                f"{name}/three": (1, 1, channels, after),
-            }
-            if before != after:
-                made[f"{name}/around"] = (1, 1, before, after)
-            before = after
-    return made | {"out": (before, CLASSES)}
+    made: dict[str, tuple[int, ...]] = {"first": (3, 3, 3, 32)}
+    for n, (before, after) in enumerate(RESNET):
+        made |= {f"block{n}/one": (3, 3, before, after), f"block{n}/two": (3, 3, after, after)}
+        if before != after:
+            made[f"block{n}/around"] = (1, 1, before, after)
+    return made | {"out": (RESNET[-1][-1], CLASSES)}
 
 
 def resnet(params: Any, x: Any) -> Any:
     x = convolved(x, params["first"])
-    for group, (_, blocks) in enumerate(RESNET):
-        x = halved(x) if group else x
-        for n in range(blocks):
-            mine = {part: params.get(f"group{group}/block{n}/{part}") for part in ("one", "two", "three", "around")}
-            y = convolved(convolved(convolved(x, mine["one"]), mine["two"]), mine["three"])
-            x = (x if mine["around"] is None else convolved(x, mine["around"])) + 0.25 * y  # in place of norms
+    for n in range(len(RESNET)):
+        y = convolved(convolved(x, params[f"block{n}/one"]), params[f"block{n}/two"])
+        x = (convolved(x, params[f"block{n}/around"]) if f"block{n}/around" in params else x) + y
+        x = halved(x) if n in RESNET_HALVED else x
     return jnp.mean(x, axis=(1, 2)) @ params["out"]
 
 
@@ -181,7 +175,7 @@ def task_of(net: str) -> shoal.Task:
         each = optax.softmax_cross_entropy_with_integer_labels(scores, labels)
         return jnp.mean(each.reshape(batch["x"].shape[0], -1), axis=1)
 
-    fields = {"x": ((ROW,), "int32"), "y": ((ROW,), "int32")} if is_text else {"x": ((SIDE[net], SIDE[net], 3), "float32"), "y": ((), "int32")}  # fmt: skip
+    fields = {"x": ((ROW,), "int32"), "y": ((ROW,), "int32")} if is_text else {"x": ((SIDE, SIDE, 3), "float32"), "y": ((), "int32")}  # fmt: skip
     return shoal.Task(
         name=net.replace(" ", "-"), init=lambda key: tensors(key, shapes()), loss=lambda params, state, batch, key: losses(params, batch), batch=fields,
         evaluate=lambda params, state, batch: {"loss": shoal.Sum(losses(params, batch), jnp.ones(batch["y"].shape[0]), (0.0, 1e3))},
