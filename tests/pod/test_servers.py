@@ -68,10 +68,10 @@ class TestClocks:
         assert clocks.pushed(2, 0, 0) is None
         assert clocks.pushed(0, 0, 0) is None
         assert clocks.pushed(1, 0, 0) == Update(0, (0, 1, 2))
-        assert not clocks.may_have(0, 1)
-        clocks.updated(0)
-        assert clocks.may_have(0, 1)
-        assert not clocks.may_have(0, 2)
+        assert not clocks.may_have(1, 0, 1)
+        clocks.updated(Update(0, (0, 1, 2)))
+        assert clocks.may_have(1, 0, 1)
+        assert not clocks.may_have(1, 0, 2)
 
     def test_a_gradient_out_of_turn_is_refused(self) -> None:
         clocks = Clocks((0,), 1, staleness=0)
@@ -85,23 +85,33 @@ class TestClocks:
     def test_nobody_is_further_ahead_than_allowed(self, num_workers: int, staleness: int, data: Any) -> None:
         clocks, at = Clocks((0,), num_workers, staleness=staleness), [0] * num_workers
         for _ in range(30):
-            allowed = [worker for worker in range(num_workers) if clocks.may_have(0, at[worker])]
+            allowed = [worker for worker in range(num_workers) if clocks.may_have(worker, 0, at[worker])]
             assert allowed  # the slowest may always go on
             worker = data.draw(st.sampled_from(allowed))
             assert clocks.pushed(worker, 0, at[worker]) == Update(0, (worker,))
             at[worker] += 1
-            clocks.updated(0)
+            assert not clocks.may_have(worker, 0, at[worker])  # its own gradient is not in it yet
+            clocks.updated(Update(0, (worker,)))
             assert max(at) - min(at) <= staleness + 1
         assert clocks.done(0) == sum(at) // num_workers
+
+    def test_a_worker_reads_what_it_wrote(self) -> None:
+        clocks = Clocks((0,), 2, staleness=None)
+        assert clocks.pushed(0, 0, 0) == Update(0, (0,))
+        assert not clocks.may_have(0, 0, 1)
+        assert clocks.may_have(1, 0, 0)
+        clocks.updated(Update(0, (0,)))
+        assert clocks.may_have(0, 0, 1)
+        assert not clocks.may_have(1, 0, 1)
 
     def test_what_is_asked_for_the_last_step_is_what_came_of_all(self) -> None:
         clocks = Clocks((0,), 2, staleness=None, last_step=1)
         clocks.pushed(0, 0, 0)
-        clocks.updated(0)
-        assert not clocks.may_have(0, 1)
+        clocks.updated(Update(0, (0,)))
+        assert not clocks.may_have(0, 0, 1)
         clocks.pushed(1, 0, 0)
-        clocks.updated(0)
-        assert clocks.may_have(0, 1)
+        clocks.updated(Update(0, (1,)))
+        assert clocks.may_have(0, 0, 1)
 
 
 OPTIMIZERS = {

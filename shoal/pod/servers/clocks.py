@@ -1,6 +1,6 @@
 """Who has sent what, which tensors may be updated, and who may have them: a server's decisions, without I/O.
 
-    pushed(worker, transfer, step) --> updates to do now      updated(transfer) --> workers that waited for it may have it
+    pushed(worker, transfer, step) --> updates to do now      updated(update) --> workers that waited for it may have it
 
     synchronous (staleness 0)   gradients of a step are added up in the order of workers and applied together; step t reads what t updates made
     bounded (staleness k)       each is applied as it comes; a worker may be k steps ahead of the slowest
@@ -10,6 +10,8 @@ Invariants:
     1. A worker's gradients of a transfer come for one step after another: none is counted twice, none left out.
     2. Synchronous: what is applied for step t is the sum of the workers' gradients of step t in the order of their numbers, whenever they came.
     3. Bounded: no worker is given a tensor for step t before the slowest has finished step t - k - 1.
+    4. Always: what a worker is given for step t has all its own gradients of the steps before in it ("read my writes", Ho et al. 2013, "More effective
+       distributed ML via a stale synchronous parallel parameter server", section 3).
 """
 
 from dataclasses import dataclass
@@ -46,9 +48,9 @@ class Clocks:
         self._num_workers, self._staleness = num_workers, staleness
         self._pushed = {transfer: [first_step] * num_workers for transfer in transfers}
         """Steps that each worker has sent gradients for."""
-        self._applied = dict.fromkeys(transfers, 0)
-        """Updates of each transfer in this life."""
-        self._first, self._last_step = first_step, last_step
+        self._applied = {transfer: [first_step] * num_workers for transfer in transfers}
+        """Steps of each worker whose gradients are in what it would be given."""
+        self._last_step = last_step
 
     def next_of(self, worker: int, transfer: int) -> int:
         """The step that its next gradient of a transfer is of. Raises ProtocolError for one that there is not."""
@@ -72,20 +74,21 @@ class Clocks:
             return Update(transfer, tuple(range(self._num_workers)))
         return None
 
-    def updated(self, transfer: int) -> None:
-        """An update is applied."""
-        self._applied[transfer] += 1
+    def updated(self, update: Update) -> None:
+        """It is applied."""
+        for worker in update.workers:
+            self._applied[update.transfer][worker] += 1
 
     def done(self, transfer: int) -> int:
         """Steps whose gradients of a transfer have been applied: all workers', or as many."""
-        each = 1 if self._staleness == 0 else self._num_workers
-        return self._first + self._applied[transfer] // each
+        return sum(self._applied[transfer]) // self._num_workers
 
-    def may_have(self, transfer: int, step: int) -> bool:
+    def may_have(self, worker: int, transfer: int, step: int) -> bool:
         """Whether a worker may read a transfer for a step."""
         if self._staleness == 0 or step == self._last_step:
             return self.done(transfer) >= step
-        return self._staleness is None or min(self._pushed[transfer]) >= step - self._staleness
+        has_own = self._applied[transfer][worker] >= step
+        return has_own and (self._staleness is None or min(self._pushed[transfer]) >= step - self._staleness)
 
     def reached(self) -> int:
         """Steps that are done with every transfer: what a barrier waits for."""

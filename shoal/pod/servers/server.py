@@ -181,7 +181,7 @@ class Server:
             if role == "up":
                 self._hear(line, worker)
             else:
-                self._serve(line)
+                self._serve(line, worker)
         except (TransportError, ValueError):
             pass  # its worker is told by the end of the line, and its supervisor by the end of the worker
         finally:
@@ -259,13 +259,13 @@ class Server:
             self._params[number], self._opt[number] = data, opt
             for worker in update.workers:
                 self._is_pending[number, worker] = False
-            self._clocks.updated(number)
+            self._clocks.updated(update)
             self._changed.notify_all()
         self._on_update()
 
     # Down.
 
-    def _serve(self, line: Line) -> None:
+    def _serve(self, line: Line, worker: int) -> None:
         """Parameters for one worker."""
         how, is_over = self._how, False
         wanted: dict[int, tuple[int, int]] = {}
@@ -273,7 +273,7 @@ class Server:
         outgoing = Outgoing(line, SLICE, self._changed, slice_bytes=how.slice_bytes, credit_bytes=how.credit_bytes)
 
         def is_open() -> bool:
-            self._put_ready(wanted, outgoing)
+            self._put_ready(worker, wanted, outgoing)
             return not (is_over or self._is_closed or self.fault is not None)
 
         def send() -> None:
@@ -305,9 +305,10 @@ class Server:
                 self._changed.notify_all()
             sender.join()
 
-    def _put_ready(self, wanted: dict[int, tuple[int, int]], outgoing: Outgoing) -> None:
+    def _put_ready(self, worker: int, wanted: dict[int, tuple[int, int]], outgoing: Outgoing) -> None:
         """What may be sent by now goes out."""
         for number, (step, rank) in list(wanted.items()):
-            if self._clocks.may_have(number, step) and (not self._how.has_barrier or self._clocks.reached() >= step):
+            is_early = self._how.has_barrier and self._clocks.reached() < step
+            if not is_early and self._clocks.may_have(worker, number, step):
                 del wanted[number]
                 outgoing.put(number, step, self._params[number], rank)

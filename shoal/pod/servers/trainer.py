@@ -324,7 +324,7 @@ class _Running:
         return Course(
             step=trainer.step, order=trainer.order(len(self.examples), seed=self.seed), examples=self.examples, held_out=self.held_out, first=first,
             steps=self.steps, commit_every=self.commit_every, seed=self.seed, num_workers=trainer.roles.workers,
-            is_synchronous=trainer.staleness == 0, watch=self.watch,
+            watch=self.watch,
         )  # fmt: skip
 
     def _work(self, worker: int, addresses: Sequence[tuple[str, int]], secret: bytes, first: int) -> dict[str, Any]:

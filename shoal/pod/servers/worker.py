@@ -43,7 +43,6 @@ class Course:
     commit_every: int
     seed: int
     num_workers: int
-    is_synchronous: bool
     watch: Watch
 
 
@@ -127,7 +126,8 @@ class WorkerTraining:
         course = self._course
         rows, seen = (np.split(each, course.num_workers)[self._worker] for each in (indices, mask))
         batch = {name: values[rows] for name, values in course.examples.fields.items()} | {"mask": seen}
-        count = np.float32(max(1, (mask if course.is_synchronous else seen).sum()))
+        # Of all workers, whoever waits for whom: each gradient counts for its share of the batch, and a step is as long in every mode.
+        count = np.float32(max(1, mask.sum()))
         key = np.array([course.seed & 0xFFFFFFFF, (step * course.num_workers + self._worker) & 0xFFFFFFFF], np.uint32)
         run = course.step.begin(self._frozen, self._state, batch, count, key)
         self._laps.took("wait")
