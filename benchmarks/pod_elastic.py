@@ -3,8 +3,9 @@
 Both train the same perceptron with two members on this machine, each on a core of its own, first undisturbed, then with a member killed
 (SIGKILL) every two minutes, in turn. What is killed is started again at once. Goodput is examples that are in the model, by seconds, as a share of the
 undisturbed rate of the same system: what was trained and lost again does not count. Undisturbed are the minute before the first kill, and each time
-from half a minute after a kill to the next one: the machine's speed changes by more than kills cost. Ours starts a new life from the last checkpoint; torchft's
-surviving replica goes on alone, and the other takes the model from it when it is back. torchft's lighthouse waits for nobody longer than
+from half a minute after a kill to the next one: the machine's speed changes by more than kills cost. Every member has all of the
+model and of the optimizer's state. Ours starts a new life from the state that the survivor rescued; torchft's surviving replica goes on alone, and the other takes
+the model from it when it is back. torchft's lighthouse waits for nobody longer than
 a second (its defaults are 5 and 60 s).
 
 K1 is the goal's own measure, ten kills in twenty minutes, for each of the two: this run takes longer than others.

@@ -15,8 +15,8 @@ POOL: Final = 4
 """Batches that are gone through in turn."""
 CALL: Final = 4
 """Steps of ours in one call of the compiled program."""
-SAVE_EVERY: Final = 64
-"""Steps of ours from one checkpoint to the next; the rival needs none."""
+SAVE_EVERY: Final = 256
+"""Steps of ours from one checkpoint to the next, for faults that nobody survives; the rival has none."""
 
 
 def weights() -> dict[str, np.ndarray]:

@@ -6,13 +6,14 @@ tensors, the same leaf has its own shape. All of these are the same numbers in t
 padded to what the program at hand wants.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Final, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -30,7 +31,7 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = KEPT) -> None:
         """`folder`: made if it is not there; `keep`: the newest so many stay."""
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
-        self._folder, self._manager = folder, ocp.CheckpointManager(folder.resolve(), options=options)
+        self.folder, self._manager = folder, ocp.CheckpointManager(folder.resolve(), options=options)
 
     def latest(self) -> int | None:
         """The step of the newest whole one."""
@@ -77,12 +78,7 @@ class Checkpoints:
         kept = self.about(step)["shapes"]
         leaves, structure = jax.tree_util.tree_flatten_with_path(like)
         names = [name_of(path) for path, _ in leaves]
-        if names != list(kept):
-            new, gone = sorted(set(names) - set(kept)), sorted(set(kept) - set(names))
-            raise StoreError(
-                f"Checkpoint {step} in {self._folder} is of another model or optimizer: it has {gone[:3] or 'nothing'} that this one has not, and lacks "
-                f"{new[:3] or 'nothing'}. Train with the task that it was made by, or begin anew."
-            )
+        refuse_other(names, list(kept), what=f"Checkpoint {step} in {self.folder}")
         wanted = [leaf for _, leaf in leaves]
         places = jax.tree.leaves(shardings)
         stored = {
@@ -94,7 +90,7 @@ class Checkpoints:
         found = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(stored)))["state"]
         values = [found[number] for number in sorted(found)]
         fit = jax.jit(
-            lambda values: [_fitted(value, leaf.shape) for value, leaf in zip(values, wanted, strict=True)],
+            lambda values: [fitted(value, leaf.shape) for value, leaf in zip(values, wanted, strict=True)],
             out_shardings=places,
         )
         made: State = jax.tree.unflatten(structure, fit(values))
@@ -118,9 +114,20 @@ def _as_stored(shape: tuple[int, ...], place: NamedSharding) -> NamedSharding:
     return place
 
 
-def _fitted(value: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def refuse_other(names: Sequence[str], kept: Sequence[str], *, what: str) -> None:
+    """Raises StoreError unless a state's leaves are those that were kept."""
+    if list(names) != list(kept):
+        new, gone = sorted(set(names) - set(kept)), sorted(set(kept) - set(names))
+        raise StoreError(
+            f"{what} is of another model or optimizer: it has {gone[:3] or 'nothing'} that this one has not, and lacks {new[:3] or 'nothing'}. Train with the "
+            "task that it was made by, or begin anew."
+        )
+
+
+def fitted(value: Any, shape: tuple[int, ...]) -> Any:
+    """An array as a leaf of that shape: the same numbers in the same order, cut or padded."""
     if value.shape == shape:
         return value
     size = min(value.size, prod(shape))
-    flat = value.reshape(-1)[:size]
-    return jnp.pad(flat, (0, prod(shape) - size)).reshape(shape)
+    pad = jnp.pad if isinstance(value, jax.Array) else np.pad
+    return pad(value.reshape(-1)[:size], (0, prod(shape) - size)).reshape(shape)

@@ -85,7 +85,7 @@ class Machine:
         memory = _copy_rate(devices[0], clock) / shared
         link = _sum_rate(devices, clock) if num > 1 else memory
         return cls(
-            f"{num} x {devices[0].device_kind}, measured", flops, memory, _memory_bytes(devices[0]) / shared, link,
+            f"{num} x {devices[0].device_kind}, measured", flops, memory, memory_bytes(devices[0]) / shared, link,
             link if slow_bytes_per_s is None else slow_bytes_per_s,
         )  # fmt: skip
 
@@ -206,7 +206,8 @@ def _seconds(turn: Callable[[], Any], clock: Clock) -> float:
     return max(min(taken), 1e-9)
 
 
-def _memory_bytes(device: jax.Device) -> float:
+def memory_bytes(device: jax.Device) -> float:
+    """Of a device; of a CPU the machine's."""
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])

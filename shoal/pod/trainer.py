@@ -192,10 +192,14 @@ class Trainer:
         """The compiled program for calls of so many steps, if there is one yet."""
         return self._made.get(num_steps)
 
-    def make(self, like: State, call: Call, key: np.ndarray) -> Made:
-        """Compiles the program for calls of that form."""
+    def make(self, like: State, call: Call, key: np.ndarray, *, is_given_away: bool = True) -> Made:
+        """Compiles the program for calls of that form; `is_given_away`: the state that it is called with is not needed any more."""
         program, begun = self.program, time.perf_counter()
-        steps = jax.jit(program.steps, donate_argnums=0, out_shardings=(program.shardings, program.replicated))
+        steps = jax.jit(
+            program.steps,
+            donate_argnums=0 if is_given_away else (),
+            out_shardings=(program.shardings, program.replicated),
+        )
         lowered = steps.lower(like, call.batches, call.mask, key)
         between = time.perf_counter()
         compiled = lowered.compile()

@@ -6,6 +6,7 @@ feed --call--> program --sums (k,)--> fetched while the next call runs --> Progr
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -21,16 +22,20 @@ from shoal.data.store import Examples
 from shoal.errors import DataError, StoreError
 from shoal.local import Named
 from shoal.plan.train import ratios
+from shoal.pod import rescue
 from shoal.pod.checkpoint import Checkpoints
 from shoal.pod.describe import Made
 from shoal.pod.feed import Call, Feed
 from shoal.pod.placement import State
+from shoal.pod.rescue import Rescue
 from shoal.pod.seeing import Seeing
 from shoal.pod.seen import MemberSeen
 from shoal.pod.worker import Marks, Worker
 
 if TYPE_CHECKING:
     from shoal.pod.trainer import Trainer
+
+log = logging.getLogger("shoal.pod")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +107,7 @@ class Training:
         self._last, self._commit_every, self._seed = steps, commit_every, seed
         self._checkpoint_every = checkpoint_every or commit_every
         self._checkpoints = None if folder is None else Checkpoints(folder)
+        self._rescue: Rescue | None = None
         self._key = np.frombuffer(hashlib.sha256(f"shoal pod {seed}".encode()).digest()[:8], "<u4")
         self._number = 0
         """Of the last version."""
@@ -117,14 +123,20 @@ class Training:
     def run(self) -> State:
         """See `Trainer.train`."""
         try:
-            return self._run()
+            state = self._run()
         finally:
             if self._checkpoints is not None:
                 self._checkpoints.close()
+        if self._checkpoints is not None:
+            rescue.forget(self._checkpoints.folder, up_to=int(state["step"]))
+        return state
 
     def _run(self) -> State:
         trainer, marks, pace = self._trainer, self._watch.pod.marks, Pace()
         state, first = self._begin()
+        if self._checkpoints is not None and self._watch.pod.assignment is not None and rescue.can_hold(state):
+            self._rescue = Rescue(self._checkpoints.folder)
+            self._watch.pod.at_end(self._rescue.write)
         order = trainer.order(len(self._examples), seed=self._seed)
         feed = Feed(
             self._examples, order, self._program.row_shardings(1), first=first, last=self._last,
@@ -137,8 +149,10 @@ class Training:
                 run = self._compiled(state, call)
                 step = call.first + call.num_steps
                 marks.begin(step)
-                state, sums = run(state, call.batches, call.mask, self._key)
+                before, (state, sums) = state, run(state, call.batches, call.mask, self._key)
                 self._add()  # those of the call before, while this one runs
+                if self._rescue is not None:
+                    self._rescue.hold(call.first, before, self._kept(call.first))
                 self._running = step, sums
                 is_over = self._watch.should_stop(step)
                 is_version = step % self._commit_every == 0 or step == self._last
@@ -160,7 +174,7 @@ class Training:
         """The program for calls of that form."""
         if (made := self._trainer.made(call.num_steps)) is None:
             self._watch.pod.marks.doing("compiling")
-            made = self._trainer.make(state, call, self._key)
+            made = self._trainer.make(state, call, self._key, is_given_away=self._rescue is None)
             self._laps.took("compile")
             self._watch.on_made(made, call)
             self._laps.took("describe")
@@ -175,6 +189,7 @@ class Training:
         self._checkpoints.save(step, state, self._kept(step))
         if self._saving is not None:  # there is one at a time, so the one before is whole
             pod.marks.saved(self._saving)
+            rescue.forget(self._checkpoints.folder, up_to=self._saving)
         self._saving = step
         if pod.assignment is not None and pod.agree_to_pause() and step < self._last:
             self._checkpoints.wait()
@@ -190,14 +205,25 @@ class Training:
     def _begin(self) -> tuple[State, int]:
         program, checkpoints = self._program, self._checkpoints
         key = jax.random.key(self._seed)
-        latest = None if checkpoints is None else checkpoints.latest()
-        if checkpoints is None or latest is None:
+        if checkpoints is None:
             return program.begin(key), 0
-        about = checkpoints.about(latest)
+        latest = checkpoints.latest()
+        rescued = rescue.agreed(checkpoints.folder, beyond=-1 if latest is None else latest)
+        like = jax.eval_shape(program.beginning, key)
+        if rescued is not None:
+            state, about = rescue.read(checkpoints.folder, rescued, like, program.shardings)
+            self._take_up(about)
+            log.info("goes on from step %d, which was rescued when the training ended last", rescued)
+            return state, rescued
+        if latest is None:
+            return program.begin(key), 0
+        self._take_up(checkpoints.about(latest))
+        log.info("goes on from the checkpoint of step %d", latest)
+        return checkpoints.restore(latest, like, program.shardings), latest
+
+    def _take_up(self, about: Mapping[str, Any]) -> None:
         self._refuse_other(about)
         self._number, self._sums = int(about["version"]), {n: float(value) for n, value in about["sums"].items()}
-        like = jax.eval_shape(program.beginning, key)
-        return checkpoints.restore(latest, like, program.shardings), latest
 
     def _refuse_other(self, about: Mapping[str, Any]) -> None:
         """Raises StoreError where steps would not be those that a checkpoint's run would have taken."""
@@ -213,7 +239,7 @@ class Training:
         """What a checkpoint has beside the state. The sums are of the steps since the last version."""
         return {
             "seed": self._seed, "batch_size": self._trainer.batch_size, "examples": len(self._examples), "window": self._trainer.window,
-            "commit_every": self._commit_every, "version": self._number, "sums": self._sums if step % self._commit_every else {},
+            "commit_every": self._commit_every, "version": self._number, "sums": dict(self._sums) if step % self._commit_every else {},
         }  # fmt: skip
 
     def _version(self, state: State, step: int) -> Version:

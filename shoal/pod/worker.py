@@ -212,6 +212,8 @@ class Worker:
         """`assignment`: None without a supervisor."""
         self.assignment, self.marks = assignment, marks
         self._was_asked = threading.Event()
+        self._at_end: Callable[[], None] | None = None
+        self._ending = threading.Lock()
 
     @property
     def life(self) -> int:
@@ -241,6 +243,39 @@ class Worker:
         from jax.experimental import multihost_utils
 
         return bool(np.any(multihost_utils.process_allgather(np.asarray(asked, np.int32))))
+
+    def at_end(self, run: Callable[[], None]) -> None:
+        """What is to be done when this process is about to end unwell, by a fault of its own or because its supervisor says so (SIGTERM): quickly, the next
+        life waits for it. For the main thread; without a supervisor nothing comes of it."""
+        if self.assignment is None:
+            return
+        if self._at_end is None:
+            self._heed_sigterm()
+        self._at_end = run
+
+    def end(self) -> None:
+        """Does it, once; whoever comes meanwhile waits until it is done."""
+        with self._ending:
+            run, self._at_end = self._at_end or (lambda: None), None
+            try:
+                run()
+            except Exception:  # it ends anyway, with the fault that it has
+                traceback.print_exc()
+
+    def _heed_sigterm(self) -> None:
+        """In a thread: the main one may be waiting for others in XLA, where no handler of Python's runs."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+        def heed() -> None:
+            while signal.SIGTERM not in os.read(read, 1):
+                pass
+            self.end()
+            os._exit(128 + signal.SIGTERM)
+
+        threading.Thread(target=heed, daemon=True, name="shoal-pod-heed").start()
 
     def pause(self) -> NoReturn:
         """Ends this process: its state is saved, and the next life goes on."""
@@ -283,6 +318,7 @@ def attached(prepare: Callable[[], None] = lambda: None) -> Iterator[Worker]:
         worker.marks.beat()
         raise
     except BaseException:
+        worker.end()
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -89,12 +90,19 @@ def test_ctrl_c_keeps_a_checkpoint_and_says_how_to_go_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ([], "goes on from the checkpoint of step"),
+        (["--update", "replicated", "--checkpoint-every", 3000], "which was rescued when the training ended last"),
+    ],
+)
 def test_a_pod_goes_on_without_the_worker_that_is_killed(
-    place: Path, tmp_path: Path, start: Callable[..., Process]
+    place: Path, tmp_path: Path, start: Callable[..., Process], how: list[Any], said: str
 ) -> None:
     process = start(
         "train", place / "line.py", "--data", place / "users", "--held-out", place / "test.npz", "--steps", 3000, "--commit-every", 100,
-        "--workers", 2, "--run", tmp_path / "r",
+        "--workers", 2, "--run", tmp_path / "r", *how,
     )  # fmt: skip
     process.until(lambda: "version  3/30" in process.text, timeout_s=100)
     victim = min(child.pid for child in psutil.Process(process.popen.pid).children(recursive=True) if is_worker(child))
@@ -104,6 +112,7 @@ def test_a_pod_goes_on_without_the_worker_that_is_killed(
         "life 1 was ended" in process.text
         and "SIGKILL" in process.text
         and "life 2 begins with 2 workers" in process.text
+        and said in process.text
     )
     with open_run(tmp_path / "r") as run:
         assert run.row.status == "finished" and run.store.last_version(run.id) == 30
