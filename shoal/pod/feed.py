@@ -69,7 +69,7 @@ class Feed:
             ahead: calls that wait on devices.
         """
         self._examples, self._order, self._shardings, self._multiple = examples, order, shardings, multiple
-        self._lengths = list(lengths(first, last, steps_per_call, ends))
+        self._lengths = lengths(first, last, steps_per_call, ends)
         self._first, self.waited_s = first, 0.0
         self._ready: Queue[Call | BaseException | None] = Queue(maxsize=ahead)
         self._is_over = threading.Event()

@@ -36,6 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any, Final, NoReturn, Self, final
 
@@ -59,6 +60,10 @@ SHORTEST_S: Final = 0.05
 """Between two marks: those in between are left out."""
 LOWEST: Final = 19
 """Priority (nice) of a spare's imports."""
+AUTOGROUP: Final = "autogroup"
+"""Of a process, in /proc: the priority of its session, where the system shares processors between sessions first (`man 7 sched`). What its threads have
+counts among themselves then."""
+RAISE_TRIES: Final = 20
 PATIENCE_S: Final = 1.0
 """So long a spare that is assigned waits for them."""
 _LAST_STEPS: Final = 32
@@ -340,6 +345,16 @@ def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+def _raise_session() -> None:
+    """To the usual priority: its supervisor lowered it when it started this process as a spare. The system allows ten changes a second."""
+    own = Path("/proc/self", AUTOGROUP)
+    for _ in range(RAISE_TRIES if own.exists() else 0):
+        with suppress(OSError):
+            own.write_text("0")
+            return
+        time.sleep(BEAT_S / RAISE_TRIES)
+
+
 def _begin_anew(assignment: Assignment, descriptor: int) -> NoReturn:
     """The same program in the same process, with its assignment from the beginning."""
     os.set_inheritable(descriptor, True)
@@ -358,6 +373,7 @@ def _follow(worker: Worker) -> Assignment:
             while line := pipe.readline(_LINE_BYTES):
                 told = json.loads(line)
                 if "assign" in told and not assigned:
+                    _raise_session()
                     assigned.append(Assignment(**told["assign"]))
                     is_assigned.set()
                 if "ask" in told:

@@ -17,7 +17,7 @@ from typing import IO, Any, Final, Self, cast, final
 
 from shoal import validate
 from shoal.pod.membership_events import Mark
-from shoal.pod.worker import COORDINATOR, LIFE, MARKS_FD, PROCESS, PROCESSES, Assignment
+from shoal.pod.worker import AUTOGROUP, COORDINATOR, LIFE, LOWEST, MARKS_FD, PROCESS, PROCESSES, Assignment
 
 TAIL_BYTES: Final = 4096
 """Of what it wrote last, kept to say why it ended."""
@@ -120,6 +120,9 @@ class WorkerProcess:
         finally:
             os.close(write)
         guard.add(process.pid)
+        if assignment is None:
+            with suppress(OSError):  # the system has no such thing, or the process is gone
+                Path("/proc", str(process.pid), AUTOGROUP).write_text(str(LOWEST))
         marks = asyncio.StreamReader(limit=_LINE_BYTES)
         protocol = asyncio.StreamReaderProtocol(marks)
         pipe = os.fdopen(read, "rb", buffering=0)

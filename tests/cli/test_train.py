@@ -104,7 +104,7 @@ def test_a_pod_goes_on_without_the_worker_that_is_killed(
         "train", place / "line.py", "--data", place / "users", "--held-out", place / "test.npz", "--steps", 3000, "--commit-every", 100,
         "--workers", 2, "--run", tmp_path / "r", *how,
     )  # fmt: skip
-    process.until(lambda: "version  3/30" in process.text, timeout_s=100)
+    process.until(lambda: "/30 " in process.text, timeout_s=100)
     victim = min(child.pid for child in psutil.Process(process.popen.pid).children(recursive=True) if is_worker(child))
     os.kill(victim, signal.SIGKILL)
     assert process.wait(150) == 0, process.text
