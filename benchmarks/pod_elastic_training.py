@@ -13,6 +13,7 @@ import shoal
 from benchmarks.pod_elastic_common import BATCH, CALL, RATE, SAVE_EVERY, WIDTHS, batches, weights
 from shoal.data.store import Examples
 from shoal.pod import worker
+from shoal.pod.self_check import keep_way, kept_way
 from shoal.pod.trainer import Trainer
 from shoal.pod.training import Progress, Watch
 
@@ -36,7 +37,12 @@ def train(pod: worker.Worker, folder: Path) -> None:
         local=shoal.Local(optimizer=optax.adam(RATE), batch_size=BATCH * members),
     )  # fmt: skip
     # As with the rival, every member has all of the parameters and of the optimizer's state.
-    trainer = Trainer(task, mesh=f"data={members}", update="replicated", steps_per_call=CALL)
+    checkpoints = folder / "checkpoints"
+    trainer = Trainer(
+        task, mesh=f"data={members}", update="replicated", steps_per_call=CALL, sums_by=kept_way(checkpoints)
+    )
+    if jax.process_index() == 0:
+        keep_way(checkpoints, trainer.program.members.how)
     pools = [batch for member in range(members) for batch in batches(member)]
     examples = Examples({name: np.concatenate([batch[name] for batch in pools]) for name in ("x", "y")})
     reached = os.open(folder / f"reached-{jax.process_index()}", os.O_RDWR | os.O_CREAT)
@@ -46,5 +52,5 @@ def train(pod: worker.Worker, folder: Path) -> None:
         os.pwrite(reached, b"%10d %20d\n" % (pod.life, done * BATCH * members), 0)
 
     trainer.train(
-        examples, steps=STEPS, commit_every=STEPS, checkpoint_every=SAVE_EVERY, folder=folder / "checkpoints", watch=Watch(pod=pod, on_call=told)
+        examples, steps=STEPS, commit_every=STEPS, checkpoint_every=SAVE_EVERY, folder=checkpoints, watch=Watch(pod=pod, on_call=told)
     )  # fmt: skip

@@ -85,6 +85,8 @@ class Settings:
     telemetry: str = ""
     """HOST:PORT of the helper that opens sums of telemetry; empty: none is taken."""
     telemetry_ca: Path | None = None
+    has_devices: bool = False
+    """It starts them itself, so that nobody is told how to."""
 
     @property
     def several_edges(self) -> bool:
@@ -382,6 +384,15 @@ def _announce(settings: Settings, door: DoorFile, ca: Path | None, screen: Scree
     where = joined(settings.address, door.port)
     line = f"listening on {where}"
     screen.say(line) if screen.json else print(line, flush=True)
+    if not settings.has_devices:
+        _invite(settings, door, ca, where, screen)
+    screen.say(f"run: {settings.folder}")
+    if settings.ready_file is not None:
+        write_ready(settings.ready_file, where)
+
+
+def _invite(settings: Settings, door: DoorFile, ca: Path | None, where: str, screen: Screen) -> None:
+    """Says how to start devices."""
     if not door.members_only:
         reached = where if settings.address not in EVERY_ADDRESS else f"THIS-MACHINE:{door.port}"
         trusted = [*(["--ca", ca] if ca else []), "--key", door.plan_key]
@@ -392,9 +403,6 @@ def _announce(settings: Settings, door: DoorFile, ca: Path | None, screen: Scree
         screen.say(f"invite others: {command_line(['shoal', 'invite', settings.folder])}")
     elif door.is_reachable:
         screen.say(f"or elsewhere: shoal device --join {door.invitation().text} --data PATH")
-    screen.say(f"run: {settings.folder}")
-    if settings.ready_file is not None:
-        write_ready(settings.ready_file, where)
 
 
 def write_ready(path: Path, where: str) -> None:

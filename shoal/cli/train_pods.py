@@ -58,7 +58,7 @@ def train_pods(asked: Asked) -> None:
     folder = begun.folder
     settings = host_process.Settings(
         folder=folder, run_ids=(begun.run_id,), rounds=begun.rounds, address="127.0.0.1", port=0, held_out=begun.held_out,
-        ready_file=folder / FOLDER / "ready", make_tls=False, tls_cert=None, tls_key=None, resumed=asked.resume,
+        ready_file=folder / FOLDER / "ready", make_tls=False, tls_cert=None, tls_key=None, resumed=asked.resume, has_devices=True,
     )  # fmt: skip
     pods = _Pods(asked, folder, examples, screen)
     try:

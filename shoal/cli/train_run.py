@@ -48,7 +48,7 @@ def train_in_pod(asked: Asked, pod: "Worker", folder: Path, hosts: int) -> None:
 
     screen, watch = Screen(json=asked.as_json), Stopwatch()
     is_first = jax.process_index() == 0
-    prepared = _prepared(asked, hosts, screen, watch, is_first=is_first)
+    prepared = _prepared(asked, hosts, screen, watch, is_first=is_first, folder=folder)
     if is_first:
         _first(prepared, folder, screen, watch, pod)
         return
@@ -73,13 +73,15 @@ class _Prepared:
     schedule: "Schedule"
 
 
-def _prepared(asked: Asked, hosts: int, screen: Screen, watch: Stopwatch, *, is_first: bool = True) -> _Prepared:
+def _prepared(
+    asked: Asked, hosts: int, screen: Screen, watch: Stopwatch, *, is_first: bool = True, folder: Path | None = None
+) -> _Prepared:
     task = _load(asked, hosts)
     watch.lap("start")
     examples, held_out = _examples(task, asked, screen)
     watch.lap("data")
     say = screen.say if is_first else lambda text: None
-    trainer = _with_servers(task, asked, say) if asked.servers else _trainer(task, asked, examples, say)
+    trainer = _with_servers(task, asked, say) if asked.servers else _trainer(task, asked, examples, say, folder)
     schedule = _schedule(trainer, len(examples), asked)
     if is_first:
         _say(trainer, schedule, len(examples), asked.seed, screen)
@@ -114,15 +116,17 @@ def _examples(task: "Task", asked: Asked, screen: Screen) -> "tuple[Examples, Ex
     return examples, held_out
 
 
-def _trainer(task: "Task", asked: Asked, examples: "Examples", say: Any) -> "Trainer":
+def _trainer(task: "Task", asked: Asked, examples: "Examples", say: Any, folder: Path | None) -> "Trainer":
     from shoal.pod.auto_batch import try_batches
     from shoal.pod.loss_scaling import LossScaling
+    from shoal.pod.run import checkpoints_folder
+    from shoal.pod.self_check import kept_way
     from shoal.pod.trainer import Trainer
 
     mesh, update = _mesh(task, asked, say)
     settings: dict[str, Any] = {
         "mesh": mesh, "rules": asked.rules, "inputs": asked.inputs, "update": update, "sum_type": asked.sums, "accumulate": asked.accumulate,
-        "window": asked.window, "remat": asked.remat, "group": asked.batch_norm_group, "scaling": LossScaling() if asked.loss_scaling else None,
+        "sums_by": kept_way(checkpoints_folder(folder)) if folder else None, "window": asked.window, "remat": asked.remat, "group": asked.batch_norm_group, "scaling": LossScaling() if asked.loss_scaling else None,
     }  # fmt: skip
     if asked.batch != AUTO:
         size = int(asked.batch) if asked.batch else None
@@ -212,8 +216,12 @@ def _say(
 
 def _first(prepared: _Prepared, folder: Path, screen: Screen, watch: Stopwatch, pod: "Worker | None") -> None:
     """Trains, and writes the record; begins it where there is none."""
+    import jax
+
     from shoal.fleet.keys import HostKeys
-    from shoal.pod.run import begin
+    from shoal.pod.run import begin, checkpoints_folder
+    from shoal.pod.self_check import keep_way
+    from shoal.pod.trainer import Trainer
     from shoal.record.lock import only_writer
     from shoal.record.sqlite import DATABASE_NAME, open_store
 
@@ -222,6 +230,8 @@ def _first(prepared: _Prepared, folder: Path, screen: Screen, watch: Stopwatch, 
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         stack.enter_context(only_writer(folder))
+        if isinstance(trainer, Trainer) and jax.process_count() > 1:
+            keep_way(checkpoints_folder(folder), trainer.program.members.how)
         store = open_store(folder)
         stack.callback(store.close)
         if is_new or not store.runs():

@@ -411,5 +411,5 @@ def _names(hosts: Iterable[str]) -> str:
 def _exit_text(code: int) -> str:
     if code == _KILLED:
         return "was killed (SIGKILL), by somebody or by the system for want of memory"
-    number = code - 128 if code > 128 else -code
+    number = code - 128 if 128 < code <= 128 + 64 else -code
     return f"was ended by signal {number}" if number > 0 else f"ended with code {code}"

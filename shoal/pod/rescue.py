@@ -4,12 +4,12 @@
     at the end         write: when a call fails because a member died, or when the supervisor ends the worker (SIGTERM)
     in the next life   agreed, read: where it is newer than the last checkpoint
 
-Where parameters and the optimizer's state are whole on every member (`replicated`), each of those left has all there is: what is lost is a call, not all since the
-last checkpoint. Pieces of a state that is cut are gone with their member: there is only the checkpoint. It costs two more copies of the state. The folder is the checkpoints',
-which all members see; the first who begins to write is the only one, and what it writes is there whole or not at all.
+Where all of the state is in every process (`replicated`, and no rule splits tensors between processes), each of those left has all there is: what is lost is a call, not
+all since the last checkpoint. Pieces of a state that is cut are gone with their member: there is only the checkpoint. It costs two more copies of the state. The folder is the
+checkpoints', which all members see; the first who begins to write is the only one, and what it writes is there whole or not at all.
 """
 
-import os
+import json
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
@@ -24,21 +24,36 @@ from shoal.local import name_of
 from shoal.pod.checkpoint import fitted, refuse_other
 from shoal.pod.machine import memory_bytes
 from shoal.pod.placement import State
-from shoal.tensors import frame_parts, unpack
+from shoal.tensors import DTYPES, dtype_name, frame_parts, unpack
 
 SUFFIX: Final = ".rescue"
 PARTIAL: Final = "rescue.partial"
+LARGEST_BYTES: Final = 1 << 30
+"""Of a state that is rescued: it has to be on disk within a supervisor's grace, five seconds."""
 LARGEST_SHARE: Final = 1 / 8
 """Of a device's memory, that a state may have for two more copies of it to be kept."""
 
 
 def can_hold(state: State) -> bool:
-    """Whether all of a state is in this process, and small enough to be held beside the next ones."""
-    leaves = jax.tree.leaves(state)
-    is_whole = all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves)
-    device = jax.local_devices()[0]
+    """Whether in every process all of a state is there, and small enough to be held beside the next ones. All processes must ask."""
+    fits = _can_hold(jax.tree.leaves(state))
+    if jax.process_count() == 1:
+        return fits
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.int32(fits))))
+
+
+def _can_hold(leaves: list[jax.Array]) -> bool:
+    if not all(leaf.is_fully_addressable or leaf.is_fully_replicated for leaf in leaves):
+        return False
+    if not all(dtype_name(np.dtype(leaf.dtype)) in DTYPES for leaf in leaves):
+        return False
+    device = leaves[0].addressable_shards[0].device
+    sharing = jax.device_count() if device.platform == "cpu" else 1  # at most: they may be on several machines
     held = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == device)
-    return is_whole and held <= LARGEST_SHARE * memory_bytes(device)
+    whole = sum(leaf.nbytes for leaf in leaves)
+    return whole <= LARGEST_BYTES and held <= LARGEST_SHARE * memory_bytes(device) / sharing
 
 
 @final
@@ -54,31 +69,49 @@ class Rescue:
         """A state that has been computed: nothing that fails later can change it. `about`: as for `Checkpoints.save`."""
         self._held = step, state, about
 
+    def let_go(self) -> None:
+        """All is in a checkpoint."""
+        self._held = None
+
     def write(self) -> None:
-        """The state that is held, unless somebody else is about it. From any thread, while the next step is waiting for others. Raises OSError."""
-        if self._held is None:
+        """The state that is held, unless somebody else writes or has written it. From any thread, while the next step waits for others. Raises OSError."""
+        held = self._held
+        if held is None or max(_steps(self._folder), default=-1) >= held[0]:
             return
-        step, state, about = self._held
-        paths = jax.tree_util.tree_flatten_with_path(state)[0]
-        tensors = {name_of(path): np.asarray(leaf) for path, leaf in paths}
-        with suppress(FileExistsError), open(self._folder / PARTIAL, "xb", opener=_owners) as file:
-            check = 0
-            for part in frame_parts(tensors, {"about": dict(about)}):
-                check = zlib.crc32(part, check)
-                file.write(part)
-            file.write(check.to_bytes(4, "little"))
-            file.flush()
-            (self._folder / PARTIAL).rename(self._folder / f"{step}{SUFFIX}")
+        step, state, about = held
+        tensors = {name_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]}
+        parts = list(
+            frame_parts(tensors, {"about": json.dumps(dict(about))})
+        )  # as text: a metric's sum need not be finite
+        with suppress(FileExistsError):
+            self._write_to(_path(self._folder, step), parts)
+
+    def _write_to(self, path: Path, parts: list[bytes | memoryview]) -> None:
+        """All of it or nothing. Raises FileExistsError while somebody else writes."""
+        partial = self._folder / PARTIAL
+        with partial.open("xb") as file:
+            try:
+                check = 0
+                for part in parts:
+                    check = zlib.crc32(part, check)
+                    file.write(part)
+                file.write(check.to_bytes(4, "little"))
+                file.flush()
+                partial.rename(path)
+            except BaseException:
+                partial.unlink()
+                raise
 
 
 def agreed(folder: Path, *, beyond: int) -> int | None:
-    """The step of the newest rescued state that is newer than a step; the same answer in all processes, which must all ask. Tidies up."""
+    """The step of the newest rescued state that is newer than a checkpoint; the same answer in all processes, which must all ask. What is broken or older is removed."""
     step = -1
     if jax.process_index() == 0:
         (folder / PARTIAL).unlink(missing_ok=True)  # whoever wrote it was killed
-        step = max(
-            (found for found in _steps(folder) if found > beyond and _is_whole(_path(folder, found))), default=-1
-        )
+        for found in _steps(folder):
+            if found <= beyond or not _is_whole(_path(folder, found)):
+                _path(folder, found).unlink(missing_ok=True)
+        step = max(_steps(folder), default=-1)
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -103,7 +136,7 @@ def read(folder: Path, step: int, like: State, shardings: Any) -> tuple[State, d
         for name, (_, leaf), place in zip(names, leaves, jax.tree.leaves(shardings), strict=True)
     ]
     state: State = jax.tree.unflatten(structure, made)
-    return state, dict(header["about"])
+    return state, json.loads(header["about"])
 
 
 def forget(folder: Path, *, up_to: int) -> None:
@@ -124,14 +157,9 @@ def _steps(folder: Path) -> list[int]:
 
 def _is_whole(path: Path) -> bool:
     """A machine that went down may leave a file of the right length without its content."""
-    data = memoryview(path.read_bytes())
-    if zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], "little"):
-        return False
-    with suppress(ProtocolError):
-        unpack(data[:-4])
-        return True
+    with suppress(OSError, ProtocolError):
+        data = memoryview(path.read_bytes())
+        if zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little"):
+            unpack(data[:-4])
+            return True
     return False
-
-
-def _owners(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)

@@ -9,7 +9,8 @@ sums are known, whole ones that have no rounding, at the size of the program's l
 
 The way is the first of `reduce_scatter`, `permute`, `exchange`, `whole` that is right. Where members are several processes, a later one is taken if
 scattering and gathering take it less than four fifths of the time: gloo is quickest at passing pieces from one to one. Within one
-process, where tests compare bits, time has no say. A run that goes on should go on in the way that it began.
+process, where tests compare bits, time has no say. A run that goes on does so in the way that it began (`kept_way`), if that is right: the same additions in the same order,
+and no other way is tried.
 
 Guarantees:
     * All processes learn the same verdict, or an error ends those that did not.
@@ -18,8 +19,10 @@ Guarantees:
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final, get_args
 
 import jax
@@ -37,6 +40,8 @@ REPEATS: Final = 6
 """A defect may be a race."""
 MUCH_FASTER: Final = 4 / 5
 _WAYS: Final[tuple[How, ...]] = get_args(How)
+_KEPT: Final = "sums-by"
+"""File with the name of a way."""
 _LOGGER: Final = logging.getLogger(__name__)
 
 Scatter = Callable[[Members, Any], Any]
@@ -63,12 +68,13 @@ class Verdict:
     """That the check took, compilation included."""
 
 
-def self_check(mesh: Mesh, layout: Layout, *, scatter: Scatter = Members.scatter) -> Verdict:
+def self_check(mesh: Mesh, layout: Layout, *, prefer: How | None = None, scatter: Scatter = Members.scatter) -> Verdict:
     """Tries each way to add up over the members, at the size of the layout's largest bucket.
 
     Args:
         mesh: the real one.
         layout: of the program; its members say on which axes, and in which type.
+        prefer: the way that is taken if it is right, without a look at others; None, or not the same in all processes: the quickest of those that are.
         scatter: what is tried, for tests.
 
     Raises:
@@ -77,10 +83,21 @@ def self_check(mesh: Mesh, layout: Layout, *, scatter: Scatter = Members.scatter
     begun, members = time.perf_counter(), layout.members
     if members.num == 1:
         return Verdict(members.how, "", {}, {}, 0.0)
-    programs = _Programs(mesh, members, _elements(layout), scatter)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("shoal.pod.self_check")
-    wrong, times_s = _of_all(mesh, members, programs.run())
+
+    def tried(ways: Sequence[How]) -> tuple[dict[How, int], dict[How, float]]:
+        programs = _Programs(mesh, members, _elements(layout), scatter, ways)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("shoal.pod.self_check")
+        return _of_all(mesh, members, programs.run())
+
+    if (known := _agreed(prefer)) is not None:
+        wrong, times_s = tried([known])
+        if not wrong[known]:
+            return Verdict(known, "the run began with it", wrong, times_s, time.perf_counter() - begun)
+        _LOGGER.warning(
+            "sums over members by %s, with which the run began, are wrong now: %d elements", known, wrong[known]
+        )
+    wrong, times_s = tried(_WAYS)
     how, why = choice(wrong, times_s, by_time=_processes(mesh) > 1)
     if why:
         _LOGGER.log(logging.WARNING if wrong[_WAYS[0]] else logging.INFO, "sums over members by %s: %s", how, why)
@@ -111,11 +128,36 @@ def choice(wrong: Mapping[How, int], times_s: Mapping[How, float], *, by_time: b
     return chosen, why
 
 
+def kept_way(folder: Path) -> How | None:
+    """The way that a run began with, on the same kind of device; None: it has yet to begin, or goes on elsewhere."""
+    with suppress(FileNotFoundError):
+        found = (folder / _KEPT).read_text().split()
+        return next((how for how in _WAYS if found == [how, jax.default_backend()]), None)
+    return None
+
+
+def keep_way(folder: Path, how: How) -> None:
+    """For those who go on with a run: what was found to be right between its processes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{_KEPT}.partial"
+    partial.write_text(f"{how} {jax.default_backend()}\n")
+    partial.rename(folder / _KEPT)
+
+
+def _agreed(prefer: How | None) -> How | None:
+    """What all processes prefer; None where they differ."""
+    if jax.process_count() == 1:
+        return prefer
+    own = np.int32(-1 if prefer is None else _WAYS.index(prefer))
+    numbers = {int(number) for number in np.ravel(multihost_utils.process_allgather(own))}
+    return prefer if numbers == {int(own)} else None
+
+
 class _Programs:
     """What is run, compiled: the numbers, what each way makes of them, and how much of that is wrong."""
 
-    def __init__(self, mesh: Mesh, members: Members, size: int, scatter: Scatter) -> None:
-        self._mesh, self._members = mesh, members
+    def __init__(self, mesh: Mesh, members: Members, size: int, scatter: Scatter, ways: Sequence[How]) -> None:
+        self._mesh, self._members, self._ways = mesh, members, ways
         own, all_have = members.spec, PartitionSpec()
         values, piece = self._like(size * members.num, own), self._like(size, own)
         self._turns = [jax.device_put(np.uint32(turn), NamedSharding(mesh, all_have)) for turn in range(REPEATS)]
@@ -132,27 +174,29 @@ class _Programs:
             return lambda piece, whole, turn: _wrong(by, size, piece, whole, turn)[None]
 
         self._made = self._compiled(made, (all_have,), (own, own), self._turns[0])
-        self._scattered = {how: self._compiled(scattered(how), (own,), own, values) for how in _WAYS}
+        self._scattered = {how: self._compiled(scattered(how), (own,), own, values) for how in self._ways}
         self._gathered = {
-            how: self._compiled(replace(members, how=how).gather, (own,), all_have, piece) for how in _WAYS
+            how: self._compiled(replace(members, how=how).gather, (own,), all_have, piece) for how in self._ways
         }
         like = piece, self._like(size, all_have), self._turns[0]
-        self._compared = {how: self._compiled(compared(how), (own, all_have, all_have), own, *like) for how in _WAYS}
+        self._compared = {
+            how: self._compiled(compared(how), (own, all_have, all_have), own, *like) for how in self._ways
+        }
 
     def run(self) -> dict[How, tuple[int, float]]:
         """Way -> elements that are wrong on this process's members, and its fewest seconds. The ways take turns."""
-        wrong = dict.fromkeys(_WAYS, 0)
-        seconds: dict[How, list[float]] = {how: [] for how in _WAYS}
+        wrong = dict.fromkeys(self._ways, 0)
+        seconds: dict[How, list[float]] = {how: [] for how in self._ways}
         for turn in self._turns:
             values, known = jax.block_until_ready(self._made(turn))
-            for how in _WAYS:
+            for how in self._ways:
                 begun = time.perf_counter()
                 piece = jax.block_until_ready(self._scattered[how](values))
                 whole = jax.block_until_ready(self._gathered[how](known))
                 seconds[how].append(time.perf_counter() - begun)
                 counts = self._compared[how](piece, whole, turn)
                 wrong[how] += sum(int(shard.data.sum()) for shard in counts.addressable_shards)
-        return {how: (wrong[how], min(seconds[how])) for how in _WAYS}
+        return {how: (wrong[how], min(seconds[how])) for how in self._ways}
 
     def _compiled(self, function: Any, into: Any, out: Any, *like: Any) -> Any:
         axes = set(self._members.axes)

@@ -23,7 +23,7 @@ from shoal.local import Named, named
 from shoal.lora import with_adapters
 from shoal.plan.train import fields_of, ratios
 from shoal.pod.batch_norm import check_group
-from shoal.pod.collectives import Members, SumType
+from shoal.pod.collectives import How, Members, SumType
 from shoal.pod.describe import Made
 from shoal.pod.feed import Call, filled_up, placed
 from shoal.pod.loss_scaling import LossScaling
@@ -55,6 +55,7 @@ class Trainer:
         inputs: Rules | None = None,
         update: Update | None = None,
         sum_type: SumType = "float32",
+        sums_by: How | None = None,
         batch_size: int | None = None,
         steps_per_call: int | None = None,
         accumulate: int = 1,
@@ -72,6 +73,7 @@ class Trainer:
             inputs: glob over fields -> a word for each dimension of an example.
             update: `replicated`, `sharded` or `fully_sharded` (`step.py`); None: sharded, where no rule splits tensors.
             sum_type: what of gradients is on the wire.
+            sums_by: the way in which processes add up, where it is right (`self_check.py`); None: the quickest that is.
             batch_size: examples of a step, of all members together; None: the task's.
             steps_per_call: steps that one call of the compiled program takes; None: the task's `steps_per_block`.
             accumulate: parts that a member's share of a batch is taken in.
@@ -99,14 +101,13 @@ class Trainer:
             )
         self.window = window
         self.program = self._program(
-            found, rules or {}, inputs or {}, update, sum_type, accumulate, scaling, tuple(remat), group
+            found, rules or {}, inputs or {}, update, sum_type, sums_by, accumulate, scaling, tuple(remat), group
         )
-        self._made: dict[int, Made] = {}
+        self._made: dict[tuple[int, bool], Made] = {}
 
     def _program(
-        self, devices: Any, rules: Rules, inputs: Rules, update: Update | None, sum_type: SumType, accumulate: int, scaling: LossScaling | None,
-        remat: tuple[str, ...],
-        group: int,
+        self, devices: Any, rules: Rules, inputs: Rules, update: Update | None, sum_type: SumType, sums_by: How | None, accumulate: int,
+        scaling: LossScaling | None, remat: tuple[str, ...], group: int,
     ) -> Program:  # fmt: skip
         like = jax.eval_shape(self.task.variables, jax.random.key(0))
         shapes = {name: tuple(leaf.shape) for name, leaf in named(like.params, "params").items()}
@@ -127,7 +128,7 @@ class Trainer:
         if len({device.process_index for device in made.mesh.devices.flat}) == 1:
             return made
         # Between processes: gloo's reduce-scatter has been wrong.
-        return replace(made, members=replace(members, how=self_check(made.mesh, made.layout).how))
+        return replace(made, members=replace(members, how=self_check(made.mesh, made.layout, prefer=sums_by).how))
 
     @property
     def num_members(self) -> int:
@@ -138,7 +139,7 @@ class Trainer:
         """How it trains, as JSON."""
         program = self.program
         return {
-            "mesh": str(self.spec), "update": program.update, "sums": program.members.sum_type, "batch_size": self.batch_size,
+            "mesh": str(self.spec), "update": program.update, "sums": program.members.sum_type, "sums_by": program.members.how, "batch_size": self.batch_size,
             "steps_per_call": self.steps_per_call, "accumulate": program.accumulate, "window": self.window, "remat": list(program.remat), "batch_norm_group": program.group,
         }  # fmt: skip
 
@@ -188,9 +189,9 @@ class Trainer:
 
     # Compiled programs.
 
-    def made(self, num_steps: int) -> Made | None:
+    def made(self, num_steps: int, *, is_given_away: bool = True) -> Made | None:
         """The compiled program for calls of so many steps, if there is one yet."""
-        return self._made.get(num_steps)
+        return self._made.get((num_steps, is_given_away))
 
     def make(self, like: State, call: Call, key: np.ndarray, *, is_given_away: bool = True) -> Made:
         """Compiles the program for calls of that form; `is_given_away`: the state that it is called with is not needed any more."""
@@ -203,7 +204,9 @@ class Trainer:
         lowered = steps.lower(like, call.batches, call.mask, key)
         between = time.perf_counter()
         compiled = lowered.compile()
-        made = self._made[call.num_steps] = Made(lowered, compiled, between - begun, time.perf_counter() - between)
+        made = self._made[call.num_steps, is_given_away] = Made(
+            lowered, compiled, between - begun, time.perf_counter() - between
+        )
         return made
 
     @cached_property

@@ -108,6 +108,7 @@ class Training:
         self._checkpoint_every = checkpoint_every or commit_every
         self._checkpoints = None if folder is None else Checkpoints(folder)
         self._rescue: Rescue | None = None
+        self._is_first = jax.process_index() == 0
         self._key = np.frombuffer(hashlib.sha256(f"shoal pod {seed}".encode()).digest()[:8], "<u4")
         self._number = 0
         """Of the last version."""
@@ -124,17 +125,25 @@ class Training:
         """See `Trainer.train`."""
         try:
             state = self._run()
+        except SystemExit:
+            raise
+        except BaseException:
+            self._watch.pod.end()  # before anybody waits for those who are gone
+            raise
         finally:
             if self._checkpoints is not None:
                 self._checkpoints.close()
-        if self._checkpoints is not None:
-            rescue.forget(self._checkpoints.folder, up_to=int(state["step"]))
+        if self._rescue is not None:
+            self._rescue.let_go()
+        if self._checkpoints is not None and self._saving is not None:
+            rescue.forget(self._checkpoints.folder, up_to=self._saving)
         return state
 
     def _run(self) -> State:
         trainer, marks, pace = self._trainer, self._watch.pod.marks, Pace()
         state, first = self._begin()
-        if self._checkpoints is not None and self._watch.pod.assignment is not None and rescue.can_hold(state):
+        is_watched = self._watch.pod.assignment is not None
+        if self._checkpoints is not None and is_watched and rescue.can_hold(state):
             self._rescue = Rescue(self._checkpoints.folder)
             self._watch.pod.at_end(self._rescue.write)
         order = trainer.order(len(self._examples), seed=self._seed)
@@ -151,7 +160,8 @@ class Training:
                 marks.begin(step)
                 before, (state, sums) = state, run(state, call.batches, call.mask, self._key)
                 self._add()  # those of the call before, while this one runs
-                if self._rescue is not None:
+                # At a version the first process alone knows that it is in the record, until the next call's sums are there.
+                if self._rescue is not None and (self._is_first or call.first % self._commit_every):
                     self._rescue.hold(call.first, before, self._kept(call.first))
                 self._running = step, sums
                 is_over = self._watch.should_stop(step)
@@ -172,9 +182,10 @@ class Training:
 
     def _compiled(self, state: State, call: Call) -> Any:
         """The program for calls of that form."""
-        if (made := self._trainer.made(call.num_steps)) is None:
+        is_given_away = self._rescue is None
+        if (made := self._trainer.made(call.num_steps, is_given_away=is_given_away)) is None:
             self._watch.pod.marks.doing("compiling")
-            made = self._trainer.make(state, call, self._key, is_given_away=self._rescue is None)
+            made = self._trainer.make(state, call, self._key, is_given_away=is_given_away)
             self._laps.took("compile")
             self._watch.on_made(made, call)
             self._laps.took("describe")

@@ -63,7 +63,6 @@ LOWEST: Final = 19
 AUTOGROUP: Final = "autogroup"
 """Of a process, in /proc: the priority of its session, where the system shares processors between sessions first (`man 7 sched`). What its threads have
 counts among themselves then."""
-RAISE_TRIES: Final = 20
 PATIENCE_S: Final = 1.0
 """So long a spare that is assigned waits for them."""
 _LAST_STEPS: Final = 32
@@ -273,6 +272,7 @@ class Worker:
         os.set_blocking(write, False)
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_as_usual)
 
         def heed() -> None:
             while signal.SIGTERM not in os.read(read, 1):
@@ -323,11 +323,17 @@ def attached(prepare: Callable[[], None] = lambda: None) -> Iterator[Worker]:
         worker.marks.beat()
         raise
     except BaseException:
-        worker.end()
         traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
+        worker.end()
         os._exit(1)
+
+
+def _as_usual() -> None:
+    """In a process that was forked: SIGTERM ends it, and is nobody else's affair."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:
@@ -346,13 +352,16 @@ def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:
 
 
 def _raise_session() -> None:
-    """To the usual priority: its supervisor lowered it when it started this process as a spare. The system allows ten changes a second."""
+    """To the usual priority: its supervisor lowered it when it started this process as a spare. The system takes ten changes a second from all together."""
     own = Path("/proc/self", AUTOGROUP)
-    for _ in range(RAISE_TRIES if own.exists() else 0):
+    while True:
         with suppress(OSError):
-            own.write_text("0")
-            return
-        time.sleep(BEAT_S / RAISE_TRIES)
+            try:
+                own.write_text("0")
+            except BlockingIOError:
+                time.sleep(BEAT_S)
+                continue
+        return
 
 
 def _begin_anew(assignment: Assignment, descriptor: int) -> NoReturn:
@@ -373,9 +382,9 @@ def _follow(worker: Worker) -> Assignment:
             while line := pipe.readline(_LINE_BYTES):
                 told = json.loads(line)
                 if "assign" in told and not assigned:
-                    _raise_session()
                     assigned.append(Assignment(**told["assign"]))
                     is_assigned.set()
+                    threading.Thread(target=_raise_session, daemon=True, name="shoal-pod-raise").start()
                 if "ask" in told:
                     worker.ask()
         _end_with_all()

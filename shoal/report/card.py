@@ -183,6 +183,8 @@ def _privacy(facts: Facts) -> str:
     ]
     if facts.run.kind == "simulate":
         text.append("The devices were simulated: all examples were in one process.")
+    elif facts.run.config.get("pods"):
+        text.append("The devices were pods of one machine, which had all examples.")
     elif secure is None:
         text.append(
             "**No secure aggregation was used.** The examples stayed on the devices. The server saw each update on its way into a sum, in "

@@ -64,6 +64,7 @@ def test_pods_train_by_rounds_of_many_steps(folder: Path) -> None:
     assert made.returncode == 0, made.stderr
     assert "2 pods, each with 32 examples and a batch of 4; 6 rounds of 10 steps" in made.stderr
     assert "1/2 of the model is averaged: 60 steps in all" in made.stderr and "uses of examples" not in made.stderr
+    assert "shoal device" not in made.stderr  # nobody else is asked to join
     assert json.loads(made.stdout)["folder"] == "run"
     with open_run(folder / "run") as run:
         versions, values = run.history("right")

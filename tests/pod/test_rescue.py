@@ -12,12 +12,12 @@ from shoal.errors import StoreError
 from shoal.pod import rescue
 from shoal.pod.rescue import Rescue
 from shoal.pod.trainer import Trainer
-from shoal.pod.training import Progress, Version, Watch
+from shoal.pod.training import Progress, Training, Version, Watch
 from shoal.pod.worker import Assignment, Marks, Worker
 from tests.pod.test_step import task
 from tests.pod.test_trainer import MOMENTUM, evaluate, examples
 
-ABOUT = {"version": 3, "sums": {"loss": 0.1}}
+ABOUT = {"version": 3, "sums": {"loss": float("inf")}}
 
 
 def trainer(mesh: str, **how: Any) -> Trainer:
@@ -47,11 +47,11 @@ def test_what_is_rescued_is_read_on_any_mesh(tmp_path: Path, mesh: str, update: 
     first, other = trainer("data=2", update="replicated"), trainer(mesh, update=update)
     rescued(tmp_path, state_of(first))
     assert rescue.agreed(tmp_path, beyond=6) == 7
-    assert rescue.agreed(tmp_path, beyond=7) is None
     found, about = read(tmp_path, other)
     assert about == ABOUT
     jax.tree.map(np.testing.assert_array_equal, found, state_of(other))
     assert jax.tree.map(lambda leaf: leaf.sharding, found) == other.program.shardings
+    assert rescue.agreed(tmp_path, beyond=7) is None
 
 
 def test_the_first_who_writes_is_the_only_one_and_what_it_left_half_done_is_no_state(tmp_path: Path) -> None:
@@ -60,6 +60,29 @@ def test_the_first_who_writes_is_the_only_one_and_what_it_left_half_done_is_no_s
     assert [path.name for path in tmp_path.iterdir()] == [rescue.PARTIAL]
     assert rescue.agreed(tmp_path, beyond=-1) is None
     assert not [*tmp_path.iterdir()]
+
+
+def test_what_somebody_wrote_is_not_written_again(tmp_path: Path) -> None:
+    state = state_of(trainer("data=1"))
+    rescued(tmp_path, state, 7)
+    (tmp_path / f"7{rescue.SUFFIX}").write_bytes(b"as it was")
+    for step in (7, 6):
+        rescued(tmp_path, state, step)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"as it was"]
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        Rescue(tmp_path)._write_to(tmp_path / "x", [b"head", object()])  # type: ignore[list-item]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_state_that_is_too_large_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = state_of(trainer("data=2"))
+    assert rescue.can_hold(state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    monkeypatch.setattr(rescue, "LARGEST_BYTES", size - 1)
+    assert not rescue.can_hold(state)
 
 
 def test_a_broken_one_is_passed_over(tmp_path: Path) -> None:
@@ -74,8 +97,11 @@ def test_a_broken_one_is_passed_over(tmp_path: Path) -> None:
         path = tmp_path / f"{step}{rescue.SUFFIX}"
         path.write_bytes(change(path.read_bytes()))
     assert rescue.agreed(tmp_path, beyond=-1) == 4
-    rescue.forget(tmp_path, up_to=6)
-    assert [path.name for path in tmp_path.iterdir()] == [f"8{rescue.SUFFIX}"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"4{rescue.SUFFIX}"]
+    rescue.forget(tmp_path, up_to=3)
+    assert rescue.agreed(tmp_path, beyond=3) == 4
+    rescue.forget(tmp_path, up_to=4)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_one_of_another_optimizer_is_refused(tmp_path: Path) -> None:
@@ -115,13 +141,32 @@ def test_a_training_goes_on_from_the_call_that_failed(
     begun.clear()
     with pytest.raises(RuntimeError):
         go(tmp_path / "c", broken, pod=pod, on_call=fail)
-    pod.end()
     go(tmp_path / "c", broken)
     assert begun == [10, 12]  # the checkpoint is of step 6, 8 were known to be done
     assert [told(version) for version in broken] == [told(version) for version in whole]
     for name, value in whole[-1].model.items():
         np.testing.assert_array_equal(value, broken[-1].model[name])
     assert not [*(tmp_path / "c").glob("*rescue*")]
+
+
+@pytest.mark.parametrize(("is_first", "step"), [(True, 6), (False, 4)])
+def test_only_who_writes_versions_knows_that_one_is_written(
+    tmp_path: Path, is_first: bool, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "_heed_sigterm", lambda self: None)
+    pod = Worker(Assignment(1, "127.0.0.1:1", 1, 0), Marks(None))
+
+    def fail(progress: Progress) -> None:
+        if progress.step == 8:
+            raise RuntimeError("the first is gone, perhaps before version 1 was written")
+
+    training = Training(
+        trainer("data=1"), examples(), None, steps=12, commit_every=6, checkpoint_every=12, seed=3, folder=tmp_path, watch=Watch(pod=pod, on_call=fail)
+    )  # fmt: skip
+    training._is_first = is_first
+    with pytest.raises(RuntimeError):
+        training.run()
+    assert rescue.agreed(tmp_path, beyond=-1) == step
 
 
 def told(version: Version) -> Any:

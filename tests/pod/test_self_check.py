@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 from shoal.pod.collectives import How, Members
 from shoal.pod.layout import Layout
 from shoal.pod.mesh import MeshSpec
-from shoal.pod.self_check import NoWayAddsUp, choice, self_check
+from shoal.pod.self_check import NoWayAddsUp, choice, keep_way, kept_way, self_check
 
 ROOT = Path(__file__).parents[2]
 NONE: dict[How, int] = {"reduce_scatter": 0, "permute": 0, "exchange": 0, "whole": 0}
@@ -97,6 +97,18 @@ def test_one_member_has_nothing_to_add() -> None:
     assert self_check(*layout("data=1")).how == "reduce_scatter"
 
 
+def test_a_way_that_is_known_is_tried_alone_and_the_others_only_where_it_is_wrong(tmp_path: Path) -> None:
+    assert kept_way(tmp_path / "new") is None
+    keep_way(tmp_path / "new", "exchange")
+    found = self_check(*layout("data=4"), prefer=kept_way(tmp_path / "new"))
+    assert found.how == "exchange" and found.wrong == {"exchange": 0}
+    broken = wrong_for("exchange", by=lambda piece: piece + 1.0)
+    assert self_check(*layout("data=4"), prefer="exchange", scatter=broken).how == "reduce_scatter"
+    for elsewhere in ("magic cpu", "exchange gpu", ""):
+        (tmp_path / "new" / "sums-by").write_text(elsewhere)
+        assert kept_way(tmp_path / "new") is None
+
+
 def test_time_decides_between_processes_only() -> None:
     times: dict[How, float] = {"reduce_scatter": 0.03, "permute": 0.01, "exchange": 0.02, "whole": 0.005}
     assert choice(NONE, times, by_time=False) == ("reduce_scatter", "")
@@ -116,7 +128,8 @@ from shoal.pod.self_check import self_check
 def first_is_wrong(piece):
     return jnp.where(jax.lax.axis_index("data") == 0, piece + 1.0, piece)
 found = [self_check(*layout("data=2", 200_000), scatter=wrong_for(*hows, by=first_is_wrong)) for hows in ((), ("reduce_scatter", "permute", "exchange"))]
-print(json.dumps([[each.how, dict(each.wrong)] for each in found]))
+same, other = (self_check(*layout("data=2", 1000), prefer=way) for way in ("exchange", ("exchange", "whole")[jax.process_index()]))
+print(json.dumps([[each.how, dict(each.wrong)] for each in (*found, same, other)]))
 """
 
 
@@ -139,8 +152,11 @@ def test_two_processes_learn_the_same_though_only_one_saw_it() -> None:
     finally:
         for worker in workers:
             worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], told
     first, second = (json.loads(out.splitlines()[-1]) for out, _ in told)
     assert first == second
-    (_, none_wrong), (how, wrong) = first
+    (_, none_wrong), (how, wrong), same, other = first
+    assert same == ["exchange", {"exchange": 0}]
+    assert list(other[1]) == list(NONE), "they preferred different ones"
     assert none_wrong == NONE
     assert how == "whole" and wrong["exchange"] > 0

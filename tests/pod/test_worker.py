@@ -287,3 +287,48 @@ def test_a_spare_imports_behind_those_who_train(pipe: tuple[int, int], is_spare:
     # What fails beside is found out where it is needed; what takes too long is begun anew.
     assert found["prepare"] == ([19, False] if is_spare and flag != "--slow" else [0, True])
     assert (own, number) == (0, 0)
+
+
+ENDED = """
+import hashlib, os, signal, sys, time
+from pathlib import Path
+from shoal.pod import worker
+
+def leave():
+    with Path(sys.argv[1]).open("a") as file:
+        file.write("left ")
+
+with worker.attached() as pod:
+    pod.at_end(leave)
+    if sys.argv[2] == "fault":
+        raise RuntimeError("a member is gone")
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.write(write, b"x")
+        time.sleep(600)
+    os.read(read, 1)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitpid(child, 0)[1] == signal.SIGTERM, "a process that was forked ends as usual"
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # as in a collective: no handler of Python's runs meanwhile
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM")
+@pytest.mark.parametrize(("how", "code"), [("SIGTERM", 143), ("fault", 1)])
+def test_a_worker_that_is_ended_does_first_what_is_to_be_done(
+    pipe: tuple[int, int], tmp_path: Path, how: str, code: int
+) -> None:
+    environ = {**os.environ, MARKS_FD: str(pipe[1]), **Assignment(1, "a:1", 1, 0).to_environ()}
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDED, str(tmp_path / "left"), how], env=environ, pass_fds=(pipe[1],), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, start_new_session=True,
+    ) as process:  # fmt: skip
+        if how == "SIGTERM":
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            process.terminate()
+        assert process.wait(20) == code
+        assert process.stderr is not None
+        assert how == "SIGTERM" or b"a member is gone" in process.stderr.read()
+    assert (tmp_path / "left").read_text() == "left "

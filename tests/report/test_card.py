@@ -38,6 +38,10 @@ def test_privacy_is_not_made_up(facts: Facts) -> None:
     fleet = replace(facts, run=replace(facts.run, kind="host"))
     assert "The examples stayed on the devices." in card_text(fleet)
     assert "stayed" not in text
+    pods = _section(
+        card_text(replace(facts, run=replace(facts.run, kind="host", config={"pods": {"pods": 2}}))), "Privacy"
+    )
+    assert "pods of one machine" in pods and "stayed" not in pods
 
 
 @pytest.mark.parametrize(

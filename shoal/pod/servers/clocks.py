@@ -4,7 +4,7 @@
 
     synchronous (staleness 0)   gradients of a step are added up in the order of workers and applied together; step t reads what t updates made
     bounded (staleness k)       each is applied as it comes; a worker may be k steps ahead of the slowest
-    asynchronous (None)         each is applied as it comes; nobody waits
+    asynchronous (None)         each is applied as it comes; nobody waits for another
 
 Invariants:
     1. A worker's gradients of a transfer come for one step after another: none is counted twice, none left out.
@@ -88,7 +88,7 @@ class Clocks:
         if self._staleness == 0 or step == self._last_step:
             return self.done(transfer) >= step
         has_own = self._applied[transfer][worker] >= step
-        return has_own and (self._staleness is None or min(self._pushed[transfer]) >= step - self._staleness)
+        return has_own and (self._staleness is None or min(self._applied[transfer]) >= step - self._staleness)
 
     def reached(self) -> int:
         """Steps that are done with every transfer: what a barrier waits for."""
