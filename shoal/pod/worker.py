@@ -24,6 +24,7 @@ pause; when that pipe ends the supervisor is dead, and the worker ends itself wi
 writes where it is, a line of JSON twice a second and whenever that changes, but never waits for anybody to read it.
 """
 
+import ctypes
 import json
 import os
 import signal
@@ -254,7 +255,7 @@ class Worker:
         if self.assignment is None:
             return
         if self._at_end is None:
-            self._heed_sigterm()
+            self._heed_signals()
         self._at_end = run
 
     def end(self) -> None:
@@ -266,8 +267,9 @@ class Worker:
             except Exception:  # it ends anyway, with the fault that it has
                 traceback.print_exc()
 
-    def _heed_sigterm(self) -> None:
-        """In a thread: the main one may be waiting for others in XLA, where no handler of Python's runs."""
+    def _heed_signals(self) -> None:
+        """SIGTERM in a thread: the main one may be waiting for others in XLA, where no handler of Python's runs. SIGABRT in the thread that aborts: XLA's runtime ends a
+        process so when the one that coordinates them is gone."""
         read, write = os.pipe()
         os.set_blocking(write, False)
         signal.signal(signal.SIGTERM, lambda *_: None)
@@ -280,6 +282,12 @@ class Worker:
             self.end()
             os._exit(128 + signal.SIGTERM)
 
+        def aborted(number: int) -> None:
+            self.end()
+            os._exit(128 + number)
+
+        self._aborted = ctypes.CFUNCTYPE(None, ctypes.c_int)(aborted)
+        ctypes.CDLL(None).signal(int(signal.SIGABRT), self._aborted)
         threading.Thread(target=heed, daemon=True, name="shoal-pod-heed").start()
 
     def pause(self) -> NoReturn:
@@ -333,7 +341,8 @@ def attached(prepare: Callable[[], None] = lambda: None) -> Iterator[Worker]:
 def _as_usual() -> None:
     """In a process that was forked: SIGTERM ends it, and is nobody else's affair."""
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGABRT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:

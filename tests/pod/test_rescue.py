@@ -123,7 +123,7 @@ def test_a_training_goes_on_from_the_call_that_failed(
     tmp_path: Path, update: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All devices are this process's: pieces, too, are all here."""
-    monkeypatch.setattr(Worker, "_heed_sigterm", lambda self: None)
+    monkeypatch.setattr(Worker, "_heed_signals", lambda self: None)
     pod, begun = Worker(Assignment(1, "127.0.0.1:1", 1, 0), Marks(None)), list[int]()
 
     def go(folder: Path | None, versions: list[Version], **watch: Any) -> None:
@@ -153,7 +153,7 @@ def test_a_training_goes_on_from_the_call_that_failed(
 def test_only_who_writes_versions_knows_that_one_is_written(
     tmp_path: Path, is_first: bool, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Worker, "_heed_sigterm", lambda self: None)
+    monkeypatch.setattr(Worker, "_heed_signals", lambda self: None)
     pod = Worker(Assignment(1, "127.0.0.1:1", 1, 0), Marks(None))
 
     def fail(progress: Progress) -> None:

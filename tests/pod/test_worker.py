@@ -302,6 +302,8 @@ with worker.attached() as pod:
     pod.at_end(leave)
     if sys.argv[2] == "fault":
         raise RuntimeError("a member is gone")
+    if sys.argv[2] == "abort":
+        os.abort()
     read, write = os.pipe()
     if not (child := os.fork()):
         os.write(write, b"x")
@@ -315,7 +317,7 @@ with worker.attached() as pod:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGTERM")
-@pytest.mark.parametrize(("how", "code"), [("SIGTERM", 143), ("fault", 1)])
+@pytest.mark.parametrize(("how", "code"), [("SIGTERM", 143), ("fault", 1), ("abort", 134)])
 def test_a_worker_that_is_ended_does_first_what_is_to_be_done(
     pipe: tuple[int, int], tmp_path: Path, how: str, code: int
 ) -> None:
@@ -330,5 +332,5 @@ def test_a_worker_that_is_ended_does_first_what_is_to_be_done(
             process.terminate()
         assert process.wait(20) == code
         assert process.stderr is not None
-        assert how == "SIGTERM" or b"a member is gone" in process.stderr.read()
+        assert how != "fault" or b"a member is gone" in process.stderr.read()
     assert (tmp_path / "left").read_text() == "left "
