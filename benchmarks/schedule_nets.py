@@ -179,7 +179,7 @@ NETS: Final[dict[str, tuple[Any, Any]]] = {
     "inception": (inception_shapes, inception),
     "language model": (language_shapes, language),
 }
-CHAINS: Final = ("vgg", "resnet")
+CHAINS: Final = ("chain", "vgg", "resnet")
 
 
 def task_of(net: str) -> shoal.Task:

@@ -126,7 +126,8 @@ def _trainer(task: "Task", asked: Asked, examples: "Examples", say: Any, folder:
     mesh, update = _mesh(task, asked, say)
     settings: dict[str, Any] = {
         "mesh": mesh, "rules": asked.rules, "inputs": asked.inputs, "update": update, "sum_type": asked.sums, "accumulate": asked.accumulate,
-        "sums_by": kept_way(checkpoints_folder(folder)) if folder else None, "window": asked.window, "remat": asked.remat, "group": asked.batch_norm_group, "scaling": LossScaling() if asked.loss_scaling else None,
+        "sums_by": kept_way(checkpoints_folder(folder)) if folder else None,
+        "window": asked.window, "remat": asked.remat, "group": asked.batch_norm_group, "scaling": LossScaling() if asked.loss_scaling else None,
     }  # fmt: skip
     if asked.batch != AUTO:
         size = int(asked.batch) if asked.batch else None

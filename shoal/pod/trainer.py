@@ -167,7 +167,7 @@ class Trainer:
         checkpoint_every: int | None = None,
         watch: Watch | None = None,
     ) -> State:
-        """Takes steps up to number `steps`, from the newest checkpoint in `folder` or from the beginning.
+        """Takes steps up to number `steps`, from the newest checkpoint in `folder`, from what was rescued after it (`rescue.py`), or from the beginning.
 
         Args:
             examples: with the task's fields.

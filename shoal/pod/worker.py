@@ -362,15 +362,15 @@ def _prepared_beside(prepare: Callable[[], None]) -> threading.Thread:
 
 def _raise_session() -> None:
     """To the usual priority: its supervisor lowered it when it started this process as a spare. The system takes ten changes a second from all together."""
-    own = Path("/proc/self", AUTOGROUP)
     while True:
-        with suppress(OSError):
-            try:
-                own.write_text("0")
-            except BlockingIOError:
-                time.sleep(BEAT_S)
-                continue
-        return
+        try:
+            Path("/proc/self", AUTOGROUP).write_text("0")
+        except BlockingIOError:
+            time.sleep(BEAT_S)
+        except OSError:  # the system has no such thing
+            return
+        else:
+            return
 
 
 def _begin_anew(assignment: Assignment, descriptor: int) -> NoReturn:

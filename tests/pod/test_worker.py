@@ -330,7 +330,10 @@ def test_a_worker_that_is_ended_does_first_what_is_to_be_done(
             assert process.stdout is not None
             assert process.stdout.readline() == b"ready\n"
             process.terminate()
-        assert process.wait(20) == code
+        try:
+            assert process.wait(20) == code
+        finally:
+            process.kill()
         assert process.stderr is not None
         assert how != "fault" or b"a member is gone" in process.stderr.read()
     assert (tmp_path / "left").read_text() == "left "
