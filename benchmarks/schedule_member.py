@@ -3,6 +3,7 @@
 server  {"net", "mode"}                        -> {"ports": variant -> port}
 worker  {"net", "mode", "host", "ports"}        -> {"forward_s", "step_s", "bytes", "transfers", "stages", "first_s"}: alone, nothing being sent
         {"run": cycles, "systems": […]}         -> what each system took, and what was predicted
+        {"ahead": cycles, "steps": number}      -> seconds of a step, of so many in a row, in order and ahead
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks.schedule_nets import BATCH, task_of
 from shoal.local import Named, named
 from shoal.pod.servers.exchange import Exchange, rate
-from shoal.pod.servers.one_step import taken
+from shoal.pod.servers.one_step import Following, taken
 from shoal.pod.servers.packing import Packing
 from shoal.pod.servers.server import Server, Serving
 from shoal.pod.servers.updates import Updates
@@ -42,6 +43,7 @@ VARIANTS: Final[dict[str, dict[str, Any]]] = {
     "barrier": {"slice_bytes": WHOLE_BYTES, "credit_bytes": WHOLE_BYTES, "has_barrier": True},
     "free": {"slice_bytes": WHOLE_BYTES, "credit_bytes": WHOLE_BYTES, "has_barrier": False},
     "sliced": {"slice_bytes": SLICE_BYTES, "credit_bytes": CREDIT_BYTES, "has_barrier": False},
+    "ahead": {"slice_bytes": SLICE_BYTES, "credit_bytes": CREDIT_BYTES, "has_barrier": False, "ahead": True},
     "blob": {"slice_bytes": WHOLE_BYTES, "credit_bytes": WHOLE_BYTES, "has_barrier": True},
 }
 """How a server sends."""
@@ -156,12 +158,13 @@ class Worker:
         for number in range(num_steps):
             is_last = number == num_steps - 1
             step = self._steps[variant]
-            following = ranks if not is_last else None
+            is_early = bool(VARIANTS[variant].get("ahead"))
+            following = Following(ranks, is_early) if self._is_training and not is_last else None
             if not self._is_training and number:
                 exchange.pull(step, ranks)
             run = net.begun()
             seen = taken(
-                run, net.step.staged, exchange, step=step, ranks=ranks, following=following if self._is_training else None, is_alone=is_alone
+                run, net.step.staged, exchange, step=step, ranks=ranks, following=following, is_alone=is_alone
             )  # fmt: skip
             if is_alone:
                 for stage, seconds in enumerate(seen.stages):
@@ -225,6 +228,15 @@ class Worker:
             "ordering_s": ordering_s, "bytes_per_s": self.oracle.bytes_per_s.value(), "guard": vars(guard.verdict), "predicted_gain": gain,
         }  # fmt: skip
 
+    def run_ahead(self, cycles: int, num_steps: int) -> dict[str, Any]:
+        """The order of layers, with parameters of all updates or of all but the last."""
+        layer = orders.layer(self.net.step.staged.graph)
+        seconds: dict[str, list[float]] = {"sliced": [], "ahead": []}
+        for cycle in range(cycles):
+            for variant in seconds if cycle % 2 == 0 else reversed(seconds):
+                seconds[variant].append(self._turn(variant, layer, num_steps))
+        return {"seconds": seconds}
+
     def _how(self, variant: str) -> How:
         sends = VARIANTS[variant]
         steps = TURN_STEPS["training"] + 1 if self._is_training else 1
@@ -245,6 +257,9 @@ def work() -> None:
         if "run" in asked:
             assert worker is not None
             made = worker.run(asked["run"], asked["systems"])
+        elif "ahead" in asked:
+            assert worker is not None
+            made = worker.run_ahead(asked["ahead"], asked["steps"])
         else:
             if worker is not None:
                 worker.close()

@@ -126,6 +126,13 @@ def train(
             "--staleness", help="With --servers: steps a worker may be ahead of the slowest; any: nobody waits."
         ),
     ] = "0",
+    ahead: Annotated[
+        bool,
+        typer.Option(
+            "--ahead",
+            help="With --servers: a step's parameters come while the step before is computed, without its update.",
+        ),
+    ] = False,
     order: Annotated[
         str,
         typer.Option(
@@ -196,7 +203,7 @@ def train(
         task=task, data=data, epochs=epochs, steps=steps, mesh=mesh, rule=tuple(rule or ()), split_input=tuple(split_input or ()), update=update,
         sums=sums, batch=batch, accumulate=accumulate, steps_per_call=steps_per_call, window=window, remat=tuple(remat or ()),
         loss_scaling=loss_scaling, batch_norm_group=batch_norm_group, commit_every=commit_every, checkpoint_every=checkpoint_every,
-        held_out=held_out, user_column=user_column, seed=seed, machine=machine, servers=servers, staleness=staleness, order=order, pods=pods, inner_steps=inner_steps,
+        held_out=held_out, user_column=user_column, seed=seed, machine=machine, servers=servers, staleness=staleness, ahead=ahead, order=order, pods=pods, inner_steps=inner_steps,
         fragments=fragments, goal=goal, late=late, run=run, resume=resume, as_json=json,
     )  # fmt: skip
     asked.check()

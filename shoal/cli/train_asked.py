@@ -46,6 +46,7 @@ class Asked:
     machine: str = ""
     servers: int = 0
     staleness: str = "0"
+    ahead: bool = False
     order: str = "auto"
     pods: int = 0
     inner_steps: int = 100
@@ -67,8 +68,8 @@ class Asked:
             raise ValueError(f"Expected --batch NUMBER or auto, got {self.batch!r}.")
         _ = self.rules, self.inputs, self.steps_ahead
         one_of(ORDER_NAMES, order=self.order)
-        if not self.servers and (self.staleness, self.order) != ("0", "auto"):
-            raise ValueError("--staleness and --order are of training with --servers.")
+        if not self.servers and (self.staleness, self.ahead, self.order) != ("0", False, "auto"):
+            raise ValueError("--staleness, --ahead and --order are of training with --servers.")
         if self.servers and self.pods:
             raise ValueError("Expected --servers or --pods, got both: pods are a fleet's devices, which ask a host.")
         if self.servers:

@@ -152,7 +152,7 @@ def _with_servers(task: "Task", asked: Asked, say: Any) -> "ServerTrainer":
     workers = 1 if processes == 1 else processes - asked.servers
     size = int(asked.batch) if asked.batch else None
     trainer = ServerTrainer(
-        task, workers=workers, servers=asked.servers, staleness=asked.steps_ahead, order=asked.order, batch_size=size, window=asked.window,  # type: ignore[arg-type]
+        task, workers=workers, servers=asked.servers, staleness=asked.steps_ahead, ahead=asked.ahead, order=asked.order, batch_size=size, window=asked.window,  # type: ignore[arg-type]
         choices=cache_folder() / "transfers",
     )  # fmt: skip
     say(f"{words.count(workers, 'worker')}, {words.count(asked.servers, 'server')}")

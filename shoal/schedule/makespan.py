@@ -48,6 +48,8 @@ class How:
     """With the way back, gradients up and updates."""
     has_barrier: bool = True
     """A step's transfers wait for all updates of the step before, not just for their own."""
+    ahead: bool = False
+    """A step's transfers wait for the updates of the step before the last, not the last."""
     num_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -86,14 +88,15 @@ def step_jobs(graph: Graph, times: Times, ranks: np.ndarray, how: How) -> tuple[
         rank = (step, int(ranks[transfer]))
         return [add(Job(resource, each + (n < more), (*rank, n), tuple(after))) for n in range(parts)]
 
-    updated: list[list[int]] = [[] for _ in graph.transfers]
-    """Of each transfer, the jobs after which it may go down."""
+    before = updated = [list[int]() for _ in graph.transfers]
+    """Of each transfer, the jobs that update it in the step before the last, and in the last."""
     ends: list[list[int]] = []
     for step in range(how.num_steps):
-        barrier = [job for each in updated for job in each]
-        arrived = [sent(DOWN, step, r, barrier if how.has_barrier else updated[r]) for r in range(len(graph.transfers))]
+        awaited = before if how.ahead else updated
+        barrier = [job for each in awaited for job in each]
+        arrived = [sent(DOWN, step, r, barrier if how.has_barrier else awaited[r]) for r in range(len(graph.transfers))]
         computed: list[int] = []
-        updated = [[] for _ in graph.transfers]
+        before, updated = updated, [[] for _ in graph.transfers]
         for number, stage in enumerate(used.stages):
             after = [computed[before] for before in stage.after] + [job for r in stage.needs for job in arrived[r]]
             computed.append(add(Job(COMPUTE, int(times.stages[number]), (step, number), tuple(after))))

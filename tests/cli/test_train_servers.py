@@ -93,6 +93,7 @@ def test_processes_train_together(folder: Path) -> None:
         (["--servers", 1, "--update", "sharded"], "--update would be ignored"),
         (["--servers", 1, "--staleness", "much"], "--staleness STEPS or any"),
         (["--order", "tac"], "of training with --servers"),
+        (["--ahead"], "of training with --servers"),
         (["--servers", 9], "as many servers as tensors"),
     ],
 )

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 import shoal
 from shoal.errors import DeadlineExceeded, NetworkError, ProtocolError, StoreError
+from shoal.local import named
 from shoal.pod import Trainer, Version, Watch
 from shoal.pod.servers.checkpoints import Parts
 from shoal.pod.servers.clocks import Clocks, Update
@@ -68,10 +69,10 @@ class TestClocks:
         assert clocks.pushed(2, 0, 0) is None
         assert clocks.pushed(0, 0, 0) is None
         assert clocks.pushed(1, 0, 0) == Update(0, (0, 1, 2))
-        assert not clocks.may_have(1, 0, 1)
+        assert not clocks.may_have(1, 0, 1, 1)
         clocks.updated(Update(0, (0, 1, 2)))
-        assert clocks.may_have(1, 0, 1)
-        assert not clocks.may_have(1, 0, 2)
+        assert clocks.may_have(1, 0, 1, 1)
+        assert not clocks.may_have(1, 0, 2, 2)
 
     def test_a_gradient_out_of_turn_is_refused(self) -> None:
         clocks = Clocks((0,), 1, staleness=0)
@@ -85,12 +86,12 @@ class TestClocks:
     def test_nobody_is_further_ahead_than_allowed(self, num_workers: int, staleness: int, data: Any) -> None:
         clocks, at = Clocks((0,), num_workers, staleness=staleness), [0] * num_workers
         for _ in range(30):
-            allowed = [worker for worker in range(num_workers) if clocks.may_have(worker, 0, at[worker])]
+            allowed = [worker for worker in range(num_workers) if clocks.may_have(worker, 0, at[worker], at[worker])]
             assert allowed  # the slowest may always go on
             worker = data.draw(st.sampled_from(allowed))
             assert clocks.pushed(worker, 0, at[worker]) == Update(0, (worker,))
             at[worker] += 1
-            assert not clocks.may_have(worker, 0, at[worker])  # its own gradient is not in it yet
+            assert not clocks.may_have(worker, 0, at[worker], at[worker])  # its own gradient is not in it yet
             clocks.updated(Update(0, (worker,)))
             assert max(at) - min(at) <= staleness + 1
         assert clocks.done(0) == sum(at) // num_workers
@@ -98,20 +99,31 @@ class TestClocks:
     def test_a_worker_reads_what_it_wrote(self) -> None:
         clocks = Clocks((0,), 2, staleness=None)
         assert clocks.pushed(0, 0, 0) == Update(0, (0,))
-        assert not clocks.may_have(0, 0, 1)
-        assert clocks.may_have(1, 0, 0)
+        assert not clocks.may_have(0, 0, 1, 1)
+        assert clocks.may_have(1, 0, 0, 0)
         clocks.updated(Update(0, (0,)))
-        assert clocks.may_have(0, 0, 1)
-        assert not clocks.may_have(1, 0, 1)
+        assert clocks.may_have(0, 0, 1, 1)
+        assert not clocks.may_have(1, 0, 1, 1)
+
+    def test_who_asks_ahead_is_given_what_was_before_the_last_update(self) -> None:
+        clocks = Clocks((0,), 1, staleness=0)
+        clocks.pushed(0, 0, 0)
+        assert clocks.may_have(0, 0, 1, 0)
+        assert not clocks.has_more(0, 0)
+        clocks.updated(Update(0, (0,)))
+        assert clocks.may_have(0, 0, 1, 0)
+        assert clocks.has_more(0, 0)  # synchronous: neither less nor more than it asked for
+        assert not clocks.has_more(0, 1)
+        assert not clocks.may_have(0, 0, 2, 2)
 
     def test_what_is_asked_for_the_last_step_is_what_came_of_all(self) -> None:
         clocks = Clocks((0,), 2, staleness=None, last_step=1)
         clocks.pushed(0, 0, 0)
         clocks.updated(Update(0, (0,)))
-        assert not clocks.may_have(0, 0, 1)
+        assert not clocks.may_have(0, 0, 1, 1)
         clocks.pushed(1, 0, 0)
         clocks.updated(Update(0, (1,)))
-        assert clocks.may_have(0, 0, 1)
+        assert clocks.may_have(0, 0, 1, 1)
 
 
 OPTIMIZERS = {
@@ -192,10 +204,53 @@ def test_no_order_changes_a_bit(how: Any) -> None:
         np.testing.assert_array_equal(value, wanted[name])
 
 
+@pytest.mark.parametrize(
+    "how", [{"workers": 1}, {"workers": 2}, {"servers": 2, "order": "random", "slice_bytes": 64, "credit_bytes": 64}], ids=str
+)  # fmt: skip
+def test_ahead_each_gradient_is_of_the_parameters_before_the_last_update(how: Any) -> None:
+    data, tune = examples(), optax.sgd(0.5, momentum=0.9)
+    trainer = ServerTrainer(task(tune), joined_bytes=100, ahead=True, **{"workers": 2, "order": "layer"} | how)
+    made = trainer.train(data, steps=11, commit_every=4, checkpoint_every=6, seed=3)["params"]
+    params = trainer.task.variables(jax.random.key(3)).params
+    before, opt, batches = params, tune.init(params), trainer.order(len(data), seed=3).steps(0)
+
+    def loss(params: Any, rows: np.ndarray, mask: np.ndarray) -> Any:
+        batch = {name: values[rows] for name, values in data.fields.items()}
+        return (task().loss(params, {}, batch, None) * mask).sum() / mask.sum()
+
+    for step in range(11):
+        used = params if step % 4 == 0 or step % 6 == 0 else before
+        gradients = jax.grad(loss)(used, *next(batches))
+        change, opt = tune.update(gradients, opt)
+        before, params = params, optax.apply_updates(params, change)
+    wanted = named(params, "params")
+    for name, value in made.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_ahead_a_run_goes_on_as_it_would_have_done_and_stops_with_all_its_updates(tmp_path: Path) -> None:
+    def run(steps: int, stop_at: int | None = None, folder: Path | None = None) -> Any:
+        trainer = ServerTrainer(task(), workers=1, order="layer", joined_bytes=100, ahead=True)
+        watch = Watch(should_stop=lambda step: step == stop_at)
+        return trainer.train(examples(), steps=steps, commit_every=4, seed=3, folder=folder, watch=watch)
+
+    run(8, folder=tmp_path)
+    again, wanted = run(14, folder=tmp_path), run(14)
+    stopped = run(14, stop_at=7)
+    assert stopped["step"] == 7
+    shorter = run(7)
+    for name in wanted["params"]:
+        np.testing.assert_array_equal(again["params"][name], wanted["params"][name])
+        np.testing.assert_array_equal(stopped["params"][name], shorter["params"][name])
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("staleness", [1, None])
-def test_those_who_do_not_wait_learn_too(staleness: int | None) -> None:
+def test_those_who_do_not_wait_learn_too(staleness: int | None, ahead: bool) -> None:
     found: list[Version] = []
-    trainer = ServerTrainer(task(), workers=2, servers=1, staleness=staleness, order="layer", joined_bytes=100)
+    trainer = ServerTrainer(
+        task(), workers=2, servers=1, staleness=staleness, ahead=ahead, order="layer", joined_bytes=100
+    )
     watch = Watch(on_version=found.append)
     trainer.train(examples(200), steps=60, commit_every=60, seed=0, held_out=examples(200), watch=watch)
     assert found[-1].metrics["right"] > 0.8

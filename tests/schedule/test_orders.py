@@ -168,6 +168,20 @@ def test_credit_lets_what_was_handed_over_go_first() -> None:
     assert took == [200 + 100, 500 + 100]
 
 
+def test_ahead_two_steps_are_on_their_way_at_a_time() -> None:
+    """One transfer down, forward and back, one up: one step after the other, or each begun when the one before the last is over."""
+    found = graph([(0,), ()], [(), (0,)], 1)
+    made = Graph(transfers=found.transfers, stages=(found.stages[0], Stage(name="back", after=(0,), makes=(0,))))
+    for down, forward, back, up in ((10, 5, 10, 10), (40, 5, 10, 40), (4, 50, 100, 4)):
+        times = Times(np.array([down]), np.array([forward, back]))
+        took = [
+            1e9 * makespan_s(made, times, np.zeros(1, np.int64), How(slice_bytes=None, is_training=True, ahead=ahead, num_steps=21))
+            for ahead in (False, True)
+        ]  # fmt: skip
+        assert took[0] == pytest.approx(down + forward + back + up)
+        assert took[1] == pytest.approx(max((down + forward + back + up) / 2, down, up, forward + back), rel=0.1)
+
+
 def test_a_thousand_transfers_are_ordered() -> None:
     found = chain(1000)
     rng = np.random.default_rng(0)

@@ -33,19 +33,21 @@ class Choice:
     """Of one worker."""
 
     def __init__(
-        self, name: OrderName, staged: Staged, *, seed: int, is_training: bool, has_barrier: bool, slice_bytes: int, folder: Path | None
+        self, name: OrderName, staged: Staged, *, seed: int, is_training: bool, has_barrier: bool, ahead: bool, slice_bytes: int, folder: Path | None
     ) -> None:  # fmt: skip
         """
         Args:
             name: of the order.
             staged: the step.
             seed: of `random`.
-            is_training, has_barrier, slice_bytes: see `makespan.How`.
+            is_training, has_barrier, ahead, slice_bytes: see `makespan.How`.
             folder: in which measured times are kept; None: they are not.
         """
         validate.one_of(ORDER_NAMES, order=name)
         self._name, self._graph, self._rng = name, staged.graph, np.random.default_rng(seed)
-        self._how = How(slice_bytes=slice_bytes, is_training=is_training, has_barrier=has_barrier, num_steps=4)
+        self._how = How(
+            slice_bytes=slice_bytes, is_training=is_training, has_barrier=has_barrier, ahead=ahead, num_steps=4
+        )
         hardware = {"platform": jax.default_backend(), "devices": str(jax.local_device_count())}
         self._path = None if folder is None else folder / oracles.kept_as(staged.graph, staged.costs, hardware)
         self.oracle = oracles.Oracle(staged.costs) if self._path is None else oracles.read(self._path, staged.costs)

@@ -6,12 +6,15 @@
     bounded (staleness k)       each is applied as it comes; a worker may be k steps ahead of the slowest
     asynchronous (None)         each is applied as it comes; nobody waits for another
 
+A worker says how many updates its parameters for a step are to have in them: as many as there are steps before it, or one less where it asks for them while it
+computes that one (*ahead*).
+
 Invariants:
     1. A worker's gradients of a transfer come for one step after another: none is counted twice, none left out.
     2. Synchronous: what is applied for step t is the sum of the workers' gradients of step t in the order of their numbers, whenever they came.
     3. Bounded: no worker is given a tensor for step t before the slowest has finished step t - k - 1.
-    4. Always: what a worker is given for step t has all its own gradients of the steps before in it ("read my writes", Ho et al. 2013, "More effective
-       distributed ML via a stale synchronous parallel parameter server", section 3).
+    4. What a worker is given for step t has as many of its own gradients in it as it asked for: all of the steps before ("read my writes", Ho et al. 2013, "More
+       effective distributed ML via a stale synchronous parallel parameter server", section 3), or all but the last. Synchronous: neither less nor more.
 """
 
 from dataclasses import dataclass
@@ -83,12 +86,16 @@ class Clocks:
         """Steps whose gradients of a transfer have been applied: all workers', or as many."""
         return sum(self._applied[transfer]) // self._num_workers
 
-    def may_have(self, worker: int, transfer: int, step: int) -> bool:
-        """Whether a worker may read a transfer for a step."""
+    def may_have(self, worker: int, transfer: int, step: int, updates: int) -> bool:
+        """Whether a worker may read a transfer for a step, with so many updates in it."""
         if self._staleness == 0 or step == self._last_step:
-            return self.done(transfer) >= step
-        has_own = self._applied[transfer][worker] >= step
+            return self.done(transfer) >= updates
+        has_own = self._applied[transfer][worker] >= updates
         return has_own and (self._staleness is None or min(self._applied[transfer]) >= step - self._staleness)
+
+    def has_more(self, transfer: int, updates: int) -> bool:
+        """Whether the newest has more updates in it than are asked for, where they have to be as many: then the one before is meant."""
+        return self._staleness == 0 and self.done(transfer) > updates
 
     def reached(self) -> int:
         """Steps that are done with every transfer: what a barrier waits for."""

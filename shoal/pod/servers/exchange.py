@@ -70,6 +70,8 @@ class Exchange:
         """Transfers that are whole; None: something broke."""
         self._servers: list[_Server] = []
         self._to_push: queue.SimpleQueue[tuple[int, int, int, Named] | None] = queue.SimpleQueue()
+        self._on_the_way: set[int] = set()
+        """Transfers with a gradient that is not acknowledged: their next waits for it."""
         self._unsent = 0
         """Gradients that were pushed and are not acknowledged."""
         try:
@@ -102,12 +104,12 @@ class Exchange:
             server.down.close()
             server.up.close()
 
-    def pull(self, step: int, ranks: np.ndarray) -> None:
-        """Asks for all transfers, to come by rank."""
+    def pull(self, step: int, ranks: np.ndarray, *, updates: int | None = None) -> None:
+        """Asks for all transfers, to come by rank, with so many updates in them; None: of all steps before."""
         self._step, self._first_slice = step, None
         for server in self._servers:
             data = np.asarray(ranks[server.transfers], "<i4").tobytes()
-            server.down.send(Frame(PULL, step=step), data)
+            server.down.send(Frame(PULL, step=step, offset=step if updates is None else updates), data)
 
     def last_pull(self) -> tuple[int, float]:
         """Bytes after the first slice of what was asked for last, and seconds from then to its end."""
@@ -142,9 +144,13 @@ class Exchange:
     def flushed(self) -> None:
         """Waits until all gradients have been taken. Raises what broke, if something did."""
         with self._changed:
-            self._changed.wait_for(lambda: self._fault is not None or self._is_closed or not self._unsent)
-        if self._fault is not None or self._is_closed:
+            self._changed.wait_for(lambda: self._is_broken or not self._unsent)
+        if self._is_broken:
             self._raise()
+
+    @property
+    def _is_broken(self) -> bool:
+        return self._is_closed or self._fault is not None
 
     def _raise(self) -> None:
         if self._fault is not None:
@@ -196,10 +202,16 @@ class Exchange:
                 return
             server = self._servers[self._owners[transfer]]
             with self._changed:
-                server.gradients.put(transfer, step, data, rank)
+                self._changed.wait_for(lambda number=transfer: self._is_broken or number not in self._on_the_way)
+                if self._is_broken:
+                    return
+                self._on_the_way.add(transfer)
+                server.gradients.put(
+                    transfer, step, data, step * len(self.packings) + rank
+                )  # what is left of a step goes before the next
 
     def _send(self, server: _Server) -> None:
-        server.gradients.send(lambda: not self._is_closed and self._fault is None)
+        server.gradients.send(lambda: not self._is_broken)
 
     def _hear(self, server: _Server) -> None:
         """Acknowledgements."""
@@ -214,6 +226,7 @@ class Exchange:
                 if acknowledged[frame.transfer] == self.packings[frame.transfer].size_bytes:
                     acknowledged[frame.transfer] = 0
                     self._unsent -= 1
+                    self._on_the_way.discard(frame.transfer)
                 self._changed.notify_all()
 
 

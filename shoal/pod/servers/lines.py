@@ -1,6 +1,6 @@
 """What workers and servers say to one another: frames over TCP, two connections for each pair, so that what goes up never waits for what comes down.
 
-    down   worker: PULL (step, a rank for each transfer of this server), ACK      server: SLICE
+    down   worker: PULL (step; offset: updates that are to be in it; a rank for each transfer of this server), ACK      server: SLICE
     up     worker: PUSH                                                          server: ACK
 
 Both sides prove that they know the pod's secret before anything else is read. A frame is a header of fixed size and at most `MOST_BYTES` that follow, which

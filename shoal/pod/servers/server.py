@@ -7,7 +7,7 @@ What is decided is in `clocks.py` and `schedule/sending.py`; here are the thread
 is updated meanwhile.
 
 Guarantees:
-    * Memory: two copies of its transfers, and one gradient for each worker and transfer; a peer adds a header at most.
+    * Memory: two copies of its transfers, three where workers may ask ahead, and one gradient for each worker and transfer; a peer adds a header at most.
     * Synchronous: the same gradients give the same bits, whatever their order of arrival and that of transfers.
 """
 
@@ -45,6 +45,8 @@ class Serving:
     """That all workers take; None: there is none."""
     staleness: int | None = 0
     """Steps a worker may be ahead of the slowest; 0: synchronous; None: any."""
+    ahead: bool = False
+    """Workers may ask for the parameters of a step that have not the last step's update in them."""
     has_barrier: bool = False
     """Nothing is sent for a step before all updates of the step before are made."""
     slice_bytes: int = SLICE_BYTES
@@ -84,6 +86,8 @@ class Server:
         self._updates, self._how, self._secret, self._packings = updates, how, secret, dict(packings)
         self._on_update = on_update
         self._params = {number: packings[number].packed(params) for number in packings}
+        self._before: dict[int, np.ndarray] = {}
+        """What they were before the last update, where workers may ask ahead."""
         self._opt = {number: list(opt[number]) for number in packings}
         self._gradients = {number: [packing.empty() for _ in range(how.num_workers)] for number, packing in packings.items()}  # fmt: skip
         self._clocks = Clocks(
@@ -256,6 +260,8 @@ class Server:
         reached, opt = self._updates.updated(number, total, packing.unpacked(self._params[number]), self._opt[number])
         data = packing.packed(reached)
         with self._changed:
+            if self._how.ahead:
+                self._before[number] = self._params[number]
             self._params[number], self._opt[number] = data, opt
             for worker in update.workers:
                 self._is_pending[number, worker] = False
@@ -268,8 +274,8 @@ class Server:
     def _serve(self, line: Line, worker: int) -> None:
         """Parameters for one worker."""
         how, is_over = self._how, False
-        wanted: dict[int, tuple[int, int]] = {}
-        """Transfer -> (step, rank), of what may not be sent yet."""
+        wanted: dict[int, tuple[int, int, int]] = {}
+        """Transfer -> (step, updates, rank), of what may not be sent yet."""
         outgoing = Outgoing(line, SLICE, self._changed, slice_bytes=how.slice_bytes, credit_bytes=how.credit_bytes)
 
         def is_open() -> bool:
@@ -295,7 +301,9 @@ class Server:
                     elif frame.kind == PULL and frame.size == ranks.nbytes:
                         if wanted or not outgoing.is_empty:
                             raise ProtocolError("Expected a pull after the last one was taken.")
-                        wanted |= {n: (frame.step, int(rank)) for n, rank in zip(self._packings, ranks, strict=True)}
+                        if not 0 <= frame.step - frame.offset <= how.ahead:
+                            raise ProtocolError(f"Expected a pull for step {frame.step} with the updates before it, got {frame.offset}.")  # fmt: skip
+                        wanted |= {n: (frame.step, frame.offset, int(rank)) for n, rank in zip(self._packings, ranks, strict=True)}  # fmt: skip
                         self._changed.notify_all()
                     else:
                         raise ProtocolError(f"Expected a pull of {len(self._packings)} transfers, got kind {frame.kind}.")  # fmt: skip
@@ -305,10 +313,11 @@ class Server:
                 self._changed.notify_all()
             sender.join()
 
-    def _put_ready(self, worker: int, wanted: dict[int, tuple[int, int]], outgoing: Outgoing) -> None:
+    def _put_ready(self, worker: int, wanted: dict[int, tuple[int, int, int]], outgoing: Outgoing) -> None:
         """What may be sent by now goes out."""
-        for number, (step, rank) in list(wanted.items()):
-            is_early = self._how.has_barrier and self._clocks.reached() < step
-            if not is_early and self._clocks.may_have(worker, number, step):
+        for number, (step, updates, rank) in list(wanted.items()):
+            is_early = self._how.has_barrier and self._clocks.reached() < updates
+            if not is_early and self._clocks.may_have(worker, number, step, updates):
                 del wanted[number]
-                outgoing.put(number, step, self._params[number], rank)
+                held = self._before if self._clocks.has_more(number, updates) else self._params
+                outgoing.put(number, step, held[number], rank)

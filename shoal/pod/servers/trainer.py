@@ -56,8 +56,8 @@ class ServerTrainer:
     """A task with its servers and workers, ready to be trained."""
 
     def __init__(
-        self, task: Task, *, workers: int = 1, servers: int = 1, staleness: int | None = 0, order: OrderName = "auto", batch_size: int | None = None,
-        window: int | None = None, slice_bytes: int = SLICE_BYTES, credit_bytes: int = CREDIT_BYTES, has_barrier: bool = False,
+        self, task: Task, *, workers: int = 1, servers: int = 1, staleness: int | None = 0, ahead: bool = False, order: OrderName = "auto",
+        batch_size: int | None = None, window: int | None = None, slice_bytes: int = SLICE_BYTES, credit_bytes: int = CREDIT_BYTES, has_barrier: bool = False,
         joined_bytes: int = JOINED_BYTES, choices: Path | None = None,
     ) -> None:  # fmt: skip
         """
@@ -65,6 +65,7 @@ class ServerTrainer:
             task: what is learned, by `Local.optimizer`, a step a round.
             workers, servers: how many.
             staleness: steps that a worker may be ahead of the slowest; 0: all take each step together; None: nobody waits.
+            ahead: a step's parameters are asked for while the step before is computed, whose update is not in them then.
             order: of transfers: `auto` (by `tac` where that pays, else by layers), `tac`, `tic`, `layer`, `tree` or `random`.
             batch_size: examples of a step, of all workers together; None: the task's.
             window: examples within which they are shuffled; None: all.
@@ -87,7 +88,7 @@ class ServerTrainer:
         validate.one_of(ORDER_NAMES, order=order)
         self.staleness, self.order_name, self.window = staleness, order, window
         self.serving = Serving(
-            num_workers=workers, staleness=staleness, has_barrier=has_barrier, slice_bytes=slice_bytes, credit_bytes=credit_bytes
+            num_workers=workers, staleness=staleness, ahead=ahead, has_barrier=has_barrier, slice_bytes=slice_bytes, credit_bytes=credit_bytes
         )  # fmt: skip
         self._choices = choices
         self.choice: Choice | None = None
@@ -110,7 +111,7 @@ class ServerTrainer:
     def settings(self) -> dict[str, Any]:
         """How it trains, as JSON."""
         return {
-            "workers": self.roles.workers, "servers": self.roles.servers, "staleness": self.staleness, "order": self.order_name,
+            "workers": self.roles.workers, "servers": self.roles.servers, "staleness": self.staleness, "ahead": self.serving.ahead, "order": self.order_name,
             "batch_size": self.batch_size, "window": self.window, "slice_bytes": self.serving.slice_bytes, "credit_bytes": self.serving.credit_bytes,
             **({"transfers": self.choice.to_json()} if self.choice else {}),
         }  # fmt: skip
@@ -169,7 +170,7 @@ class ServerTrainer:
         """Which order a worker's transfers take."""
         serving = self.serving
         choice = Choice(
-            self.order_name, self.step.staged, seed=worker, is_training=True, has_barrier=serving.has_barrier, slice_bytes=serving.slice_bytes,
+            self.order_name, self.step.staged, seed=worker, is_training=True, has_barrier=serving.has_barrier, ahead=serving.ahead, slice_bytes=serving.slice_bytes,
             folder=None if self._choices is None else self._choices / f"{self.roles.workers}-{self.roles.servers}",  # who share a line
         )  # fmt: skip
         if worker == 0:
@@ -323,8 +324,8 @@ class _Running:
         trainer = self.trainer
         return Course(
             step=trainer.step, order=trainer.order(len(self.examples), seed=self.seed), examples=self.examples, held_out=self.held_out, first=first,
-            steps=self.steps, commit_every=self.commit_every, seed=self.seed, num_workers=trainer.roles.workers,
-            watch=self.watch,
+            steps=self.steps, commit_every=self.commit_every, checkpoint_every=self.checkpoint_every, seed=self.seed, num_workers=trainer.roles.workers,
+            ahead=trainer.serving.ahead, watch=self.watch,
         )  # fmt: skip
 
     def _work(self, worker: int, addresses: Sequence[tuple[str, int]], secret: bytes, first: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from shoal.plan.train import ratios
 from shoal.pod.order import Order
 from shoal.pod.servers.choice import Choice
 from shoal.pod.servers.exchange import Exchange, rate, whole
-from shoal.pod.servers.one_step import Seen, taken
+from shoal.pod.servers.one_step import Following, Seen, taken
 from shoal.pod.training import Laps, Pace, Progress, Version, Watch
 from shoal.schedule.staged import Step
 
@@ -41,9 +41,17 @@ class Course:
     """Steps that are done already."""
     steps: int
     commit_every: int
+    checkpoint_every: int
     seed: int
     num_workers: int
+    ahead: bool
+    """A step's parameters are asked for while the step before is computed."""
     watch: Watch
+
+    def is_early(self, step: int) -> bool:
+        """Whether a step's parameters are asked for before the update of the step before: not at versions and checkpoints, so that a run that goes on from one does
+        as it would have done."""
+        return self.ahead and step < self.steps and bool(step % self.commit_every and step % self.checkpoint_every)
 
 
 @final
@@ -91,7 +99,7 @@ class WorkerTraining:
             indices, mask = next(batches)
             marks.begin(step + 1)
             following = self._choice.ranks()
-            metrics, seen = self._take(step, indices, mask, ranks, following)
+            metrics, seen = self._take(step, indices, mask, ranks, Following(following, course.is_early(step + 1)))
             ranks = following
             self._add(pending)
             pending = metrics
@@ -116,12 +124,16 @@ class WorkerTraining:
                 self._sums = {}
             self._choice.took(seen)
             if self._worker == 0 and step + 1 < course.steps and course.watch.should_stop(step + 1):
-                return {"step": step + 1, "params": whole(exchange) | self._frozen}
+                params = whole(exchange)
+                if course.is_early(step + 1):
+                    exchange.pull(step + 1, ranks)
+                    params = whole(exchange)
+                return {"step": step + 1, "params": params | self._frozen}
         self._choice.keep()
         return {"step": course.steps, "params": params | self._frozen}
 
     def _take(
-        self, step: int, indices: np.ndarray, mask: np.ndarray, ranks: np.ndarray, following: np.ndarray
+        self, step: int, indices: np.ndarray, mask: np.ndarray, ranks: np.ndarray, following: Following
     ) -> tuple[Any, Seen]:
         course = self._course
         rows, seen = (np.split(each, course.num_workers)[self._worker] for each in (indices, mask))
