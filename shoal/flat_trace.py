@@ -3,11 +3,14 @@
     jaxpr with jit, closed calls, custom derivatives, rematerialization, branches --> [Operation(inputs, outputs)], in an order in which they can be done
 
 So it can be asked which operations need which inputs, and parts of it can be run on their own (`schedule/staged.py`), or in another way
-(`pod/piecewise.py`). Loops stay one operation each. Branches are all gone through, and of each output the one is taken whose turn it is.
+(`pod/piecewise.py`). Branches are all gone through, and of each output the one is taken whose turn it is. Loops stay one operation each, but for those over inputs that
+are to be taken apart (a stack of layers' parameters): these are gone through turn by turn, and what one loop leaves of each turn (for the way back, say) the next one takes as
+it is.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, Final, final
 
@@ -31,23 +34,22 @@ class Operation:
     """One of the trace, with numbers for its values."""
 
     eqn: core.JaxprEqn | None
-    """None: a choice between the outputs of branches, by number."""
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    own: Callable[..., Any] | None = None
+    """What it does where the trace has no equation for it."""
 
     @property
     def name(self) -> str:
-        return self.eqn.primitive.name if self.eqn is not None else "select_n"
+        if self.eqn is not None:
+            return self.eqn.primitive.name
+        return getattr(self.own, "__name__", "layer")
 
     def done(self, values: Sequence[Any]) -> list[Any]:
         """What comes of its inputs."""
         if self.eqn is None:
-            index, *branches = values
-            return [
-                jnp.where(index == 0, branches[0], branches[1])
-                if len(branches) == 2
-                else jax.lax.select_n(index, *branches)
-            ]
+            assert self.own is not None
+            return [self.own(*values)]
         with self.eqn.ctx.manager:
             made = self.eqn.primitive.bind(*values, **self.eqn.params)
         return list(made) if self.eqn.primitive.multiple_results else [made]
@@ -57,13 +59,23 @@ class Operation:
 class FlatTrace:
     """Of one function, for inputs of given shapes."""
 
-    def __init__(self, closed: core.ClosedJaxpr) -> None:
+    def __init__(self, closed: core.ClosedJaxpr, apart: Mapping[int, int] | None = None) -> None:
+        """
+        Args:
+            closed: the trace.
+            apart: position of an input (n, …) that is to be taken apart -> n.
+        """
+        self._closed = closed
         self.operations: list[Operation] = []
         self.constants: dict[int, Any] = {}
         self.avals: dict[int, Any] = {}
         """Number -> shape and type, of inputs and of what operations make."""
         self._numbers = count()
+        self._layers: dict[int, list[int]] = {}
+        """Number of a value (n, …) -> those of its n layers, which are there without it."""
         self.inputs = [self._number(var.aval) for var in closed.jaxpr.invars]
+        self.pieces = {at: self._taken_apart(self.inputs[at], num) for at, num in (apart or {}).items()}
+        """Position of an input that is taken apart -> numbers of its pieces (1, …), which come in its place."""
         self.outputs = self._put(closed.jaxpr, closed.consts, self.inputs)
 
     @classmethod
@@ -71,6 +83,14 @@ class FlatTrace:
         """The trace of a function and the shape of what it returns; arguments may be shapes."""
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         return cls(closed), shape
+
+    def with_apart(self, apart: Mapping[int, int]) -> "FlatTrace":
+        """The same with some inputs taken apart; see `__init__`."""
+        return FlatTrace(self._closed, apart)
+
+    def pieces_of(self, number: int) -> list[int]:
+        """Numbers of the pieces (1, …) of a value (n, …)."""
+        return [self._add(_raised, [layer], (1, *self.avals[layer].shape)) for layer in self._layers_of(number)]
 
     def upstream(self, values: Iterable[int]) -> list[Operation]:
         """Operations that some of these values follow from, in order."""
@@ -96,7 +116,9 @@ class FlatTrace:
         for eqn in jaxpr.eqns:
             called = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
             taken = [number(atom) for atom in eqn.invars]
-            if eqn.primitive.name == "cond":
+            if eqn.primitive.name == "scan" and self._is_over_layers(eqn, taken):
+                given = self._turn_by_turn(eqn, taken)
+            elif eqn.primitive.name == "cond":
                 given = self._chosen(eqn.params["branches"], taken[0], taken[1:])
             elif called is None:
                 given = [self._number(var.aval) for var in eqn.outvars]
@@ -114,11 +136,76 @@ class FlatTrace:
         given = []
         for each in outputs:
             given.append(self._number(self.avals[each[0]]))
-            self.operations.append(Operation(None, (index, *each), (given[-1],)))
+            self.operations.append(Operation(None, (index, *each), (given[-1],), select_n))
         return given
+
+    def _is_over_layers(self, eqn: core.JaxprEqn, taken: Sequence[int]) -> bool:
+        return any(number in self._layers for number in stacks_of(eqn, taken))
+
+    def _turn_by_turn(self, eqn: core.JaxprEqn, taken: Sequence[int]) -> list[int]:
+        """A loop, without the loop."""
+        num_consts, num_carry, length = (eqn.params[name] for name in ("num_consts", "num_carry", "length"))
+        body: core.ClosedJaxpr = eqn.params["jaxpr"]
+        consts, carry = taken[:num_consts], list(taken[num_consts : num_consts + num_carry])
+        stacks = [self._layers_of(number) for number in stacks_of(eqn, taken)]
+        left: list[list[int]] = [[-1] * length for _ in eqn.outvars[num_carry:]]
+        for turn in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            made = self._put(body.jaxpr, body.consts, [*consts, *carry, *(layers[turn] for layers in stacks)])
+            carry = made[:num_carry]
+            for each, number in zip(left, made[num_carry:], strict=True):
+                each[turn] = number
+        return carry + [self._stacked(layers) for layers in left]
+
+    def _layers_of(self, number: int) -> list[int]:
+        if number not in self._layers:
+            num, *shape = self.avals[number].shape
+            self._layers[number] = [self._add(partial(_layer, at), [number], shape) for at in range(num)]
+        return self._layers[number]
+
+    def _stacked(self, layers: list[int]) -> int:
+        made = self._add(_stack, layers, (len(layers), *self.avals[layers[0]].shape))
+        self._layers[made] = layers
+        return made
+
+    def _taken_apart(self, number: int, num: int) -> list[int]:
+        shape = self.avals[number].shape
+        pieces = [self._number(self._shaped(number, (1, *shape[1:]))) for _ in range(num)]
+        self._layers[number] = [self._add(partial(_layer, 0), [piece], shape[1:]) for piece in pieces]
+        self.operations.append(Operation(None, tuple(self._layers[number]), (number,), _stack))
+        return pieces
+
+    def _add(self, own: Callable[..., Any], inputs: Sequence[int], shape: Sequence[int]) -> int:
+        made = self._number(self._shaped(inputs[0], shape))
+        self.operations.append(Operation(None, tuple(inputs), (made,), own))
+        return made
+
+    def _shaped(self, number: int, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), self.avals[number].dtype)
 
     def _constant(self, value: Any) -> int:
         made = next(self._numbers)
         self.constants[made] = value
         self.avals[made] = jax.typeof(value)
         return made
+
+
+def stacks_of(eqn: core.JaxprEqn, taken: Sequence[int]) -> Sequence[int]:
+    """Of what a loop takes, that of which each turn takes a layer."""
+    return taken[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+
+
+def select_n(index: Any, *branches: Any) -> Any:
+    """A choice between the outputs of branches, by number."""
+    return jnp.where(index == 0, *branches) if len(branches) == 2 else jax.lax.select_n(index, *branches)
+
+
+def _layer(at: int, stack: Any) -> Any:
+    return jax.lax.index_in_dim(stack, at, keepdims=False)
+
+
+def _raised(layer: Any) -> Any:
+    return layer[None]
+
+
+def _stack(*layers: Any) -> Any:
+    return jnp.stack(layers)

@@ -65,12 +65,15 @@ def update(
     return made
 
 
-def check(optimizer: optax.GradientTransformation, whole: Any, pieces: Any) -> None:
+def check(
+    optimizer: optax.GradientTransformation, whole: Any, pieces: Any, *, total: Total = lambda sums: sums
+) -> None:
     """Looks whether an update of pieces is known to be right; nothing is computed.
 
     Args:
         optimizer: any.
         whole, pieces: the model's parameters and a member's pieces of them, pytrees with shapes.
+        total: sum over members.
 
     Raises:
         ValueError: it is not: the optimizer does something else than act on elements and on sums, or what it does depends on shapes.
@@ -83,7 +86,22 @@ def check(optimizer: optax.GradientTransformation, whole: Any, pieces: Any) -> N
     flags = jax.tree.map(lambda _: True, pieces)
     is_piece = (flags, state_pieces(optimizer, pieces, flags), flags)
     state = jax.eval_shape(optimizer.init, pieces)
-    jax.eval_shape(partial(update, optimizer, is_piece=is_piece, total=lambda sums: sums), pieces, state, pieces)
+    jax.eval_shape(partial(update, optimizer, is_piece=is_piece, total=total), pieces, state, pieces)
+
+
+def acts_on_elements(optimizer: optax.GradientTransformation) -> bool:
+    """Whether it does to each element what it does whatever tensor that is in: then a tensor may be taken apart without sums over its parts."""
+
+    def refuse(sums: Any) -> Any:
+        raise ValueError("it adds up")
+
+    whole = {"tensor": jax.ShapeDtypeStruct((4, 3, 5), jnp.float32)}
+    pieces = {"tensor": jax.ShapeDtypeStruct((1, 3, 5), jnp.float32)}
+    try:
+        check(optimizer, whole, pieces, total=refuse)
+    except ValueError:
+        return False
+    return True
 
 
 def _trace(optimizer: optax.GradientTransformation, *arguments: Any) -> tuple[core.ClosedJaxpr, Any]:

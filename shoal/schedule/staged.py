@@ -3,8 +3,10 @@
     step(params, …) --trace--> operations --what is upstream, what is downstream--> stages --> Staged
 
 On the way forward operations belong together that wait for the same transfers; from where all of them are needed, those from which the same gradients
-follow. Both go one way only (what comes later waits for more, or serves fewer), so stages never wait for one another in a circle. Loops, nested
-functions, rematerialization and custom derivatives are as the trace has them; a loop over stacked layers is one stage, which `notes` says.
+follow. Both go one way only (what comes later waits for more, or serves fewer), so stages never wait for one another in a circle. Nested functions,
+rematerialization and custom derivatives are as the trace has them. A loop over stacked layers (`jax.lax.scan`) is gone through turn by turn, its parameters taken apart
+into those of each layer (*pieces*, `name[3]`, of shape (1, …)), where they may be: what updates them must look at no more than elements. Else it is one
+stage, which `notes` says.
 
 Small tensors travel with the one that is used before them: a bias with its kernel.
 """
@@ -13,12 +15,14 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, final
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from shoal.flat_trace import FlatTrace, Operation
+from shoal.flat_trace import FlatTrace, Operation, select_n, stacks_of
 from shoal.flops import of_operation
 from shoal.local import Named, Shape, added, model_shape, named, seed_key
 from shoal.lora import with_adapters
@@ -169,14 +173,15 @@ class Step:
     """A task's step, staged: what goes in and comes out, by name."""
 
     def __init__(
-        self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES
-    ) -> None:
+        self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES, by_layers: bool = False
+    ) -> None:  # fmt: skip
         """
         Args:
             task: with its leaf rules; frozen parameters stay where they are.
             batch_size: examples of a step.
             is_training: the gradient of the mean loss; else the sums of `task.evaluate`.
             joined_bytes: tensors up to this size travel with another.
+            by_layers: stacked layers may be taken apart: they are updated element by element.
         """
         self.task = task = with_adapters(task)
         like = model_shape(task)
@@ -189,10 +194,55 @@ class Step:
         scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
         function = self._gradient if is_training else self._evaluate
         trace, shape = FlatTrace.of(function, learned, frozen, self._state, batch, *scalars)
+        self.layers = _stacks(trace, sorted(learned), joined_bytes) if by_layers else {}
+        """Name of a stack that is taken apart -> how many layers it has."""
+        names = sorted(learned)
+        trace = (
+            trace.with_apart({names.index(name): num for name, num in self.layers.items()}) if self.layers else trace
+        )
+        leaves = self._each(names, lambda at: trace.pieces[at], trace.inputs)
+        gradients = (
+            self._each(names, lambda at: trace.pieces_of(trace.outputs[at]), trace.outputs) if is_training else {}
+        )
+        if is_training:
+            trace.outputs = [gradients[name] for name in sorted(gradients)] + trace.outputs[len(names) :]
+            shape = (dict.fromkeys(gradients, 0), *shape[1:])
         self._returns = jax.tree.structure(shape)
-        leaves = dict(zip(sorted(learned), trace.inputs, strict=False))
-        gradients = dict(zip(sorted(learned), trace.outputs, strict=False)) if is_training else {}
         self.staged = Staged(trace, leaves, gradients, joined_bytes=joined_bytes)
+
+    def _each(self, names: Sequence[str], pieces: Callable[[int], list[int]], numbers: Sequence[int]) -> dict[str, int]:
+        """Numbers by name, of pieces where a tensor is taken apart."""
+        made: dict[str, int] = {}
+        for at, name in enumerate(names):
+            made |= (
+                dict(zip(_pieces(name, self.layers[name]), pieces(at), strict=True))
+                if name in self.layers
+                else {name: numbers[at]}
+            )
+        return made
+
+    def apart(self, tensors: Mapping[str, Any]) -> Named:
+        """Tensors by name, stacks taken apart: what travels."""
+        made: Named = {}
+        for name, value in tensors.items():
+            if name in self.layers:
+                made |= {piece: value[at : at + 1] for at, piece in enumerate(_pieces(name, self.layers[name]))}
+            else:
+                made[name] = value
+        return made
+
+    def whole(self, tensors: Mapping[str, Any]) -> Named:
+        """What `apart` was given."""
+        left = dict(tensors)
+        stacks = {
+            name: np.concatenate([left.pop(piece) for piece in _pieces(name, num)]) for name, num in self.layers.items()
+        }
+        return left | stacks
+
+    @cached_property
+    def travelling(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes of the learned parameters as they travel."""
+        return jax.eval_shape(self.apart, {name: self._params[name] for name in self.learned})
 
     def _model(self, learned: Named, frozen: Named, state: Named) -> tuple[Any, Any]:
         """Parameters and state as the task has them."""
@@ -239,6 +289,23 @@ class Step:
     def returned(self, run: Run) -> Any:
         """What the step returns: gradients, state, metric sums; or metric sums."""
         return jax.tree.unflatten(self._returns, run.outputs())
+
+
+def _pieces(name: str, num: int) -> list[str]:
+    return [f"{name}[{at}]" for at in range(num)]
+
+
+def _stacks(trace: FlatTrace, names: Sequence[str], least_bytes: int) -> dict[str, int]:
+    """Names of the inputs that are stacks of layers for a loop -> how many; not of loops whose turns need less than so many bytes."""
+    at = {number: name for number, name in zip(trace.inputs, names, strict=False)}
+    found: dict[str, int] = {}
+    for operation in trace.operations:
+        if operation.name == "scan" and operation.eqn is not None:
+            length = int(operation.eqn.params["length"])
+            mine = [number for number in stacks_of(operation.eqn, operation.inputs) if number in at]
+            if length > 1 and sum(_size(trace.avals[number]) for number in mine) > length * least_bytes:
+                found |= {at[number]: length for number in mine}
+    return found
 
 
 def _size(aval: Any) -> int:
@@ -320,7 +387,7 @@ def _sink(operations: Sequence[Operation], keys: list[tuple[bool, int]], given: 
             takers.setdefault(value, []).append(at)
     light = set[int]()
     for at, operation in enumerate(operations):
-        is_light = operation.eqn is not None and of_operation(operation.eqn) == 0
+        is_light = operation.own is not select_n if operation.eqn is None else of_operation(operation.eqn) == 0
         known = (v in given or v in trace.constants or made_by.get(v) in light for v in operation.inputs)
         if is_light and operation.inputs and all(known):
             light.add(at)

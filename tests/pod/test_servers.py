@@ -256,6 +256,32 @@ def test_those_who_do_not_wait_learn_too(staleness: int | None, ahead: bool) -> 
     assert found[-1].metrics["right"] > 0.8
 
 
+def stacked(optimizer: Any) -> shoal.Task:
+    def through(params: Any, x: Any) -> Any:
+        x, _ = jax.lax.scan(lambda x, kernel: (jnp.tanh(x @ kernel), None), x, params["layers"])
+        return x @ params["out"]
+
+    return shoal.Task(
+        name="stacked", init=lambda key: {"layers": jax.random.normal(key, (4, 6, 6)), "out": jax.random.normal(key, (6, 3))}, batch=task().batch,
+        loss=lambda params, state, batch, key: optax.softmax_cross_entropy_with_integer_labels(through(params, batch["x"]), batch["y"]),
+        local=shoal.Local(optimizer=optimizer, batch_size=8),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("optimizer", "num"), [(optax.adamw(1e-2), 5), (optax.lamb(1e-2), 2)], ids=["adamw", "lamb"])
+def test_stacked_layers_travel_one_by_one_where_updates_are_of_elements(optimizer: Any, num: int, tmp_path: Path) -> None:  # fmt: skip
+    mesh = Trainer(stacked(optimizer), mesh="data=2", devices=jax.devices()[:2])
+    wanted = mesh.whole(mesh.train(examples(), steps=7, commit_every=7, seed=3))
+    found: list[Version] = []
+    for steps in (4, 7):  # goes on from a checkpoint
+        trainer = ServerTrainer(stacked(optimizer), workers=2, servers=2, order="layer", joined_bytes=100)
+        made = trainer.train(examples(), steps=steps, commit_every=4, seed=3, folder=tmp_path, watch=Watch(on_version=found.append))["params"]  # fmt: skip
+    assert len(trainer.step.staged.graph.transfers) == num
+    assert set(made) == set(found[-1].model) == set(wanted)
+    for name, value in made.items():
+        np.testing.assert_allclose(value, wanted[name], rtol=2e-4, atol=2e-5)
+
+
 def test_versions_are_told() -> None:
     found: list[Version] = []
     trainer = ServerTrainer(task(), workers=2, order="layer", joined_bytes=100)

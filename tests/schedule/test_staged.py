@@ -57,11 +57,40 @@ def through_stacked(params: Any, x: Any) -> Any:
     return x @ params["out"]
 
 
+def stacked_twice(key: Any) -> Any:
+    one, two = jax.random.split(key)
+    return {
+        "kernel": normal(one, 3, 6, 6),
+        "scale": 1 + normal(two, 3, 6),
+        "out": normal(key, 6, 6),
+        "back": normal(two, 3, 6, 6),
+    }
+
+
+def through_stacked_twice(params: Any, x: Any) -> Any:
+    """One loop hands what it leaves of each turn to another that goes backwards; each turn is computed again on the way back; one stack is used once more as a whole."""
+
+    @jax.checkpoint
+    def there(x: Any, layer: Any) -> Any:
+        x = jnp.tanh(x @ layer["kernel"]) * layer["scale"][None]
+        return x, x
+
+    def back(x: Any, given: Any) -> Any:
+        kernel, before = given
+        return jnp.tanh(x @ kernel) + before, None
+
+    layers = {name: params[name] for name in ("kernel", "scale")}
+    x, each = jax.lax.scan(there, x, layers)
+    x, _ = jax.lax.scan(back, x, (params["back"], each), reverse=True)
+    return x @ params["out"] + jnp.sum(jnp.square(params["kernel"]))
+
+
 NETS = {
     "chain": (chain, through),
     "branching": (branching, through_branches),
     "tied": (tied, through_tied),
     "stacked": (stacked, through_stacked),
+    "stacked twice": (stacked_twice, through_stacked_twice),
 }
 
 
@@ -98,10 +127,12 @@ def done(step: Step, params: Any, order: Any) -> tuple[Any, list[int]]:
     return step.returned(run), made
 
 
-@pytest.mark.parametrize("net", NETS)
-def test_stages_are_the_step(net: str) -> None:
+@pytest.mark.parametrize(
+    ("net", "by_layers"), [*((net, False) for net in NETS), *((net, True) for net in NETS if "stacked" in net)]
+)
+def test_stages_are_the_step(net: str, by_layers: bool) -> None:
     task = task_of(net)
-    step = Step(task, BATCH, joined_bytes=32)
+    step = Step(task, BATCH, joined_bytes=32, by_layers=by_layers)
     params = task.variables(jax.random.key(0)).params
     _, _, batch, _, key = inputs()
 
@@ -110,14 +141,15 @@ def test_stages_are_the_step(net: str) -> None:
         return jnp.sum(jnp.where(batch["mask"], each, 0.0)) / 3
 
     wanted = named(jax.grad(objective)(params), "params")
-    flat, rng = named(params, "params"), np.random.default_rng(0)
+    flat, rng = step.apart(named(params, "params")), np.random.default_rng(0)
     num = len(step.staged.graph.transfers)
     found = [done(step, flat, order) for order in [range(num), range(num)[::-1], rng.permutation(num).tolist()]]
     for (gradients, _, metrics), made in found:
         assert sorted(made) == list(range(num))
         assert metrics["loss/denominator"] == 3
-        for name, value in gradients.items():
+        for name, value in step.whole(gradients).items():
             np.testing.assert_allclose(value, wanted[name], rtol=1e-5, atol=1e-6)
+        for name, value in gradients.items():
             np.testing.assert_array_equal(value, found[0][0][0][name])  # bit for bit, whatever arrived first
 
 
@@ -155,6 +187,26 @@ def test_evaluation_has_stages_too() -> None:
 def test_a_loop_is_one_stage_and_says_so() -> None:
     step = Step(task_of("stacked"), BATCH, joined_bytes=32)
     assert any("a loop of 3 turns that needs all of params/layers" in note for note in step.staged.notes)
+
+
+def test_layers_of_a_stack_travel_one_by_one() -> None:
+    step = Step(task_of("stacked"), BATCH, joined_bytes=32, by_layers=True)
+    graph = step.staged.graph
+    assert step.layers == {"params/layers": 3}
+    assert [transfer.name for transfer in graph.transfers] == [*(f"params/layers[{n}]" for n in range(3)), "params/out"]
+    assert not step.staged.notes
+    assert [sorted(np.flatnonzero(row)) for row in graph.forward.depends] == [list(range(n + 1)) for n in range(4)]
+    params = named(task_of("stacked").variables(jax.random.key(0)).params, "params")
+    _, made = done(step, step.apart(params), range(4))
+    assert made == [3, 2, 1, 0]
+    whole = step.whole(step.apart(params))
+    assert {name: value.shape for name, value in whole.items()} == {name: value.shape for name, value in params.items()}
+    np.testing.assert_array_equal(whole["params/layers"], params["params/layers"])
+
+
+def test_a_stack_of_small_layers_stays_whole() -> None:
+    step = Step(task_of("stacked"), BATCH, joined_bytes=4 * 36, by_layers=True)
+    assert step.layers == {}
 
 
 def test_frozen_parameters_do_not_travel() -> None:

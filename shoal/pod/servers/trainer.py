@@ -24,6 +24,7 @@ from shoal.data.store import Examples
 from shoal.errors import DataError, ShoalError, StoreError
 from shoal.local import Named, named
 from shoal.pod.order import Order
+from shoal.pod.piecewise import acts_on_elements
 from shoal.pod.servers.checkpoints import Parts
 from shoal.pod.servers.choice import Choice
 from shoal.pod.servers.exchange import Exchange, share
@@ -93,15 +94,15 @@ class ServerTrainer:
         self._choices = choices
         self.choice: Choice | None = None
         """The first worker's."""
-        self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes)
+        elements = acts_on_elements(task.local.optimizer)
+        self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes, by_layers=elements)
         self.task = self.step.task
         staged = self.step.staged
         if len(staged.graph.transfers) < servers:
             raise ValueError(
                 f"Expected at most as many servers as tensors that travel by themselves, got --servers {servers} for {len(staged.graph.transfers)}."
             )
-        self._like = named(jax.eval_shape(self.task.variables, jax.random.key(0)).params, "params")
-        self.packings = [Packing(names, self._like) for names in staged.members]
+        self.packings = [Packing(names, self.step.travelling) for names in staged.members]
         self.owners = share(staged.graph, servers)
 
     @property
@@ -140,8 +141,7 @@ class ServerTrainer:
     @cached_property
     def updates(self) -> Updates:
         """Raises ValueError where the optimizer looks at more than one tensor at a time."""
-        learned = {name: self._like[name] for name in self.step.learned}
-        return Updates(self.task.local.optimizer, learned, self.step.staged.members)
+        return Updates(self.task.local.optimizer, self.step.travelling, self.step.staged.members)
 
     def train(
         self, examples: Examples, *, steps: int, commit_every: int, seed: int = 0, held_out: Examples | None = None, folder: Path | None = None,
@@ -260,7 +260,7 @@ class _Running:
         latest = None if self.parts is None else self.parts.latest()
         variables = trainer.task.variables(jax.random.key(self.seed))
         params = {name: np.asarray(value) for name, value in named(variables.params, "params").items()}
-        learned = {name: params[name] for name in trainer.step.learned}
+        learned = trainer.step.apart({name: params[name] for name in trainer.step.learned})
         if self.parts is None or latest is None:
             return 0, learned, trainer.updates.begin(learned)
         kept, leaves = self.parts.read(latest, self._about())

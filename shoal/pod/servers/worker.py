@@ -117,7 +117,7 @@ class WorkerTraining:
             if is_version:
                 number += 1
                 if self._worker == 0:
-                    params = whole(exchange)
+                    params = course.step.whole(whole(exchange))
                     self._tell(step + 1, number, params)
                     if step + 1 < course.steps:
                         exchange.pull(step + 1, ranks)  # once more, for the step itself
@@ -128,7 +128,7 @@ class WorkerTraining:
                 if course.is_early(step + 1):
                     exchange.pull(step + 1, ranks)
                     params = whole(exchange)
-                return {"step": step + 1, "params": params | self._frozen}
+                return {"step": step + 1, "params": course.step.whole(params) | self._frozen}
         self._choice.keep()
         return {"step": course.steps, "params": params | self._frozen}
 
