@@ -324,7 +324,7 @@ class FromEdge(_message.Message):
     def __init__(self, assigned: _Optional[_Union[Assigned, _Mapping]] = ..., later: _Optional[_Union[Later, _Mapping]] = ..., incompatible: _Optional[_Union[Incompatible, _Mapping]] = ..., counted: _Optional[_Union[Counted, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., released: _Optional[_Union[Released, _Mapping]] = ..., incomplete: _Optional[_Union[Incomplete, _Mapping]] = ..., finished: _Optional[_Union[Finished, _Mapping]] = ..., group: _Optional[_Union[GroupMessage, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("token", "hash", "offset", "credit", "ids", "packed", "base")
+    __slots__ = ("token", "hash", "offset", "credit", "ids", "packed", "base", "then")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     HASH_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
@@ -332,6 +332,7 @@ class PullRequest(_message.Message):
     IDS_FIELD_NUMBER: _ClassVar[int]
     PACKED_FIELD_NUMBER: _ClassVar[int]
     BASE_FIELD_NUMBER: _ClassVar[int]
+    THEN_FIELD_NUMBER: _ClassVar[int]
     token: Token
     hash: str
     offset: int
@@ -339,7 +340,16 @@ class PullRequest(_message.Message):
     ids: _containers.RepeatedScalarFieldContainer[int]
     packed: bool
     base: str
-    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., hash: _Optional[str] = ..., offset: _Optional[int] = ..., credit: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., packed: _Optional[bool] = ..., base: _Optional[str] = ...) -> None: ...
+    then: _containers.RepeatedCompositeFieldContainer[Wanted]
+    def __init__(self, token: _Optional[_Union[Token, _Mapping]] = ..., hash: _Optional[str] = ..., offset: _Optional[int] = ..., credit: _Optional[int] = ..., ids: _Optional[_Iterable[int]] = ..., packed: _Optional[bool] = ..., base: _Optional[str] = ..., then: _Optional[_Iterable[_Union[Wanted, _Mapping]]] = ...) -> None: ...
+
+class Wanted(_message.Message):
+    __slots__ = ("hash", "base")
+    HASH_FIELD_NUMBER: _ClassVar[int]
+    BASE_FIELD_NUMBER: _ClassVar[int]
+    hash: str
+    base: str
+    def __init__(self, hash: _Optional[str] = ..., base: _Optional[str] = ...) -> None: ...
 
 class Slice(_message.Message):
     __slots__ = ("offset", "data", "total", "unpacked", "is_delta")
