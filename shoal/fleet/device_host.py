@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,10 +50,30 @@ RUNNERS_HELD: Final = 4
 PLANS_HELD: Final = 4
 """Whose latest model is held beside the runner's copy."""
 MAX_INDEX_BYTES: Final = 64 << 20
+MAX_PLAN_BYTES: Final = 16 << 20
+MAX_WANTED: Final = 1000
+"""Blobs that are asked for in one call; an Edge takes a few more."""
 
 
 class _OtherBytes(ProtocolError):
     """What was sent is not what was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A blob that is to be fetched."""
+
+    hash: str
+    most: int
+    """Bytes that it may have."""
+    dtype: str = "uint8"
+    """Of its elements, where it is a tensor."""
+    base: tuple[str, np.ndarray] | None = None
+    """Hash and values of a tensor that is here, of the same size and type: the difference may come instead."""
+
+    @property
+    def base_hash(self) -> str:
+        return "" if self.base is None else self.base[0]
 
 
 @dataclass(frozen=True)
@@ -160,7 +180,7 @@ class DeviceHost:
 
     async def _verified(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         begun_s = time.perf_counter()
-        data = await self.fetch(assigned, assigned.plan, link, most=16 << 20)
+        (data,) = await self.fetch(assigned, [Wanted(hash=assigned.plan, most=MAX_PLAN_BYTES)], link)
         manifest = Manifest.parse(data)
         unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
         await asyncio.to_thread(unproven.verify, self.trusted_key or unproven.public_key, self.is_signed)
@@ -180,19 +200,21 @@ class DeviceHost:
         chosen = manifest.pick(self.runtime)
         # A model that is kept is to be used where it is, without a host.
         needed = (*DEVICE_PROGRAMS, *(("predict",) if self.state_folder is not None and "predict" in chosen else ()))
-        programs = {chosen[n].hash: await self._program(assigned, chosen[n], link) for n in needed}
-        plan = Plan(manifest, programs, assigned.plan_public_key, assigned.plan_signature)
+        programs = [self._wanted(chosen[name]) for name in needed]
+        fetched = await self.fetch(assigned, programs, link)
+        by_hash = {wanted.hash: data for wanted, data in zip(programs, fetched, strict=True)}
+        plan = Plan(manifest, by_hash, assigned.plan_public_key, assigned.plan_signature)
         plan.check_programs()
         spent.wire_s += time.perf_counter() - begun_s
         runner = await asyncio.to_thread(self.make_runner, plan)
         return Prepared(plan, runner)
 
-    async def _program(self, assigned: pb.Assigned, program: Program, link: Link) -> bytes:
+    def _wanted(self, program: Program) -> Wanted:
         if program.size_bytes > self.limits.program_bytes:
             raise PlanError(
                 f"Program {program.name!r} has {program.size_bytes} bytes, allowed are {self.limits.program_bytes}."
             )
-        return await self.fetch(assigned, program.hash, link, most=program.size_bytes)
+        return Wanted(hash=program.hash, most=program.size_bytes)
 
     def _trust(self, key: bytes) -> None:
         if self.trusted_key is None:
@@ -229,18 +251,18 @@ class DeviceHost:
 
     async def _model(self, assigned: pb.Assigned, prepared: Prepared, link: Link, spent: Spent) -> Tensors:
         begun_s = time.perf_counter()
-        index = Index.parse(await self.fetch(assigned, assigned.model, link, most=MAX_INDEX_BYTES))
+        (data,) = await self.fetch(assigned, [Wanted(hash=assigned.model, most=MAX_INDEX_BYTES)], link)
+        index = Index.parse(data)
         if index.specs != prepared.manifest.broadcast:
             raise ProtocolError("The model's tensors are not those that the plan names.")
-        held, now = self._latest.get(assigned.plan, {}), dict[str, tuple[str, np.ndarray]]()
-        for entry in index:
-            name, value = entry.spec.name, held.get(entry.spec.name)
-            if value is None or value[0] != entry.hash:
-                data = await self.fetch(
-                    assigned, entry.hash, link, most=entry.spec.size_bytes, dtype=entry.spec.dtype, base=value
-                )
-                value = entry.hash, from_bytes(data, entry.spec)
-            now[name] = value
+        now = dict(self._latest.get(assigned.plan, {}))
+        others = [entry for entry in index if entry.spec.name not in now or now[entry.spec.name][0] != entry.hash]
+        wanted = [
+            Wanted(hash=entry.hash, most=entry.spec.size_bytes, dtype=entry.spec.dtype, base=now.get(entry.spec.name))
+            for entry in others
+        ]
+        for entry, data in zip(others, await self.fetch(assigned, wanted, link), strict=True):
+            now[entry.spec.name] = entry.hash, from_bytes(data, entry.spec)
         self._latest.pop(assigned.plan, None)
         self._latest[assigned.plan] = now
         while len(self._latest) > PLANS_HELD:
@@ -297,61 +319,60 @@ class DeviceHost:
                 del futures[key]
             raise
 
-    async def fetch(
-        self,
-        assigned: pb.Assigned,
-        hash: str,
-        link: Link,
-        *,
-        most: int,
-        dtype: str = "uint8",
-        base: tuple[str, np.ndarray] | None = None,
-    ) -> bytes:
-        """One blob, inline or pulled; a broken pull goes on where it broke.
+    async def fetch(self, assigned: pb.Assigned, wanted: Sequence[Wanted], link: Link) -> list[bytes]:
+        """Blobs, inline or pulled: all in one call, where the Edge serves that. A broken pull goes on where it broke.
 
         Args:
-            assigned: gives the right to it.
-            hash: its name.
+            assigned: gives the right to them.
+            wanted: in this order.
             link: to the Edge.
-            most: bytes that it may have.
-            dtype: of its elements, where it is a tensor.
-            base: hash and values of a tensor that is here, of the same size and type: the difference may come instead.
 
         Raises:
-            ProtocolError: it is larger than `most`, or has not its hash.
+            ProtocolError: one is larger than it may be, or has not its hash.
         """
-        for blob in assigned.inline:
-            if blob.hash == hash:
-                return _checked(blob.data, hash)
-        data = bytearray()
-        total, tries = -1, 0
-        latest_s = self.clock.now_s() + longest_s(most)
-        while total < 0 or len(data) < total:
+        inline = {blob.hash: blob.data for blob in assigned.inline}
+        pulled = await self._pulled(assigned, [each for each in wanted if each.hash not in inline], link)
+        made = iter(pulled)
+        return [_checked(inline[each.hash], each.hash) if each.hash in inline else next(made) for each in wanted]
+
+    async def _pulled(self, assigned: pb.Assigned, wanted: Sequence[Wanted], link: Link) -> list[bytes]:
+        made, data, tries = list[bytes](), bytearray(), 0
+        latest_s = self.clock.now_s() + longest_s(sum(each.most for each in wanted))
+        while len(made) < len(wanted):
+            first, *then = wanted[len(made) : len(made) + MAX_WANTED]
             request = pb.PullRequest(
-                token=assigned.token, hash=hash, offset=len(data), credit=PULL_CREDIT, base=base[0] if base is not None else "",
-                packed=assigned.configuration.codec_down == PACKED,
+                token=assigned.token, hash=first.hash, offset=len(data), credit=PULL_CREDIT, base=first.base_hash,
+                packed=assigned.configuration.codec_down == PACKED, then=[pb.Wanted(hash=each.hash, base=each.base_hash) for each in then],
             )  # fmt: skip
-            before = len(data)
+            before = len(made), len(data)
             try:
                 async for piece in link.pull(request):
-                    total, size = piece.total, piece.unpacked or len(piece.data)
+                    if len(made) == len(wanted):
+                        raise _OtherBytes(f"Expected {len(wanted)} blobs, got more.")
+                    now = wanted[len(made)]
+                    size = piece.unpacked or len(piece.data)
                     if self.clock.now_s() > latest_s:
                         raise ProtocolError(
-                            f"Expected {hash[:12]}… within {longest_s(most):.0f} s, got {len(data)} bytes."
+                            f"Expected {now.hash[:12]}… within {longest_s(now.most):.0f} s, got {len(data)} bytes."
                         )
-                    if piece.offset != len(data) or len(data) + size > total or total > most:
-                        raise _OtherBytes(f"Expected at most {most} bytes of {hash[:12]}… in order, got {total}.")
+                    if piece.offset != len(data) or len(data) + size > piece.total or piece.total > now.most:
+                        raise _OtherBytes(
+                            f"Expected at most {now.most} bytes of {now.hash[:12]}… in order, got {piece.total}."
+                        )
                     self.down_bytes += len(piece.data)
-                    data += _unpacked(piece, dtype, base) if piece.unpacked else piece.data
+                    data += _unpacked(piece, now) if piece.unpacked else piece.data
+                    if len(data) == piece.total:
+                        made.append(_checked(bytes(data), now.hash))
+                        data = bytearray()
             except NetworkError:
-                tries = tries + 1 if len(data) == before else 0
+                tries = tries + 1 if (len(made), len(data)) == before else 0
                 if tries > 5:
                     raise
                 await self.clock.sleep_until(self.clock.now_s() + 0.2 * 2**tries)
             else:
-                if len(data) == before and len(data) != total:
-                    raise ProtocolError(f"Expected more of {hash[:12]}… after byte {before}, got nothing.")
-        return _checked(bytes(data), hash)
+                if (len(made), len(data)) == before:
+                    raise ProtocolError(f"Expected more of {first.hash[:12]}… after byte {len(data)}, got nothing.")
+        return made
 
     def state(self, run: str, device: str, manifest: Manifest) -> Tensors | None:
         """What a device kept from its last counted round of a run (`name_of_run`); None if it has nothing that fits."""
@@ -411,13 +432,13 @@ def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> Non
     spent.wire_s += time.perf_counter() - begun_s
 
 
-def _unpacked(piece: pb.Slice, dtype: str, base: tuple[str, np.ndarray] | None) -> bytes:
+def _unpacked(piece: pb.Slice, wanted: Wanted) -> bytes:
     if not piece.is_delta:
-        return unpacked(piece.data, dtype, piece.unpacked)
+        return unpacked(piece.data, wanted.dtype, piece.unpacked)
     held = (
-        b"" if base is None else base[1].reshape(-1).view(np.uint8)[piece.offset : piece.offset + piece.unpacked].data
-    )
-    return unpacked(piece.data, dtype, piece.unpacked, held)
+        b"" if wanted.base is None else wanted.base[1].reshape(-1).view(np.uint8)[piece.offset : piece.offset + piece.unpacked].data
+    )  # fmt: skip
+    return unpacked(piece.data, wanted.dtype, piece.unpacked, held)
 
 
 def _checked(data: bytes, hash: str) -> bytes:

@@ -13,7 +13,10 @@ from shoal.plan.plan import Plan
 from shoal.tensors import Index
 
 MAX_INLINE_BYTES: Final = 32 << 10
-"""A model up to this size travels inside the assignment and saves a call for each tensor."""
+"""A model up to this size travels inside the assignment and saves two calls."""
+
+MAX_WANTED: Final = 1024
+"""Blobs that are asked for in one call, beside the first."""
 
 
 class Offer:
@@ -57,7 +60,23 @@ class Offer:
         )
 
     async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
-        """The bytes of one blob. Raises ProtocolError for what is not offered."""
+        """The bytes of one blob, and of those that are wanted then, as far as the credit goes. Raises ProtocolError for what is not offered."""
+        if len(request.then) > MAX_WANTED:
+            raise ProtocolError(f"Expected at most {MAX_WANTED} blobs in a call, got {len(request.then)}.")
+        left = sum(self._sizes.values())
+        left = min(left, request.credit or left)
+        wanted = [(request.hash, request.base, request.offset), *((each.hash, each.base, 0) for each in request.then)]
+        for hash, base, offset in wanted:
+            part = pb.PullRequest(
+                hash=hash, base=base, offset=offset, credit=left, packed=request.packed, ids=request.ids
+            )
+            async for piece in self._blob(part):
+                left -= piece.unpacked or len(piece.data)
+                yield piece
+            if left <= 0:
+                break
+
+    async def _blob(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         total = self._sizes.get(request.hash)
         if total is None:
             raise ProtocolError(f"Blob {request.hash[:12]!r} is no part of the plan or of the open round's model.")
@@ -65,7 +84,7 @@ class Offer:
             raise ProtocolError("Pulling single rows of a table is not served by this version; pull the whole tensor.")
         if request.offset > total:
             raise ProtocolError(f"Expected an offset of at most {total}, got {request.offset}.")
-        end = min(total, request.offset + request.credit) if request.credit else total
+        end = min(total, request.offset + request.credit)
         offset = request.offset
         while offset < end or offset == request.offset:
             size = min(SLICE_BYTES, end - offset)

@@ -4,11 +4,12 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import pytest
 
+from shoal.clock import SystemClock
 from shoal.data.store import Examples
 from shoal.errors import DataError, NetworkError, ProgramError, ProtocolError
 from shoal.fleet import device_host
@@ -283,6 +284,63 @@ async def test_pulls_that_have_no_right() -> None:
             with pytest.raises(ProtocolError, match=line):
                 async for _ in fleet.link.pull(request):
                     pass
+
+
+MANY: Final = {f"params/w{n}": (9_000 + n,) for n in range(6)}
+
+
+class Calls(LocalLink):
+    """Counts pulls; each ends after so many slices, with an error or as if that were all there is."""
+
+    def __init__(self, edge: Any, *, slices: int = 1 << 30, breaks: bool = False) -> None:
+        super().__init__(edge)
+        self.num, self._slices, self._breaks = 0, slices, breaks
+
+    async def pull(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
+        self.num += 1
+        left = self._slices
+        async for piece in super().pull(request):
+            yield piece
+            left -= 1
+            if not left:
+                break
+        if not left and self._breaks:
+            raise NetworkError("it broke")
+
+
+@pytest.mark.parametrize("how", [{}, {"slices": 1}, {"slices": 2, "breaks": True}], ids=str)
+@toy.in_loop
+async def test_a_model_comes_in_one_call_wherever_calls_end(how: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SystemClock, "sleep_until", lambda self, deadline_s: asyncio.sleep(0))
+    async with toy.fleet(toy.plan(toy.exact("a"), MANY)) as fleet:
+        link = Calls(fleet.host.edge, **how)
+        fleet.start(toy.device("a", link, value=2.0))
+        await fleet.tasks[0]
+        for name, shape in MANY.items():
+            np.testing.assert_array_equal(fleet.model[name], np.full(shape, 2.0))
+    if not how:
+        assert link.num == 4  # the plan, its programs, the model's index, its tensors
+
+
+@toy.in_loop
+async def test_a_call_has_its_credit_and_no_more_than_all_there_is() -> None:
+    made = toy.plan(toy.exact("peer"), MANY)
+    async with toy.fleet(made) as fleet, toy.peer(fleet.link) as peer:
+        token = (await peer.assigned()).token
+        model = fleet.store.get_commit(fleet.host.run_id, 0).model
+        first, *then = (entry.hash for entry in model)
+
+        async def sizes(credit: int, wanted: list[str]) -> list[int]:
+            request = pb.PullRequest(token=token, hash=first, credit=credit, then=[pb.Wanted(hash=hash) for hash in wanted])  # fmt: skip
+            return [len(piece.data) async for piece in fleet.link.pull(request)]
+
+        assert await sizes(0, then) == [4 * shape[0] for shape in MANY.values()]
+        assert await sizes(36_000 + 100, then) == [36_000, 100]
+        assert sum(await sizes(1 << 62, [then[-1]] * 1024)) <= model.size_bytes + sum(
+            len(program) for program in made.programs.values()
+        ) + len(made.manifest.data) + len(model.data)
+        with pytest.raises(ProtocolError, match="at most 1024 blobs"):
+            await sizes(0, [then[-1]] * 1025)
 
 
 # Devices that die, repeat themselves, or do not listen.

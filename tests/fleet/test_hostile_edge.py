@@ -198,7 +198,7 @@ class Fuzz:
 
     async def slices(self, request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
         data = self.good.blobs.get(request.hash, b"")
-        for offset in range(request.offset, len(data) + 1, 200):
+        for offset in range(request.offset, max(len(data), request.offset + 1), 200):
             await asyncio.sleep(0)
             good = pb.Slice(offset=offset, data=data[offset : offset + 200], total=len(data))
             if self.draw.random() < 0.1:
@@ -298,6 +298,20 @@ async def test_a_bad_plan_is_not_run(change: Callable[[bytes], bytes], signed_an
     edge = await only_assigns(served, assigned)
     with pytest.raises(PlanError, match=text):
         await asyncio.wait_for(device(edge, host).run(), timeout=10)
+
+
+@toy.in_loop
+async def test_more_blobs_than_were_asked_for_are_refused() -> None:
+    good = await honest()
+
+    async def more(request: pb.PullRequest) -> AsyncIterator[pb.Slice]:
+        for hash in (request.hash, *(each.hash for each in request.then), request.hash):
+            yield pb.Slice(data=good.blobs[hash], total=len(good.blobs[hash]))
+
+    edge = await only_assigns(good, good.assigned)
+    edge.slices = more
+    with pytest.raises(PlanError, match="Expected 1 blobs, got more"):
+        await asyncio.wait_for(device(edge).run(), timeout=10)
 
 
 @toy.in_loop
