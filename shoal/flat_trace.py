@@ -27,6 +27,8 @@ _CALLS: Final = {
     "remat2": "jaxpr",
 }
 """Operations that are functions -> where their trace is."""
+KEEP_LAYERS: Final = {"convert_element_type"}
+"""Operations that do to a stack what they do to each of its layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,7 @@ class Operation:
         if self.eqn is None:
             assert self.own is not None
             return [self.own(*values)]
-        with self.eqn.ctx.manager:
-            made = self.eqn.primitive.bind(*values, **self.eqn.params)
+        made = _bound(self.eqn, *values)
         return list(made) if self.eqn.primitive.multiple_results else [made]
 
 
@@ -90,7 +91,11 @@ class FlatTrace:
 
     def pieces_of(self, number: int) -> list[int]:
         """Numbers of the pieces (1, …) of a value (n, …)."""
-        return [self._add(_raised, [layer], (1, *self.avals[layer].shape)) for layer in self._layers_of(number)]
+        layers = self._layers_of(number)
+        made = {
+            layer: self._add(_raised, [layer], (1, *self.avals[layer].shape)) for layer in sorted(layers)
+        }  # as they are made
+        return [made[layer] for layer in layers]
 
     def upstream(self, values: Iterable[int]) -> list[Operation]:
         """Operations that some of these values follow from, in order."""
@@ -118,6 +123,8 @@ class FlatTrace:
             taken = [number(atom) for atom in eqn.invars]
             if eqn.primitive.name == "scan" and self._is_over_layers(eqn, taken):
                 given = self._turn_by_turn(eqn, taken)
+            elif eqn.primitive.name in KEEP_LAYERS and taken[0] in self._layers:
+                given = [self._layer_by_layer(eqn, taken[0])]
             elif eqn.primitive.name == "cond":
                 given = self._chosen(eqn.params["branches"], taken[0], taken[1:])
             elif called is None:
@@ -156,6 +163,13 @@ class FlatTrace:
                 each[turn] = number
         return carry + [self._stacked(layers) for layers in left]
 
+    def _layer_by_layer(self, eqn: core.JaxprEqn, number: int) -> int:
+        made: Any = eqn.outvars[0].aval
+        layers = self._layers_of(number)
+        return self._stacked(
+            [self._add(partial(_bound, eqn), [each], self.avals[each].shape, made.dtype) for each in layers]
+        )
+
     def _layers_of(self, number: int) -> list[int]:
         if number not in self._layers:
             num, *shape = self.avals[number].shape
@@ -174,13 +188,13 @@ class FlatTrace:
         self.operations.append(Operation(None, tuple(self._layers[number]), (number,), _stack))
         return pieces
 
-    def _add(self, own: Callable[..., Any], inputs: Sequence[int], shape: Sequence[int]) -> int:
-        made = self._number(self._shaped(inputs[0], shape))
+    def _add(self, own: Callable[..., Any], inputs: Sequence[int], shape: Sequence[int], dtype: Any = None) -> int:
+        made = self._number(self._shaped(inputs[0], shape, dtype))
         self.operations.append(Operation(None, tuple(inputs), (made,), own))
         return made
 
-    def _shaped(self, number: int, shape: Sequence[int]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(tuple(shape), self.avals[number].dtype)
+    def _shaped(self, number: int, shape: Sequence[int], dtype: Any = None) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(tuple(shape), dtype or self.avals[number].dtype)
 
     def _constant(self, value: Any) -> int:
         made = next(self._numbers)
@@ -192,6 +206,11 @@ class FlatTrace:
 def stacks_of(eqn: core.JaxprEqn, taken: Sequence[int]) -> Sequence[int]:
     """Of what a loop takes, that of which each turn takes a layer."""
     return taken[eqn.params["num_consts"] + eqn.params["num_carry"] :]
+
+
+def _bound(eqn: core.JaxprEqn, *values: Any) -> Any:
+    with eqn.ctx.manager:
+        return eqn.primitive.bind(*values, **eqn.params)
 
 
 def select_n(index: Any, *branches: Any) -> Any:

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shoal.flat_trace import FlatTrace, Operation, select_n, stacks_of
+from shoal.flat_trace import KEEP_LAYERS, FlatTrace, Operation, select_n, stacks_of
 from shoal.flops import of_operation
 from shoal.local import Named, Shape, added, model_shape, named, seed_key
 from shoal.lora import with_adapters
@@ -242,7 +242,10 @@ class Step:
     @cached_property
     def travelling(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the learned parameters as they travel."""
-        return jax.eval_shape(self.apart, {name: self._params[name] for name in self.learned})
+        shapes: dict[str, jax.ShapeDtypeStruct] = jax.eval_shape(
+            self.apart, {name: self._params[name] for name in self.learned}
+        )
+        return shapes
 
     def _model(self, learned: Named, frozen: Named, state: Named) -> tuple[Any, Any]:
         """Parameters and state as the task has them."""
@@ -300,6 +303,8 @@ def _stacks(trace: FlatTrace, names: Sequence[str], least_bytes: int) -> dict[st
     at = {number: name for number, name in zip(trace.inputs, names, strict=False)}
     found: dict[str, int] = {}
     for operation in trace.operations:
+        if operation.name in KEEP_LAYERS and operation.inputs[0] in at:
+            at[operation.outputs[0]] = at[operation.inputs[0]]
         if operation.name == "scan" and operation.eqn is not None:
             length = int(operation.eqn.params["length"])
             mine = [number for number in stacks_of(operation.eqn, operation.inputs) if number in at]

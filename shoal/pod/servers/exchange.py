@@ -202,7 +202,8 @@ class Exchange:
                 return
             server = self._servers[self._owners[transfer]]
             with self._changed:
-                self._changed.wait_for(lambda number=transfer: self._is_broken or number not in self._on_the_way)
+                while transfer in self._on_the_way and not self._is_broken:
+                    self._changed.wait()
                 if self._is_broken:
                     return
                 self._on_the_way.add(transfer)
