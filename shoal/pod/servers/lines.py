@@ -25,6 +25,8 @@ PULL, SLICE, PUSH, ACK = range(1, 5)
 MOST_BYTES: Final = 1 << 22
 SILENCE_S: Final = 60.0
 """After which a peer that is in the middle of something is given up."""
+WAKE_BYTES: Final = 128 << 10
+"""That whoever reads much waits for."""
 _HEADER: Final = struct.Struct("<B3xIQQI")
 _HELLO: Final = b"shoal servers 1\n"
 _NONCE: Final = 16
@@ -65,7 +67,7 @@ class Line:
             if hasattr(socket, name):  # not everywhere
                 connected.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket, self._silence_s = connected, silence_s
+        self._socket, self._silence_s, self._wakes_at = connected, silence_s, 1
         self._header = bytearray(_HEADER.size)
 
     def send(self, frame: Frame, data: memoryview | bytes = b"") -> None:
@@ -95,6 +97,7 @@ class Line:
         got = 0
         while got < len(place):
             try:
+                self._wake_at(1 if is_patient else min(WAKE_BYTES, len(place) - got))
                 num = self._socket.recv_into(place[got:])
             except TimeoutError as error:
                 if not is_patient or got:
@@ -105,6 +108,12 @@ class Line:
             if not num:
                 raise NetworkError("The other side is gone.")
             got += num
+
+    def _wake_at(self, size: int) -> None:
+        """Whoever reads is woken when so many bytes are there, not for each packet: that takes time from who computes."""
+        if size != self._wakes_at:
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+            self._wakes_at = size
 
     def close(self) -> None:
         """From any thread; whoever reads or writes is told."""

@@ -12,7 +12,6 @@ move bytes. Which transfer goes first is the rank's affair (`schedule/`).
 import time
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from shoal.pod.servers.exchange import Exchange
@@ -75,7 +74,7 @@ def taken(
             found = exchange.next_arrived()
             waited_s += time.perf_counter() - before
         if found is not None:
-            run.give(found[0], jax.device_put(exchange.packings[found[0]].unpacked(found[1])))
+            run.give(found[0], exchange.packings[found[0]].unpacked(found[1]))
             left -= 1
             if following is not None and following.is_early and not left and not is_alone:
                 exchange.pull(step + 1, following.ranks, updates=step)
