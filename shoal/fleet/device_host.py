@@ -337,7 +337,8 @@ class DeviceHost:
 
     async def _pulled(self, assigned: pb.Assigned, wanted: Sequence[Wanted], link: Link) -> list[bytes]:
         made, data, tries = list[bytes](), bytearray(), 0
-        latest_s = self.clock.now_s() + longest_s(sum(each.most for each in wanted))
+        allowed_s = longest_s(sum(each.most for each in wanted))
+        latest_s = self.clock.now_s() + allowed_s
         while len(made) < len(wanted):
             first, *then = wanted[len(made) : len(made) + MAX_WANTED]
             request = pb.PullRequest(
@@ -353,7 +354,7 @@ class DeviceHost:
                     size = piece.unpacked or len(piece.data)
                     if self.clock.now_s() > latest_s:
                         raise ProtocolError(
-                            f"Expected {now.hash[:12]}… within {longest_s(now.most):.0f} s, got {len(data)} bytes."
+                            f"Expected {len(wanted)} blobs within {allowed_s:.0f} s, got {len(made)} and {len(data)} bytes."
                         )
                     if piece.offset != len(data) or len(data) + size > piece.total or piece.total > now.most:
                         raise _OtherBytes(

@@ -66,7 +66,9 @@ class Offer:
         left = sum(self._sizes.values())
         left = min(left, request.credit or left)
         wanted = [(request.hash, request.base, request.offset), *((each.hash, each.base, 0) for each in request.then)]
-        for hash, base, offset in wanted:
+        for number, (hash, base, offset) in enumerate(wanted):
+            if number and self._sizes.get(hash, 0) > left < SLICE_BYTES:
+                break
             part = pb.PullRequest(
                 hash=hash, base=base, offset=offset, credit=left, packed=request.packed, ids=request.ids
             )
@@ -85,6 +87,8 @@ class Offer:
         if request.offset > total:
             raise ProtocolError(f"Expected an offset of at most {total}, got {request.offset}.")
         end = min(total, request.offset + request.credit)
+        if end < total and end - end % SLICE_BYTES > request.offset:
+            end -= end % SLICE_BYTES  # so that the next call begins where slices do
         offset = request.offset
         while offset < end or offset == request.offset:
             size = min(SLICE_BYTES, end - offset)

@@ -13,9 +13,9 @@ Small tensors travel with the one that is used before them: a bias with its kern
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Final, final
 
 import jax
@@ -49,17 +49,20 @@ class _Part:
 class Staged:
     """A step, ready to be run stage by stage."""
 
-    def __init__(self, trace: FlatTrace, leaves: Mapping[str, int], gradients: Mapping[str, int], *, joined_bytes: int) -> None:  # fmt: skip
+    def __init__(
+        self, trace: FlatTrace, leaves: Mapping[str, int], gradients: Mapping[str, int], *, joined_bytes: int, turns: Mapping[str, int] | None = None
+    ) -> None:  # fmt: skip
         """
         Args:
             trace: of the step.
             leaves: name of a parameter that travels -> its number.
             gradients: name -> number of its gradient; none of a step without a way back.
             joined_bytes: see `JOINED_BYTES`.
+            turns: name of a parameter that is a layer's -> which: a layer's travel together.
         """
         self._trace = trace
         operations = trace.upstream(trace.outputs)
-        self.members = _joined(operations, leaves, trace, joined_bytes)
+        self.members = _joined(operations, leaves, trace, joined_bytes, turns or {})
         """Tensors of each transfer."""
         of = {name: number for number, names in enumerate(self.members) for name in names}
         parts = _cut(operations, trace, {leaves[n]: of[n] for n in leaves}, {gradients[n]: of[n] for n in gradients})
@@ -69,7 +72,7 @@ class Staged:
         self.costs = tuple(_cost(part, trace) for part in parts)
         self.notes = tuple(_notes(parts, {leaves[n]: n for n in leaves}))
         """What the graph could not see into."""
-        self._programs = [jax.jit(_program(part, trace.constants), inline=False) for part in parts]
+        self._programs = _programs(parts, trace)
         self._users = Counter(value for part in parts for value in part.takes)
         for value in (*trace.outputs, *trace.inputs):
             self._users[value] += 1  # it stays
@@ -173,7 +176,8 @@ class Step:
     """A task's step, staged: what goes in and comes out, by name."""
 
     def __init__(
-        self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES, by_layers: bool = False
+        self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES,
+        takes_apart: Callable[[Named, Named], bool] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -181,7 +185,7 @@ class Step:
             batch_size: examples of a step.
             is_training: the gradient of the mean loss; else the sums of `task.evaluate`.
             joined_bytes: tensors up to this size travel with another.
-            by_layers: stacked layers may be taken apart: they are updated element by element.
+            takes_apart: whether a stack, by name with its shape, may be updated by pieces like the one given, by name; None: none may.
         """
         self.task = task = with_adapters(task)
         like = model_shape(task)
@@ -194,7 +198,10 @@ class Step:
         scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
         function = self._gradient if is_training else self._evaluate
         trace, shape = FlatTrace.of(function, learned, frozen, self._state, batch, *scalars)
-        self.layers = _stacks(trace, sorted(learned), joined_bytes) if by_layers else {}
+        self.layers = {
+            name: num for name, num in (_stacks(trace, sorted(learned), joined_bytes) if takes_apart else {}).items()
+            if takes_apart and takes_apart({name: learned[name]}, {_pieces(name, 1)[0]: _piece(learned[name])})
+        }  # fmt: skip
         """Name of a stack that is taken apart -> how many layers it has."""
         names = sorted(learned)
         trace = (
@@ -208,7 +215,8 @@ class Step:
             trace.outputs = [gradients[name] for name in sorted(gradients)] + trace.outputs[len(names) :]
             shape = (dict.fromkeys(gradients, 0), *shape[1:])
         self._returns = jax.tree.structure(shape)
-        self.staged = Staged(trace, leaves, gradients, joined_bytes=joined_bytes)
+        turns = {piece: at for name, num in self.layers.items() for at, piece in enumerate(_pieces(name, num))}
+        self.staged = Staged(trace, leaves, gradients, joined_bytes=joined_bytes, turns=turns)
 
     def _each(self, names: Sequence[str], pieces: Callable[[int], list[int]], numbers: Sequence[int]) -> dict[str, int]:
         """Numbers by name, of pieces where a tensor is taken apart."""
@@ -294,6 +302,10 @@ class Step:
         return jax.tree.unflatten(self._returns, run.outputs())
 
 
+def _piece(stack: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, *stack.shape[1:]), stack.dtype)
+
+
 def _pieces(name: str, num: int) -> list[str]:
     return [f"{name}[{at}]" for at in range(num)]
 
@@ -318,20 +330,29 @@ def _size(aval: Any) -> int:
 
 
 def _joined(
-    operations: Sequence[Operation], leaves: Mapping[str, int], trace: FlatTrace, joined_bytes: int
-) -> tuple[tuple[str, ...], ...]:
-    """Names of tensors that travel together, the largest first, in the order in which they are first used."""
+    operations: Sequence[Operation], leaves: Mapping[str, int], trace: FlatTrace, joined_bytes: int, turns: Mapping[str, int]
+) -> tuple[tuple[str, ...], ...]:  # fmt: skip
+    """Names of tensors that travel together, in the order in which they are first used."""
     first: dict[int, int] = {}
+    stands_for: dict[int, tuple[int, ...]] = {}
     for at, operation in enumerate(operations):
-        for value in operation.inputs:
+        used = tuple(one for value in operation.inputs for one in stands_for.get(value, (value,)))
+        if _is_of_layers(operation):
+            stands_for |= dict.fromkeys(operation.outputs, used)
+            continue
+        for value in used:
             first.setdefault(value, at)
     in_order = sorted(leaves, key=lambda name: (first.get(leaves[name], len(operations)), name))
     groups: list[list[str]] = []
     waiting: list[str] = []
+    last: int | None = None
+    """The turn of the last group."""
     for name in in_order:
-        if _size(trace.avals[leaves[name]]) > joined_bytes:
+        if last is not None and turns.get(name) == last:
+            groups[-1].append(name)
+        elif _size(trace.avals[leaves[name]]) > joined_bytes:
             groups.append([name, *waiting])
-            waiting = []
+            waiting, last = [], turns.get(name)
         elif groups:
             groups[-1].append(name)
         else:
@@ -392,7 +413,7 @@ def _sink(operations: Sequence[Operation], keys: list[tuple[bool, int]], given: 
             takers.setdefault(value, []).append(at)
     light = set[int]()
     for at, operation in enumerate(operations):
-        is_light = operation.own is not select_n if operation.eqn is None else of_operation(operation.eqn) == 0
+        is_light = _is_of_layers(operation) or (operation.eqn is not None and of_operation(operation.eqn) == 0)
         known = (v in given or v in trace.constants or made_by.get(v) in light for v in operation.inputs)
         if is_light and operation.inputs and all(known):
             light.add(at)
@@ -400,6 +421,11 @@ def _sink(operations: Sequence[Operation], keys: list[tuple[bool, int]], given: 
         users = [user for value in operations[at].outputs for user in takers.get(value, ())]
         if users:
             keys[at] = keys[min(users, key=lambda user: _place(keys[user]))]
+
+
+def _is_of_layers(operation: Operation) -> bool:
+    """It takes a layer out of a stack, casts one, or makes a stack of them."""
+    return operation.eqn is None and operation.own is not select_n
 
 
 def _place(key: tuple[bool, int]) -> tuple[bool, int]:
@@ -440,6 +466,38 @@ def _parts(operations: Sequence[Operation], keys: Sequence[tuple[bool, int]], tr
         gives = {value for value in made if everywhere[value] > (value in used)}
         parts.append(_Part(tuple(group), tuple(sorted(takes)), tuple(sorted(gives))))
     return parts
+
+
+def _programs(parts: Sequence[_Part], trace: FlatTrace) -> list[Any]:
+    """Of each stage one; turns of a loop that do the same share theirs, so that it is compiled once."""
+    made: dict[Hashable, Any] = {}
+    return [
+        made.setdefault(_key(part, trace), jax.jit(_program(part, trace.constants), inline=False)) for part in parts
+    ]
+
+
+def _key(part: _Part, trace: FlatTrace) -> Hashable:
+    """What a stage does, with numbers of its own for values."""
+    own: dict[int, int] = {}
+    given = tuple((trace.avals[value].shape, trace.avals[value].dtype, own.setdefault(value, len(own))) for value in part.takes)  # fmt: skip
+
+    def inside(value: int) -> Hashable:
+        known = value in trace.constants and value not in own
+        return ("constant", id(trace.constants[value])) if known else own.setdefault(value, len(own))
+
+    does = tuple(
+        (_what(operation), tuple(map(inside, operation.inputs)), tuple(map(inside, operation.outputs)))
+        for operation in part.operations
+    )
+    return given, does, tuple(own[value] for value in part.gives)
+
+
+def _what(operation: Operation) -> Hashable:
+    if operation.eqn is not None:
+        return id(operation.eqn)
+    if isinstance(operation.own, partial):
+        return operation.own.func, tuple(each if isinstance(each, int) else id(each) for each in operation.own.args)
+    return operation.own
 
 
 def _program(part: _Part, constants: Mapping[int, Any]) -> Callable[..., list[Any]]:

@@ -116,7 +116,7 @@ def test_when_one_is_killed_all_go_on_from_the_last_checkpoint(folder: Path, whi
         process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file)
         try:
             until(lambda: re.search(r"version +1/", log.read_text()) is not None, process)
-            roles = sorted(worker_pids(process.pid))
+            roles = worker_pids(process.pid)
             os.kill(roles[-1] if which == "a server" else roles[0], signal.SIGKILL)
             assert process.wait(100) == 0, log.read_text()
         finally:
@@ -138,8 +138,10 @@ def until(is_so: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None
 
 
 def worker_pids(supervisor: int) -> list[int]:
-    """Of the workers that train, not of spares: those that have connections."""
+    """Of the workers that train, not of spares: those that have connections. As they were started, the servers last."""
     children = psutil.Process(supervisor).children(recursive=True)
     return [
-        each.pid for each in children if "shoal.cli.train_pod" in " ".join(each.cmdline()) and each.net_connections()
+        each.pid
+        for each in sorted(children, key=psutil.Process.create_time)
+        if "shoal.cli.train_pod" in " ".join(each.cmdline()) and each.net_connections()
     ]

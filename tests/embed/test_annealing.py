@@ -59,7 +59,7 @@ def test_what_is_not_looked_at_would_have_lost_too_much(
         st.lists(st.lists(st.integers(0, size - 1), min_size=2, max_size=8, unique=True), min_size=2, max_size=20)
     )
     indptr = np.cumsum([0, *map(len, bags)]).astype(np.int64)
-    pins, weights = np.concatenate(bags).astype(np.int32), np.linspace(0.5, 2, len(bags)).astype(np.float32)
+    pins, weights = np.concatenate(bags).astype(np.int32), (0.5 + np.arange(len(bags), dtype=np.float32) / 16)
     edges, named = (indptr, pins, weights), by_vector(indptr, pins, size)
     order = np.random.default_rng(seed).permutation(size)
     slot_of, before = np.argsort(order), total(indptr, pins, weights, np.argsort(order), per_block)

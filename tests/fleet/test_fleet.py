@@ -12,7 +12,7 @@ import pytest
 from shoal.clock import SystemClock
 from shoal.data.store import Examples
 from shoal.errors import DataError, NetworkError, ProgramError, ProtocolError
-from shoal.fleet import device_host
+from shoal.fleet import device_host, packed_slices
 from shoal.fleet.device import Device
 from shoal.fleet.link import LocalLink
 from shoal.fleet.session import MAX_OUTGOING
@@ -335,12 +335,26 @@ async def test_a_call_has_its_credit_and_no_more_than_all_there_is() -> None:
             return [len(piece.data) async for piece in fleet.link.pull(request)]
 
         assert await sizes(0, then) == [4 * shape[0] for shape in MANY.values()]
-        assert await sizes(36_000 + 100, then) == [36_000, 100]
+        assert await sizes(36_000 + 100, then) == [36_000]  # less than a slice of the next
+        assert await sizes(100, then) == [100]
         assert sum(await sizes(1 << 62, [then[-1]] * 1024)) <= model.size_bytes + sum(
             len(program) for program in made.programs.values()
         ) + len(made.manifest.data) + len(model.data)
         with pytest.raises(ProtocolError, match="at most 1024 blobs"):
             await sizes(0, [then[-1]] * 1025)
+
+
+@toy.in_loop
+async def test_a_call_ends_where_slices_do() -> None:
+    """Else all that follows would come neither packed nor shared."""
+    slice_ = packed_slices.SLICE_BYTES
+    made = toy.plan(toy.exact("peer"), {"params/a": (100,), "params/b": (slice_,)})
+    async with toy.fleet(made) as fleet, toy.peer(fleet.link) as peer:
+        token = (await peer.assigned()).token
+        first, last = (entry.hash for entry in fleet.store.get_commit(fleet.host.run_id, 0).model)
+        request = pb.PullRequest(token=token, hash=first, credit=2 * slice_, packed=True, then=[pb.Wanted(hash=last)])
+        pieces = [piece async for piece in fleet.link.pull(request)]
+        assert [piece.unpacked for piece in pieces] == [400, slice_]
 
 
 # Devices that die, repeat themselves, or do not listen.

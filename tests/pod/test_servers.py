@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from shoal.local import named
 from shoal.pod import Trainer, Version, Watch
 from shoal.pod.servers.checkpoints import Parts
 from shoal.pod.servers.clocks import Clocks, Update
+from shoal.pod.servers.exchange import Exchange, whole
 from shoal.pod.servers.lines import PULL, Frame, Line
 from shoal.pod.servers.packing import Packing
+from shoal.pod.servers.server import Server, Serving
 from shoal.pod.servers.trainer import ServerTrainer
 from shoal.pod.servers.updates import Updates
 
@@ -109,11 +112,11 @@ class TestClocks:
         clocks = Clocks((0,), 1, staleness=0)
         clocks.pushed(0, 0, 0)
         assert clocks.may_have(0, 0, 1, 0)
-        assert not clocks.has_more(0, 0)
+        assert clocks.back(0, 0) == 0
         clocks.updated(Update(0, (0,)))
         assert clocks.may_have(0, 0, 1, 0)
-        assert clocks.has_more(0, 0)  # synchronous: neither less nor more than it asked for
-        assert not clocks.has_more(0, 1)
+        assert clocks.back(0, 0) == 1  # synchronous: neither less nor more than it asked for
+        assert clocks.back(0, 1) == 0
         assert not clocks.may_have(0, 0, 2, 2)
 
     def test_what_is_asked_for_the_last_step_is_what_came_of_all(self) -> None:
@@ -205,7 +208,7 @@ def test_no_order_changes_a_bit(how: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{"workers": 1}, {"workers": 2}, {"servers": 2, "order": "random", "slice_bytes": 64, "credit_bytes": 64}], ids=str
+    "how", [{"workers": 1}, {"workers": 2}, {"order": "tac"}, {"servers": 2, "order": "random", "slice_bytes": 64, "credit_bytes": 64}], ids=str
 )  # fmt: skip
 def test_ahead_each_gradient_is_of_the_parameters_before_the_last_update(how: Any) -> None:
     data, tune = examples(), optax.sgd(0.5, momentum=0.9)
@@ -229,9 +232,10 @@ def test_ahead_each_gradient_is_of_the_parameters_before_the_last_update(how: An
         np.testing.assert_allclose(value, wanted[name], rtol=1e-4, atol=1e-5)
 
 
-def test_ahead_a_run_goes_on_as_it_would_have_done_and_stops_with_all_its_updates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["layer", "auto"])
+def test_ahead_a_run_goes_on_as_it_would_have_done_and_stops_with_all_its_updates(order: Any, tmp_path: Path) -> None:
     def run(steps: int, stop_at: int | None = None, folder: Path | None = None) -> Any:
-        trainer = ServerTrainer(task(), workers=1, order="layer", joined_bytes=100, ahead=True)
+        trainer = ServerTrainer(task(), workers=1, order=order, joined_bytes=100, ahead=True)
         watch = Watch(should_stop=lambda step: step == stop_at)
         return trainer.train(examples(), steps=steps, commit_every=4, seed=3, folder=folder, watch=watch)
 
@@ -243,6 +247,10 @@ def test_ahead_a_run_goes_on_as_it_would_have_done_and_stops_with_all_its_update
     for name in wanted["params"]:
         np.testing.assert_array_equal(again["params"][name], wanted["params"][name])
         np.testing.assert_array_equal(stopped["params"][name], shorter["params"][name])
+    with pytest.raises(StoreError, match="ahead"):
+        ServerTrainer(task(), workers=1, joined_bytes=100).train(
+            examples(), steps=14, commit_every=4, seed=3, folder=tmp_path
+        )
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -269,7 +277,15 @@ def stacked(optimizer: Any) -> shoal.Task:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("optimizer", "num"), [(optax.adamw(1e-2), 5), (optax.lamb(1e-2), 2)], ids=["adamw", "lamb"])
+ONE_BY_ONE = {
+    "adamw": (optax.adamw(1e-2, mask=lambda params: jax.tree.map(lambda p: p.ndim > 2, params)), 5),
+    "lamb": (optax.lamb(1e-2), 2),
+    "mask by name": (optax.adamw(1e-2, weight_decay=0.5, mask=lambda params: {n: n.endswith("layers") for n in params}), 2),
+    "mask by size": (optax.adamw(1e-2, weight_decay=0.5, mask=lambda params: jax.tree.map(lambda p: p.size > 36, params)), 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("optimizer", "num"), ONE_BY_ONE.values(), ids=ONE_BY_ONE)
 def test_stacked_layers_travel_one_by_one_where_updates_are_of_elements(optimizer: Any, num: int, tmp_path: Path) -> None:  # fmt: skip
     mesh = Trainer(stacked(optimizer), mesh="data=2", devices=jax.devices()[:2])
     wanted = mesh.whole(mesh.train(examples(), steps=7, commit_every=7, seed=3))
@@ -322,6 +338,27 @@ def test_bad_settings_have_one_clear_error(how: Any, message: str) -> None:
         ServerTrainer(task(), joined_bytes=100, **how).train(examples(), steps=1, commit_every=1)
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_not_held_any_more_ends_the_line(ahead: bool) -> None:
+    params = {"a": np.zeros(3, np.float32)}
+    updates, packing = Updates(optax.sgd(1.0), params, (("a",),)), Packing(("a",), params)
+    serving = Serving(num_workers=1, ahead=ahead)
+    with Server(updates, params, dict(enumerate(updates.begin(params))), {0: packing}, serving, secret=b"s") as server:
+        exchange = Exchange([("127.0.0.1", server.port)], b"s", worker=0, packings=[packing], owners=[0])
+        for step in range(2):
+            exchange.push(0, step, {"a": jnp.ones(3)}, 0)
+        exchange.flushed()
+        exchange.pull(2, np.zeros(1, np.int64))
+        np.testing.assert_array_equal(whole(exchange)["a"], np.full(3, -2.0))
+        exchange.pull(2, np.zeros(1, np.int64), updates=1)
+        if ahead:
+            np.testing.assert_array_equal(whole(exchange)["a"], np.full(3, -1.0))
+            exchange.pull(1, np.zeros(1, np.int64), updates=0)
+        with pytest.raises(NetworkError, match="gone"):
+            whole(exchange)
+        exchange.close()
+
+
 class TestLines:
     def pair(self, secret: bytes, other: bytes) -> tuple[Any, Any]:
         listening = socket.create_server(("127.0.0.1", 0))
@@ -363,6 +400,23 @@ class TestLines:
         dialled, accepted = self.pair(b"secret", b"another")
         assert isinstance(accepted, ProtocolError)
         assert isinstance(dialled, NetworkError | ProtocolError)
+
+    def test_one_that_is_slow_is_heard(self) -> None:
+        dialled, (accepted, *_) = self.pair(b"secret", b"secret")
+        place = bytearray(16 << 10)
+
+        def send() -> None:
+            for _ in range(8):
+                time.sleep(0.3)
+                dialled._socket.sendall(bytes([7]) * (2 << 10))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        accepted.read_into(memoryview(place))  # whoever reads waits for no more than a part of it without being told
+        thread.join()
+        assert bytes(place) == bytes([7]) * (16 << 10)
+        for line in (dialled, accepted):
+            line.close()
 
     def test_a_frame_that_is_none_is_refused(self) -> None:
         dialled, (accepted, *_) = self.pair(b"secret", b"secret")

@@ -85,11 +85,30 @@ def through_stacked_twice(params: Any, x: Any) -> Any:
     return x @ params["out"] + jnp.sum(jnp.square(params["kernel"]))
 
 
+@jax.custom_vjp
+def doubled(x: Any) -> Any:
+    return x * 2
+
+
+doubled.defvjp(lambda x: (doubled(x), None), lambda _, g: (g * 2,))
+
+
+def through_stacked_of_own(params: Any, x: Any) -> Any:
+    """A way back of its own, which calls itself."""
+    x, _ = jax.lax.scan(lambda x, kernel: (jnp.tanh(doubled(x @ kernel)), None), x, params["layers"])
+    return doubled(x @ params["out"])
+
+
+def always(whole: Any, piece: Any) -> bool:
+    return True
+
+
 NETS = {
     "chain": (chain, through),
     "branching": (branching, through_branches),
     "tied": (tied, through_tied),
     "stacked": (stacked, through_stacked),
+    "stacked-own": (stacked, through_stacked_of_own),
     "stacked-twice": (stacked_twice, through_stacked_twice),
 }
 
@@ -132,7 +151,7 @@ def done(step: Step, params: Any, order: Any) -> tuple[Any, list[int]]:
 )
 def test_stages_are_the_step(net: str, by_layers: bool) -> None:
     task = task_of(net)
-    step = Step(task, BATCH, joined_bytes=32, by_layers=by_layers)
+    step = Step(task, BATCH, joined_bytes=32, takes_apart=always if by_layers else None)
     params = task.variables(jax.random.key(0)).params
     _, _, batch, _, key = inputs()
 
@@ -172,13 +191,14 @@ def test_branches_do_not_wait_for_one_another() -> None:
     assert frozenset(["in", "left1"]) in depends
 
 
-def test_evaluation_has_stages_too() -> None:
-    task = task_of("branching")
-    step = Step(task, BATCH, is_training=False, joined_bytes=32)
+@pytest.mark.parametrize("net", ["branching", "stacked-own", "stacked-twice"])
+def test_evaluation_has_stages_too(net: str) -> None:
+    task = task_of(net)
+    step = Step(task, BATCH, is_training=False, joined_bytes=32, takes_apart=always)
     params = task.variables(jax.random.key(0)).params
-    metrics, made = done(step, named(params, "params"), range(5))
+    metrics, made = done(step, step.apart(named(params, "params")), range(len(step.staged.graph.transfers)))
     _, _, batch, *_ = inputs()
-    each = jnp.sum(jnp.abs(through_branches(params, batch["x"])), axis=1)
+    each = jnp.sum(jnp.abs(NETS[net][1](params, batch["x"])), axis=1)
     np.testing.assert_allclose(metrics["size/numerator"], jnp.sum(jnp.where(batch["mask"], each, 0.0)), rtol=1e-5)
     assert made == []
     assert not any(stage.makes for stage in step.staged.graph.stages)
@@ -190,7 +210,7 @@ def test_a_loop_is_one_stage_and_says_so() -> None:
 
 
 def test_layers_of_a_stack_travel_one_by_one() -> None:
-    step = Step(task_of("stacked"), BATCH, joined_bytes=32, by_layers=True)
+    step = Step(task_of("stacked"), BATCH, joined_bytes=32, takes_apart=always)
     graph = step.staged.graph
     assert step.layers == {"params/layers": 3}
     assert [transfer.name for transfer in graph.transfers] == [*(f"params/layers[{n}]" for n in range(3)), "params/out"]
@@ -205,8 +225,40 @@ def test_layers_of_a_stack_travel_one_by_one() -> None:
     np.testing.assert_array_equal(whole["params/layers"], params["params/layers"])
 
 
+@pytest.mark.parametrize("num", [3, 12])
+def test_a_layer_travels_as_one_and_turns_share_their_programs(num: int) -> None:
+    def through(params: Any, x: Any) -> Any:
+        def layer(x: Any, p: Any) -> Any:
+            return x + jnp.tanh(x @ p["up"] + p["bias"][None]) @ p["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    def init(key: Any) -> Any:
+        return {"up": normal(key, num, 6, 6), "down": normal(key, num, 6, 6), "bias": jnp.zeros((num, 6))}
+
+    task = task_of("chain").replace(init=init, loss=lambda params, state, batch, key: jnp.mean(through(params, batch["x"]), axis=1), evaluate=None)  # fmt: skip
+    staged = Step(task, BATCH, joined_bytes=32, takes_apart=always).staged
+    names = [{f"params/{name}[{n}]" for name in ("up", "down", "bias")} for n in range(num)]
+    assert [set(each) for each in staged.members] == names
+    assert len(staged.graph.stages) <= 3 * num + 4
+    assert len({id(program) for program in staged._programs}) <= 10
+
+
+def test_whoever_updates_them_decides_what_is_taken_apart() -> None:
+    asked: list[Any] = []
+
+    def never(whole: Any, piece: Any) -> bool:
+        asked.append(({name: value.shape for name, value in whole.items()}, {name: value.shape for name, value in piece.items()}))  # fmt: skip
+        return False
+
+    step = Step(task_of("stacked"), BATCH, joined_bytes=32, takes_apart=never)
+    assert asked == [({"params/layers": (3, 6, 6)}, {"params/layers[0]": (1, 6, 6)})]
+    assert step.layers == {}
+    assert step.staged.notes
+
+
 def test_a_stack_of_small_layers_stays_whole() -> None:
-    step = Step(task_of("stacked"), BATCH, joined_bytes=4 * 36, by_layers=True)
+    step = Step(task_of("stacked"), BATCH, joined_bytes=4 * 36, takes_apart=always)
     assert step.layers == {}
 
 

@@ -93,9 +93,9 @@ class Clocks:
         has_own = self._applied[transfer][worker] >= updates
         return has_own and (self._staleness is None or min(self._applied[transfer]) >= step - self._staleness)
 
-    def has_more(self, transfer: int, updates: int) -> bool:
-        """Whether the newest has more updates in it than are asked for, where they have to be as many: then the one before is meant."""
-        return self._staleness == 0 and self.done(transfer) > updates
+    def back(self, transfer: int, updates: int) -> int:
+        """Updates that the newest has beyond those that are asked for, where they have to be as many."""
+        return max(0, self.done(transfer) - updates) if self._staleness == 0 else 0
 
     def reached(self) -> int:
         """Steps that are done with every transfer: what a barrier waits for."""

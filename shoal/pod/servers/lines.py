@@ -94,12 +94,15 @@ class Line:
 
     def read_into(self, place: memoryview, *, is_patient: bool = False) -> None:
         """As many bytes as there is place for; `is_patient`: however long the first of them takes."""
-        got = 0
+        got, wake = 0, 1 if is_patient else WAKE_BYTES
         while got < len(place):
             try:
-                self._wake_at(1 if is_patient else min(WAKE_BYTES, len(place) - got))
+                self._wake_at(min(wake, len(place) - got))
                 num = self._socket.recv_into(place[got:])
             except TimeoutError as error:
+                if wake > 1:
+                    wake = 1  # something may be there
+                    continue
                 if not is_patient or got:
                     raise self._broken(error) from error
                 continue

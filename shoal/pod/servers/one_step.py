@@ -12,6 +12,7 @@ move bytes. Which transfer goes first is the rank's affair (`schedule/`).
 import time
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from shoal.pod.servers.exchange import Exchange
@@ -64,6 +65,7 @@ def taken(
         TransportError: a server is gone.
     """  # fmt: skip
     begun = time.perf_counter()
+    is_moved = jax.default_backend() != "cpu"  # else each stage would move it once more
     left, waited_s = len(staged.graph.transfers), 0.0
     seconds, made, has_asked = dict[int, float](), list[int](), False
     while not run.is_done or left:
@@ -74,7 +76,8 @@ def taken(
             found = exchange.next_arrived()
             waited_s += time.perf_counter() - before
         if found is not None:
-            run.give(found[0], exchange.packings[found[0]].unpacked(found[1]))
+            tensors = exchange.packings[found[0]].unpacked(found[1])
+            run.give(found[0], jax.device_put(tensors) if is_moved else tensors)
             left -= 1
             if following is not None and following.is_early and not left and not is_alone:
                 exchange.pull(step + 1, following.ranks, updates=step)
@@ -88,6 +91,9 @@ def taken(
                 seconds[stage] = time.perf_counter() - before
             else:
                 made = _pushed(made, run, exchange, step, ranks)
+    if following is not None and following.is_early:  # nothing was sent while stages ran: they were measured
+        exchange.pull(step + 1, following.ranks, updates=step)
+        following = None
     _pushed(made, run, exchange, step, ranks)
     if following is not None:
         exchange.pull(step + 1, following.ranks)

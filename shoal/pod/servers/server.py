@@ -7,7 +7,7 @@ What is decided is in `clocks.py` and `schedule/sending.py`; here are the thread
 is updated meanwhile.
 
 Guarantees:
-    * Memory: two copies of its transfers, three where workers may ask ahead, and one gradient for each worker and transfer; a peer adds a header at most.
+    * Memory: two copies of its transfers, three where workers of synchronous training may ask ahead, and one gradient for each worker and transfer; a peer adds a header at most.
     * Synchronous: the same gradients give the same bits, whatever their order of arrival and that of transfers.
 """
 
@@ -260,7 +260,7 @@ class Server:
         reached, opt = self._updates.updated(number, total, packing.unpacked(self._params[number]), self._opt[number])
         data = packing.packed(reached)
         with self._changed:
-            if self._how.ahead:
+            if self._how.ahead and self._how.staleness == 0:
                 self._before[number] = self._params[number]
             self._params[number], self._opt[number] = data, opt
             for worker in update.workers:
@@ -283,9 +283,11 @@ class Server:
             return not (is_over or self._is_closed or self.fault is not None)
 
         def send() -> None:
-            with suppress(TransportError):
-                outgoing.send(is_open)
-            line.close()
+            try:
+                with suppress(TransportError):
+                    outgoing.send(is_open)
+            finally:
+                line.close()
 
         sender = threading.Thread(target=send, daemon=True)
         sender.start()
@@ -319,5 +321,10 @@ class Server:
             is_early = self._how.has_barrier and self._clocks.reached() < updates
             if not is_early and self._clocks.may_have(worker, number, step, updates):
                 del wanted[number]
-                held = self._before if self._clocks.has_more(number, updates) else self._params
-                outgoing.put(number, step, held[number], rank)
+                back = self._clocks.back(number, updates)
+                held = (self._params, self._before)[back].get(number) if back < 2 else None
+                if held is None:
+                    raise ProtocolError(
+                        f"Expected a pull of what is here or was before, got one of {back} updates ago."
+                    )
+                outgoing.put(number, step, held, rank)

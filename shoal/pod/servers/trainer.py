@@ -12,7 +12,7 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, final
 
@@ -94,8 +94,8 @@ class ServerTrainer:
         self._choices = choices
         self.choice: Choice | None = None
         """The first worker's."""
-        elements = acts_on_elements(task.local.optimizer)
-        self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes, by_layers=elements)
+        takes_apart = partial(acts_on_elements, task.local.optimizer)
+        self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes, takes_apart=takes_apart)
         self.task = self.step.task
         staged = self.step.staged
         if len(staged.graph.transfers) < servers:
@@ -277,7 +277,7 @@ class _Running:
     def _about(self) -> dict[str, Any]:
         return {
             "seed": self.seed, "batch_size": self.trainer.batch_size, "examples": len(self.examples), "window": self.trainer.window,
-            "commit_every": self.commit_every,
+            "commit_every": self.commit_every, "ahead": self.checkpoint_every if self.trainer.serving.ahead else None,
         }  # fmt: skip
 
     def _server(
