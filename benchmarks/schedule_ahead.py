@@ -1,8 +1,8 @@
 """Parameters that come while the step before is computed (`--ahead`): how much faster steps are on a slow link, and what it costs in accuracy.
 
 Speed: one server, one worker, a core each, a link shaped on both sides so that all parameters take half to four times as long as the way forward. Turns of eight steps
-in a row, in order of layers: each step with all updates before it, or with all but the last; the first of a turn waits in both. Limits, of a way forward F, a way back B
-and parameters that take D down and up: in order about max(D, F) + max(D, B), ahead max(F + B, D).
+in a row, in order of layers: each step with all updates before it, or with all but the last; the first of a turn waits in both. Of a way forward F, a way back B and
+parameters that take D down and up, no step takes less than max(F + B, D); in order one comes near it where what is used last is most of the bytes.
 
 Accuracy: a perceptron on Fashion-MNIST, in one process, a worker and a server; Adam, and SGD with momentum; four seeds; 600 steps without a version between them.
 
