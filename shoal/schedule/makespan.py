@@ -98,7 +98,7 @@ def step_jobs(graph: Graph, times: Times, ranks: np.ndarray, how: How) -> tuple[
         computed: list[int] = []
         before, updated = updated, [[] for _ in graph.transfers]
         for number, stage in enumerate(used.stages):
-            after = [computed[before] for before in stage.after] + [job for r in stage.needs for job in arrived[r]]
+            after = [computed[other] for other in stage.after] + [job for r in stage.needs for job in arrived[r]]
             computed.append(add(Job(COMPUTE, int(times.stages[number]), (step, number), tuple(after))))
             for r in stage.makes if how.is_training else ():
                 updated[r] = sent(UP, step, r, (computed[-1],))  # an update takes no time beside what it waits for

@@ -177,7 +177,7 @@ class Step:
 
     def __init__(
         self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES,
-        takes_apart: Callable[[Named, Named], bool] | None = None,
+        takes_apart: Callable[[Named, Named], bool] = lambda whole, piece: False,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -185,7 +185,7 @@ class Step:
             batch_size: examples of a step.
             is_training: the gradient of the mean loss; else the sums of `task.evaluate`.
             joined_bytes: tensors up to this size travel with another.
-            takes_apart: whether a stack, by name with its shape, may be updated by pieces like the one given, by name; None: none may.
+            takes_apart: whether a stack, by name with its shape, may be updated by pieces like the one given, by name.
         """
         self.task = task = with_adapters(task)
         like = model_shape(task)
@@ -199,8 +199,8 @@ class Step:
         function = self._gradient if is_training else self._evaluate
         trace, shape = FlatTrace.of(function, learned, frozen, self._state, batch, *scalars)
         self.layers = {
-            name: num for name, num in (_stacks(trace, sorted(learned), joined_bytes) if takes_apart else {}).items()
-            if takes_apart and takes_apart({name: learned[name]}, {_pieces(name, 1)[0]: _piece(learned[name])})
+            name: num for name, num in _stacks(trace, sorted(learned), joined_bytes).items()
+            if takes_apart({name: learned[name]}, {_pieces(name, 1)[0]: _piece(learned[name])})
         }  # fmt: skip
         """Name of a stack that is taken apart -> how many layers it has."""
         names = sorted(learned)
