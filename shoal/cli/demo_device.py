@@ -53,7 +53,7 @@ def _progress(devices: Sequence[Device], host: DeviceHost) -> dict[str, Any]:
         "failures": sum(one.failures for one in progress),
         "last_error": next((one.last_error[:200] for one in reversed(progress) if one.last_error), ""),
         "up_bytes": sum(one.up_bytes for one in progress),
-        "down_bytes": host.down_bytes,
+        "down_bytes": host.fetching.down_bytes,
     }
 
 

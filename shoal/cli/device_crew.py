@@ -61,7 +61,7 @@ class Crew:
                 self._give_up(now_s)
             else:
                 self._answered_s = now_s
-            text = f"{self._text()}  down {words.size(self._host.down_bytes)}"
+            text = f"{self._text()}  down {words.size(self._host.fetching.down_bytes)}"
             self._screen.live(text)
             if now_s - line_s >= LINE_S and text != told and not is_watched:
                 line_s, told = now_s, text

@@ -328,7 +328,7 @@ async def play(
 
 def _gate(settings: Settings, host: DeviceHost, devices: Sequence[Device]) -> Gate | None:
     def moved_bytes() -> int:
-        return host.down_bytes + sum(device.progress.up_bytes for device in devices)
+        return host.fetching.down_bytes + sum(device.progress.up_bytes for device in devices)
 
     return settings.politeness.gate(host.processes, moved_bytes, file=host.file, clock=host.clock)
 
@@ -410,7 +410,7 @@ def _tell(settings: Settings, crew: Crew, host: DeviceHost, screen: Screen, watc
     screen.line(f"the run is over; {words.count(len(progress), 'device')}, updates {crew.totals()}")
     screen.line(f"where the time went: {words.phases(watch.seconds, total=watch.total)}")
     screen.line(f"and of the devices, added up: {words.phases(told)}")
-    screen.line(f"came down {words.size(host.down_bytes)}, went up {words.size(up)}")
+    screen.line(f"came down {words.size(host.fetching.down_bytes)}, went up {words.size(up)}")
     spent = max((host.example_ledger(device.device_id).rho for device in crew.devices), default=0.0)
     delta = settings.floor.examples.delta if settings.floor.examples is not None else DELTA
     if spent:
@@ -420,7 +420,7 @@ def _tell(settings: Settings, crew: Crew, host: DeviceHost, screen: Screen, watc
     document: dict[str, Any] = {
         "devices": len(progress), "counted": sum(p.counted for p in progress), "refused": sum(p.refused for p in progress),
         "released": sum(p.released for p in progress), "failures": sum(p.failures for p in progress),
-        "bytes_down": host.down_bytes, "bytes_up": up, "seconds": dict(watch.seconds), "stage_seconds": told,
+        "bytes_down": host.fetching.down_bytes, "bytes_up": up, "seconds": dict(watch.seconds), "stage_seconds": told,
         "epsilon_of_examples": epsilon(spent, delta) if spent else None,
         "total_seconds": watch.total, "state": None if settings.state is None else str(settings.state),
     }  # fmt: skip

@@ -236,7 +236,7 @@ class Device:
         match message.WhichOneof("kind"):
             case "assigned":
                 self._failures = self._laters = 0  # the Edge is there and wants something
-                self._host.down_bytes += sum(len(blob.data) for blob in message.assigned.inline)
+                self._host.fetching.down_bytes += sum(len(blob.data) for blob in message.assigned.inline)
                 if work is not None and work.assigned.token != message.assigned.token:
                     await self._drop_work()
                 if self._work is None and self._to_rest_s() > 0.0:  # it was counted for another population meanwhile

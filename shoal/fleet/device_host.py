@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,14 +19,13 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 
 from shoal.clock import Clock, SystemClock
-from shoal.codec.packed import PACKED
-from shoal.codec.packed import unpack as unpacked
-from shoal.errors import DataError, NetworkError, PlanError, ProtocolError
+from shoal.errors import DataError, PlanError, ProtocolError
 from shoal.fleet import kept_model
 from shoal.fleet.device_file import MOST_STATE_BYTES, DeviceFile
 from shoal.fleet.example_ledger import ExampleLedger
+from shoal.fleet.fetching import Fetching, OtherBytes, Wanted
 from shoal.fleet.floor import Floor
-from shoal.fleet.link import Link, longest_s
+from shoal.fleet.link import Link
 from shoal.fleet.spent import SpentUpdates
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.check import check_plan, readable
@@ -34,7 +33,7 @@ from shoal.plan.manifest import DEVICE_PROGRAMS, Manifest, Program, Runtime
 from shoal.plan.plan import Plan
 from shoal.plan.runner import Limits, Runner
 from shoal.plan.signature import is_good
-from shoal.tensors import Index, Tensors, from_bytes, sha256, total_bytes
+from shoal.tensors import Index, Tensors, from_bytes, total_bytes
 
 if TYPE_CHECKING:
     from shoal.privacy.identity import Identity
@@ -44,36 +43,12 @@ log = logging.getLogger("shoal.device")
 MakeRunner = Callable[[Plan], Runner]
 V = TypeVar("V")
 
-PULL_CREDIT: Final = 64 << 20
 RUNNERS_HELD: Final = 4
 """That nobody works with, beside those that somebody does."""
 PLANS_HELD: Final = 4
 """Whose latest model is held beside the runner's copy."""
 MAX_INDEX_BYTES: Final = 64 << 20
 MAX_PLAN_BYTES: Final = 16 << 20
-MAX_WANTED: Final = 1000
-"""Blobs that are asked for in one call; an Edge takes a few more."""
-
-
-class _OtherBytes(ProtocolError):
-    """What was sent is not what was asked for."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """A blob that is to be fetched."""
-
-    hash: str
-    most: int
-    """Bytes that it may have."""
-    dtype: str = "uint8"
-    """Of its elements, where it is a tensor."""
-    base: tuple[str, np.ndarray] | None = None
-    """Hash and values of a tensor that is here, of the same size and type: the difference may come instead."""
-
-    @property
-    def base_hash(self) -> str:
-        return "" if self.base is None else self.base[0]
 
 
 @dataclass(frozen=True)
@@ -122,7 +97,7 @@ class DeviceHost:
     clock: Clock = field(default_factory=SystemClock)
     worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "shoal-training"))
     """What calls the runners: one training follows the other without waiting for the event loop."""
-    down_bytes: int = 0
+    fetching: Fetching = field(init=False)
     file: DeviceFile = field(init=False)
     """What its devices keep."""
     _plans: "dict[str, asyncio.Future[Prepared]]" = field(default_factory=dict)
@@ -139,6 +114,7 @@ class DeviceHost:
                 f"Expected trusted_key with the runtime {self.runtime.kind}, got None: native code is run for nobody but a key that was "
                 "named beforehand, not for the first that comes."
             )
+        self.fetching = Fetching(self.clock)
         self.file = DeviceFile(self.state_folder, read_only=self.looks_only)
 
     async def prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
@@ -173,14 +149,14 @@ class DeviceHost:
     async def _prepare(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         try:
             return await self._verified(assigned, link, spent)
-        except _OtherBytes as error:
+        except OtherBytes as error:
             raise PlanError(
                 f"The plan that the host sent is not the one that it named: {error} It was not run."
             ) from error
 
     async def _verified(self, assigned: pb.Assigned, link: Link, spent: Spent) -> Prepared:
         begun_s = time.perf_counter()
-        (data,) = await self.fetch(assigned, [Wanted(hash=assigned.plan, most=MAX_PLAN_BYTES)], link)
+        (data,) = await self.fetching.fetch(assigned, [Wanted(hash=assigned.plan, most=MAX_PLAN_BYTES)], link)
         manifest = Manifest.parse(data)
         unproven = Plan(manifest, {}, assigned.plan_public_key, assigned.plan_signature)
         await asyncio.to_thread(unproven.verify, self.trusted_key or unproven.public_key, self.is_signed)
@@ -201,7 +177,7 @@ class DeviceHost:
         # A model that is kept is to be used where it is, without a host.
         needed = (*DEVICE_PROGRAMS, *(("predict",) if self.state_folder is not None and "predict" in chosen else ()))
         programs = [self._wanted(chosen[name]) for name in needed]
-        fetched = await self.fetch(assigned, programs, link)
+        fetched = await self.fetching.fetch(assigned, programs, link)
         by_hash = {wanted.hash: data for wanted, data in zip(programs, fetched, strict=True)}
         plan = Plan(manifest, by_hash, assigned.plan_public_key, assigned.plan_signature)
         plan.check_programs()
@@ -251,7 +227,7 @@ class DeviceHost:
 
     async def _model(self, assigned: pb.Assigned, prepared: Prepared, link: Link, spent: Spent) -> Tensors:
         begun_s = time.perf_counter()
-        (data,) = await self.fetch(assigned, [Wanted(hash=assigned.model, most=MAX_INDEX_BYTES)], link)
+        (data,) = await self.fetching.fetch(assigned, [Wanted(hash=assigned.model, most=MAX_INDEX_BYTES)], link)
         index = Index.parse(data)
         if index.specs != prepared.manifest.broadcast:
             raise ProtocolError("The model's tensors are not those that the plan names.")
@@ -261,7 +237,7 @@ class DeviceHost:
             Wanted(hash=entry.hash, most=entry.spec.size_bytes, dtype=entry.spec.dtype, base=now.get(entry.spec.name))
             for entry in others
         ]
-        for entry, data in zip(others, await self.fetch(assigned, wanted, link), strict=True):
+        for entry, data in zip(others, await self.fetching.fetch(assigned, wanted, link), strict=True):
             now[entry.spec.name] = entry.hash, from_bytes(data, entry.spec)
         self._latest.pop(assigned.plan, None)
         self._latest[assigned.plan] = now
@@ -319,62 +295,6 @@ class DeviceHost:
                 del futures[key]
             raise
 
-    async def fetch(self, assigned: pb.Assigned, wanted: Sequence[Wanted], link: Link) -> list[bytes]:
-        """Blobs, inline or pulled: all in one call, where the Edge serves that. A broken pull goes on where it broke.
-
-        Args:
-            assigned: gives the right to them.
-            wanted: in this order.
-            link: to the Edge.
-
-        Raises:
-            ProtocolError: one is larger than it may be, or has not its hash.
-        """
-        inline = {blob.hash: blob.data for blob in assigned.inline}
-        pulled = await self._pulled(assigned, [each for each in wanted if each.hash not in inline], link)
-        made = iter(pulled)
-        return [_checked(inline[each.hash], each.hash) if each.hash in inline else next(made) for each in wanted]
-
-    async def _pulled(self, assigned: pb.Assigned, wanted: Sequence[Wanted], link: Link) -> list[bytes]:
-        made, data, tries = list[bytes](), bytearray(), 0
-        allowed_s = longest_s(sum(each.most for each in wanted))
-        latest_s = self.clock.now_s() + allowed_s
-        while len(made) < len(wanted):
-            first, *then = wanted[len(made) : len(made) + MAX_WANTED]
-            request = pb.PullRequest(
-                token=assigned.token, hash=first.hash, offset=len(data), credit=PULL_CREDIT, base=first.base_hash,
-                packed=assigned.configuration.codec_down == PACKED, then=[pb.Wanted(hash=each.hash, base=each.base_hash) for each in then],
-            )  # fmt: skip
-            before = len(made), len(data)
-            try:
-                async for piece in link.pull(request):
-                    if len(made) == len(wanted):
-                        raise _OtherBytes(f"Expected {len(wanted)} blobs, got more.")
-                    now = wanted[len(made)]
-                    size = piece.unpacked or len(piece.data)
-                    if self.clock.now_s() > latest_s:
-                        raise ProtocolError(
-                            f"Expected {len(wanted)} blobs within {allowed_s:.0f} s, got {len(made)} and {len(data)} bytes."
-                        )
-                    if piece.offset != len(data) or len(data) + size > piece.total or piece.total > now.most:
-                        raise _OtherBytes(
-                            f"Expected at most {now.most} bytes of {now.hash[:12]}… in order, got {piece.total}."
-                        )
-                    self.down_bytes += len(piece.data)
-                    data += _unpacked(piece, now) if piece.unpacked else piece.data
-                    if len(data) == piece.total:
-                        made.append(_checked(bytes(data), now.hash))
-                        data = bytearray()
-            except NetworkError:
-                tries = tries + 1 if (len(made), len(data)) == before else 0
-                if tries > 5:
-                    raise
-                await self.clock.sleep_until(self.clock.now_s() + 0.2 * 2**tries)
-            else:
-                if (len(made), len(data)) == before:
-                    raise ProtocolError(f"Expected more of {first.hash[:12]}… after byte {len(data)}, got nothing.")
-        return made
-
     def state(self, run: str, device: str, manifest: Manifest) -> Tensors | None:
         """What a device kept from its last counted round of a run (`name_of_run`); None if it has nothing that fits."""
         if not manifest.device_state:
@@ -431,18 +351,3 @@ def _hand_over(runner: Runner, root: str, tensors: Tensors, spent: Spent) -> Non
     begun_s = time.perf_counter()
     runner.set_model(root, tensors)
     spent.wire_s += time.perf_counter() - begun_s
-
-
-def _unpacked(piece: pb.Slice, wanted: Wanted) -> bytes:
-    if not piece.is_delta:
-        return unpacked(piece.data, wanted.dtype, piece.unpacked)
-    held = (
-        b"" if wanted.base is None else wanted.base[1].reshape(-1).view(np.uint8)[piece.offset : piece.offset + piece.unpacked].data
-    )  # fmt: skip
-    return unpacked(piece.data, wanted.dtype, piece.unpacked, held)
-
-
-def _checked(data: bytes, hash: str) -> bytes:
-    if sha256(data) != hash:
-        raise _OtherBytes(f"Expected bytes with hash {hash[:12]}…, got {sha256(data)[:12]}….")
-    return data

@@ -40,6 +40,8 @@ STALLED_S: Final = 120.0
 """How long a host may take for a slice; longer than hosts wait for devices, so that their word comes first."""
 SLOWEST_BYTES_PER_S: Final = 1024
 """A slower line is none."""
+MAX_WANTED: Final = 1024
+"""Blobs that a call may ask for, beside the first."""
 
 
 def longest_s(size_bytes: int) -> float:

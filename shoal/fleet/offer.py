@@ -7,6 +7,7 @@ from typing import Final
 from shoal.codec.packed import pack
 from shoal.errors import ProtocolError
 from shoal.fleet.configuration import Configuration
+from shoal.fleet.link import MAX_WANTED
 from shoal.fleet.packed_slices import SLICE_BYTES, PackedSlices, Readable
 from shoal.fleet.wire import fleet_pb2 as pb
 from shoal.plan.plan import Plan
@@ -14,9 +15,6 @@ from shoal.tensors import Index
 
 MAX_INLINE_BYTES: Final = 32 << 10
 """A model up to this size travels inside the assignment and saves two calls."""
-
-MAX_WANTED: Final = 1024
-"""Blobs that are asked for in one call, beside the first."""
 
 
 class Offer:
