@@ -1,9 +1,10 @@
-"""Which bytes move first: one server, one worker, a core each, in two network namespaces joined by a link that is shaped on both sides (`tbf`).
+"""Which bytes move first: one server, one worker, a core each, joined by a link that is shaped in both directions (`shaped_link`).
 
 The rate of the link is set so that all parameters take 0.25 to 4 times as long as the way forward (training: 0.5 to 2). All systems have the same stages and the same wire and take
 turns; a pair is a turn of two of them in one cycle. Half of the cycles are of one life of the worker's process, half of another: how fast a process computes while bytes come differs from
 one to the next. `random`, `tree`, `layer`, `tic`, `tac` as published: whole tensors, and a barrier between steps; `layer, free`
-without the barrier, which is the honest rival; `tac, slices` is what shoal does. A turn of training is two steps in a row.
+without the barrier, which is the honest rival; `tac, slices` is what shoal does. A turn of training is two steps in a row. No turn is left out; the first steps of a process,
+which compile, are beside them.
 
 T1  seconds of random order over `tac, slices`, ratio 1, the worst of the three chains: inference (T1a), training (T1b)
 T2  E of `tac, slices` against the chain bound, the worst chain, inference, ratio 1
@@ -29,7 +30,7 @@ from benchmarks.frame import Goal, percentile_interval, run, table
 from benchmarks.pod_step_crew import ONE_THREAD
 from benchmarks.schedule_member import SYSTEMS
 from benchmarks.schedule_nets import CHAINS, NETS
-from benchmarks.shaped_link import Link, shaped_link, why_not
+from benchmarks.shaped_link import Link, shaped_link
 from shoal.schedule.fast_tac import fast_tac
 from shoal.schedule.graph import Graph, Stage, Times, Transfer
 
@@ -73,17 +74,18 @@ def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     warm_s, first_s = ordering()
     print(f"{TENSORS} tensors are ordered in {1e3 * warm_s:.2f} ms (the first call: {first_s:.2f} s)")
     cells: list[dict[str, Any]] = []
-    if not (why := why_not()):
-        with shaped_link() as link:
-            server = Member(link, 0, ["--serve", link.address(0)])
-            try:
-                for net in ("vgg",) if quick else NETS:
-                    for mode in ("inference",) if quick else ("inference", "training"):
-                        cells += cells_of(link, server, net, mode, quick)
-            finally:
-                server.close()
+    with shaped_link() as link:
+        print(f"the link: {link.kind}")
+        server = Member(link, 0, ["--serve", link.address])
+        try:
+            for net in ("vgg",) if quick else NETS:
+                for mode in ("inference",) if quick else ("inference", "training"):
+                    cells += cells_of(link, server, net, mode, quick)
+        finally:
+            server.close()
     show(cells)
-    return goals(cells, warm_s, quick, why), {"cells": cells, "ordering_s": warm_s, "first_ordering_s": first_s}
+    detail = {"link": link.kind, "cells": cells, "ordering_s": warm_s, "first_ordering_s": first_s}
+    return goals(cells, warm_s, quick), detail
 
 
 def cells_of(link: Link, server: Member, net: str, mode: str, quick: bool) -> list[dict[str, Any]]:
@@ -104,8 +106,7 @@ def life(link: Link, server: Member, net: str, mode: str, ratios: Sequence[float
     try:
         link.shape(None)
         asked = {"net": net, "mode": mode}
-        ports = server.ask(asked)["ports"]
-        alone = worker.ask({**asked, "host": link.address(0), "ports": ports})
+        alone = worker.ask({**asked, "servers": started(link, server, asked)})
         made = []
         for ratio in ratios:
             link.shape(alone["bytes"] / (ratio * alone["forward_s"]))
@@ -114,6 +115,11 @@ def life(link: Link, server: Member, net: str, mode: str, ratios: Sequence[float
         return made
     finally:
         worker.close()
+
+
+def started(link: Link, server: Member, asked: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """Where the worker finds the server of each variant."""
+    return {name: link.over(port) for name, port in server.ask(asked)["ports"].items()}
 
 
 def ordering() -> tuple[float, float]:
@@ -174,11 +180,11 @@ def foretold(life: dict[str, Any]) -> float:
 
 def show(cells: Sequence[dict[str, Any]]) -> None:
     table(
-        ["net", "mode", "ratio", "MB/s", "forward, ms", *(f"{name}, ms" for name in FEW), "random / ours", "foretold", "ours / layer", "from", "to", "S", "E", "E chain", "of each life", "error", "simulation's", "guard"],
+        ["net", "mode", "ratio", "MB/s", "forward, ms", "first steps, s", *(f"{name}, ms" for name in FEW), "random / ours", "foretold", "ours / layer", "from", "to", "S", "E", "E chain", "of each life", "error", "simulation's", "guard"],
         [
             [
                 cell["net"], cell["mode"], cell["ratio"], 1e-6 * mean(cell, lambda life: life["bytes_per_s"]), 1e3 * mean(cell, lambda life: life["forward_s"]),
-                *(1e3 * mean(cell, took_s(name)) for name in FEW), ratio_of(cell, "random", "tac, slices")[0], mean(cell, foretold),
+                mean(cell, lambda life: life["first_s"]), *(1e3 * mean(cell, took_s(name)) for name in FEW), ratio_of(cell, "random", "tac, slices")[0], mean(cell, foretold),
                 *ratio_of(cell, "tac, slices", "layer, free"), mean(cell, lambda life: (life["upper_s"] - life["lower_s"]) / life["lower_s"]),
                 mean(cell, lambda life: efficiency(life, "lower_s")), mean(cell, efficiency), " ".join(f"{efficiency(life):.2f}" for life in cell["lives"]),
                 mean(cell, error), mean(cell, simulated_error), "on" if is_on(cell) else "off",
@@ -197,8 +203,8 @@ def spread(cell: dict[str, Any], system: str) -> str:
     return f"{np.median(seconds):.0f} {np.percentile(seconds, 95):.0f}"
 
 
-def goals(cells: Sequence[dict[str, Any]], warm_s: float, quick: bool, why: str) -> list[Goal]:
-    why = why or ("it needs the full run" if quick else "")
+def goals(cells: Sequence[dict[str, Any]], warm_s: float, quick: bool) -> list[Goal]:
+    why = "it needs the full run" if quick else ""
 
     def over_random(mode: str) -> tuple[float, float] | None:
         found = [
@@ -226,7 +232,7 @@ def goals(cells: Sequence[dict[str, Any]], warm_s: float, quick: bool, why: str)
         judged("T3a", f"ours over layer order, the worst of {len(on)} cells of {len(cells)} where the guard is not off", worst, "<= 1.02"),
         judged("T3b", f"layer order over ours on the branching and the embedding-first net, ratio 1, the least of {len(gains)} cells where the guard is not off", least, ">= 1.03", "the guard is off in all of them: no gain is foretold"),
         Goal("T4", f"ms to order {TENSORS} tensors, warm", 1e3 * warm_s, "<= 10"),
-        Goal("T5", "|foretold - measured| / measured makespan of ours, the median over cells", float(np.median([mean(c, error) for c in cells])) if cells else None, "<= 0.1", why=why),
+        Goal("T5", "|foretold - measured| / measured makespan of ours, the median over cells", float(np.median([mean(c, error) for c in cells])), "<= 0.1", why=why),
     ]  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """One side of `schedule`: the server, or the worker. Told what to do by lines of JSON, answers by lines of JSON.
 
 server  {"net", "mode"}                        -> {"ports": variant -> port}
-worker  {"net", "mode", "host", "ports"}        -> {"forward_s", "step_s", "bytes", "transfers", "stages", "first_s"}: alone, nothing being sent
+worker  {"net", "mode", "servers"}              -> {"forward_s", "step_s", "bytes", "transfers", "stages", "first_s"}: alone, nothing being sent
         {"run": cycles, "systems": […]}         -> what each system took, and what was predicted
         {"ahead": cycles, "steps": number}      -> seconds of a step, of so many in a row, in order and ahead
 """
@@ -130,7 +130,7 @@ class Worker:
             owners = [0] * len(mine.packings)
             sizes = {"slice_bytes": how["slice_bytes"], "credit_bytes": how["credit_bytes"]}
             self.exchanges[name] = Exchange(
-                [(asked["host"], asked["ports"][name])],
+                [tuple(asked["servers"][name])],
                 SECRET,
                 worker=0,
                 packings=mine.packings,
