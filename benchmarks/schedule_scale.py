@@ -1,15 +1,16 @@
 """SIMULATED: what ordering transfers gains with 1 to 256 workers and 1 to 32 servers, where that ends and why. No machine is measured.
 
 Each worker and each server has one line each way of the same rate, and a slice goes over the sender's and then the receiver's; a server sends a slice to each worker
-in turn, of those that go to a worker by rank. Times are those of a chain of 16 equal layers, and of VGG-16, three quarters of whose bytes are one of its last layers:
-at one worker parameters take as long to come down as the way forward takes, the way back takes twice that. Each worker of `random` has an order of its own.
+in turn, of those that go to a worker by rank. Times are those of a chain of 16 equal layers, and of VGG-16, three quarters of whose bytes are one of its last layers; tensors whole, or large ones in pieces, as
+`staged.py` takes them apart. At one worker parameters take as long to come down as the way forward takes, the way back takes twice that. Each worker of `random` has an order of its own.
 Inference: a worker asks for parameters when it is done with the step before. Training: synchronous; by TAC a tensor comes down when all its gradients are up, in random order when
 all gradients of all tensors are (a barrier, as published), or, in the third table, as by TAC.
 A step is the mean of two, after a first one, and over several draws of orders where workers are few.
 
 The gain is seconds of a step in random order over seconds by TAC. No order is faster than the busiest line or processor, so the gain is at most seconds in random order over the
-time that this is busy for: the limit is printed beside it. It ends where servers' lines are busy in whatever order, all workers' bytes taking so much longer than
-computing that there is nothing to hide, and, with more servers than workers need, where each worker's own line and processor are what there is to gain from.
+time that this is busy for: the limit is printed beside it. For inference it ends where servers' lines are busy in whatever order, all workers' bytes taking so much
+longer than computing that there is nothing to hide. In training there is something to gain beyond: what goes up and what comes down go at a time only in an order that all keep,
+and only for tensors that are whole on the server while others are on their way.
 """
 
 from collections import Counter
@@ -23,6 +24,7 @@ from shoal.pod.servers.exchange import share
 from shoal.schedule.fast_tac import fast_tac
 from shoal.schedule.graph import Graph, Stage, Times, Transfer
 from shoal.schedule.makespan import Job, finished
+from shoal.schedule.staged import num_pieces
 
 WORKERS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SERVERS: Final = (1, 2, 4, 8, 16, 32)
@@ -35,26 +37,32 @@ VGG_MB: Final = (0.007, 0.15, 0.3, 0.6, 1.2, 2.4, 2.4, 4.7, 9.4, 9.4, 9.4, 9.4, 
 VGG_GFLOPS: Final = (0.17, 3.7, 1.85, 3.7, 1.85, 3.7, 3.7, 1.85, 3.7, 3.7, 0.92, 0.92, 0.92, 0.2, 0.03, 0.01)
 """Of its 16 layers, forwards, on an image."""
 FORWARD_NS: Final = 10**9
+ROWS: Final = 4096
+"""Of a tensor."""
 MODES: Final = {"inference": (False, False), "training": (True, True), "training, no barrier": (True, False)}
 """Name -> has a way back, has a barrier between steps where orders are random."""
 PAYS: Final = 1.05
 
 
 NETS: Final[dict[str, tuple[Sequence[float], Sequence[float]]]] = {
-    "equal layers": ((1.0,) * 16, (1.0,) * 16), "VGG-16": (VGG_MB, VGG_GFLOPS),
+    "equal layers": ((9.4,) * 16, (1.0,) * 16), "VGG-16": (VGG_MB, VGG_GFLOPS),
 }  # fmt: skip
 
 
-def chain(megabytes: Sequence[float], gflops: Sequence[float]) -> tuple[Graph, Times]:
+def chain(megabytes: Sequence[float], gflops: Sequence[float], *, in_pieces: bool) -> tuple[Graph, Times]:
     """The graph of a step, and its times at one worker."""
     num = len(megabytes)
-    transfers = tuple(Transfer(name=f"layer{n:02d}", size_bytes=round(1e6 * size)) for n, size in enumerate(megabytes))
-    forward = [Stage(name=f"forward{n}", after=(n - 1,) if n else (), needs=(n,)) for n in range(num)]
-    back = [Stage(name=f"back{n}", after=(num + at - 1,), makes=(n,)) for at, n in enumerate(reversed(range(num)))]
-    shares, sizes = np.array(gflops) / sum(gflops), np.array(megabytes) / sum(megabytes)
+    pieces = [num_pieces(round(1e6 * size), ROWS) if in_pieces else 1 for size in megabytes]
+    transfers, of = list[Transfer](), list[tuple[int, ...]]()
+    for n, size in enumerate(megabytes):
+        of.append(tuple(range(len(transfers), len(transfers) + pieces[n])))
+        transfers += [Transfer(name=f"layer{n:02d}[{at:02d}]", size_bytes=round(1e6 * size / pieces[n])) for at in range(pieces[n])]  # fmt: skip
+    forward = [Stage(name=f"forward{n}", after=(n - 1,) if n else (), needs=of[n]) for n in range(num)]
+    back = [Stage(name=f"back{n}", after=(num + at - 1,), makes=of[n]) for at, n in enumerate(reversed(range(num)))]
+    shares, sizes = np.array(gflops) / sum(gflops), np.array([each.size_bytes for each in transfers])
     computing = np.concatenate([shares, 2 * shares[::-1]])
-    times = Times(np.maximum(1, (FORWARD_NS * sizes).astype(np.int64)), (FORWARD_NS * computing).astype(np.int64))
-    return Graph(transfers=transfers, stages=tuple(forward + back)), times
+    times = Times(np.maximum(1, (FORWARD_NS * sizes / sizes.sum()).astype(np.int64)), (FORWARD_NS * computing).astype(np.int64))  # fmt: skip
+    return Graph(transfers=tuple(transfers), stages=tuple(forward + back)), times
 
 
 def makespan(
@@ -134,47 +142,41 @@ def makespan(
     return 1e-9 * (at[-1] - at[0]) / (STEPS - 1), 1e-9 * max(busy.values()) / STEPS
 
 
-def gain(graph: Graph, times: Times, num_workers: int, num_servers: int, mode: str) -> tuple[float, float, float]:
-    """Of TAC over random order: (gain, no order's is larger, share of time by TAC that the busiest line or processor works)."""
+def cell(sizes: tuple[Sequence[float], Sequence[float]], num_workers: int, num_servers: int, mode: str) -> dict[str, float]:  # fmt: skip
+    """Seconds of a step in random order, by TAC, by TAC in pieces, and those that its busiest line or processor works."""
     is_training, has_barrier = MODES[mode]
-    tac = fast_tac(graph.forward, Times(times.transfers, times.stages[: graph.num_forward]))
-    rng = np.random.default_rng(num_workers)
-    ours, busy = makespan(graph, times, [tac] * num_workers, num_servers, is_training=is_training)
+    rng, found = np.random.default_rng(num_workers), dict[str, float]()
+    graph, times = chain(*sizes, in_pieces=False)
     random = []
     for _ in range(max(1, DRAWS // num_workers)):
-        drawn = [rng.permutation(len(tac)) for _ in range(num_workers)]
+        drawn = [rng.permutation(len(graph.transfers)) for _ in range(num_workers)]
         random.append(makespan(graph, times, drawn, num_servers, is_training=is_training, has_barrier=has_barrier)[0])
-    mean = float(np.mean(random))
-    return mean / ours, mean / busy, busy / ours
+    found["random"] = float(np.mean(random))
+    for name, in_pieces in (("tac", False), ("pieces", True)):
+        graph, times = chain(*sizes, in_pieces=in_pieces)
+        tac = fast_tac(graph.forward, Times(times.transfers, times.stages[: graph.num_forward]))
+        found[name], found["busy"] = makespan(graph, times, [tac] * num_workers, num_servers, is_training=is_training)
+    return found
 
 
 def measure(quick: bool) -> tuple[Sequence[Goal], dict[str, Any]]:
     servers, workers = (SERVERS[:3], WORKERS[:4]) if quick else (SERVERS, WORKERS)
     found: list[dict[str, Any]] = []
     for net, sizes in NETS.items():
-        graph, times = chain(*sizes)
         for mode in MODES:
-            cells = {(few, many): gain(graph, times, many, few, mode) for few in servers for many in workers}
-            found += [
-                {"net": net, "mode": mode, "servers": few, "workers": many, "gain": made, "limit": limit, "busy": busy}
-                for (few, many), (made, limit, busy) in cells.items()
-            ]
-            print(f"SIMULATED, {net}, {mode}: seconds of random order over TAC's, and what they are at most; rows are servers, columns workers")  # fmt: skip
+            cells = {(few, many): cell(sizes, many, few, mode) for few in servers for many in workers}
+            found += [{"net": net, "mode": mode, "servers": few, "workers": many, **each} for (few, many), each in cells.items()]  # fmt: skip
+            print(f"SIMULATED, {net}, {mode}: seconds of random order over TAC's, over TAC's in pieces, and what no order gains more than; rows are servers, columns workers")  # fmt: skip
+            shown = {key: [each["random"] / each[name] for name in ("tac", "pieces", "busy")] for key, each in cells.items()}  # fmt: skip
             table(
                 ["servers", *map(str, workers)],
-                [[few, *(f"{cells[few, many][0]:.2f} {cells[few, many][1]:.2f}" for many in workers)] for few in servers],
+                [[few, *(" ".join(f"{value:.2f}" for value in shown[few, many]) for many in workers)] for few in servers],
             )  # fmt: skip
             for few in servers:
-                paying = [many for many in workers if cells[few, many][0] >= PAYS]
-                if paying:
-                    most = max(paying)
-                    then = next((many for many in workers if many > most), None)
-                    why = (
-                        ""
-                        if then is None
-                        else f"; with {then} the busiest line works {cells[few, then][2]:.0%} of the time"
-                    )
-                    print(f"{few} servers: {PAYS - 1:.0%} or more are gained up to {most} workers{why}")
+                most = max((many for many in workers if shown[few, many][1] >= PAYS), default=0)
+                then = next((many for many in workers if many > most), None)
+                why = "" if then is None else f"; with {then} the busiest line works {cells[few, then]['busy'] / cells[few, then]['pieces']:.0%} of the time"  # fmt: skip
+                print(f"{few} servers: {PAYS - 1:.0%} or more are gained in pieces up to {most} workers{why}")
     return [], {"simulated": True, "cells": found}
 
 

@@ -5,13 +5,13 @@
 So it can be asked which operations need which inputs, and parts of it can be run on their own (`schedule/staged.py`), or in another way
 (`pod/piecewise.py`). Branches are all gone through, and of each output the one is taken whose turn it is. Loops stay one operation each, but for those over inputs that
 are to be taken apart (a stack of layers' parameters): these are gone through turn by turn, and what one loop leaves of each turn (for the way back, say) the next one takes as
-it is.
+it is. What is no stack may be taken apart, too, into pieces of some rows each, which are joined where it is used.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import accumulate, count, pairwise
 from typing import Any, Final, final
 
 import jax
@@ -61,11 +61,11 @@ class Operation:
 class FlatTrace:
     """Of one function, for inputs of given shapes."""
 
-    def __init__(self, closed: core.ClosedJaxpr, apart: Mapping[int, int] | None = None) -> None:
+    def __init__(self, closed: core.ClosedJaxpr, apart: Mapping[int, Sequence[int]] | None = None) -> None:
         """
         Args:
             closed: the trace.
-            apart: position of an input (n, …) that is to be taken apart -> n.
+            apart: position of an input (n, …) that is to be taken apart -> rows of each piece, n together; of a stack of layers one each.
         """
         self._closed = closed
         self.operations: list[Operation] = []
@@ -76,8 +76,8 @@ class FlatTrace:
         self._layers: dict[int, list[int]] = {}
         """Number of a value (n, …) -> those of its n layers, which are there without it."""
         self.inputs = [self._number(var.aval) for var in closed.jaxpr.invars]
-        self.pieces = {at: self._taken_apart(self.inputs[at], num) for at, num in (apart or {}).items()}
-        """Position of an input that is taken apart -> numbers of its pieces (1, …), which come in its place."""
+        self.pieces = {at: self._taken_apart(self.inputs[at], rows) for at, rows in (apart or {}).items()}
+        """Position of an input that is taken apart -> numbers of its pieces (rows, …), which come in its place."""
         self.outputs = self._put(closed.jaxpr, closed.consts, self.inputs)
 
     @classmethod
@@ -86,12 +86,17 @@ class FlatTrace:
         closed, shape = jax.make_jaxpr(function, return_shape=True)(*arguments)
         return cls(closed), shape
 
-    def with_apart(self, apart: Mapping[int, int]) -> "FlatTrace":
+    def with_apart(self, apart: Mapping[int, Sequence[int]]) -> "FlatTrace":
         """The same with some inputs taken apart; see `__init__`."""
         return FlatTrace(self._closed, apart)
 
-    def pieces_of(self, number: int) -> list[int]:
-        """Numbers of the pieces (1, …) of a value (n, …)."""
+    def pieces_of(self, number: int, rows: Sequence[int]) -> list[int]:
+        """Numbers of the pieces (rows, …) of a value (n, …)."""
+        if not are_layers(rows):
+            shape = self.avals[number].shape[1:]
+            return [
+                self._add(partial(_rows, begin, end), [number], (end - begin, *shape)) for begin, end in spans(rows)
+            ]
         layers = self._layers_of(number)
         made = {
             layer: self._add(_raised, [layer], (1, *self.avals[layer].shape)) for layer in sorted(layers)
@@ -182,9 +187,12 @@ class FlatTrace:
         self._layers[made] = layers
         return made
 
-    def _taken_apart(self, number: int, num: int) -> list[int]:
+    def _taken_apart(self, number: int, rows: Sequence[int]) -> list[int]:
         shape = self.avals[number].shape
-        pieces = [self._number(self._shaped(number, (1, *shape[1:]))) for _ in range(num)]
+        pieces = [self._number(self._shaped(number, (num, *shape[1:]))) for num in rows]
+        if not are_layers(rows):
+            self.operations.append(Operation(None, tuple(pieces), (number,), _joined))
+            return pieces
         self._layers[number] = [self._add(partial(_layer, 0), [piece], shape[1:]) for piece in pieces]
         self.operations.append(Operation(None, tuple(self._layers[number]), (number,), _stack))
         return pieces
@@ -202,6 +210,16 @@ class FlatTrace:
         self.constants[made] = value
         self.avals[made] = jax.typeof(value)
         return made
+
+
+def are_layers(rows: Sequence[int]) -> bool:
+    """Whether pieces of so many rows are the layers of a stack."""
+    return max(rows) == 1
+
+
+def spans(rows: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """The first row of each piece, and the one after its last."""
+    return pairwise(accumulate(rows, initial=0))
 
 
 def stacks_of(eqn: core.JaxprEqn, taken: Sequence[int]) -> Sequence[int]:
@@ -229,3 +247,12 @@ def _raised(layer: Any) -> Any:
 
 def _stack(*layers: Any) -> Any:
     return jnp.stack(layers)
+
+
+def _rows(begin: int, end: int, value: Any) -> Any:
+    """(end - begin, …) of a value (n, …)."""
+    return jax.lax.slice_in_dim(value, begin, end)
+
+
+def _joined(*pieces: Any) -> Any:
+    return jnp.concatenate(pieces)

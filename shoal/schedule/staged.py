@@ -6,7 +6,7 @@ On the way forward operations belong together that wait for the same transfers; 
 follow. Both go one way only (what comes later waits for more, or serves fewer), so stages never wait for one another in a circle. Nested functions,
 rematerialization and custom derivatives are as the trace has them. A loop over stacked layers (`jax.lax.scan`) is gone through turn by turn, its parameters taken apart
 into those of each layer (*pieces*, `name[3]`, of shape (1, …)), where they may be: what updates them must look at no more than elements. Else it is one
-stage, which `notes` says.
+stage, which `notes` says. So is a large tensor, into pieces of some rows (`name[0:512]`), so that servers share it and its last rows go up while the first come down.
 
 Small tensors travel with the one that is used before them: a bias with its kernel.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from shoal.flat_trace import KEEP_LAYERS, FlatTrace, Operation, select_n, stacks_of
+from shoal.flat_trace import KEEP_LAYERS, FlatTrace, Operation, are_layers, select_n, spans, stacks_of
 from shoal.flops import of_operation
 from shoal.local import Named, Shape, added, model_shape, named, seed_key
 from shoal.lora import with_adapters
@@ -32,6 +32,9 @@ from shoal.task import LOSS_BOUND, Sum, Task
 
 JOINED_BYTES: Final = 32 << 10
 """Tensors up to this size travel with another."""
+PIECE_BYTES: Final = 4 << 20
+MOST_PIECES: Final = 16
+"""Of a tensor: each takes a program of its own to update."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Staged:
     """A step, ready to be run stage by stage."""
 
     def __init__(
-        self, trace: FlatTrace, leaves: Mapping[str, int], gradients: Mapping[str, int], *, joined_bytes: int, turns: Mapping[str, int] | None = None
+        self, trace: FlatTrace, leaves: Mapping[str, int], gradients: Mapping[str, int], *, joined_bytes: int, turns: Mapping[str, int] | None = None,
+        pieces: Mapping[str, str] | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -59,13 +63,18 @@ class Staged:
             gradients: name -> number of its gradient; none of a step without a way back.
             joined_bytes: see `JOINED_BYTES`.
             turns: name of a parameter that is a layer's -> which: a layer's travel together.
+            pieces: name of a parameter that is some rows of a tensor -> the tensor's: all are needed and made together.
         """
         self._trace = trace
         operations = trace.upstream(trace.outputs)
         self.members = _joined(operations, leaves, trace, joined_bytes, turns or {})
         """Tensors of each transfer."""
         of = {name: number for number, names in enumerate(self.members) for name in names}
-        parts = _cut(operations, trace, {leaves[n]: of[n] for n in leaves}, {gradients[n]: of[n] for n in gradients})
+        firsts: dict[str, int] = {}
+        cut = [firsts.setdefault((pieces or {}).get(names[0], names[0]), at) for at, names in enumerate(self.members)]
+        parts = _cut(
+            operations, trace, {leaves[n]: cut[of[n]] for n in leaves}, {gradients[n]: cut[of[n]] for n in gradients}
+        )
         self._parts = parts
         self._leaves, self._gradients = dict(leaves), dict(gradients)
         self.graph = self._made_graph(of)
@@ -176,7 +185,7 @@ class Step:
     """A task's step, staged: what goes in and comes out, by name."""
 
     def __init__(
-        self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES,
+        self, task: Task, batch_size: int, *, is_training: bool = True, joined_bytes: int = JOINED_BYTES, piece_bytes: int = PIECE_BYTES,
         takes_apart: Callable[[Named, Named], bool] = lambda whole, piece: False,
     ) -> None:  # fmt: skip
         """
@@ -185,7 +194,8 @@ class Step:
             batch_size: examples of a step.
             is_training: the gradient of the mean loss; else the sums of `task.evaluate`.
             joined_bytes: tensors up to this size travel with another.
-            takes_apart: whether a stack, by name with its shape, may be updated by pieces like the one given, by name.
+            piece_bytes: tensors from twice this size on travel in pieces of no less.
+            takes_apart: whether a tensor, by name with its shape, may be updated by pieces like the one given, by name.
         """
         self.task = task = with_adapters(task)
         like = model_shape(task)
@@ -198,43 +208,53 @@ class Step:
         scalars = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.uint32)
         function = self._gradient if is_training else self._evaluate
         trace, shape = FlatTrace.of(function, learned, frozen, self._state, batch, *scalars)
-        self.layers = {
-            name: num for name, num in _stacks(trace, sorted(learned), joined_bytes).items()
-            if takes_apart({name: learned[name]}, {_pieces(name, 1)[0]: _piece(learned[name])})
-        }  # fmt: skip
-        """Name of a stack that is taken apart -> how many layers it has."""
         names = sorted(learned)
-        trace = (
-            trace.with_apart({names.index(name): num for name, num in self.layers.items()}) if self.layers else trace
-        )
+        layers = _stacks(trace, names, joined_bytes)
+        rows = {name: (1,) * layers[name] if name in layers else _rows(learned[name], piece_bytes) for name in names}
+        self.rows = {
+            name: each for name, each in rows.items()
+            if len(each) > 1 and takes_apart({name: learned[name]}, {_pieces(name, each)[0]: _piece(learned[name], each[0])})
+        }  # fmt: skip
+        """Name of a tensor that is taken apart -> rows of each piece."""
+        if self.rows:
+            trace = trace.with_apart({names.index(name): each for name, each in self.rows.items()})
         leaves = self._each(names, lambda at: trace.pieces[at], trace.inputs)
         gradients = (
-            self._each(names, lambda at: trace.pieces_of(trace.outputs[at]), trace.outputs) if is_training else {}
+            self._each(names, lambda at: trace.pieces_of(trace.outputs[at], self.rows[names[at]]), trace.outputs)
+            if is_training
+            else {}
         )
         if is_training:
             trace.outputs = [gradients[name] for name in sorted(gradients)] + trace.outputs[len(names) :]
             shape = (dict.fromkeys(gradients, 0), *shape[1:])
         self._returns = jax.tree.structure(shape)
-        turns = {piece: at for name, num in self.layers.items() for at, piece in enumerate(_pieces(name, num))}
-        self.staged = Staged(trace, leaves, gradients, joined_bytes=joined_bytes, turns=turns)
+        turns, pieces = dict[str, int](), dict[str, str]()
+        for name, rows_of_it in self.rows.items():
+            for at, piece in enumerate(_pieces(name, rows_of_it)):
+                if are_layers(rows_of_it):
+                    turns[piece] = at
+                else:
+                    pieces[piece] = name
+        self.staged = Staged(trace, leaves, gradients, joined_bytes=joined_bytes, turns=turns, pieces=pieces)
 
     def _each(self, names: Sequence[str], pieces: Callable[[int], list[int]], numbers: Sequence[int]) -> dict[str, int]:
         """Numbers by name, of pieces where a tensor is taken apart."""
         made: dict[str, int] = {}
         for at, name in enumerate(names):
             made |= (
-                dict(zip(_pieces(name, self.layers[name]), pieces(at), strict=True))
-                if name in self.layers
+                dict(zip(_pieces(name, self.rows[name]), pieces(at), strict=True))
+                if name in self.rows
                 else {name: numbers[at]}
             )
         return made
 
     def apart(self, tensors: Mapping[str, Any]) -> Named:
-        """Tensors by name, stacks taken apart: what travels."""
+        """Tensors by name, in their pieces: what travels."""
         made: Named = {}
         for name, value in tensors.items():
-            if name in self.layers:
-                made |= {piece: value[at : at + 1] for at, piece in enumerate(_pieces(name, self.layers[name]))}
+            if name in self.rows:
+                rows = self.rows[name]
+                made |= {piece: value[begin:end] for piece, (begin, end) in zip(_pieces(name, rows), spans(rows), strict=True)}  # fmt: skip
             else:
                 made[name] = value
         return made
@@ -242,10 +262,10 @@ class Step:
     def whole(self, tensors: Mapping[str, Any]) -> Named:
         """What `apart` was given."""
         left = dict(tensors)
-        stacks = {
-            name: np.concatenate([left.pop(piece) for piece in _pieces(name, num)]) for name, num in self.layers.items()
+        joined = {
+            name: np.concatenate([left.pop(piece) for piece in _pieces(name, rows)]) for name, rows in self.rows.items()
         }
-        return left | stacks
+        return left | joined
 
     @cached_property
     def travelling(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -302,12 +322,27 @@ class Step:
         return jax.tree.unflatten(self._returns, run.outputs())
 
 
-def _piece(stack: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, *stack.shape[1:]), stack.dtype)
+def _piece(whole: Any, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *whole.shape[1:]), whole.dtype)
 
 
-def _pieces(name: str, num: int) -> list[str]:
-    return [f"{name}[{at}]" for at in range(num)]
+def _pieces(name: str, rows: Sequence[int]) -> list[str]:
+    """Their names."""
+    is_of_layers = are_layers(rows)
+    return [f"{name}[{begin}]" if is_of_layers else f"{name}[{begin}:{end}]" for begin, end in spans(rows)]
+
+
+def _rows(whole: Any, piece_bytes: int) -> tuple[int, ...]:
+    """Rows of each piece of a tensor: more than one piece where it is twice as large as one should be."""
+    num = int(whole.shape[0]) if whole.shape else 1
+    most = num_pieces(_size(whole), num, piece_bytes)
+    least, more = divmod(num, most)
+    return (least + 1,) * more + (least,) * (most - more)
+
+
+def num_pieces(size_bytes: int, num_rows: int, piece_bytes: int = PIECE_BYTES) -> int:
+    """In how many pieces a tensor travels: each has two rows or more."""
+    return max(1, min(MOST_PIECES, size_bytes // piece_bytes, num_rows // 2))
 
 
 def _stacks(trace: FlatTrace, names: Sequence[str], least_bytes: int) -> dict[str, int]:
@@ -370,8 +405,8 @@ def _cut(
     Args:
         operations: in an order in which they can be done.
         trace: theirs.
-        needs: number of a parameter -> its transfer.
-        makes: number of a gradient -> its transfer.
+        needs: number of a parameter -> its transfer, of a tensor in pieces the first.
+        makes: number of a gradient -> the same.
     """
     upstream = {value: 1 << transfer for value, transfer in needs.items()}
     downstream = dict[int, int]()

@@ -207,6 +207,13 @@ def test_no_order_changes_a_bit(how: Any) -> None:
         np.testing.assert_array_equal(value, wanted[name])
 
 
+def test_no_order_changes_a_bit_of_a_tensor_that_travels_in_pieces() -> None:
+    whole, wanted = trained(), trained(piece_bytes=50)
+    for name, value in trained(piece_bytes=50, servers=3, order="random").items():
+        np.testing.assert_array_equal(value, wanted[name])
+        np.testing.assert_allclose(value, whole[name], rtol=2e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     "how", [{"workers": 1}, {"workers": 2}, {"order": "tac"}, {"servers": 2, "order": "random", "slice_bytes": 64, "credit_bytes": 64}], ids=str
 )  # fmt: skip
@@ -307,6 +314,17 @@ def test_versions_are_told() -> None:
     assert found[0].metrics["right"] > 0
     assert found[0].training["loss"] > 0
     assert set(found[0].model) == {f"params/layer{n}/{kind}" for n in range(3) for kind in ("kernel", "bias")}
+
+
+def test_servers_share_a_large_tensor() -> None:
+    def shares(optimizer: Any) -> list[int]:
+        big = task().replace(local=shoal.Local(optimizer=optimizer, batch_size=8))
+        trainer = ServerTrainer(big, servers=2, joined_bytes=20, piece_bytes=50)
+        sizes = [packing.size_bytes for packing in trainer.packings]
+        return [sum(size for size, owner in zip(sizes, trainer.owners, strict=True) if owner == n) for n in range(2)]
+
+    assert abs(np.subtract(*shares(optax.adam(1e-3)))) < 100
+    assert len(set(shares(optax.adafactor(1e-3)))) == 2
 
 
 def test_it_goes_on_from_a_checkpoint_with_another_number_of_servers(tmp_path: Path) -> None:

@@ -146,12 +146,23 @@ def done(step: Step, params: Any, order: Any) -> tuple[Any, list[int]]:
     return step.returned(run), made
 
 
+WHOLE: dict[str, Any] = {}
+LAYERS: dict[str, Any] = {"takes_apart": always}
+PIECES: dict[str, Any] = {"takes_apart": always, "piece_bytes": 2 * 6 * 4}
+
+
 @pytest.mark.parametrize(
-    ("net", "by_layers"), [*((net, False) for net in NETS), *((net, True) for net in NETS if "stacked" in net)]
+    ("net", "how"),
+    [
+        *((net, WHOLE) for net in NETS),
+        *((net, LAYERS) for net in NETS if "stacked" in net),
+        *((net, PIECES) for net in NETS),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_stages_are_the_step(net: str, by_layers: bool) -> None:
+def test_stages_are_the_step(net: str, how: dict[str, Any]) -> None:
     task = task_of(net)
-    step = Step(task, BATCH, joined_bytes=32, takes_apart=lambda whole, piece: by_layers)
+    step = Step(task, BATCH, joined_bytes=32, **how)
     params = task.variables(jax.random.key(0)).params
     _, _, batch, _, key = inputs()
 
@@ -212,7 +223,7 @@ def test_a_loop_is_one_stage_and_says_so() -> None:
 def test_layers_of_a_stack_travel_one_by_one() -> None:
     step = Step(task_of("stacked"), BATCH, joined_bytes=32, takes_apart=always)
     graph = step.staged.graph
-    assert step.layers == {"params/layers": 3}
+    assert step.rows == {"params/layers": (1, 1, 1)}
     assert [transfer.name for transfer in graph.transfers] == [*(f"params/layers[{n}]" for n in range(3)), "params/out"]
     assert not step.staged.notes
     depends = {tuple(np.flatnonzero(row).tolist()) for row in graph.forward.depends}
@@ -244,6 +255,29 @@ def test_a_layer_travels_as_one_and_turns_share_their_programs(num: int) -> None
     assert len({id(program) for program in staged._programs}) <= 10
 
 
+def test_a_large_tensor_travels_in_pieces_and_takes_no_further_stages() -> None:
+    whole, step = Step(task_of("chain"), BATCH, joined_bytes=32), Step(task_of("chain"), BATCH, joined_bytes=32, **PIECES)  # fmt: skip
+    assert step.rows == {f"params/layer{n}/kernel": (2, 2, 2) for n in range(3)}
+    assert step.staged.members[0] == ("params/layer0/kernel[0:2]",)
+    assert step.staged.members[2] == ("params/layer0/kernel[4:6]", "params/layer0/bias")
+    assert len(step.staged.graph.stages) == len(whole.staged.graph.stages)
+    by_layer = [{3 * n, 3 * n + 1, 3 * n + 2} for n in range(3)]
+    assert all(
+        by_layer[n] <= set(stage.makes) or not by_layer[n] & set(stage.makes)
+        for stage in step.staged.graph.stages
+        for n in range(3)
+    )
+    params = named(task_of("chain").variables(jax.random.key(0)).params, "params")
+    for name, value in step.whole(step.apart(params)).items():
+        np.testing.assert_array_equal(value, params[name])
+
+
+@pytest.mark.parametrize(("piece_bytes", "rows"), [(4 * 19, 1), (4 * 18, 2), (1, 3)])
+def test_pieces_are_no_smaller_than_asked_for_and_have_rows(piece_bytes: int, rows: int) -> None:
+    step = Step(task_of("branching"), BATCH, joined_bytes=32, takes_apart=always, piece_bytes=piece_bytes)
+    assert [len(each) for each in step.rows.values()] == ([rows] * 5 if rows > 1 else [])
+
+
 def test_whoever_updates_them_decides_what_is_taken_apart() -> None:
     asked: list[Any] = []
 
@@ -253,13 +287,13 @@ def test_whoever_updates_them_decides_what_is_taken_apart() -> None:
 
     step = Step(task_of("stacked"), BATCH, joined_bytes=32, takes_apart=never)
     assert asked == [({"params/layers": (3, 6, 6)}, {"params/layers[0]": (1, 6, 6)})]
-    assert step.layers == {}
+    assert step.rows == {}
     assert step.staged.notes
 
 
 def test_a_stack_of_small_layers_stays_whole() -> None:
     step = Step(task_of("stacked"), BATCH, joined_bytes=4 * 36, takes_apart=always)
-    assert step.layers == {}
+    assert step.rows == {}
 
 
 def test_frozen_parameters_do_not_travel() -> None:

@@ -36,7 +36,7 @@ from shoal.pod.trainer import conform, refuse
 from shoal.pod.training import Watch
 from shoal.schedule import ORDER_NAMES, OrderName
 from shoal.schedule.sending import CREDIT_BYTES, SLICE_BYTES
-from shoal.schedule.staged import JOINED_BYTES, Step
+from shoal.schedule.staged import JOINED_BYTES, PIECE_BYTES, Step
 from shoal.task import Task
 
 
@@ -59,7 +59,7 @@ class ServerTrainer:
     def __init__(
         self, task: Task, *, workers: int = 1, servers: int = 1, staleness: int | None = 0, ahead: bool = False, order: OrderName = "auto",
         batch_size: int | None = None, window: int | None = None, slice_bytes: int = SLICE_BYTES, credit_bytes: int = CREDIT_BYTES, has_barrier: bool = False,
-        joined_bytes: int = JOINED_BYTES, choices: Path | None = None,
+        joined_bytes: int = JOINED_BYTES, piece_bytes: int = PIECE_BYTES, choices: Path | None = None,
     ) -> None:  # fmt: skip
         """
         Args:
@@ -73,6 +73,7 @@ class ServerTrainer:
             slice_bytes, credit_bytes: see `schedule/sending.py`.
             has_barrier: parameters of a step come only when all of the step before are updated.
             joined_bytes: tensors up to this size travel with another.
+            piece_bytes: tensors from twice this size on travel in pieces of no less, where the optimizer looks at elements.
             choices: folder in which measured times are kept for the next run of the same program; None: they are not.
 
         Raises:
@@ -95,7 +96,13 @@ class ServerTrainer:
         self.choice: Choice | None = None
         """The first worker's."""
         takes_apart = partial(acts_on_elements, task.local.optimizer)
-        self.step = Step(task, self.batch_size // workers, joined_bytes=joined_bytes, takes_apart=takes_apart)
+        self.step = Step(
+            task,
+            self.batch_size // workers,
+            joined_bytes=joined_bytes,
+            piece_bytes=piece_bytes,
+            takes_apart=takes_apart,
+        )
         self.task = self.step.task
         staged = self.step.staged
         if len(staged.graph.transfers) < servers:
